@@ -1,0 +1,53 @@
+"""Fake-quantized layers -> QuantizedWeight, bit for bit, and back to plain nn.Linear.
+
+What leaves here is what the forward computed with. That is asserted on every layer of every run, with the adapters and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nybble.layers import FakeQuantizedLoRALinear
+from nybble.quantized import QuantizedWeight
+
+
+@torch.no_grad()
+def assert_absorbs_exactly(name: str, layer: FakeQuantizedLoRALinear) -> None:
+    """Assert that the layer and the plain layer made of its codes give the same bits, at the active rank and at rank 0."""
+    inputs = torch.randn(4, layer.in_features, device=layer.weight.device).to(layer.dtype)
+    active = layer.active_rank
+    for rank in (0, active):
+        layer.active_rank = rank
+        plain = F.linear(inputs, layer.absorb().dequantize().to(layer.dtype), layer.bias)
+        assert torch.equal(layer(inputs), plain), f"{name} at rank {rank}: absorbed codes differ from the forward; please report this"
+
+
+def plain_linear(quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """nn.Linear with the dequantized weight, frozen."""
+    weight_OI = quantized.dequantize().to(dtype)
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def absorb(model: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> dict[str, QuantizedWeight]:
+    """Replace every layer by a plain one, in place; returns name -> the codes that ship."""
+    quantized = {}
+    for name, layer in layers.items():
+        layer.drop_step_cache()
+        assert_absorbs_exactly(name, layer)
+        quantized[name] = layer.absorb()
+        model.set_submodule(name, plain_linear(quantized[name], layer.bias, layer.dtype))
+    return quantized
+
+
+def share_of_codes_changed(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> float:
+    """Share of all codes that tuning moved to another value."""
+    changed = sum(int((before[name].codes_OI != after[name].codes_OI).sum()) for name in after)
+    return changed / sum(after[name].codes_OI.numel() for name in after)

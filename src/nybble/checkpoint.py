@@ -1,0 +1,277 @@
+"""The run folder: what is saved when. Every file appears whole or not at all, so that a run can be killed at any moment and resumed.
+
+    config.toml          the options, resolved
+    log.txt              what the console said, with times
+    results.json         measurements and seconds per stage, growing; report.md is the same for people
+    teacher/             the teacher's hidden states (train states are deleted when training is done)
+    last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
+    best.safetensors     adapters and scales with the lowest validation loss
+    quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
+    openvino/            exports
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nybble.config import to_toml
+from nybble.errors import RunError
+from nybble.grid import Grid
+from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
+
+log = logging.getLogger("nybble")
+
+CONFIG, RESULTS = "config.toml", "results.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able note (kept in the header) to one safetensors file, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, temporary, {"note": json.dumps(note)})
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: tensors on the CPU, and the note."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))
+    except Exception as error:  # safetensors has its own error class for damaged files
+        raise RunError(f"{path} must be a readable safetensors file; {error}; delete it to start that stage again") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when all went well, and vanishes otherwise."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"--output_dir {path} is in use by another process; wait for it, or choose another folder") from error
+    return lock
+
+
+class Run:
+    """An open run folder, locked against a second process.
+
+    Use `Run.open`. `results` is what results.json holds; change it and call `save_results`.
+    """
+
+    def __init__(self, path: Path, lock: IO[str], results: dict[str, Any]) -> None:
+        self.path, self.results, self._lock = path, results, lock
+
+    @staticmethod
+    def check(path: Path, resume: bool, overwrite: bool) -> bool:
+        """Whether there is a run already; RunError if it may not be touched, or if the folder holds something else."""
+        used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if used and not (path / CONFIG).is_file():
+            raise RunError(f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder")
+        if used and not (resume or overwrite):
+            raise RunError(f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it")
+        return used
+
+    @staticmethod
+    def reopen(path: Path) -> Run:
+        """Open a finished run to add to it."""
+        run = Run(path, _lock(path), json.loads((path / RESULTS).read_text()))
+        return run
+
+    @staticmethod
+    def open(path: Path, options: Any, resume: bool, overwrite: bool) -> Run:
+        """Start a run folder, or go on with one.
+
+        Raises:
+            RunError: in use, not empty, not writable, or made with other options (on resume; the option is named).
+        """
+        used = Run.check(path, resume, overwrite)
+        lock = _lock(path)
+        if used and overwrite:
+            for entry in path.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        run = Run(path, lock, {"seconds": {}, "models": {}})
+        if used and resume:
+            run._check_same(options)
+            if (path / RESULTS).exists():
+                run.results = json.loads((path / RESULTS).read_text())
+        else:
+            write_text(path / CONFIG, to_toml(options))
+        run.results["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return run
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        self._lock.close()
+
+    def _check_same(self, options: Any) -> None:
+        import tomllib
+
+        free = {"resume", "overwrite", "output_dir", "save_every", "tensorboard", "export"}
+        before, now = tomllib.loads((self.path / CONFIG).read_text()), tomllib.loads(to_toml(options))
+        for key in sorted((before.keys() | now.keys()) - free):
+            if before.get(key) != now.get(key):
+                raise RunError(
+                    f"--resume must use the options of the run: --{key} was {before.get(key)}, got {now.get(key)}; "
+                    "leave the option out to keep it, or choose another --output_dir"
+                )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage, over all sittings."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.results["seconds"]
+            seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 2)
+            self.save_results()
+
+    def save_results(self) -> None:
+        """Write results.json."""
+        memory = self.results.setdefault("peak_memory_bytes", {})
+        for kind, value in peak_memory().items():
+            memory[kind] = max(value, memory.get(kind, 0))
+        write_text(self.path / RESULTS, json.dumps(self.results, indent=2) + "\n")
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Values in the config.toml of a run; RunError if this is not a run folder."""
+    import tomllib
+
+    if not (path / CONFIG).is_file():
+        raise RunError(f"{path} must be a run folder; it has no {CONFIG}")
+    return tomllib.loads((path / CONFIG).read_text())
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest memory of this process so far, in bytes: "cpu" resident, "cuda" allocated."""
+    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for results.json and `nybble env`."""
+    packages = ("nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers", "openvino-genai", "lm-eval", "gguf")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Raise RunError unless `needed` bytes are free where `path` is."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise RunError(
+            f"--output_dir {path} needs {needed / 1e9:.1f} GB for teacher states and checkpoints; {free / 1e9:.1f} GB are free; "
+            "free some, choose another disk, or use fewer --samples"
+        )
+
+
+# --- the 4-bit model on disk ---------------------------------------------------------------------------------------------
+
+
+WEIGHTS = "weights.safetensors"
+
+
+def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str, QuantizedWeight]) -> None:
+    """Write a self-contained folder: codes (4-bit ones packed), scales, zeros, all other tensors as they are, configuration, tokenizer.
+
+    Keys: NAME.weight.codes uint8, NAME.weight.scale float16 [O, G], NAME.weight.zero uint8 [O, G]; the header's note holds the grid by NAME.
+    """
+    state = model.state_dict()
+    owners = {name: state.pop(f"{name}.weight") for name in quantized}
+    shared = {weight.data_ptr() for weight in owners.values()}  # a tied head repeats its embedding
+    tensors = {key: value for key, value in state.items() if value.data_ptr() not in shared}
+    for name, weight in quantized.items():
+        four = weight.grid.bits == 4
+        tensors[f"{name}.weight.codes"] = pack_nibbles(weight.codes_OI) if four else weight.codes_OI
+        tensors[f"{name}.weight.scale"] = weight.scale_OG.half()
+        tensors[f"{name}.weight.zero"] = weight.zero_OG
+    note = {"format": "nybble-1", "grids": {name: asdict(weight.grid) for name, weight in quantized.items()}}
+    with whole_folder(folder) as temporary:
+        save_tensors(temporary / WEIGHTS, tensors, note)
+        model.config.save_pretrained(temporary)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
+    """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    tensors, note = load_tensors(folder / WEIGHTS)
+    quantized = {}
+    for name, fields in note["grids"].items():
+        grid = Grid(**fields)
+        codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero"))
+        quantized[name] = QuantizedWeight(unpack_nibbles(codes) if grid.bits == 4 else codes, scale.float(), zero, grid)
+        tensors[f"{name}.weight"] = quantized[name].dequantize().to(dtype)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with no_init_weights():  # every weight is loaded; random starts would be made for nothing
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unknown:
+        raise RunError(f"{folder} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, unknown {list(unknown)[:3]}")
+    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder), quantized

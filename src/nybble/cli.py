@@ -1,0 +1,160 @@
+"""The command line: `nybble COMMAND --flags`. One verb a command, made from the option classes in config.py.
+
+Exit codes: 0 done, 2 something a person can repair (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nybble.config import DistillOptions, EvalOptions, ExportOptions, from_toml, read_toml
+from nybble.errors import NybbleError, OptionError
+
+
+def _distill(options: DistillOptions) -> None:
+    from nybble.distill import distill
+
+    distill(options)
+
+
+def _export(options: ExportOptions) -> None:
+    from nybble.commands import export
+
+    export(options)
+
+
+def _eval(options: EvalOptions) -> None:
+    from nybble.commands import evaluate
+
+    evaluate(options)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "distill": (DistillOptions, _distill),
+    "export": (ExportOptions, _export),
+    "eval": (EvalOptions, _eval),
+}
+
+USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model that keeps its accuracy.
+
+  nybble distill --pretrained MODEL     distil the 16-bit model into its own 4-bit self, export, measure
+  nybble export RUN --to openvino       export a finished run again
+  nybble eval MODEL_OR_RUN              perplexity, KL to a teacher, lm-eval tasks
+  nybble env                            versions and hardware
+
+MODEL is a hub id, a local folder, a .gguf file, or smollm2 (built in). Flags may be written with _ or -; every command has
+--config FILE.toml and --help.
+
+Try:  nybble distill --pretrained smollm2 --config recipes/demo.toml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Spinning threads stop each other on shared cores; set before torch starts its own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+        elif arguments[0] == "env":
+            from nybble.commands import environment
+
+            environment()
+        else:
+            options, command = parse(arguments)
+            from nybble.console import set_up_logging
+
+            set_up_logging()
+            command(options)
+    except NybbleError as error:
+        print(f"nybble: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nybble: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
+    """Command line -> options and the function that takes them.
+
+    Values come from, the later the stronger: defaults, the run's config.toml on --resume, --config, flags.
+    """
+    name, flags = arguments[0], [_dashes(a) for a in arguments[1:]]
+    if name not in COMMANDS:
+        raise OptionError(f"unknown command {name}{_nearest(name, [*COMMANDS, 'env'])}; the commands are {', '.join(COMMANDS)}, env")
+    kind, command = COMMANDS[name]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    known = [f"--{field.replace('_', '-')}" for field in fields] + ["--config", "--help"]
+    for flag in flags:
+        stem = flag.split("=")[0]
+        if stem.startswith("--") and stem not in known and stem.replace("--no-", "--", 1) not in known:
+            raise OptionError(f"unknown flag {stem.replace('-', '_').replace('__', '--', 1)} of nybble {name}{_nearest(stem, known)}; see nybble {name} --help")
+
+    values: dict[str, Any] = {}
+    flags, config = _take(flags, "--config")
+    if "--resume" in flags:
+        _, folder = _take(flags, "--output-dir")
+        saved = Path(folder or "", "config.toml")
+        if folder and saved.is_file():
+            values |= from_toml(kind, saved)
+    if config is not None:
+        values |= from_toml(kind, Path(config))
+    return _parse_flags(name, kind, flags, values), command
+
+
+def _parse_flags(name: str, kind: type, flags: list[str], values: dict[str, Any]) -> Any:
+    """tyro's parser; its boxes of errors become one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            default = tyro.MISSING_NONPROP if not values else _with_defaults(kind, values)
+            return tyro.cli(kind, args=flags, default=default, prog=f"nybble {name}", description=(kind.__doc__ or "").split("\n")[0])
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1 : next((i for i, x in enumerate(lines) if i and not x), None)] if line)
+        raise OptionError(f"{text or box.getvalue()}; see nybble {name} --help") from stop
+
+
+def _with_defaults(kind: type, values: dict[str, Any]) -> Any:
+    required = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    return kind(**required | values)
+
+
+def _take(flags: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Flags without `flag` and its value, and that value."""
+    for i, text in enumerate(flags):
+        if text == flag and i + 1 < len(flags):
+            return flags[:i] + flags[i + 2 :], flags[i + 1]
+        if text.startswith(flag + "="):
+            return flags[:i] + flags[i + 1 :], text.split("=", 1)[1]
+    if flag in flags:
+        raise OptionError(f"{flag} needs a value")
+    return flags, None
+
+
+def _dashes(argument: str) -> str:
+    stem, equals, value = argument.partition("=")
+    return (stem.replace("_", "-") if stem.startswith("--") else stem) + equals + value
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = get_close_matches(word, words, 1)
+    return f"; did you mean {near[0].replace('-', '_').replace('__', '--', 1)}?" if near else ""
+
+
+__all__ = ["main", "parse", "read_toml"]

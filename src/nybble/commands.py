@@ -1,0 +1,87 @@
+"""The small commands: export a finished run, measure a model or an export, show the environment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from nybble import checkpoint, data, models
+from nybble import evaluate as measuring
+from nybble.checkpoint import Run
+from nybble.config import EvalOptions, ExportOptions
+from nybble.console import bar, console
+from nybble.distill import export_run, flatten
+from nybble.errors import RunError
+from nybble.export import EXPORTERS, check_formats
+from nybble.models import LoadedModel
+
+
+def export(options: ExportOptions) -> None:
+    """Export RUN/quantized to every format named."""
+    check_formats(options.to)
+    path = Path(options.run)
+    values = checkpoint.read_options(path)
+    if not (path / "quantized").is_dir():
+        raise RunError(f"{path} must be a finished run; it has no folder quantized; finish it with --resume")
+    run = Run.reopen(path)
+    try:
+        for kind in options.to:
+            export_run(run, kind, values.get("trust_remote_code", False))
+    finally:
+        run.close()
+
+
+def open_target(options: EvalOptions, target: str) -> LoadedModel:
+    """Whatever can be measured: a run (its 4-bit model), a folder that a run made, or anything that --pretrained takes."""
+    path = Path(target)
+    if (path / checkpoint.CONFIG).is_file() and (path / "quantized").is_dir():
+        path = path / "quantized"
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    if (path / checkpoint.WEIGHTS).is_file():
+        model, tokenizer, _ = checkpoint.load_quantized(path, dtype, options.trust_remote_code)
+        return LoadedModel(model.to(device), tokenizer, str(path))
+    for kind, exporter in EXPORTERS.items():
+        if (path / exporter().MODEL_XML).is_file():
+            check_formats([kind])
+            from transformers import AutoConfig, AutoTokenizer
+
+            config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+            return LoadedModel(exporter().open_model(path, config, options.strict), AutoTokenizer.from_pretrained(path), str(path))
+    return models.load(target, dtype, device, options.trust_remote_code)
+
+
+def evaluate(options: EvalOptions) -> None:
+    """Print token perplexity, KL to a teacher and lm-eval tasks of one model as a table and as JSON."""
+    measuring.check_tasks(options.tasks, options.data_dir)
+    opened = open_target(options, options.target)
+    results: dict[str, float] = {}
+    with torch.no_grad():
+        if options.perplexity:
+            texts = data.load_texts(options.data, options.data_column, options.data_dir)
+            ids = data.sequences(opened.tokenizer, texts[options.split], options.seq_len, options.split)[: options.samples or None]
+            teacher = None
+            if options.teacher is not None:
+                teacher = measuring.logits_of(open_target(options, options.teacher).model, ids)
+            with bar(f"{options.split} of {options.data}", len(ids)) as advance:
+                results |= measuring.measure(measuring.logits_of(opened.model, ids), ids, teacher, advance)
+        if options.tasks:
+            tasks = measuring.run_tasks(opened.model, opened.tokenizer, options.tasks, options.batch_size, options.task_limit, options.data_dir)
+            results |= flatten(tasks)
+    table = Table("measure", "value", title=opened.name)
+    for key, value in results.items():
+        table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print_json(json.dumps(results))
+
+
+def environment() -> None:
+    """Print versions and hardware."""
+    facts = checkpoint.machine()
+    table = Table("what", "value")
+    for key, value in (facts | facts.pop("versions")).items():
+        table.add_row(key, str(value))
+    console.print(table)

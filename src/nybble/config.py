@@ -1,0 +1,161 @@
+"""Options of every command as frozen dataclasses: meaning, unit and range beside each field. TOML in and out.
+
+The command line is made from these classes, the comment beside a field is its help text, and `config.toml` in a run folder is one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+from tyro.conf import Positional
+
+from nybble.errors import OptionError
+
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, where, and in what precision it computes."""
+
+    pretrained: str = ""  # Hub id, local folder, .gguf file, or the built-in smollm2.
+    trust_remote_code: bool = False  # Run Python code that comes with the model.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: Dtype = "auto"  # Of the 16-bit model. auto: bfloat16 where it is fast, else float32.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which text."""
+
+    data: str = "wikitext2"  # wikitext2, python-docs, a text / jsonl / csv / parquet file, a folder with a file a split, or a hub data set.
+    data_column: str = "text"  # Column with the text, for row-wise data.
+    data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
+    seq_len: int = 1024  # Tokens in a sequence.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(DataOptions, ModelOptions):
+    """Distil a 16-bit model into its own 4-bit self, export it, and measure it."""
+
+    output_dir: str | None = None  # Run folder. Default: runs/MODEL-distill.
+    samples: int = 1024  # Sequences that make an epoch.
+    epochs: int = 10  # Epochs; the text is used up before any of it is repeated.
+    batch_size: int = 32  # Sequences in an optimizer step.
+    microbatch: int = 0  # Sequences in one forward; 0 = by the memory estimate.
+    lr: float = 1e-4  # Peak learning rate of the adapters.
+    scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
+    weight_decay: float = 0.0  # Of the adapters (decoupled).
+    warmup: float = 0.05  # Share of the steps with a rising rate; a cosine to zero follows.
+    max_grad_norm: float = 1.0  # Gradients are scaled down to this norm.
+    lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
+    group_size: int = 64  # Weights that share a scale and a zero.
+    start: str = "rtn"  # Post-training compression to start from.
+    cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
+    seed: int = 0  # Of adapters and order of the data.
+    valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
+    test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
+    tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all four models; needs the extra eval.
+    task_limit: int | None = None  # At most so many documents a task (for trying out).
+    export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
+    save_every: int = 10  # Optimizer steps between checkpoints.
+    tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
+    resume: bool = False  # Go on where the run in output_dir stopped.
+    overwrite: bool = False  # Delete the run in output_dir first.
+
+    def check(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require_pretrained(self.pretrained)
+        positive = ("seq_len", "samples", "epochs", "batch_size", "group_size", "valid_samples", "save_every")
+        _require(self, positive, lambda value: value >= 1, "at least 1")
+        if self.lora_rank < 1:
+            raise OptionError(f"--lora_rank must be at least 1; got {self.lora_rank}; 16 to 128 are usual")
+        _require(self, ("microbatch", "test_samples"), lambda value: value >= 0, "0 (automatic, all) or more")
+        _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
+        _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
+        _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
+        _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
+        if self.batch_size > self.samples:
+            raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite contradict each other; give one of them")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export a finished run to other runtimes."""
+
+    run: Positional[str]  # Run folder.
+    to: tuple[str, ...] = ("openvino",)  # Formats.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(DataOptions):
+    """Measure a model, a finished run or an export: perplexity, KL to a teacher, lm-eval tasks."""
+
+    target: Positional[str]  # Model (as for --pretrained), run folder, or a folder inside one: quantized or openvino.
+    tasks: tuple[str, ...] = ()  # lm-eval tasks; needs the extra eval.
+    task_limit: int | None = None  # At most so many documents a task.
+    split: Literal["train", "validation", "test"] = "test"  # Split of the data for token perplexity.
+    samples: int = 0  # Sequences of it; 0 = all.
+    teacher: str | None = None  # Model to compare with: adds the KL divergence to it.
+    batch_size: int = 8  # Requests a forward in lm-eval tasks.
+    trust_remote_code: bool = False  # Run Python code that comes with the model.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: Dtype = "auto"  # auto: bfloat16 where it is fast, else float32.
+    strict: bool = False  # OpenVINO: compute as torch does in float32, not as deployed (dynamic 8-bit activations).
+    perplexity: bool = True  # Measure token perplexity on --data.
+
+
+def _require_pretrained(pretrained: str) -> None:
+    if not pretrained:
+        raise OptionError("--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2")
+
+
+def _require(options: Any, names: tuple[str, ...], valid: Any, range_: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not valid(value):
+            raise OptionError(f"--{name} must be {range_}; got {value}")
+
+
+Options = TypeVar("Options")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Values of a TOML file; OptionError if it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"--config {path} must be a TOML file; it cannot be read ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"--config {path} is not valid TOML: {error}") from error
+
+
+def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
+    """Field values of `kind` from a TOML file; OptionError for a key that it does not have (the nearest is named)."""
+    from difflib import get_close_matches
+
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            raise OptionError(f"--config {path} has an unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def to_toml(options: Any) -> str:
+    """TOML text of all fields that have a value (None is left out: TOML has no word for it)."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(options).items()}
+    return tomli_w.dumps({key: value for key, value in values.items() if value is not None})

@@ -1,0 +1,81 @@
+"""What people see while a command runs: log lines with times, progress bars with time left. rich does the drawing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+log = logging.getLogger("nybble")
+
+# Where the output is no terminal (a file, CI) a progress line is logged instead of drawn, this many seconds apart.
+_LOG_EVERY = 30.0
+
+
+class Advance(Protocol):
+    """Called with the number of units done, and texts for named columns."""
+
+    def __call__(self, units: int, **texts: str) -> None: ...
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", omit_repeated_times=False, highlighter=None)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "accelerate", "httpx", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="transformers|torch.jit|openvino|lm_eval")
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write the log to a file as well."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
+    """A progress bar; `text` names one column of free text."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    if text is not None:
+        columns.append(TextColumn(f"{{task.fields[{text}]}}"))
+    done, spoke, started = 0, time.monotonic(), time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, **({} if text is None else {text: ""}))
+
+        def advance(units: int, **texts: str) -> None:
+            nonlocal done, spoke
+            done += units
+            progress.update(task, advance=units, **texts)
+            now = time.monotonic()
+            if not console.is_terminal and now - spoke > _LOG_EVERY:
+                spoke = now
+                left = (now - started) / done * (total - done) if done else float("nan")
+                log.info("%s %d of %d, about %.0f s left%s", title, done, total, left, "".join(f", {value}" for value in texts.values()))
+
+        yield advance

@@ -1,0 +1,202 @@
+"""Text for calibration, training, validation and test, cut into token sequences. Seeded; knows nothing of models.
+
+`--data` takes
+- `wikitext2`: wikitext-2-raw from the hub or its cache, or from `--data_dir FOLDER/wikitext` where that exists;
+- `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
+- a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
+- a folder with one file a split (names that contain train, valid or dev, test);
+- any hub data set id (`--data_column` names the text).
+
+A source without validation or test split gives up every 10th document (or block of lines) for each.
+
+Sequences are cut without overlap, so the whole split is used before any token is seen twice: training for more sequences than
+the split has goes through all of it again, in another order. Documents are joined by the end-of-sequence token; a sequence starts
+with the begin-of-text token where the tokenizer puts one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import DataError
+
+WIKITEXT2 = "wikitext2"
+PYTHON_DOCS = "python-docs"
+SPLITS = ("train", "validation", "test")
+_SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
+_PLAIN = (".raw", ".txt", ".md")
+_ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents by split, and where they came from."""
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    test: Sequence[str]
+    source: str
+
+    def __getitem__(self, split: str) -> Sequence[str]:
+        assert split in SPLITS, split
+        return getattr(self, split)  # type: ignore[no-any-return]
+
+
+def load_texts(data: str, column: str = "text", data_dir: str | None = None) -> Texts:
+    """Read the three splits of a source (see the head of this file).
+
+    Raises:
+        DataError: not found, no such column (the valid ones are named), empty.
+    """
+    local = Path(data_dir, "wikitext") if data_dir else None
+    if data == PYTHON_DOCS:
+        texts = _held_out(_python_docs(), "pydoc_data.topics")
+    elif data == WIKITEXT2 and local is not None and local.is_dir():
+        texts = _from_folder(local, column)
+    elif Path(data).is_dir():
+        texts = _from_folder(Path(data), column)
+    elif Path(data).is_file():
+        texts = _held_out(_read_file(Path(data), column), data)
+    elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *_ROWS):
+        raise DataError(f"--data {data} must be an existing file or folder, wikitext2, python-docs, or a hub data set; there is nothing at this path")
+    else:
+        texts = _from_hub(data, column)
+    for split in SPLITS:
+        if not any(text.strip() for text in texts[split]):
+            raise DataError(f"--data {data} must have text in its {split} split; it is empty")
+    return texts
+
+
+def _python_docs() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]
+
+
+def _held_out(documents: Sequence[str], source: str) -> Texts:
+    """Every 10th document for validation, every 10th for test; a single document is cut into blocks of 100 lines first."""
+    if len(documents) < 10:
+        lines = [line for document in documents for line in document.splitlines(keepends=True)]
+        documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+    if len(documents) < 3:
+        return Texts(documents, (), (), source)
+    held = {"validation": documents[5::10] or documents[-2:-1], "test": documents[9::10] or documents[-1:]}
+    kept = [text for text in documents if text not in held["validation"] and text not in held["test"]]
+    return Texts(kept, held["validation"], held["test"], source)
+
+
+def _read_file(path: Path, column: str) -> Sequence[str]:
+    if path.suffix in _PLAIN:
+        return [path.read_text(encoding="utf-8")]
+    if path.suffix not in _ROWS:
+        raise DataError(f"--data {path} must end with one of {' '.join((*_PLAIN, *_ROWS))}; got {path.suffix or 'no suffix'}")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(_ROWS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # datasets wraps every reader's own errors
+        raise DataError(f"--data {path} cannot be read as {path.suffix[1:]}: {_cause(error)}") from error
+    return _column(rows, column, str(path))
+
+
+def _from_folder(folder: Path, column: str) -> Texts:
+    found: dict[str, Sequence[str]] = {}
+    for split, words in _SPLIT_WORDS.items():
+        for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
+            files = sorted(p for p in folder.rglob(f"*{suffix}") if any(word in p.name for word in words))
+            if files:
+                found[split] = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
+                break
+    if "train" not in found:
+        raise DataError(f"--data {folder} must hold a file whose name contains train ({' '.join((*_PLAIN, *_ROWS))}); found none")
+    if "validation" in found and "test" in found:
+        return Texts(found["train"], found["validation"], found["test"], str(folder))
+    rest = _held_out(found["train"], str(folder))
+    return Texts(rest.train, found.get("validation", rest.validation), found.get("test", rest.test), str(folder))
+
+
+def _from_hub(data: str, column: str) -> Texts:
+    import datasets
+
+    arguments = ("Salesforce/wikitext", "wikitext-2-raw-v1") if data == WIKITEXT2 else (data,)
+    try:
+        splits = datasets.load_dataset(*arguments)
+    except Exception as error:  # the hub's errors have no common base
+        if "not found" in str(error).lower() and "offline" not in str(error).lower() and "reach" not in str(error).lower():
+            raise DataError(f"--data {data} was not found on the hub; {_cause(error)}") from error
+        raise DataError(
+            f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; name a local file or folder, "
+            "--data_dir for a folder of data sets, or --data python-docs"
+        ) from error
+    if not isinstance(splits, datasets.DatasetDict) or "train" not in splits:
+        raise DataError(f"--data {data} must have a train split; it has {', '.join(splits) if isinstance(splits, datasets.DatasetDict) else 'none'}")
+    documents = {split: _column(splits[split], column, data) for split in SPLITS if split in splits}
+    if data == WIKITEXT2:  # its rows are lines
+        documents = {split: ["".join(rows)] for split, rows in documents.items()}
+    if len(documents) == len(SPLITS):
+        return Texts(documents["train"], documents["validation"], documents["test"], data)
+    rest = _held_out(documents["train"], data)
+    return Texts(rest.train, documents.get("validation", rest.validation), documents.get("test", rest.test), data)
+
+
+def _column(rows: Any, column: str, source: str) -> Sequence[str]:
+    if column not in rows.column_names:
+        raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(rows.column_names)}")
+    return [str(text) for text in rows[column]]
+
+
+def _cause(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]
+
+
+def tokenize(tokenizer: Any, documents: Sequence[str]) -> Tensor:
+    """All documents as one row of token ids [N] (int64), joined by the end-of-sequence token."""
+    pieces: list[int] = []
+    for i, document in enumerate(documents):
+        if i and tokenizer.eos_token_id is not None:
+            pieces.append(tokenizer.eos_token_id)
+        pieces.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
+    return torch.tensor(pieces, dtype=torch.int64)
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: [bos] for Gemma and Llama 3, nothing for SmolLM2 and Qwen."""
+    ids = tokenizer("").input_ids
+    return [i for i in ids if i == tokenizer.bos_token_id]
+
+
+def cut(tokens: Tensor, length: int, begin: Sequence[int] = ()) -> Tensor:
+    """[N] -> [S, length] without overlap, each row starting with `begin`; the incomplete rest is dropped."""
+    body = length - len(begin)
+    rows = tokens[: len(tokens) // body * body].view(-1, body)
+    return torch.cat([torch.tensor(list(begin), dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
+
+
+def sequences(tokenizer: Any, documents: Sequence[str], length: int, what: str, minimum: int = 1) -> Tensor:
+    """Documents -> token sequences [S, length].
+
+    Raises:
+        DataError: fewer than `minimum` sequences.
+    """
+    tokens = tokenize(tokenizer, documents)
+    rows = cut(tokens, length, begin_tokens(tokenizer))
+    if len(rows) < minimum:
+        raise DataError(
+            f"the {what} text must give at least {minimum} sequences of {length} tokens; it has {len(tokens)} tokens = {len(rows)} sequences; "
+            "use more text or a smaller --seq_len"
+        )
+    return rows
+
+
+def order(available: int, wanted: int, seed: int) -> Tensor:
+    """Which sequence to train on at each of `wanted` draws: all `available` ones in a random order, then all again in another."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(available, generator=generator) for _ in range(-(-wanted // available))]
+    return torch.cat(passes)[:wanted]
+

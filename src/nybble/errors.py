@@ -1,0 +1,44 @@
+"""User errors: one line each: what was required, what came, what to do. The command line prints them and exits with 2.
+
+`assert` is kept for our own mistakes; whatever a person can cause by input, files or machine raises one of these.
+"""
+
+
+class NybbleError(Exception):
+    """Base of everything a user can cause and repair."""
+
+
+class OptionError(NybbleError):
+    """An option has an impossible value, or two options contradict each other."""
+
+
+class ModelError(NybbleError):
+    """The model cannot be found, read, or quantized."""
+
+
+class DataError(NybbleError):
+    """The text cannot be found or read, or there is too little of it."""
+
+
+class RunError(NybbleError):
+    """The run folder is in use, foreign, damaged, or does not fit on the disk."""
+
+
+class TrainingError(NybbleError):
+    """Training cannot go on: the loss is not finite, for example."""
+
+
+class ExportError(NybbleError):
+    """A format cannot hold the model, or what was read back is not what was written."""
+
+
+class MissingExtraError(NybbleError):
+    """An optional dependency is not installed.
+
+    Args:
+        extra: name of the optional extra in pyproject.toml.
+        purpose: what it is needed for, completing "... needed for".
+    """
+
+    def __init__(self, extra: str, purpose: str) -> None:
+        super().__init__(f'the extra "{extra}" is needed for {purpose}; install it with: pip install "nybble[{extra}]"')

@@ -1,0 +1,81 @@
+"""What a run will need, before it starts: memory, disk, steps, tokens. Plain arithmetic on shapes; all sizes in bytes.
+
+The constants were fitted to measured peaks (docs/log.md) and err on the high side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Numbers kept for the backward per token and decoder layer, in multiples of hidden size and of intermediate size.
+_HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
+# float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
+_CHUNK_COPIES = 5
+_FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
+_OVERHEAD = 600 << 20  # interpreter and libraries
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a model and a run.
+
+    Attributes:
+        parameters, int4: numbers in all parameters; in the layers that get 4 bits.
+        features: inputs + outputs, summed over those layers.
+        largest: numbers in the largest of them.
+        layers, hidden, intermediate, vocabulary: as in the configuration.
+        itemsize: bytes of a number in the compute dtype.
+    """
+
+    parameters: int
+    int4: int
+    features: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    itemsize: int
+
+    @staticmethod
+    def of(model: Any, names: tuple[str, ...], itemsize: int) -> Shapes:
+        """Shapes of a transformers model whose layers `names` get 4 bits."""
+        weights = [model.get_submodule(name).weight for name in names]
+        config = model.config
+        return Shapes(
+            parameters=sum(p.numel() for p in model.parameters()),
+            int4=sum(w.numel() for w in weights),
+            features=sum(sum(w.shape) for w in weights),
+            largest=max(w.numel() for w in weights),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
+            vocabulary=config.vocab_size,
+            itemsize=itemsize,
+        )
+
+
+def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, cache: bool) -> int:
+    """Peak of training with `tokens` a microbatch; `cache` keeps one weight and one gradient copy (the step cache)."""
+    model = shapes.parameters * shapes.itemsize + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
+    copies = 2 * shapes.int4 * shapes.itemsize if cache else 0
+    one_layer = 6 * shapes.largest * _FLOAT32
+    trained = _ADAM * (shapes.features * rank + shapes.int4 // group_size)
+    activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
+    logits = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
+    return _OVERHEAD + model + copies + one_layer + trained + activations + logits
+
+
+def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:
+    """Teacher states of `tokens`, two checkpoints (one being written), best weights, and the results."""
+    trained = shapes.features * rank + shapes.int4 // group_size
+    return tokens * shapes.hidden * shapes.itemsize + (2 * 3 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
+
+
+def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, cache: bool, available: int, most: int) -> int:
+    """Largest power of two of sequences that fits 70 % of `available` memory and at most `most` tokens; at least 1."""
+    size = 1
+    while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, cache) < 0.7 * available:
+        size *= 2
+    return size

@@ -1,0 +1,164 @@
+"""Measure a model: token perplexity, KL divergence to the teacher, lm-eval tasks. The same calls for a torch model and for every export.
+
+    token perplexity = exp(mean over tokens of -log q(token | those before it in its sequence))
+    KL to teacher    = mean over the same positions of sum_v p_v (log p_v - log q_v)             p teacher, q model; nats
+
+Word perplexity is lm-eval's task `wikitext` (whole articles, per word), with windows of at most `MAX_LENGTH` tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nybble.errors import DataError, MissingExtraError, OptionError
+from nybble.losses import Head
+
+# Longest window in lm-eval: what the published tables of this field use, and what fits memory with any vocabulary.
+MAX_LENGTH = 2048
+
+# Index of a sequence -> its logits [T, V], float32.
+Logits = Callable[[int], Tensor]
+
+
+def logits_of(model: Any, input_ids: Tensor) -> Logits:
+    """Logits of a transformers-like model (torch or exported) on rows of input_ids [S, T]."""
+    device = getattr(model, "device", torch.device("cpu"))
+    return lambda i: model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0].float()
+
+
+def logits_from_states(head: Head, states: Tensor) -> Logits:
+    """The teacher's logits from its hidden states [S, T, D] on disk."""
+    return lambda i: head.logits(states[i].to(head.weight_VD.device))
+
+
+@torch.no_grad()
+def measure(logits: Logits, input_ids: Tensor, teacher: Logits | None = None, advance: Callable[[int], None] = lambda n: None) -> dict[str, float]:
+    """Token perplexity on sequences [S, T], and KL to the teacher where there is one.
+
+    Returns: token_perplexity, tokens, and kl_to_teacher.
+    """
+    loss = divergence = 0.0
+    for i, ids in enumerate(input_ids):
+        log_q = F.log_softmax(logits(i)[:-1], dim=-1)
+        loss -= log_q.gather(1, ids[1:, None].to(log_q.device)).sum().item()
+        if teacher is not None:
+            log_p = F.log_softmax(teacher(i)[:-1], dim=-1).to(log_q.device)
+            divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
+        advance(1)
+    tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
+    measured = {"token_perplexity": math.exp(min(loss / tokens, 700.0)), "tokens": tokens}
+    return measured if teacher is None else measured | {"kl_to_teacher": divergence / tokens}
+
+
+# --- lm-eval ------------------------------------------------------------------------------------------------------------------
+
+# Local folders for hub data sets whose name says something else.
+_FOLDERS = {"ai2_arc": "arc", "wikitext_document_level": "wikitext/document_level"}
+_SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
+
+
+def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
+    """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data."""
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("eval", f"measuring {', '.join(tasks)} (or leave the tasks out: --tasks)")
+    from difflib import get_close_matches
+
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, 3)
+            raise OptionError(f"--tasks must name lm-eval tasks; got {task}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    if data_dir is not None:
+        _local_tasks(tasks, Path(data_dir))
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 8, limit: int | None = None, data_dir: str | None = None
+) -> dict[str, dict[str, float]]:
+    """lm-eval tasks on a transformers-like model.
+
+    Args:
+        data_dir: folder with local copies of the data sets in the hub's field names, instead of the hub.
+
+    Returns: task -> metric -> value, with lm-eval's names of metrics ("word_perplexity", "acc", "acc_norm", "acc_stderr", ...).
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+    chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
+    try:
+        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR")
+    except Exception as error:  # the hub's errors have no common base
+        if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find")):
+            raise DataError(
+                f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
+                "give a folder with local copies by --data_dir, or leave the tasks out (--tasks)"
+            ) from error
+        raise
+    assert output is not None  # None on other processes than the first only
+    return {
+        task: {metric.split(",")[0]: value for metric, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in output["results"].items()
+    }
+
+
+def _local_tasks(tasks: Sequence[str], data_dir: Path) -> list[dict[str, Any]]:
+    """lm-eval's own configurations with the data source replaced by local files."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    index, configs = TaskManager().task_index, []
+    for task in tasks:
+        config = load_yaml(index[task].yaml_path)
+        source, subset = config.pop("dataset_path", task), config.pop("dataset_name", None)
+        config.pop("dataset_kwargs", None)
+        folder = _local_folder(data_dir, task, source, subset)
+        files = _split_files(folder)
+        for key, needed in (("training_split", False), ("validation_split", False), ("test_split", True), ("fewshot_split", False)):
+            if config.get(key) and config[key] not in files:
+                if needed:
+                    raise DataError(f"--data_dir: {task} is scored on the split {config[key]}, which {folder} does not have")
+                config[key] = None
+        config["custom_dataset"] = lambda _files=files, **_: _dataset(_files)
+        configs.append(config)
+    return configs
+
+
+def _local_folder(data_dir: Path, task: str, source: str, subset: str | None) -> Path:
+    name = source.split("/")[-1]
+    base = data_dir / _FOLDERS.get(name, name)
+    tried = ([base / subset] if subset else []) + [base, data_dir / task]
+    for folder in tried:
+        if folder.is_dir() and _split_files(folder):
+            return folder
+    raise DataError(f"--data_dir must hold the data of {task} in {tried[0]} (files named train, validation, test; .jsonl or .parquet); found none")
+
+
+def _split_files(folder: Path) -> dict[str, str]:
+    files = {}
+    for split, words in _SPLIT_WORDS.items():
+        found = sorted(f for suffix in ("jsonl", "parquet") for f in folder.glob(f"*.{suffix}") if any(word in f.name for word in words))
+        if found:
+            files[split] = str(found[0])
+    return files
+
+
+def _dataset(files: dict[str, str]) -> Any:
+    import datasets
+
+    kind = "json" if next(iter(files.values())).endswith("jsonl") else "parquet"
+    return datasets.DatasetDict({split: datasets.load_dataset(kind, data_files=file, split="train") for split, file in files.items()})

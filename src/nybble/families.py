@@ -1,0 +1,80 @@
+"""Facts about model families that configurations do not say, as a table. Code branches on these facts, never on names.
+
+A family that is not in the table gets `DEFAULT`; `losses.Head.verify` then checks on real logits that the default is true, so a
+wrong fact is an error before training starts and not a silent loss of quality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attributes name fields of the configuration, or None where the family has no such thing.
+
+    Attributes:
+        softcap: logits = cap * tanh(logits / cap).
+        logit_scale: logits are multiplied with it.
+        logit_divisor: logits are divided by it.
+        exported: whether the OpenVINO export has been seen working (tests/export/test_families.py); else the reason why not.
+    """
+
+    softcap: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    exported: bool | str = False
+
+
+DEFAULT = Family()
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(exported=True),  # Llama 2 and 3.x, SmolLM, SmolLM2
+    "mistral": Family(exported=True),
+    "qwen2": Family(exported=True),
+    "qwen3": Family(exported=True),
+    "gemma2": Family(softcap="final_logit_softcapping", exported=True),
+    "gemma3_text": Family(softcap="final_logit_softcapping", exported=True),
+    "phi3": Family(exported=True),
+    "granite": Family(logit_divisor="logits_scaling"),
+    "cohere": Family(logit_scale="logit_scale"),
+    "cohere2": Family(logit_scale="logit_scale"),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The table's row for a transformers configuration."""
+    return FAMILIES.get(config.model_type, DEFAULT)
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(multiplier, soft cap or None): logits = cap(multiplier * head(hidden))."""
+    family = family_of(config)
+    multiplier = 1.0
+    if family.logit_scale is not None:
+        multiplier *= getattr(config, family.logit_scale)
+    if family.logit_divisor is not None:
+        multiplier /= getattr(config, family.logit_divisor)
+    return multiplier, getattr(config, family.softcap) if family.softcap is not None else None
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are fast there: CUDA, or a CPU with AMX or AVX512-BF16 (elsewhere they are emulated, 4 x slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def special_parameters(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters of three dimensions outside of convolutions: experts of a mixture stored as one tensor."""
+    return [
+        (f"{name}.{leaf}" if name else leaf, parameter)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.modules.conv._ConvNd)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]

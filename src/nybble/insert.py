@@ -1,0 +1,63 @@
+"""Put fake-quantized layers in place of nn.Linear, and 8-bit weights into embedding and head.
+
+Plain module replacement, no graph tracing: a new model family works as soon as transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nybble.compress import Start
+from nybble.grid import INT8_ROW, Grid, min_max
+from nybble.layers import FakeQuantizedLoRALinear
+from nybble.quantized import QuantizedWeight
+
+
+def insert(model: Any, starts: Mapping[str, Start], grid: Grid, rank: int, seed: int) -> dict[str, FakeQuantizedLoRALinear]:
+    """Replace every layer named in `starts`, in place; the layers take over weight and bias without a copy.
+
+    Returns: name -> layer, in the order of `starts`. Until trained, the model computes with the compressed weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, start in starts.items():
+        linear = model.get_submodule(name)
+        layers[name] = FakeQuantizedLoRALinear(
+            start.weight_OI, start.scale_OG, start.zero_OG, grid, linear.bias, rank, linear.weight.dtype, generator
+        )
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+@torch.no_grad()
+def quantize_rows(model: Any, names: Iterable[str]) -> dict[str, QuantizedWeight]:
+    """Round embedding and head to 8 bits a row, zero fixed at 128, in place. A tied head follows its embedding.
+
+    Returns: module name -> the codes that ship.
+    """
+    quantized = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        quantized[name] = Start(weight, *min_max(weight, INT8_ROW)).quantized(INT8_ROW)
+        weight.copy_(quantized[name].dequantize())
+    return quantized
+
+
+@contextmanager
+def step_cache(layers: Iterable[FakeQuantizedLoRALinear], push: bool = True) -> Iterator[None]:
+    """Quantize every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer.fill_step_cache()
+        yield
+        if push:
+            for layer in layers:
+                layer.push_step_cache()
+    finally:
+        for layer in layers:
+            layer.drop_step_cache()

@@ -1,0 +1,120 @@
+"""The fake-quantized LoRA layer: a frozen weight whose low-rank update is inside the rounding, so that it vanishes into the codes.
+
+    scale  = round7(start_scale * exp(log_scale_shift))
+    W_q    = fake_quantize(weight + lora_b[:, :r] @ lora_a[:r], scale, zero)            r = active_rank
+    output = input @ W_q.T + bias
+
+lora_b and log_scale_shift start at zero: the untrained layer is exactly the compressed one. The shift is the logarithm of
+what the scale is multiplied with, so its learning rate is a relative one: 1e-4 a step moves a scale by about 0.01 %.
+
+The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
+- recompute: W_q is made in every forward and again in every backward; nothing is kept.
+- step cache: `fill_step_cache` makes W_q once as a leaf; all microbatches run on it and add up its gradient;
+  `push_step_cache` sends that gradient through the quantizer and the adapters once. Costs one weight and one gradient copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nybble import grid as g
+from nybble.grid import Grid
+from nybble.quantized import QuantizedWeight
+
+
+class FakeQuantizedLoRALinear(nn.Module):
+    """Replaces nn.Linear during training.
+
+    Args:
+        weight_OI: frozen base weight, float32 / bfloat16 / float16; the sum with the adapters is made in float32.
+        scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
+        grid: of the codes.
+        bias: [O] or None, frozen.
+        rank: of the adapters, clamped to min(O, I); 0 trains scales only.
+        dtype: of inputs and outputs; the weight is cast to it just before the matrix product.
+        generator: for the random start of lora_a.
+    """
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        scale_OG: Tensor,
+        zero_OG: Tensor,
+        grid: Grid,
+        bias: Tensor | None,
+        rank: int,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.rank = self.active_rank = min(rank, self.out_features, self.in_features)
+        self.grid, self.dtype = grid, dtype
+        device = weight_OI.device
+        self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("start_scale", scale_OG.to(device, torch.float32))
+        self.register_buffer("zero", zero_OG.to(device, torch.float32))
+        self.log_scale_shift = nn.Parameter(torch.zeros_like(self.start_scale))
+        # Uniform with variance 1 / I, the start of peft's lora_A; drawn on the CPU so that every device starts alike.
+        bound = math.sqrt(3 / self.in_features)
+        lora_a = (torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1) * bound
+        self.lora_a = nn.Parameter(lora_a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, self.rank, device=device))
+        self.step_weight: Tensor | None = None
+
+    def scale_OG(self) -> Tensor:
+        """Current scale, on the scale grid; float32, differentiable."""
+        return g.round_scale_through(self.start_scale * self.log_scale_shift.exp())
+
+    def merged_OI(self) -> Tensor:
+        """weight + lora_b @ lora_a at the active rank; float32, differentiable."""
+        weight_OI = self.weight.float()
+        if self.active_rank == 0:
+            return weight_OI
+        return torch.addmm(weight_OI, self.lora_b[:, : self.active_rank], self.lora_a[: self.active_rank])
+
+    def quantized_OI(self) -> Tensor:
+        """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
+        return g.fake_quantize(self.merged_OI(), self.scale_OG(), self.zero, self.grid)
+
+    @torch.no_grad()
+    def absorb(self) -> QuantizedWeight:
+        """The codes of W_q: the adapters are gone. Calls the functions that the forward calls."""
+        scale_OG = self.scale_OG()
+        codes_OI = g.quantize(self.merged_OI(), scale_OG, self.zero, self.grid)
+        return QuantizedWeight(codes_OI, scale_OG, self.zero.to(torch.uint8), self.grid)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.step_weight is not None:
+            return F.linear(inputs, self.step_weight, self.bias)
+        if not torch.is_grad_enabled():
+            return self._linear(inputs)
+        return checkpoint(self._linear, inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+    def _linear(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.quantized_OI().to(self.dtype), self.bias)
+
+    @torch.no_grad()
+    def fill_step_cache(self) -> None:
+        """Make W_q once, as a leaf that collects gradients, for all microbatches until `push_step_cache`."""
+        self.step_weight = self.quantized_OI().to(self.dtype).requires_grad_()
+
+    def push_step_cache(self) -> None:
+        """Send the collected gradient of W_q to the adapters and the scales, and drop the cache."""
+        assert self.step_weight is not None, "push_step_cache without fill_step_cache"
+        grad_OI, self.step_weight = self.step_weight.grad, None
+        if grad_OI is not None:
+            self.quantized_OI().backward(grad_OI.float())
+
+    def drop_step_cache(self) -> None:
+        """Forget the cache (after evaluation)."""
+        self.step_weight = None
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"

@@ -1,0 +1,121 @@
+"""Distillation loss: KL divergence of the student's next-token distribution from the teacher's. Pure functions.
+
+    z = cap * tanh(head(hidden) * multiplier / cap)            (the cap of Gemma 2; without: z = head(hidden) * multiplier)
+    KL(teacher || student) = sum_v p_v (log p_v - log q_v),    p = softmax(z_teacher), q = softmax(z_student)
+
+Both models' logits are made from their last hidden states, a chunk of tokens at a time, and thrown away: at no moment does more
+than one chunk of logits exist. The head is frozen, so all that training needs is the gradient of the hidden states, known in
+closed form as soon as the chunk's logits are: d KL / d z_student = q - p. It is computed in the forward; the backward only scales.
+(Liger-Kernel, arXiv 2410.10989, does the same for its fused losses.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nybble.errors import ModelError
+from nybble.families import logit_transform
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states -> logits.
+
+    Attributes:
+        weight_VD, bias_V: of the language-model head; frozen.
+        multiplier, cap: see the formula above.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    multiplier: float
+    cap: float | None
+
+    @staticmethod
+    def of(model: Any, copy: bool = False) -> Head:
+        """The head of a transformers model. `copy` keeps it as it is now, whatever happens to the model."""
+        linear = model.get_output_embeddings()
+        bias = getattr(linear, "bias", None)
+        weight = linear.weight.detach()
+        return Head(weight.clone() if copy else weight, bias, *logit_transform(model.config))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> float32 [..., V]."""
+        logits = F.linear(hidden, self.weight_VD, self.bias_V).float()
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    @torch.no_grad()
+    def verify(self, model: Any, input_ids: Tensor) -> None:
+        """Raise ModelError unless these logits are the model's own on a real input: guards against families that do more to them."""
+        ours, its = self.logits(last_hidden(model, input_ids)), model(input_ids=input_ids, use_cache=False).logits.float()
+        # Two bf16 roundings of the same sum may differ by 2**-7 of the largest logit.
+        tolerance = its.abs().max().item() * (2**-6 if its.dtype != torch.float32 or self.weight_VD.dtype != torch.float32 else 1e-4)
+        difference = (ours - its).abs().max().item()
+        if difference > tolerance:
+            raise ModelError(
+                f"the logits of {model.config.model_type} must be head(hidden states), scaled and soft-capped as families.py says; "
+                f"they differ by {difference:.3g} (allowed {tolerance:.3g}); this family needs a row in families.py"
+            )
+
+
+def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """Last hidden states [B, T, D], after the final norm, before the head."""
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+class _ChunkedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int) -> Tensor:  # type: ignore[no-untyped-def,override]
+        total = torch.zeros((), dtype=torch.float32, device=student_ND.device)
+        grad_ND = torch.empty_like(student_ND) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(student_ND), chunk):
+            part = slice(i, i + chunk)
+            kl_C, grad = _kl_chunk(student.logits(student_ND[part]), teacher.logits(teacher_ND[part]), student, grad_ND is not None)
+            total += kl_C.sum()
+            if grad_ND is not None:
+                grad_ND[part] = grad.to(student_ND.dtype) @ student.weight_VD
+        ctx.save_for_backward(grad_ND)
+        ctx.tokens = len(student_ND)
+        return total / len(student_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * (grad / ctx.tokens), None, None, None, None
+
+
+def _kl_chunk(z_student: Tensor, z_teacher: Tensor, student: Head, need_grad: bool) -> tuple[Tensor, Any]:
+    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites z_teacher and, without a cap, z_student.
+
+    With shifts a = log sum exp: KL = sum_v p_v (z_teacher - z_student) - a_teacher + a_student.
+    """
+    a_teacher, a_student = z_teacher.logsumexp(-1), z_student.logsumexp(-1)
+    p = torch.sub(z_teacher, a_teacher[:, None]).exp_()
+    kl = torch.linalg.vecdot(p, z_teacher.sub_(z_student)) - a_teacher + a_student
+    if not need_grad:
+        return kl, None
+    capped = None if student.cap is None else 1 - (z_student / student.cap) ** 2  # d tanh
+    grad = z_student.sub_(a_student[:, None]).exp_().sub_(p)
+    if capped is not None:
+        grad.mul_(capped)
+    return kl, grad if student.multiplier == 1.0 else grad.mul_(student.multiplier)
+
+
+def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int = 256) -> Tensor:
+    """Mean over tokens of KL(teacher || student), in nats; differentiable in the student's hidden states.
+
+    Args:
+        student_ND, teacher_ND: last hidden states, flattened to [tokens, D].
+        student, teacher: their heads.
+        chunk: tokens whose logits exist at a time; memory is about 5 * chunk * V * 4 bytes.
+    """
+    return _ChunkedKL.apply(student_ND, teacher_ND, student, teacher, chunk)  # type: ignore[no-any-return]

