@@ -35,7 +35,7 @@ log = logging.getLogger("nybble")
 
 CHUNK = 256  # tokens whose logits exist at a time in the loss
 # More tokens than this in a microbatch gain nothing: the matrix products are already large (docs/log.md).
-MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
+MOST_TOKENS = {"cpu": {torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 4096}, "cuda": {}}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     if cache == "auto":
         cache = "step" if estimate.memory(*sizes, options.seq_len, CHUNK, True) < 0.7 * available else "recompute"
     microbatch = options.microbatch or estimate.pick_microbatch(
-        *sizes, options.seq_len, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type]
+        *sizes, options.seq_len, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
     )
     memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
     splits = (sequences.train, sequences.validation, sequences.test)

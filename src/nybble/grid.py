@@ -78,7 +78,7 @@ def group(weight_OI: Tensor, groups: int) -> Tensor:
 
 
 def round_scale(scale: Tensor) -> Tensor:
-    """Round to 7 significant bits and keep within the normal fp16 range. 0.1 -> 0.10009765625 (82 * 2**-13 ... 102.5 -> 102/1024)."""
+    """Round to 7 significant bits and keep within the normal fp16 range. 0.1 -> 0.099609375 = 102 / 1024."""
     mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
     rounded = torch.ldexp(torch.round(torch.ldexp(mantissa, torch.tensor(SCALE_BITS))), exponent - SCALE_BITS)
     return rounded.clamp(SCALE_MIN, SCALE_MAX)

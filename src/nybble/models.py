@@ -11,7 +11,9 @@ transformers builds loses SmolLM's digit splitting, for one.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +196,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Any:
         raise MissingExtraError("gguf", "reading .gguf files")
     config = GgufConfig(gguf_file=path.name, dequantize=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=config, dtype=dtype)
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path.name} cannot be loaded as GGUF: {_first_line(error)}") from error
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,8 @@ def _trace(model: Any) -> Any:
         "beam_idx": torch.arange(batch, dtype=torch.int32),
     }
     states = [torch.zeros(batch, heads, past, width) for _ in range(2 * config.num_hidden_layers)]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(), _static_rope(model):
+        warnings.simplefilter("ignore")  # the tracer warns of every branch on a shape; the check of logits is the judge
         irs = ov.convert_model(_WithPast(model).eval(), example_input=(*example.values(), *states))
 
     stateful = {}
@@ -152,6 +155,28 @@ def _trace(model: Any) -> Any:
     apply_make_stateful_transformation(irs, stateful)
     _start_states_empty(irs, heads, width)
     return irs
+
+
+@contextmanager
+def _static_rope(model: Any) -> Iterator[None]:
+    """Rotary embeddings whose frequencies depend on the length of the context (Phi-3.5's longrope, dynamic NTK) stay at those of
+    contexts up to `original_max_position_embeddings`: a branch on the length cannot be traced."""
+    changing = [module for module in model.modules() if getattr(module, "rope_type", None) in ("longrope", "dynamic")]
+    kinds = [module.rope_type for module in changing]
+    try:
+        for module in changing:
+            module.rope_type = "default"  # asked only whether to update the frequencies
+        if changing:
+            log.info("positions: the exported model is right for contexts up to %d tokens", _original_length(model.config))
+        yield
+    finally:
+        for module, kind in zip(changing, kinds, strict=True):
+            module.rope_type = kind
+
+
+def _original_length(config: Any) -> int:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def _start_states_empty(irs: Any, heads: int, width: int) -> None:

@@ -1,0 +1,119 @@
+"""The arithmetic against slow float64 loops, finite differences and autograd of a plain reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nybble import grid as g
+from nybble.errors import OptionError
+from nybble.grid import INT8_ROW, Grid
+from tests.reference import quantizer as slow
+
+GRIDS = [Grid(), Grid(group_size=16), Grid(group_size=None), Grid(symmetric=True, group_size=32), INT8_ROW]
+
+
+def random_weights(rows: int, columns: int, seed: int, spread: float = 1.0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), spread=st.floats(1e-3, 1e3), offset=st.floats(-2, 2), which=st.integers(0, len(GRIDS) - 1))
+def test_equals_the_slow_loops(seed: int, spread: float, offset: float, which: int) -> None:
+    grid = GRIDS[which]
+    weight = (random_weights(3, 64, seed) + offset) * spread
+    scale, zero = g.min_max(weight, grid)
+    codes = g.quantize(weight, scale, zero, grid)
+    back = g.dequantize(codes, scale, zero)
+    width = 64 // scale.shape[1]
+    for o in range(3):
+        for k in range(scale.shape[1]):
+            row = weight[o, k * width : (k + 1) * width].tolist()
+            expected_scale, expected_zero = slow.min_max(row, grid.bits, grid.symmetric)
+            assert (scale[o, k].item(), zero[o, k].item()) == (expected_scale, expected_zero)
+            for i, w in enumerate(row):
+                c = slow.code(w, expected_scale, expected_zero, grid.bits)
+                assert codes[o, k * width + i].item() == c
+                assert back[o, k * width + i].item() == expected_scale * (c - expected_zero)
+
+
+@settings(max_examples=100, deadline=None)
+@given(scale=st.floats(1e-9, 1e9))
+def test_scale_has_seven_bits_in_the_normal_fp16_range(scale: float) -> None:
+    rounded = g.round_scale(torch.tensor([scale], dtype=torch.float64)).item()
+    assert rounded == slow.round_scale(scale)
+    mantissa, _ = torch.frexp(torch.tensor(rounded, dtype=torch.float64))
+    assert (mantissa * 2**7).item().is_integer()
+    assert 2.0**-14 <= rounded <= 65024.0
+
+
+def test_the_worked_number_of_the_docstring() -> None:
+    assert g.round_scale(torch.tensor(0.1)).item() == 0.099609375 == 102 / 1024
+
+
+def test_scale_weight_and_minimum_are_exact_in_fp16() -> None:
+    """Contract 2: every 7-bit mantissa, over exponents of real scales, times every code difference from -15 to 15."""
+    mantissas = torch.arange(64, 128, dtype=torch.float64) / 128
+    scale = (mantissas[:, None] * 2.0 ** torch.arange(-9, 6, dtype=torch.float64)).flatten()
+    assert torch.equal(g.round_scale(scale), scale)
+    products = scale[:, None] * torch.arange(-15, 16, dtype=torch.float64)
+    assert torch.equal(products.half().double(), products)
+
+
+def test_zero_weights_give_zero_and_a_valid_scale() -> None:
+    scale, zero = g.min_max(torch.zeros(2, 64), Grid())
+    assert torch.equal(g.dequantize(g.quantize(torch.zeros(2, 64), scale, zero, Grid()), scale, zero), torch.zeros(2, 64))
+    assert (scale == 2.0**-14).all()
+
+
+def test_rounding_error_is_at_most_half_a_step_and_the_scale_rounding() -> None:
+    weight = random_weights(16, 256, 0)
+    scale, zero = g.min_max(weight, Grid())
+    error = (g.dequantize(g.quantize(weight, scale, zero, Grid()), scale, zero) - weight).abs()
+    # 0.5 step of rounding, 0.5 of rounding the zero, 15 steps * 2**-7 relative of rounding the scale
+    assert (g.group(error, 4) / scale[..., None]).max() <= 0.5 + 0.5 + 15 * 2**-7
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_equal_autograd_of_the_plain_reference(grid: Grid) -> None:
+    weight = random_weights(5, 64, 1)
+    scale, zero = g.min_max(weight * 0.6, grid)  # a narrower range, so that some codes are clipped
+    ours = [t.clone().requires_grad_() for t in (weight, scale, zero)]
+    theirs = [t.clone().requires_grad_() for t in (weight, scale, zero)]
+    upstream = random_weights(5, 64, 2)
+    out, expected = g.fake_quantize(*ours, grid), slow.fake_quantize(*theirs, grid.bits)
+    assert torch.equal(out, expected)
+    out.backward(upstream)
+    expected.backward(upstream)
+    clipped = (ours[0].grad == 0).sum()
+    assert 0 < clipped < weight.numel()
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, rtol=1e-15, atol=0)  # autograd multiplies and divides by scale: one rounding
+    for mine, reference in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-12, atol=1e-12)  # sums in another order
+
+
+def test_gradient_of_scale_equals_finite_differences_where_codes_are_clipped() -> None:
+    grid = Grid(group_size=8)
+    weight = torch.tensor([[50.0, -50, 60, -60, 70, -70, 80, -80]], dtype=torch.float64)  # all clipped: no rounding between
+    scale, zero = torch.tensor([[0.5]], dtype=torch.float64, requires_grad=True), torch.tensor([[7.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: g.fake_quantize(weight, s, zero, grid), (scale,))
+
+
+def test_codes_move_across_a_rounding_boundary_only() -> None:
+    grid = Grid(group_size=2)
+    scale, zero = torch.tensor([[1.0]]), torch.tensor([[8.0]])
+    assert g.quantize(torch.tensor([[0.49, 0.51]]), scale, zero, grid).tolist() == [[8, 9]]
+    assert g.quantize(torch.tensor([[0.5, 1.5]]), scale, zero, grid).tolist() == [[8, 10]]  # half to even, before zero is added
+    assert g.quantize(torch.tensor([[-99.0, 99.0]]), scale, zero, grid).tolist() == [[0, 15]]
+
+
+@pytest.mark.parametrize(
+    ("features", "size", "choices"),
+    [(100, 48, "10, 20, 25, 50, 100"), (576, 128, "16, 32, 64"), (192, 0, "16, 32, 64"), (64, -4, "16, 32, 64")],
+)
+def test_group_size_error_names_layer_and_choices(features: int, size: int, choices: str) -> None:
+    with pytest.raises(OptionError) as error:
+        g.check_group_size("model.layers.0.mlp.up_proj", features, size)
+    assert str(error.value) == (
+        f"in_features must be a multiple of group_size: layer model.layers.0.mlp.up_proj has in_features={features}, got group_size={size}; choose {choices}"
+    )

@@ -1,0 +1,140 @@
+"""The layer: absorption bit for bit, gradients against float64, both ways of computing a step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nybble.absorb import assert_absorbs_exactly, plain_linear
+from nybble.grid import Grid, min_max
+from nybble.insert import step_cache
+from nybble.layers import FakeQuantizedLoRALinear
+from tests.reference import quantizer as slow
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(outputs: int = 24, inputs: int = 64, rank: int = 8, dtype: torch.dtype = torch.float32, bias: bool = True, tuned: bool = True) -> FakeQuantizedLoRALinear:
+    """A layer with adapters and scales as after training."""
+    generator = torch.Generator().manual_seed(0)
+    grid = Grid(group_size=16)
+    weight = (torch.randn(outputs, inputs, generator=generator) * 0.1).to(dtype)
+    layer = FakeQuantizedLoRALinear(
+        weight, *min_max(weight, grid), grid, torch.randn(outputs, generator=generator).to(dtype) if bias else None, rank, dtype, generator
+    )
+    if tuned:
+        with torch.no_grad():
+            layer.lora_b.normal_(0, 0.1, generator=generator)
+            layer.log_scale_shift.normal_(0, 0.1, generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_absorb_is_the_forward_at_every_rank(dtype: torch.dtype, bias: bool) -> None:
+    layer = make(dtype=dtype, bias=bias)
+    inputs = torch.randn(5, 3, 64).to(dtype)
+    seen = set()
+    for rank in range(layer.rank + 1):
+        layer.active_rank = rank
+        absorbed = layer.absorb()
+        plain = F.linear(inputs, absorbed.dequantize().to(dtype), layer.bias)
+        assert torch.equal(layer(inputs), plain)
+        with step_cache([layer], push=False):
+            assert torch.equal(layer(inputs), plain)
+        assert torch.equal(plain_linear(absorbed, layer.bias, dtype)(inputs), plain)
+        seen.add(absorbed.codes_OI.numpy().tobytes())
+    assert len(seen) > 1, "the adapters must change codes for this test to say anything"
+
+
+def test_a_wrong_absorption_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make()
+    absorb = layer.absorb
+
+    def wrong() -> object:
+        quantized = absorb()
+        quantized.codes_OI[0, 0] ^= 1
+        return quantized
+
+    monkeypatch.setattr(layer, "absorb", wrong)
+    with pytest.raises(AssertionError, match="absorbed codes differ from the forward"):
+        assert_absorbs_exactly("layer", layer)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(8, 64, 8), (200, 16, 16), (1, 64, 1), (48, 64, 32)])
+def test_rank_is_clamped_to_narrow_layers(outputs: int, inputs: int, rank: int) -> None:
+    assert make(outputs, inputs, 32).rank == rank
+
+
+def test_untrained_layer_is_the_compressed_weight() -> None:
+    layer = make(tuned=False)
+    weight = layer.weight.double()
+    scale, zero = min_max(layer.weight, layer.grid)
+    expected = slow.fake_quantize(weight, scale.double(), zero.double(), 4)
+    assert torch.equal(layer.quantized_OI().double(), expected)
+    assert layer.lora_a.abs().sum() > 0
+
+
+def reference_gradients(layer: FakeQuantizedLoRALinear, inputs: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """float64 autograd of the formula at the head of layers.py."""
+    a, b, shift = (p.detach().double().requires_grad_() for p in (layer.lora_a, layer.lora_b, layer.log_scale_shift))
+    exact = layer.start_scale.double() * shift.exp()
+    scale = exact + (layer.scale_OG().detach().double() - exact).detach()
+    weight = slow.fake_quantize(layer.weight.double() + b[:, : layer.active_rank] @ a[: layer.active_rank], scale, layer.zero.double(), 4)
+    (F.linear(inputs.double(), weight) * upstream.double()).sum().backward()
+    return {"lora_a": a.grad, "lora_b": b.grad, "log_scale_shift": shift.grad}
+
+
+@pytest.mark.parametrize("active", [8, 3, 0])
+@pytest.mark.parametrize("cached", [True, False])
+def test_gradients_equal_the_float64_reference(active: int, cached: bool) -> None:
+    layer = make()
+    layer.active_rank = active
+    inputs, upstream = torch.randn(7, 64), torch.randn(7, 24)
+    if cached:
+        with step_cache([layer]):
+            for part in (slice(0, 2), slice(2, 7)):  # two microbatches
+                (layer(inputs[part]) * upstream[part]).sum().backward()
+    else:
+        (layer(inputs) * upstream).sum().backward()
+    for name, expected in reference_gradients(layer, inputs, upstream).items():
+        grad = getattr(layer, name).grad
+        grad = torch.zeros_like(expected) if grad is None else grad.double()
+        # float32 sums of 7 * 64 products
+        torch.testing.assert_close(grad, torch.zeros_like(expected) if expected is None else expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sliced_ranks_get_no_gradient() -> None:
+    layer = make()
+    layer.active_rank = 3
+    layer(torch.randn(2, 64)).sum().backward()
+    assert layer.lora_a.grad[3:].abs().sum() == 0
+    assert layer.lora_a.grad[:3].abs().sum() > 0
+
+
+def test_input_gradient_is_that_of_the_quantized_weight() -> None:
+    layer = make()
+    inputs, upstream = torch.randn(3, 64, requires_grad=True), torch.randn(3, 24)
+    (layer(inputs) * upstream).sum().backward()
+    torch.testing.assert_close(inputs.grad, upstream @ layer.quantized_OI().detach())
+
+
+def test_recompute_keeps_no_weight_for_backward() -> None:
+    """Between forward and backward nothing of the size of the weight may be saved."""
+    layer, sizes = make(64, 128), []
+    inputs = torch.randn(2, 128, requires_grad=True)
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(inputs)
+    assert max(sizes, default=0) <= inputs.numel()
+
+
+def test_adapters_and_scales_stay_in_float32_whatever_the_weights_are() -> None:
+    layer = make(dtype=torch.bfloat16)
+    trained = {name: p.dtype for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == dict.fromkeys(("log_scale_shift", "lora_a", "lora_b"), torch.float32)
+    assert layer.weight.dtype == torch.bfloat16
