@@ -14,7 +14,9 @@ from tests.reference import quantizer as slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(outputs: int = 24, inputs: int = 64, rank: int = 8, dtype: torch.dtype = torch.float32, bias: bool = True, tuned: bool = True) -> FakeQuantizedLoRALinear:
+def make(
+    outputs: int = 24, inputs: int = 64, rank: int = 8, dtype: torch.dtype = torch.float32, bias: bool = True, tuned: bool = True
+) -> FakeQuantizedLoRALinear:
     """A layer with adapters and scales as after training."""
     generator = torch.Generator().manual_seed(0)
     grid = Grid(group_size=16)

@@ -42,7 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 8, "head_dim": 32}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
-    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32},
+    ),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32}),
     "phi3": ("Phi3Config", {"tie_word_embeddings": False, "sliding_window": 8, "rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 128}),
 }

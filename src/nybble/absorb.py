@@ -32,7 +32,8 @@ def plain_linear(quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.d
     weight_OI = quantized.dequantize().to(dtype)
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear
 
 

@@ -1,13 +1,13 @@
 """The run folder: what is saved when. Every file appears whole or not at all, so that a run can be killed at any moment and resumed.
 
-    config.toml          the options, resolved
-    log.txt              what the console said, with times
-    results.json         measurements and seconds per stage, growing; report.md is the same for people
-    teacher/             the teacher's hidden states (train states are deleted when training is done)
-    last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
-    best.safetensors     adapters and scales with the lowest validation loss
-    quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
-    openvino/            exports
+config.toml          the options, resolved
+log.txt              what the console said, with times
+results.json         measurements and seconds per stage, growing; report.md is the same for people
+teacher/             the teacher's hidden states (train states are deleted when training is done)
+last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
+best.safetensors     adapters and scales with the lowest validation loss
+quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
+openvino/            exports
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU, and the note."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))
+            return {name: file.get_tensor(name) for name in file}, json.loads((file.metadata() or {}).get("note", "{}"))
     except Exception as error:  # safetensors has its own error class for damaged files
         raise RunError(f"{path} must be a readable safetensors file; {error}; delete it to start that stage again") from error
 
@@ -117,8 +117,7 @@ class Run:
     @staticmethod
     def reopen(path: Path) -> Run:
         """Open a finished run to add to it."""
-        run = Run(path, _lock(path), json.loads((path / RESULTS).read_text()))
-        return run
+        return Run(path, _lock(path), json.loads((path / RESULTS).read_text()))
 
     @staticmethod
     def open(path: Path, options: Any, resume: bool, overwrite: bool) -> Run:
@@ -197,7 +196,19 @@ def peak_memory() -> dict[str, int]:
 
 def machine() -> dict[str, Any]:
     """Versions and hardware, for results.json and `nybble env`."""
-    packages = ("nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers", "openvino-genai", "lm-eval", "gguf")
+    packages = (
+        "nybble",
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "openvino",
+        "openvino-tokenizers",
+        "openvino-genai",
+        "lm-eval",
+        "gguf",
+    )
     versions = {}
     for name in packages:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from nybble.config import DistillOptions, EvalOptions, ExportOptions, from_toml, read_toml
+from nybble.config import DistillOptions, EvalOptions, ExportOptions, from_toml
 from nybble.errors import NybbleError, OptionError
 
 
@@ -119,15 +119,12 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
         if stem.startswith("--") and stem not in known and stem.replace("--no-", "--", 1) not in known:
             raise OptionError(f"unknown flag {stem.replace('-', '_').replace('__', '--', 1)} of nybble {name}{_nearest(stem, known)}; see nybble {name} --help")
 
-    values: dict[str, Any] = {}
     flags, config = _take(flags, "--config")
+    values = {} if config is None else from_toml(kind, Path(config))
     if "--resume" in flags:
-        _, folder = _take(flags, "--output-dir")
-        saved = Path(folder or "", "config.toml")
-        if folder and saved.is_file():
-            values |= from_toml(kind, saved)
-    if config is not None:
-        values |= from_toml(kind, Path(config))
+        folder = _take(flags, "--output-dir")[1] or values.get("output_dir")
+        if folder and (saved := Path(folder, "config.toml")).is_file():
+            values = from_toml(kind, saved) | values
     return _parse_flags(name, kind, flags, values), command
 
 
@@ -171,6 +168,3 @@ def _dashes(argument: str) -> str:
 def _nearest(word: str, words: Sequence[str]) -> str:
     near = get_close_matches(word, words, 1)
     return f"; did you mean {near[0].replace('-', '_').replace('__', '--', 1)}?" if near else ""
-
-
-__all__ = ["main", "parse", "read_toml"]

@@ -16,7 +16,6 @@ from tyro.conf import Positional
 
 from nybble.errors import OptionError
 
-
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -53,6 +53,7 @@ def log_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
+    log.setLevel(min(log.level or logging.INFO, logging.INFO))  # also when no console was set up
     try:
         yield
     finally:
@@ -68,12 +69,13 @@ def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
         columns.append(TextColumn(f"{{task.fields[{text}]}}"))
     done, spoke, started = 0, time.monotonic(), time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total, **({} if text is None else {text: ""}))
+        fields: dict[str, Any] = {} if text is None else {text: ""}
+        task = progress.add_task(title, total=total, **fields)
 
         def advance(units: int, **texts: str) -> None:
             nonlocal done, spoke
             done += units
-            progress.update(task, advance=units, **texts)
+            progress.update(task, advance=units, **dict[str, Any](texts))
             now = time.monotonic()
             if not console.is_terminal and now - spoke > _LOG_EVERY:
                 spoke = now

@@ -86,9 +86,13 @@ def _held_out(documents: Sequence[str], source: str) -> Texts:
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     if len(documents) < 3:
         return Texts(documents, (), (), source)
-    held = {"validation": documents[5::10] or documents[-2:-1], "test": documents[9::10] or documents[-1:]}
-    kept = [text for text in documents if text not in held["validation"] and text not in held["test"]]
-    return Texts(kept, held["validation"], held["test"], source)
+    held = {i: "validation" if i % 10 == 5 else "test" for i in range(len(documents)) if i % 10 in (5, 9)}
+    if len(held) < 2:
+        held = {len(documents) - 2: "validation", len(documents) - 1: "test"}
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for i, document in enumerate(documents):
+        parts[held.get(i, "train")].append(document)
+    return Texts(parts["train"], parts["validation"], parts["test"], source)
 
 
 def _read_file(path: Path, column: str) -> Sequence[str]:
@@ -199,4 +203,3 @@ def order(available: int, wanted: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(available, generator=generator) for _ in range(-(-wanted // available))]
     return torch.cat(passes)[:wanted]
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def distill(options: DistillOptions) -> Path:
     compress.check_method(options.start)
     export.check_formats(options.export)
     evaluate.check_tasks(options.tasks, options.data_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
     path = Path(options.output_dir or f"runs/{Path(options.pretrained).stem}-distill")
     Run.check(path, options.resume, options.overwrite)
 
@@ -66,6 +69,8 @@ def distill(options: DistillOptions) -> Path:
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
     sequences = _sequences(options, loaded.tokenizer)
+    if options.resume and (path / checkpoint.CONFIG).is_file():
+        options = _as_before(options, checkpoint.read_options(path))
     options = _resolve(options, loaded, plan, sequences, path)
     head = Head.of(loaded.model, copy=True)
     head.verify(loaded.model, sequences.validation[:1, :32].to(device))
@@ -101,7 +106,9 @@ def _run(run: Run, options: DistillOptions, loaded: models.LoadedModel, plan: mo
         _train(run, options, loaded.model, layers, sequences, states, head)
         with run.stage("absorb"):
             quantized = compressed | absorb.absorb(loaded.model, layers)
-            run.results["codes_changed"] = absorb.share_of_codes_changed({name: compressed[name] for name in layers}, {name: quantized[name] for name in layers})
+            run.results["codes_changed"] = absorb.share_of_codes_changed(
+                {name: compressed[name] for name in layers}, {name: quantized[name] for name in layers}
+            )
             checkpoint.save_quantized(run.path / "quantized", loaded.model, loaded.tokenizer, quantized)
         del layers, compressed, quantized
     # From here on everything is made from the saved folder, so what is measured is what is shipped.
@@ -132,6 +139,12 @@ def _sequences(options: DistillOptions, tokenizer: Any) -> Sequences:
     # A random choice of what is needed, seeded, so that a short run sees all parts of the text.
     train = train[data.order(len(train), needed, options.seed)]
     return Sequences(train, validation[: options.valid_samples], test[: options.test_samples or None])
+
+
+def _as_before(options: DistillOptions, saved: dict[str, Any]) -> DistillOptions:
+    """What was chosen automatically when the run started stays: other microbatches would give other bits."""
+    cache = saved["cache"] if options.cache == "auto" else options.cache
+    return replace(options, cache=cache, microbatch=options.microbatch or saved["microbatch"])
 
 
 def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, path: Path) -> DistillOptions:
@@ -234,7 +247,7 @@ def _train(
         log.info("step %d of %d: validation KL %.4f, token perplexity %.3f", progress.step, steps, measured["kl_to_teacher"], measured["token_perplexity"])
         if measured["kl_to_teacher"] < progress.best_loss:
             progress.best_loss, progress.best_step = measured["kl_to_teacher"], progress.step
-            save(best, {name: parameter for name, parameter in trainer.parameters.items()})
+            save(best, dict(trainer.parameters))
 
     with run.stage("train"), _curves(run, options) as curves, bar("train", steps, "loss") as advance:
         if not progress.history:
@@ -288,7 +301,12 @@ def _curves(run: Run, options: DistillOptions) -> Iterator[Callable[[int, dict[s
         yield lambda step, values: None
         return
     with SummaryWriter(str(run.path / "tensorboard")) as writer:
-        yield lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()] and None
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        yield write
 
 
 # --- after training -----------------------------------------------------------------------------------------------------------
@@ -325,7 +343,7 @@ def _size(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
     """Bytes of the model when shipped: quantized weights packed, everything else in 16 bits."""
     weights = {name: weight.nbytes for name, weight in quantized.items()}
     counted = {id(model.get_submodule(name).weight) for name in quantized}
-    rest = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
+    rest: int = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
     return sum(weights.values()) + rest
 
 

@@ -8,6 +8,7 @@ Word perplexity is lm-eval's task `wikitext` (whole articles, per word), with wi
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -65,6 +66,14 @@ _FOLDERS = {"ai2_arc": "arc", "wikitext_document_level": "wikitext/document_leve
 _SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
 
 
+@functools.cache
+def _task_manager() -> Any:
+    """lm-eval's index of tasks; reading it takes seconds, so once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
     """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data."""
     if not tasks:
@@ -73,9 +82,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
         raise MissingExtraError("eval", f"measuring {', '.join(tasks)} (or leave the tasks out: --tasks)")
     from difflib import get_close_matches
 
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager().all_tasks
+    known = _task_manager().all_tasks
     for task in tasks:
         if task not in known:
             near = get_close_matches(task, known, 3)
@@ -101,7 +108,7 @@ def run_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
     chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
     try:
-        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR")
+        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, task_manager=_task_manager())
     except Exception as error:  # the hub's errors have no common base
         if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find")):
             raise DataError(
@@ -118,10 +125,9 @@ def run_tasks(
 
 def _local_tasks(tasks: Sequence[str], data_dir: Path) -> list[dict[str, Any]]:
     """lm-eval's own configurations with the data source replaced by local files."""
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    index, configs = TaskManager().task_index, []
+    index, configs = _task_manager().task_index, []
     for task in tasks:
         config = load_yaml(index[task].yaml_path)
         source, subset = config.pop("dataset_path", task), config.pop("dataset_name", None)

@@ -65,7 +65,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bf16 matrix products are fast there: CUDA, or a CPU with AMX or AVX512-BF16 (elsewhere they are emulated, 4 x slower than fp32)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 

@@ -42,11 +42,11 @@ class Grid:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` weights."""
@@ -74,7 +74,7 @@ def check_group_size(name: str, in_features: int, group_size: int) -> None:
 
 def group(weight_OI: Tensor, groups: int) -> Tensor:
     """[O, I] -> [O, G, K], a view."""
-    return weight_OI.unflatten(-1, (groups, -1))
+    return weight_OI.unflatten(-1, (groups, -1))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def round_scale(scale: Tensor) -> Tensor:

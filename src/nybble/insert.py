@@ -26,9 +26,7 @@ def insert(model: Any, starts: Mapping[str, Start], grid: Grid, rank: int, seed:
     layers = {}
     for name, start in starts.items():
         linear = model.get_submodule(name)
-        layers[name] = FakeQuantizedLoRALinear(
-            start.weight_OI, start.scale_OG, start.zero_OG, grid, linear.bias, rank, linear.weight.dtype, generator
-        )
+        layers[name] = FakeQuantizedLoRALinear(start.weight_OI, start.scale_OG, start.zero_OG, grid, linear.bias, rank, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 

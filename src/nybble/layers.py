@@ -58,6 +58,8 @@ class FakeQuantizedLoRALinear(nn.Module):
         device = weight_OI.device
         self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.start_scale: Tensor
+        self.zero: Tensor
         self.register_buffer("start_scale", scale_OG.to(device, torch.float32))
         self.register_buffer("zero", zero_OG.to(device, torch.float32))
         self.log_scale_shift = nn.Parameter(torch.zeros_like(self.start_scale))

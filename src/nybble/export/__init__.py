@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
-
 from types import ModuleType
 
 from nybble.errors import MissingExtraError, OptionError

@@ -69,7 +69,7 @@ class _WithPast(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        presents = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        presents = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr]
         return output.logits, *presents
 
     def _masks(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -222,7 +222,7 @@ def _decompression(name: str, weight: QuantizedWeight) -> Any:
     four = weight.grid.bits == 4
     (rows, columns), groups = weight.codes_OI.shape, weight.scale_OG.shape[1]
     shape = [rows, groups, columns // groups] if four else [rows, columns]
-    kind, compute = ("u4", "f16") if four else ("u8", "f32")
+    compute = "f16" if four else "f32"
 
     def constant(leaf: str, codes: Tensor, dims: list[int]) -> Any:
         array = _bytes(codes, four)
@@ -326,7 +326,7 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
 
         super().__init__(copy.deepcopy(config))
         self.request = ov.Core().compile_model(folder / MODEL_XML, "CPU", dict(properties or {})).create_infer_request()
-        self._seen: Tensor | None = None  # tokens whose keys and values the state holds, while generating
+        self._seen = torch.empty(1, 0, dtype=torch.int64)  # tokens whose keys and values the state holds
         self._generating = False
 
     @property
@@ -335,7 +335,7 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, reset: bool = True) -> Tensor:
         """Logits [B, T, V] of new tokens [B, T], after what the state holds unless `reset`."""
-        past = 0 if reset or self._seen is None else self._seen.shape[1]
+        past = 0 if reset else self._seen.shape[1]
         if reset:
             self.request.reset_state()
             self._seen = input_ids
@@ -350,16 +350,15 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutputWithPast:
         """Logits of all tokens; while generating, of those that are new since the last call."""
-        seen = self._seen
-        grown = self._generating and seen is not None and input_ids.shape[1] > seen.shape[1]
-        if grown and torch.equal(input_ids[:, : seen.shape[1]], seen):  # type: ignore[union-attr]
-            return CausalLMOutputWithPast(logits=self.run(input_ids[:, seen.shape[1] :], attention_mask, reset=False))  # type: ignore[union-attr]
-        return CausalLMOutputWithPast(logits=self.run(input_ids, attention_mask, reset=True))
+        past = self._seen.shape[1]
+        if self._generating and 0 < past < input_ids.shape[1] and torch.equal(input_ids[:, :past], self._seen):
+            return CausalLMOutputWithPast(logits=self.run(input_ids[:, past:], attention_mask, reset=False))  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=self.run(input_ids, attention_mask, reset=True))  # type: ignore[arg-type]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate; the keys and values live in OpenVINO's state."""
-        self._generating, self._seen = True, None
+        self._generating, self._seen = True, self._seen[:, :0]
         try:
-            return super().generate(*args, **kwargs | {"use_cache": False})
+            return super().generate(*args, **kwargs | {"use_cache": False})  # type: ignore[misc]
         finally:
             self._generating = False

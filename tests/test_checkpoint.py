@@ -1,0 +1,129 @@
+"""The run folder: refusals, locks, atomic writes; the 4-bit model on disk."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import absorb, checkpoint, compress, insert, models
+from nybble.checkpoint import Run
+from nybble.config import DistillOptions
+from nybble.errors import RunError
+from nybble.grid import Grid
+from tests.tiny import FAMILIES, make_model, make_tokenizer
+
+OPTIONS = DistillOptions(pretrained="smollm2")
+
+
+def test_a_used_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    Run.open(path, OPTIONS, resume=False, overwrite=False).close()
+    (path / "last.safetensors").write_text("x")
+    with pytest.raises(RunError, match=r"already holds a run; add --resume to go on with it, or --overwrite to delete it"):
+        Run.open(path, OPTIONS, resume=False, overwrite=False)
+    Run.open(path, OPTIONS, resume=True, overwrite=False).close()
+    assert (path / "last.safetensors").exists()
+    Run.open(path, OPTIONS, resume=False, overwrite=True).close()
+    assert not (path / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_foreign_folder_is_never_touched(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="must be a new folder or an earlier run; it holds other files"):
+        Run.open(tmp_path, OPTIONS, resume=False, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
+    with pytest.raises(RunError, match="is in use by another process"):
+        Run.open(tmp_path / "run", OPTIONS, resume=True, overwrite=False)
+    run.close()
+    Run.open(tmp_path / "run", OPTIONS, resume=True, overwrite=False).close()
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="must be writable; Not a directory; choose another folder"):
+        Run.open(tmp_path / "file" / "run", OPTIONS, resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.5), ("seed", 7), ("pretrained", "other"), ("lora_rank", 8)])
+def test_resume_with_another_option_names_it(field: str, value: object, tmp_path: Path) -> None:
+    Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False).close()
+    changed = dataclasses.replace(OPTIONS, **{field: value})
+    with pytest.raises(RunError, match=rf"--resume must use the options of the run: --{field} was {getattr(OPTIONS, field)}, got {value}"):
+        Run.open(tmp_path / "run", changed, resume=True, overwrite=False)
+
+
+def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
+    for resume in (False, True):
+        run = Run.open(tmp_path / "run", OPTIONS, resume=resume, overwrite=False)
+        run.results["seconds"]["train"] = run.results["seconds"].get("train", 0) + 10
+        with run.stage("train"):
+            pass
+        run.close()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["seconds"]["train"] == pytest.approx(20, abs=0.5)
+    assert results["peak_memory_bytes"]["cpu"] > 10**8
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    checkpoint.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_tensors(path, {"a": torch.zeros(3)}, {"step": 2})
+    tensors, note = checkpoint.load_tensors(path)
+    assert tensors["a"].tolist() == [1, 1, 1]
+    assert note == {"step": 1}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), checkpoint.whole_folder(tmp_path / "made") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with checkpoint.whole_folder(tmp_path / "made") as temporary:
+        (temporary / "all").write_text("x")
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["all"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(RunError, match=r"last.safetensors must be a readable safetensors file; .*; delete it to start that stage again"):
+        checkpoint.load_tensors(tmp_path / "last.safetensors")
+
+
+def test_a_small_disk_is_refused(tmp_path: Path) -> None:
+    checkpoint.check_disk(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(RunError, match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use fewer"):
+        checkpoint.check_disk(tmp_path, int(999999999999999.9e9))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_model_is_the_model(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    plan, grid = models.plan(model), Grid()
+    rows = insert.quantize_rows(model, plan.int8)
+    layers = insert.insert(model, compress.compress(model, plan.int4, grid, "rtn"), grid, 4, 0)
+    quantized = rows | absorb.absorb(model, layers)
+    checkpoint.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
+    loaded, _, read = checkpoint.load_quantized(tmp_path / "quantized", torch.float32)
+    assert read.keys() == quantized.keys()
+    for name, weight in quantized.items():
+        assert torch.equal(weight.codes_OI, read[name].codes_OI)
+        assert torch.equal(weight.scale_OG, read[name].scale_OG)
+        assert torch.equal(weight.zero_OG, read[name].zero_OG)
+        assert weight.grid == read[name].grid
+    ids = torch.arange(16).view(1, 16)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == plan.tied

@@ -1,0 +1,147 @@
+"""The command line: flags, files, help, and one line on stderr with exit code 2 for whatever a person can repair."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nybble import cli, export
+from nybble import evaluate as measuring
+from nybble.config import DistillOptions, EvalOptions, from_toml, to_toml
+from nybble.errors import MissingExtraError
+from tests.tiny import save_model
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line on stderr of a command that must fail with exit code 2."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nybble: ")
+    assert captured.err.count("\n") == 1, "one line"
+    return captured.err.removeprefix("nybble: ").strip()
+
+
+def test_flags_take_underscores_and_dashes() -> None:
+    options, _ = cli.parse(["distill", "--pretrained", "m", "--lora_rank", "7", "--batch-size=4", "--tasks", "arc_easy", "wikitext", "--no_tensorboard"])
+    assert options == DistillOptions(pretrained="m", lora_rank=7, batch_size=4, tasks=("arc_easy", "wikitext"), tensorboard=False)
+
+
+def test_flags_are_stronger_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('pretrained = "m"\nlr = 0.5\nseed = 3\ntasks = []\n')
+    options, _ = cli.parse(["distill", "--config", str(tmp_path / "recipe.toml"), "--lr", "0.25"])
+    assert options == DistillOptions(pretrained="m", lr=0.25, seed=3, tasks=())
+
+
+def test_resume_starts_from_the_options_of_the_run(tmp_path: Path) -> None:
+    saved = DistillOptions(pretrained="m", lr=0.125, samples=64, tasks=(), output_dir=str(tmp_path))
+    (tmp_path / "config.toml").write_text(to_toml(saved))
+    options, _ = cli.parse(["distill", "--resume", "--output_dir", str(tmp_path)])
+    assert options == DistillOptions(**vars(saved) | {"resume": True})
+
+
+def test_options_survive_toml(tmp_path: Path) -> None:
+    options = DistillOptions(pretrained="m", tasks=("a", "b"), task_limit=None, seed=5)
+    (tmp_path / "config.toml").write_text(to_toml(options))
+    assert DistillOptions(**from_toml(DistillOptions, tmp_path / "config.toml")) == options
+
+
+def test_eval_takes_its_target_by_position() -> None:
+    options, _ = cli.parse(["eval", "runs/demo", "--tasks", "wikitext", "--data_dir", "data"])
+    assert options == EvalOptions(target="runs/demo", tasks=("wikitext",), data_dir="data")
+
+
+def test_the_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+    assert recipes
+    for recipe in recipes:
+        DistillOptions(**{"pretrained": "m"} | from_toml(DistillOptions, recipe)).check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("distil", "unknown command distil; did you mean distill?; the commands are distill, export, eval, env"),
+        ("distill --pretraind m", "unknown flag --pretraind of nybble distill; did you mean --pretrained?; see nybble distill --help"),
+        ("distill --batch_sizes 3", "unknown flag --batch_sizes of nybble distill; did you mean --batch_size?; see nybble distill --help"),
+        ("distill", "--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2"),
+        ("distill --pretrained m --lora_rank 0", "--lora_rank must be at least 1; got 0; 16 to 128 are usual"),
+        ("distill --pretrained m --lora_rank -3", "--lora_rank must be at least 1; got -3; 16 to 128 are usual"),
+        ("distill --pretrained m --batch_size 64 --samples 32", "--batch_size must not be larger than --samples; got 64 and 32"),
+        ("distill --pretrained m --lr -1", "--lr must be 0 or more; got -1.0"),
+        ("distill --pretrained m --warmup 2", "--warmup must be from 0 to 1; got 2.0"),
+        ("distill --pretrained m --seq_len 0", "--seq_len must be at least 1; got 0"),
+        ("distill --pretrained m --start best", "--start must be one of rtn; got best"),
+        ("distill --pretrained m --export tflite", "--export must name known formats (openvino); got tflite"),
+        ("distill --pretrained m --tasks arc_esy", "--tasks must name lm-eval tasks; got arc_esy; did you mean arc_easy"),
+        ("distill --pretrained m --resume --overwrite", "--resume and --overwrite contradict each other; give one of them"),
+        ("distill --pretrained m --config nowhere.toml", "--config nowhere.toml must be a TOML file; it cannot be read (No such file or directory)"),
+        ("distill --config", "--config needs a value"),
+        ("distill --pretrained ./nowhere --tasks", "--pretrained ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
+        ("export ./nowhere", "nowhere must be a run folder; it has no config.toml"),
+        ("eval ./nowhere", "--pretrained ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
+    ],
+)
+def test_bad_input(arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(arguments.split(), capsys)
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("--lora_rank x", "Error parsing --lora-rank: invalid literal for int"), ("--dtype int3", "invalid choice 'int3' for argument '--dtype'")],
+)
+def test_values_of_the_wrong_type(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in error_of(["distill", "--pretrained", "m", *arguments.split()], capsys)
+
+
+def test_unknown_keys_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text("batchsize = 3\n")
+    assert "has an unknown key batchsize; did you mean batch_size?" in error_of(["distill", "--config", str(tmp_path / "r.toml")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("--group_size 48", "in_features must be a multiple of group_size: layer model.layers.0.self_attn.q_proj has in_features=64, got group_size=48"),
+        ("--data ./nowhere.txt", "--data ./nowhere.txt must be an existing file or folder"),
+        ("--data python-docs --seq_len 100000", "the training text must give at least 32 sequences of 100000 tokens"),
+        ("--data wikitext2", "hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"),
+    ],
+)
+def test_what_is_found_after_loading_leaves_no_run_behind(
+    changes: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "model", "smollm")
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(["distill", "--pretrained", "./model", "--tasks", "--export", *changes.split()], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (export, measuring):
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError) as error:
+        export.check_formats(["openvino"])
+    assert str(error.value) == 'the extra "openvino" is needed for exporting to openvino; install it with: pip install "nybble[openvino]"'
+    with pytest.raises(MissingExtraError, match=r'the extra "eval" is needed for measuring wikitext .*pip install "nybble\[eval\]"'):
+        measuring.check_tasks(["wikitext"], None)
+
+
+def test_help_speaks_of_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"nybble {command}" in usage for command in (*cli.COMMANDS, "env"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", "--help"])
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "--lora-rank INT" in text
+    assert "Hub id, local folder, .gguf file" in text
+
+
+def test_the_installed_command_shows_the_environment() -> None:
+    done = subprocess.run([sys.executable, "-m", "nybble", "env"], capture_output=True, text=True, check=True)
+    assert "torch" in done.stdout
+    assert "transformers" in done.stdout

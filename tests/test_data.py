@@ -1,0 +1,123 @@
+"""Text and sequences: splits, cutting, order, and the words of every refusal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import data
+from nybble.errors import DataError
+from tests.tiny import make_tokenizer
+
+
+def test_python_docs_are_split_by_topic_without_overlap() -> None:
+    from pydoc_data.topics import topics
+
+    texts = data.load_texts("python-docs")
+    train, validation, test = map(set, (texts.train, texts.validation, texts.test))
+    assert train | validation | test == set(topics.values())
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    assert len(" ".join(texts.train)) > 300_000
+
+
+def test_cut_uses_every_token_once_and_starts_rows_with_begin() -> None:
+    rows = data.cut(torch.arange(103), 10)
+    assert torch.equal(rows.flatten(), torch.arange(100))
+    rows = data.cut(torch.arange(103), 10, begin=[777])
+    assert rows.shape == (11, 10)
+    assert (rows[:, 0] == 777).all()
+    assert torch.equal(rows[:, 1:].flatten(), torch.arange(99))
+
+
+def test_order_uses_all_sequences_before_any_is_repeated() -> None:
+    drawn = data.order(available=10, wanted=25, seed=3)
+    assert sorted(drawn[:10].tolist()) == list(range(10))
+    assert sorted(drawn[10:20].tolist()) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:20].tolist()
+    assert torch.equal(drawn, data.order(10, 25, 3))
+    assert not torch.equal(drawn, data.order(10, 25, 4))
+    assert torch.equal(drawn[:7], data.order(10, 7, 3)), "a longer run starts with the same draws"
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_sequences_begin_as_the_tokenizer_does_and_join_documents(begin: bool) -> None:
+    tokenizer = make_tokenizer(begin)
+    rows = data.sequences(tokenizer, ["abc", "defg"], 4, "training")
+    text = [tokenizer.convert_tokens_to_ids(c) for c in "abc"] + [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids(c) for c in "defg"]
+    expected = [[256, *text[:3]], [256, *text[3:6]]] if begin else [text[:4], text[4:8]]
+    assert rows.tolist() == expected
+
+
+def test_wikitext_is_the_raw_text(shared_data: Path) -> None:
+    texts = data.load_texts("wikitext2", data_dir=str(shared_data))
+    assert texts.test == [(shared_data / "wikitext/wikitext-2-raw/wiki.test.raw").read_text()]
+    assert texts.validation == [(shared_data / "wikitext/wikitext-2-raw/wiki.valid.raw").read_text()]
+    assert len(texts.train) == 1
+    assert texts == data.load_texts(str(shared_data / "wikitext"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
+def test_files_give_the_same_documents(suffix: str, tmp_path: Path) -> None:
+    import pandas
+
+    documents = [f"document {i}, with a comma\nand two lines" for i in range(40)]
+    path = tmp_path / f"mine.{suffix}"
+    frame = pandas.DataFrame({"body": documents})
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps({"body": d}) + "\n" for d in documents))
+    elif suffix == "txt":
+        path.write_text("\n".join(documents * 10))
+    else:
+        frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    texts = data.load_texts(str(path), column="body")
+    if suffix == "txt":
+        assert "".join(sorted(texts.train)).count("document") + sum(t.count("document") for t in (*texts.validation, *texts.test)) == 400
+    else:
+        assert sorted((*texts.train, *texts.validation, *texts.test)) == sorted(documents)
+        assert (len(texts.train), len(texts.validation), len(texts.test)) == (32, 4, 4)
+
+
+def test_equal_documents_are_not_lost_to_each_other() -> None:
+    texts = data._held_out(["same"] * 20, "memory")
+    assert (len(texts.train), len(texts.validation), len(texts.test)) == (16, 2, 2)
+
+
+def test_unknown_column_names_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"body": "x", "title": "y"}\n')
+    with pytest.raises(DataError, match=r"--data_column must be a column of .*mine.jsonl: got text; it has body, title"):
+        data.load_texts(str(path))
+
+
+def test_too_short_text_says_how_much_there_is() -> None:
+    with pytest.raises(DataError) as error:
+        data.sequences(make_tokenizer(), ["a" * 100], 64, "training", minimum=8)
+    assert str(error.value) == (
+        "the training text must give at least 8 sequences of 64 tokens; it has 100 tokens = 1 sequences; use more text or a smaller --seq_len"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", "", "must have text in its train split; it is empty"),
+        ("mine.docx", "x", "must end with one of .raw .txt .md .jsonl .json .csv .parquet; got .docx"),
+        ("bad.jsonl", "{", "cannot be read as jsonl"),
+    ],
+)
+def test_unusable_files(name: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        data.load_texts(str(tmp_path / name))
+
+
+def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is nothing at this path"):
+        data.load_texts("./nowhere.txt")
+    with pytest.raises(DataError, match="must hold a file whose name contains train"):
+        data.load_texts(str(tmp_path))
+    with pytest.raises(DataError, match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"):
+        data.load_texts("someone/some-data")

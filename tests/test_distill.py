@@ -1,0 +1,178 @@
+"""The flow as a process: kill -9 anywhere and resume to the same bits; what the results say."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import checkpoint, cli
+from nybble.distill import distill
+from nybble.losses import kl_to_teacher
+from tests.test_families import options
+from tests.tiny import save_model
+
+FLAGS = [
+    "--data",
+    "python-docs",
+    "--seq_len",
+    "32",
+    "--samples",
+    "8",
+    "--epochs",
+    "10",
+    "--batch_size",
+    "4",
+    "--microbatch",
+    "2",
+    "--lr",
+    "1e-2",
+    "--scale_lr",
+    "1e-2",
+    "--lora_rank",
+    "4",
+    "--valid_samples",
+    "4",
+    "--test_samples",
+    "4",
+    "--save_every",
+    "3",
+    "--tasks",
+    "--export",
+    "--no_tensorboard",
+]
+
+
+def command(model: Path, run: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "nybble", "distill", "--pretrained", str(model), "--output_dir", str(run), *FLAGS, *more]
+
+
+def codes(run: Path) -> bytes:
+    return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
+
+
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("when", [pytest.param("teacher", marks=_slow), "first checkpoint", pytest.param("late", marks=_slow)])
+def test_kill_9_and_resume_end_with_the_same_bits(when: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "smollm")
+    undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3)
+    distill(undisturbed)
+
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(model, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    sign = {"teacher": run / "config.toml", "first checkpoint": run / "last.safetensors", "late": run / "best.safetensors"}[when]
+    deadline = time.monotonic() + 90
+    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    if when == "late":
+        time.sleep(0.4)
+    assert process.poll() is None, "killed too late: the run was over"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "quantized").exists()
+    subprocess.run(command(model, run, "--resume"), check=True, capture_output=True, timeout=120)
+    assert codes(run) == codes(tmp_path / "undisturbed")
+
+
+def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "run"))
+    before, results = codes(tmp_path / "run"), json.loads((tmp_path / "run" / "results.json").read_text())
+    distill(options(model, tmp_path / "run", resume=True))
+    after = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert codes(tmp_path / "run") == before
+    assert after["models"] == results["models"]
+
+
+def test_cache_and_recompute_tune_alike(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen2")
+    losses = []
+    for cache in ("step", "recompute"):
+        distill(options(model, tmp_path / cache, cache=cache))
+        history = json.loads((tmp_path / cache / "results.json").read_text())["validation"]
+        losses.append([entry["kl_to_teacher"] for entry in history])
+    # a code at a rounding boundary may flip: float32 sums in another order
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0][0] == losses[1][0]
+
+
+def test_results_say_what_happened(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["models"].keys() == {"16bit", "compressed", "tuned"}
+    for row in results["models"].values():
+        assert row.keys() == {"token_perplexity", "tokens", "kl_to_teacher", "bytes"}
+    assert results["models"]["16bit"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    full, compressed, tuned = (results["models"][row]["token_perplexity"] for row in ("16bit", "compressed", "tuned"))
+    assert results["improvement"]["tuned"] == pytest.approx((compressed - tuned) / (compressed - full))
+    assert set(results["seconds"]) == {"load", "teacher", "measure", "compress", "train", "absorb"}
+    assert results["layers"] == {"int4": 14, "int8": 2, "tied": False}
+    assert results["seed"] == 0
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+    assert "peak_memory_bytes" in results
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert results["command"] in text
+    assert f"{tuned:.3f}" in text
+    assert (tmp_path / "run" / "log.txt").read_text().count("validation KL") == 3  # before training and after each epoch
+    assert not list((tmp_path / "run" / "teacher").glob("train.*")), "the large file is deleted when training is done"
+
+
+def test_test_text_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test split leaves the weights alone, to the last bit."""
+    from nybble import data
+
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "one"))
+    original = data.load_texts
+
+    def other_test(*arguments: object) -> data.Texts:
+        return dataclasses.replace(original(*arguments), test=["something else entirely " * 50])
+
+    monkeypatch.setattr(data, "load_texts", other_test)
+    distill(options(model, tmp_path / "two"))
+    assert codes(tmp_path / "one") == codes(tmp_path / "two")
+
+
+def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "run", lr=10.0, scale_lr=1.0))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["best_step"] == 0
+    assert "no step of tuning was better on the validation text than the compressed start, so the start was kept" in results["warnings"][0]
+    assert results["codes_changed"] == 0
+    assert results["models"]["tuned"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+
+    def broken(*arguments: object, **keywords: object) -> torch.Tensor:
+        return kl_to_teacher(*arguments, **keywords) * float("nan")
+
+    monkeypatch.setattr(sys.modules["nybble.distill"], "kl_to_teacher", broken)
+    arguments = command(model, tmp_path / "run")[3:]
+    assert cli.main(arguments) == 2
+    assert "the loss must stay finite: step 1 gave loss nan" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other").write_text("x")
+    assert cli.main(command(Path("./no-such-model"), tmp_path / "run")[3:]) == 2
+    assert "it holds other files; choose another folder" in capsys.readouterr().err
+
+
+def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert cli.main(command(model, tmp_path / "run")[3:]) == 2
+    assert "GB for teacher states and checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,63 @@
+"""Perplexity and KL against torch's own losses; lm-eval on local data; exactly the same call for torch and exports."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nybble import evaluate
+from nybble.errors import DataError
+from nybble.losses import Head, last_hidden
+from tests.tiny import make_model, make_tokenizer
+
+
+def test_perplexity_and_kl_equal_torch() -> None:
+    model, other, ids = make_model("llama"), make_model("llama", seed=1), torch.randint(0, 256, (3, 10))
+    measured = evaluate.measure(evaluate.logits_of(model, ids), ids, evaluate.logits_of(other, ids))
+    z, t = model(ids).logits[:, :-1].double(), other(ids).logits[:, :-1].double()
+    loss = F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
+    kl = F.kl_div(z.log_softmax(-1).flatten(0, 1), t.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean")
+    assert measured["token_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert measured["kl_to_teacher"] == pytest.approx(kl.item(), rel=1e-4)
+    assert measured["tokens"] == 27
+
+
+def test_states_give_the_models_own_logits() -> None:
+    model, ids = make_model("gemma2"), torch.randint(0, 256, (2, 12))
+    states = last_hidden(model, ids)
+    measured = evaluate.measure(evaluate.logits_of(model, ids), ids, evaluate.logits_from_states(Head.of(model), states))
+    assert measured["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Two tasks in the hub's field names."""
+    arc = tmp_path / "arc" / "ARC-Easy"
+    arc.mkdir(parents=True)
+    for split, rows in (("train", 3), ("validation", 2), ("test", 5)):
+        question = {"question": "What is wet?", "choices": {"text": ["fire", "water", "sand"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+        (arc / f"{split}.jsonl").write_text("".join(json.dumps(question | {"id": str(i)}) + "\n" for i in range(rows)))
+    pages = tmp_path / "wikitext" / "document_level"
+    pages.mkdir(parents=True)
+    (pages / "test.jsonl").write_text(json.dumps({"page": "= Water =\n\nWater is wet, and so is rain.\n"}) + "\n")
+    return tmp_path
+
+
+def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
+    results = evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy", "wikitext"], batch_size=2, data_dir=str(data_dir))
+    assert results["arc_easy"]["acc"] in (0.0, 1.0)
+    assert {"acc", "acc_norm"} <= results["arc_easy"].keys()
+    assert results["wikitext"]["word_perplexity"] > 1
+
+
+def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation, test"):
+        evaluate.check_tasks(["winogrande"], str(data_dir))
+
+
+def test_tasks_without_hub_and_without_local_data_name_the_choices() -> None:
+    with pytest.raises(DataError, match="the Hugging Face hub cannot be reached; give a folder with local copies by --data_dir"):
+        evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy"])

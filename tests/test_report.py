@@ -1,0 +1,72 @@
+"""The table and the sentence say what results.json says."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from nybble import report
+
+RESULTS: dict[str, Any] = {
+    "model": "Small",
+    "command": "nybble distill --pretrained small",
+    "seed": 0,
+    "seconds": {"load": 1.0, "train": 120.0},
+    "peak_memory_bytes": {"cpu": 2_000_000_000},
+    "machine": {"versions": {"torch": "2.13.0"}},
+    "layers": {"int4": 7, "int8": 1, "tied": True},
+    "codes_changed": 0.0625,
+    "validation": [{"step": 0, "token_perplexity": 15.0, "kl_to_teacher": 0.5}],
+    "models": {
+        "16bit": {"token_perplexity": 10.0, "kl_to_teacher": 0.0, "bytes": 400_000_000},
+        "compressed": {"token_perplexity": 14.0, "kl_to_teacher": 0.5, "bytes": 100_000_000},
+        "tuned": {"token_perplexity": 11.0, "kl_to_teacher": 0.2, "bytes": 100_000_000},
+        "openvino": {"token_perplexity": 12.0, "kl_to_teacher": 0.25, "bytes": 110_000_000},
+    },
+}
+
+
+def changed(**rows: dict[str, float]) -> dict[str, Any]:
+    results = copy.deepcopy(RESULTS)
+    for row, values in rows.items():
+        results["models"][row.removeprefix("_")] |= values
+    return results
+
+
+def test_improvement_is_the_share_of_the_damage_repaired() -> None:
+    assert report.improvement(RESULTS["models"], "tuned") == pytest.approx(0.75)
+    assert report.improvement(RESULTS["models"], "openvino") == pytest.approx(0.5)
+
+
+def test_word_perplexity_goes_first_where_all_have_it() -> None:
+    words = changed(_16bit={"word_perplexity": 20.0}, compressed={"word_perplexity": 30.0}, tuned={"word_perplexity": 29.0})
+    assert report.improvement(words["models"], "tuned") == pytest.approx(0.1)
+    assert report.improvement(words["models"], "openvino") == pytest.approx(0.5)
+
+
+def test_no_damage_no_improvement() -> None:
+    assert report.improvement(changed(compressed={"token_perplexity": 9.9})["models"], "tuned") is None
+
+
+def test_sentence() -> None:
+    assert report.sentence(RESULTS) == (
+        "Small in 4 bits (OpenVINO): token perplexity 12.00, against 14.00 before tuning and 10.00 in 16 bit: 50% of the damage repaired, "
+        "in 2.0 minutes of training; 110 MB, 3.6 times smaller than 16 bit."
+    )
+    assert "tuning made it worse" in report.sentence(changed(openvino={"token_perplexity": 15.0}))
+
+
+def test_markdown_table() -> None:
+    text = report.markdown(RESULTS)
+    assert "| 4 bit, tuned (torch) | 11.000 | 0.2000 | 100.0 MB | 75% |" in text
+    assert "| all | 121.0 |" in text
+    assert "Peak memory: 2.00 GB (cpu)." in text
+    assert "Tuning changed 6.2% of the 4-bit codes of 7 layers." in text
+    assert "    nybble distill --pretrained small" in text
+
+
+def test_lm_eval_metrics_become_columns() -> None:
+    headings, lines = report.rows(changed(tuned={"task:arc_easy acc_norm": 0.4567}))
+    assert headings == ["model", "token perplexity", "KL to 16 bit", "arc_easy acc_norm", "size", "repaired"]
+    assert lines[2] == ["4 bit, tuned (torch)", "11.000", "0.2000", "0.4567", "100.0 MB", "75%"]
+    assert lines[0][3] == "-"

@@ -1,0 +1,119 @@
+"""The real model: tokenization as llama.cpp's, the flow on real text, the export in openvino-genai."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import checkpoint, cli, models
+
+pytestmark = pytest.mark.slow
+
+TEXTS = [
+    "1234567890 and 3.14159, 2026-11-21, 0x1F, 1e-5, ٣٤٥",
+    "two  spaces,   three, \t tab,\r\ncarriage return",
+    "line\n\n\nlines\n \n indented\n",
+    "emoji 🙂👩‍👩‍👧‍👦🇩🇪 and ünïcödé, 中文字, \u200bzero width",
+    "def f(x: int) -> str:\n    return f'{x:>10}'  # comment\n\n\nif __name__ == \"__main__\":\n\tprint(f(42))",
+    "I'm, you've, we'll, it's; don't! (really?) [yes] {no} <a href='x'>",
+    " leading and trailing ",
+    "",
+    "= = Title = = \n\n The @-@ 1 @,@ 000 unk",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return models.gguf_tokenizer(models.smollm2_path())
+
+
+@pytest.fixture(scope="module")
+def llama_tokenize() -> object:
+    """llama.cpp's own tokenizer on the same file, through xllamacpp's server."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (extra dev) carries llama.cpp")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(models.smollm2_path())
+    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads, parameters.warmup = 256, 1, 1, False
+    server = xllamacpp.Server(parameters)
+
+    def tokenize(text: str, special: bool) -> list[int]:
+        answer = server.handle_tokenize({"content": text, "add_special": False, "parse_special": special})
+        return list((json.loads(answer) if isinstance(answer, str) else answer)["tokens"])
+
+    return tokenize
+
+
+def test_tokenizes_as_llama_cpp(tokenizer: object, llama_tokenize: object, shared_data: Path) -> None:
+    lines = (shared_data / "wikitext/wikitext-2-raw/wiki.test.raw").read_text().splitlines()[:200]
+    questions = [json.loads(line)["question"] for line in (shared_data / "gsm8k/main/test.jsonl").read_text().splitlines()[:100]]
+    texts = TEXTS + lines + questions
+    different = [text for text in texts if tokenizer(text).input_ids != llama_tokenize(text, False)]
+    assert different == []
+    assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in texts)
+
+
+def test_chat_template_and_special_tokens(tokenizer: object, llama_tokenize: object) -> None:
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi 12"}], tokenize=False, add_generation_prompt=True)
+    assert chat.endswith("<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer(chat).input_ids == llama_tokenize(chat, True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very short distillation of the real model on CPython's documentation, exported."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    arguments = "distill --pretrained smollm2 --data python-docs --seq_len 128 --samples 32 --epochs 1 --batch_size 8 --lr 5e-4 --scale_lr 1e-3"
+    arguments += f" --valid_samples 4 --test_samples 8 --tasks --output_dir {path}"
+    assert cli.main(arguments.split()) == 0
+    return path
+
+
+def test_tuning_repairs_on_held_out_text(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    rows = results["models"]
+    for metric in ("kl_to_teacher", "token_perplexity"):
+        assert rows["tuned"][metric] < rows["compressed"][metric]
+        assert rows["16bit"][metric] < rows["compressed"][metric]
+    assert results["improvement"]["openvino"] > 0.2
+    assert results["warnings"] == []
+    assert results["best_step"] > 0
+
+
+def test_export_is_small_and_exact(run: Path) -> None:
+    export = json.loads((run / "results.json").read_text())["exports"]["openvino"]
+    assert (export["weights_u4"], export["weights_u8"]) == (210, 1)
+    assert export["logit_difference"] <= 1e-3
+    assert (run / "openvino" / "openvino_model.bin").stat().st_size <= 0.65 * 134_515_008
+
+
+def test_saved_codes_give_the_measured_model(run: Path) -> None:
+    model, tokenizer, quantized = checkpoint.load_quantized(run / "quantized", torch.float32)
+    assert sum(weight.grid.bits == 4 for weight in quantized.values()) == 210
+    weight = model.get_submodule("model.layers.3.mlp.up_proj").weight
+    assert torch.equal(weight, quantized["model.layers.3.mlp.up_proj"].dequantize())
+    assert tokenizer("1234").input_ids == models.gguf_tokenizer(models.smollm2_path())("1234").input_ids
+
+
+def test_runs_in_openvino_genai_and_agrees_with_torch(run: Path) -> None:
+    genai = pytest.importorskip("openvino_genai", reason="extra openvino")
+    model, tokenizer, _ = checkpoint.load_quantized(run / "quantized", torch.float32)
+    question = "What is the capital of France?"
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+    pipeline = genai.LLMPipeline(str(run / "openvino"), "CPU", INFERENCE_PRECISION_HINT="f32", DYNAMIC_QUANTIZATION_GROUP_SIZE="0", KV_CACHE_PRECISION="f32")
+    assert pipeline.generate(question, max_new_tokens=12, do_sample=False) == expected
+    assert "Paris" in expected
+
+
+def test_eval_measures_the_run_and_the_export_by_the_same_call(run: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = []
+    for target in (run, run / "openvino"):
+        arguments = ["eval", str(target), "--data", "python-docs", "--seq_len", "128", "--samples", "4", "--strict", "--dtype", "float32"]
+        assert cli.main([*arguments, "--tasks", "arc_easy", "--task_limit", "8", "--data_dir", str(shared_data)]) == 0
+        values.append(json.loads(capsys.readouterr().out.split("┘")[-1].split("┛")[-1]))
+    assert values[0].keys() == values[1].keys() == {"token_perplexity", "tokens", "task:arc_easy acc", "task:arc_easy acc_norm"}
+    assert values[1]["token_perplexity"] == pytest.approx(values[0]["token_perplexity"], rel=1e-4)
+    assert values[1]["task:arc_easy acc_norm"] == values[0]["task:arc_easy acc_norm"]

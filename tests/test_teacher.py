@@ -1,0 +1,70 @@
+"""The teacher's states: exact, computed once, resumed, and never mistaken for another model's or text's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import teacher
+from nybble.losses import last_hidden
+from tests.tiny import make_model
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of sequences in the forwards made."""
+    calls: list[int] = []
+
+    def spy(model: object, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(len(ids))
+        return last_hidden(model, ids)
+
+    monkeypatch.setattr(teacher, "last_hidden", spy)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_those_of_the_model_and_are_kept(dtype: torch.dtype, tmp_path: Path, counted: list[int]) -> None:
+    model, ids = make_model("llama").to(dtype), torch.randint(0, 256, (5, 8))
+    states = teacher.hidden_states(tmp_path / "states.bin", model, ids, 2, "x")
+    assert states.dtype == dtype
+    assert counted == [2, 2, 1]
+    with torch.no_grad():
+        assert torch.equal(states[2:4], last_hidden(model, ids[2:4]))
+    again = teacher.hidden_states(tmp_path / "states.bin", model, ids, 2, "x")
+    assert torch.equal(again, states)
+    assert counted == [2, 2, 1], "nothing is computed twice"
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, counted: list[int]) -> None:
+    model, ids, path = make_model("llama"), torch.randint(0, 256, (6, 8)), tmp_path / "states.bin"
+    whole = teacher.hidden_states(tmp_path / "whole.bin", model, ids, 2, "x").clone()
+    counted.clear()
+
+    class Killed(Exception):
+        pass
+
+    def advance(done: int) -> None:
+        if counted and len(counted) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        teacher.hidden_states(path, model, ids, 2, "x", advance)
+    assert json.loads(path.with_suffix(".json").read_text())["done"] == 4
+    assert torch.equal(teacher.hidden_states(path, model, ids, 2, "x"), whole)
+    assert counted == [2, 2, 2]
+
+
+@pytest.mark.parametrize("change", ["tokens", "identity", "dtype"])
+def test_states_of_something_else_are_made_anew(change: str, tmp_path: Path, counted: list[int]) -> None:
+    model, ids = make_model("llama"), torch.randint(0, 256, (2, 8))
+    teacher.hidden_states(tmp_path / "states.bin", model, ids, 2, "x")
+    if change == "tokens":
+        ids[0, 0] += 1
+    if change == "dtype":
+        model = model.to(torch.bfloat16)
+    states = teacher.hidden_states(tmp_path / "states.bin", model, ids, 2, "y" if change == "identity" else "x")
+    assert counted == [2, 2]
+    with torch.no_grad():
+        assert torch.equal(states, last_hidden(model, ids))
