@@ -1,0 +1,56 @@
+"""What the README shows runs: its commands parse, its Python executes, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nybble import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    return re.findall(r"^    (nybble .*)$", README, flags=re.MULTILINE)
+
+
+def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert len(commands()) >= 6
+    for command in commands():
+        arguments = shlex.split(command)[1:]
+        if arguments != ["env"]:
+            cli.parse(arguments)
+
+
+def test_flags_in_the_text_exist() -> None:
+    from dataclasses import fields
+
+    known = {field.name for kind, _ in cli.COMMANDS.values() for field in fields(kind)} | {"config", "help"}
+    for flag in re.findall(r"--([a-z_]+)", README):
+        assert flag in known or flag.removeprefix("no_") in known, flag
+
+
+def test_python_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_continuous_integration_calls_the_readmes_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in README
