@@ -1,6 +1,6 @@
 """Decoding speed and size of an export against torch, on this machine: interleaved, medians.
 
-    python benchmarks/decode.py RUN [--tokens 64] [--repeats 5]
+python benchmarks/decode.py RUN [--tokens 64] [--repeats 5]
 """
 
 import argparse

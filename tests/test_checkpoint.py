@@ -60,6 +60,39 @@ def test_resume_with_another_option_names_it(field: str, value: object, tmp_path
         Run.open(tmp_path / "run", changed, resume=True, overwrite=False)
 
 
+def test_what_changes_no_weights_may_change_on_resume(tmp_path: Path) -> None:
+    Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False).close()
+    changed = dataclasses.replace(OPTIONS, microbatch=1, cache="recompute", save_every=3)
+    Run.open(tmp_path / "run", changed, resume=True, overwrite=False).close()
+    assert checkpoint.read_options(tmp_path / "run")["microbatch"] == 1
+
+
+def test_a_run_killed_before_its_first_file_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / "config.toml.tmp").write_text("half")
+    Run.open(tmp_path, OPTIONS, resume=False, overwrite=False).close()
+    assert (tmp_path / "config.toml").exists()
+
+
+def test_overwrite_deletes_the_configuration_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run.open(tmp_path, OPTIONS, resume=False, overwrite=False).close()
+    for name in ("a", "zz"):
+        (tmp_path / name).write_text("")
+    deleted, original = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self, *a: (deleted.append(self.name), original(self, *a))[1])
+    Run.open(tmp_path, OPTIONS, resume=False, overwrite=True).close()
+    assert deleted[-1] == "config.toml"
+    assert {"a", "zz"} < set(deleted)
+
+
+def test_disk_counts_what_is_already_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    (tmp_path / "teacher.bin").write_bytes(bytes(5000))
+    checkpoint.check_disk(tmp_path, 5500)
+    with pytest.raises(RunError):
+        checkpoint.check_disk(tmp_path, 6500)
+
+
 def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
     for resume in (False, True):
         run = Run.open(tmp_path / "run", OPTIONS, resume=resume, overwrite=False)
@@ -109,15 +142,18 @@ def test_a_small_disk_is_refused(tmp_path: Path) -> None:
         checkpoint.check_disk(tmp_path, int(999999999999999.9e9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_saved_model_is_the_model(family: str, tmp_path: Path) -> None:
-    model = make_model(family)
+def test_the_saved_model_is_the_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model(family, dtype=dtype)
     plan, grid = models.plan(model), Grid()
     rows = insert.quantize_rows(model, plan.int8)
     layers = insert.insert(model, compress.compress(model, plan.int4, grid, "rtn"), grid, 4, 0)
     quantized = rows | absorb.absorb(model, layers)
     checkpoint.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
-    loaded, _, read = checkpoint.load_quantized(tmp_path / "quantized", torch.float32)
+    loaded, _, read = checkpoint.load_quantized(tmp_path / "quantized", dtype)
+    other, _, _ = checkpoint.load_quantized(tmp_path / "quantized", torch.float32)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert read.keys() == quantized.keys()
     for name, weight in quantized.items():
         assert torch.equal(weight.codes_OI, read[name].codes_OI)

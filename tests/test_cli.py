@@ -34,10 +34,38 @@ def test_flags_are_stronger_than_the_file(tmp_path: Path) -> None:
 
 
 def test_resume_starts_from_the_options_of_the_run(tmp_path: Path) -> None:
-    saved = DistillOptions(pretrained="m", lr=0.125, samples=64, tasks=(), output_dir=str(tmp_path))
+    saved = DistillOptions(pretrained="m", lr=0.125, samples=64, tasks=(), output_dir=str(tmp_path), overwrite=True)
     (tmp_path / "config.toml").write_text(to_toml(saved))
     options, _ = cli.parse(["distill", "--resume", "--output_dir", str(tmp_path)])
-    assert options == DistillOptions(**vars(saved) | {"resume": True})
+    assert options == DistillOptions(**vars(saved) | {"resume": True, "overwrite": False})
+
+
+def test_resume_finds_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = DistillOptions(pretrained="org/Model-1.5B", lr=0.125)
+    assert saved.folder == Path("runs/Model-1.5B-distill")
+    saved.folder.mkdir(parents=True)
+    (saved.folder / "config.toml").write_text(to_toml(saved))
+    assert cli.parse(["distill", "--pretrained", "org/Model-1.5B", "--resume"])[0].lr == 0.125
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('lr = "abc"', "lr must be float; got 'abc'"),
+        ("epochs = 1.5", "epochs must be int; got 1.5"),
+        ('cache = "bogus"', "cache must be typing.Literal['auto', 'step', 'recompute']; got 'bogus'"),
+        ('tasks = "wikitext"', "tasks must be tuple[str, ...]; got 'wikitext'"),
+    ],
+)
+def test_values_of_the_wrong_type_in_a_file(line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text(line)
+    assert words in error_of(["distill", "--config", str(tmp_path / "r.toml")], capsys)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from nybble.cli import main; main([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_options_survive_toml(tmp_path: Path) -> None:
@@ -74,6 +102,8 @@ def test_the_recipes_are_valid() -> None:
         ("distill --pretrained m --start best", "--start must be one of rtn; got best"),
         ("distill --pretrained m --export tflite", "--export must name known formats (openvino); got tflite"),
         ("distill --pretrained m --tasks arc_esy", "--tasks must name lm-eval tasks; got arc_esy; did you mean arc_easy"),
+        ("distill --pretrained m --dtype float16", "--dtype must be bfloat16 or float32 for training; float16 gradients vanish"),
+        ("eval m --seq_len 0", "--seq_len must be at least 8; got 0"),
         ("distill --pretrained m --resume --overwrite", "--resume and --overwrite contradict each other; give one of them"),
         ("distill --pretrained m --config nowhere.toml", "--config nowhere.toml must be a TOML file; it cannot be read (No such file or directory)"),
         ("distill --config", "--config needs a value"),

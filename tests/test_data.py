@@ -106,10 +106,11 @@ def test_too_short_text_says_how_much_there_is() -> None:
         ("empty.txt", "", "must have text in its train split; it is empty"),
         ("mine.docx", "x", "must end with one of .raw .txt .md .jsonl .json .csv .parquet; got .docx"),
         ("bad.jsonl", "{", "cannot be read as jsonl"),
+        ("latin.txt", b"caf\xe9", "must be UTF-8 text; byte 3 is not; convert it first"),
     ],
 )
-def test_unusable_files(name: str, content: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
+def test_unusable_files(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=words):
         data.load_texts(str(tmp_path / name))
 

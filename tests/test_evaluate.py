@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble import evaluate
-from nybble.errors import DataError
+from nybble.errors import DataError, OptionError
 from nybble.losses import Head, last_hidden
 from tests.tiny import make_model, make_tokenizer
 
@@ -56,6 +56,23 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation, test"):
         evaluate.check_tasks(["winogrande"], str(data_dir))
+
+
+def test_groups_of_tasks_need_their_parts_named(data_dir: Path) -> None:
+    with pytest.raises(OptionError, match="--tasks with --data_dir must name single tasks; ai2_arc is a group of tasks"):
+        evaluate.check_tasks(["ai2_arc"], str(data_dir))
+
+
+def test_columns_keep_filters_apart_and_leave_out_standard_errors() -> None:
+    tasks = {
+        "gsm8k": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2, "exact_match_stderr,strict-match": 0.01},
+        "wikitext": {"word_perplexity": 20.0, "bits_per_byte": 1.0},
+    }
+    assert evaluate.columns(tasks) == {
+        "task:gsm8k exact_match,strict-match": 0.1,
+        "task:gsm8k exact_match,flexible-extract": 0.2,
+        "word_perplexity": 20.0,
+    }
 
 
 def test_tasks_without_hub_and_without_local_data_name_the_choices() -> None:

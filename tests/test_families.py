@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,15 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "run", run)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The quick tests take the families with the most special features; make test takes all.
+QUICK = ("smollm", "qwen2", "gemma2", "phi3")
+
+
+def quick(families: Iterable[str]) -> list[object]:
+    return [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+@pytest.mark.parametrize("family", quick(FAMILIES))
 def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", family, begin=family.startswith("gemma"))
     with monkeypatch.context() as patch:
@@ -69,7 +77,17 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ov_ppl == pytest.approx(torch_ppl, rel=0.02)  # default properties: 8-bit activations where the machine has them
 
 
-@pytest.mark.parametrize("family", ["smollm", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
+    """What a GPU does by default: 16-bit weights and biases, exported from a float32 copy."""
+    model = save_model(tmp_path / "model", family)
+    distill(options(model, tmp_path / "run", dtype="bfloat16", cache="recompute", export=("openvino",)))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["exports"]["openvino"]["logit_difference"] <= ov_export.LOGIT_TOLERANCE
+    assert results["best_step"] > 0
+
+
+@pytest.mark.parametrize("family", quick(["smollm", "mistral", "gemma2", "gemma3"]))
 def test_exported_model_handles_padding_and_windows(family: str, tmp_path: Path) -> None:
     """Two sequences of different length, left-padded, longer than the sliding window: logits as torch gives for each alone."""
     from nybble import insert, models

@@ -56,10 +56,10 @@ def make_config(family: str, **changes: Any) -> Any:
     return getattr(transformers, kind)(**_COMMON | options | changes)
 
 
-def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A frozen float32 model; norms are random too, so that a forgotten offset shows."""
+def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A frozen model; norms are random too, so that a forgotten offset shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -1,16 +1,32 @@
 """nybble: 4-bit language models that keep their accuracy.
 
-The public surface; everything else may change. No import here does work beyond importing torch.
+The public surface; everything else may change. Names are imported when they are first used, so that the command line can set up the
+process before torch starts its threads, and answers --help at once. The flow is nybble.distill.distill(DistillOptions(...)).
 """
 
-from nybble.config import DistillOptions
-from nybble.distill import distill
-from nybble.errors import NybbleError
-from nybble.grid import Grid, dequantize, fake_quantize, min_max, quantize
-from nybble.layers import FakeQuantizedLoRALinear
-from nybble.quantized import QuantizedWeight
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.config import DistillOptions
+    from nybble.errors import NybbleError
+    from nybble.grid import Grid, dequantize, fake_quantize, min_max, quantize
+    from nybble.layers import FakeQuantizedLoRALinear
+    from nybble.quantized import QuantizedWeight
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "DistillOptions": "config",
+    "FakeQuantizedLoRALinear": "layers",
+    "Grid": "grid",
+    "NybbleError": "errors",
+    "QuantizedWeight": "quantized",
+    "dequantize": "grid",
+    "fake_quantize": "grid",
+    "min_max": "grid",
+    "quantize": "grid",
+}
 
 __all__ = [
     "DistillOptions",
@@ -19,8 +35,13 @@ __all__ = [
     "NybbleError",
     "QuantizedWeight",
     "dequantize",
-    "distill",
     "fake_quantize",
     "min_max",
     "quantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module nybble has no attribute {name}")
+    return getattr(import_module(f"nybble.{_HOME[name]}"), name)

@@ -37,14 +37,19 @@ def plain_linear(quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.d
     return linear
 
 
-def absorb(model: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> dict[str, QuantizedWeight]:
-    """Replace every layer by a plain one, in place; returns name -> the codes that ship."""
+def absorb(model: Any, layers: dict[str, FakeQuantizedLoRALinear]) -> dict[str, QuantizedWeight]:
+    """Replace every layer by a plain one, in place, taking it out of `layers` so that its memory is freed.
+
+    Returns: name -> the codes that ship, on the CPU.
+    """
     quantized = {}
-    for name, layer in layers.items():
+    for name in list(layers):
+        layer = layers.pop(name)
         layer.drop_step_cache()
         assert_absorbs_exactly(name, layer)
-        quantized[name] = layer.absorb()
-        model.set_submodule(name, plain_linear(quantized[name], layer.bias, layer.dtype))
+        absorbed = layer.absorb()
+        model.set_submodule(name, plain_linear(absorbed, layer.bias, layer.dtype))
+        quantized[name] = absorbed.cpu()
     return quantized
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,6 +42,10 @@ from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 log = logging.getLogger("nybble")
 
 CONFIG, RESULTS = "config.toml", "results.json"
+# What a run leaves in its folder before its first file is whole.
+_EMPTY = {".lock", f"{CONFIG}.tmp"}
+# Options that may change on resume. Another microbatch or cache gives the same gradients up to rounding: the last bits may differ.
+_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,8 +66,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU, and the note."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file}, json.loads((file.metadata() or {}).get("note", "{}"))
-    except Exception as error:  # safetensors has its own error class for damaged files
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RunError(f"{path} must be a readable safetensors file; {error}; delete it to start that stage again") from error
 
 
@@ -107,7 +111,7 @@ class Run:
     @staticmethod
     def check(path: Path, resume: bool, overwrite: bool) -> bool:
         """Whether there is a run already; RunError if it may not be touched, or if the folder holds something else."""
-        used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        used = path.exists() and (not path.is_dir() or any(entry.name not in _EMPTY for entry in path.iterdir()))
         if used and not (path / CONFIG).is_file():
             raise RunError(f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder")
         if used and not (resume or overwrite):
@@ -129,7 +133,8 @@ class Run:
         used = Run.check(path, resume, overwrite)
         lock = _lock(path)
         if used and overwrite:
-            for entry in path.iterdir():
+            # The configuration goes last: as long as anything is left, the folder is known as a run.
+            for entry in sorted(path.iterdir(), key=lambda entry: entry.name == CONFIG):
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         run = Run(path, lock, {"seconds": {}, "models": {}})
@@ -137,9 +142,10 @@ class Run:
             run._check_same(options)
             if (path / RESULTS).exists():
                 run.results = json.loads((path / RESULTS).read_text())
-        else:
-            write_text(path / CONFIG, to_toml(options))
-        run.results["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        write_text(path / CONFIG, to_toml(options))
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        if run.results.setdefault("command", command) != command:
+            run.results.setdefault("resumed_by", []).append(command)
         return run
 
     def close(self) -> None:
@@ -149,9 +155,8 @@ class Run:
     def _check_same(self, options: Any) -> None:
         import tomllib
 
-        free = {"resume", "overwrite", "output_dir", "save_every", "tensorboard", "export"}
         before, now = tomllib.loads((self.path / CONFIG).read_text()), tomllib.loads(to_toml(options))
-        for key in sorted((before.keys() | now.keys()) - free):
+        for key in sorted((before.keys() | now.keys()) - _FREE):
             if before.get(key) != now.get(key):
                 raise RunError(
                     f"--resume must use the options of the run: --{key} was {before.get(key)}, got {now.get(key)}; "
@@ -226,9 +231,9 @@ def machine() -> dict[str, Any]:
 
 
 def check_disk(path: Path, needed: int) -> None:
-    """Raise RunError unless `needed` bytes are free where `path` is."""
+    """Raise RunError unless `needed` bytes are free where `path` is, counting what an earlier sitting already wrote there."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if needed > free:
         raise RunError(
             f"--output_dir {path} needs {needed / 1e9:.1f} GB for teacher states and checkpoints; {free / 1e9:.1f} GB are free; "
@@ -276,7 +281,8 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         grid = Grid(**fields)
         codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero"))
         quantized[name] = QuantizedWeight(unpack_nibbles(codes) if grid.bits == 4 else codes, scale.float(), zero, grid)
-        tensors[f"{name}.weight"] = quantized[name].dequantize().to(dtype)
+        tensors[f"{name}.weight"] = quantized[name].dequantize()
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with no_init_weights():  # every weight is loaded; random starts would be made for nothing
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

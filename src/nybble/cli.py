@@ -122,8 +122,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
     flags, config = _take(flags, "--config")
     values = {} if config is None else from_toml(kind, Path(config))
     if "--resume" in flags:
-        folder = _take(flags, "--output-dir")[1] or values.get("output_dir")
-        if folder and (saved := Path(folder, "config.toml")).is_file():
+        saved = _parse_flags(name, kind, flags, values).folder / "config.toml"
+        if saved.is_file():
             values = from_toml(kind, saved) | values
     return _parse_flags(name, kind, flags, values), command
 

@@ -13,7 +13,7 @@ from nybble import evaluate as measuring
 from nybble.checkpoint import Run
 from nybble.config import EvalOptions, ExportOptions
 from nybble.console import bar, console
-from nybble.distill import export_run, flatten
+from nybble.distill import export_run
 from nybble.errors import RunError
 from nybble.export import EXPORTERS, check_formats
 from nybble.models import LoadedModel
@@ -56,6 +56,7 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
 
 def evaluate(options: EvalOptions) -> None:
     """Print token perplexity, KL to a teacher and lm-eval tasks of one model as a table and as JSON."""
+    options.check()
     measuring.check_tasks(options.tasks, options.data_dir)
     opened = open_target(options, options.target)
     results: dict[str, float] = {}
@@ -69,8 +70,8 @@ def evaluate(options: EvalOptions) -> None:
             with bar(f"{options.split} of {options.data}", len(ids)) as advance:
                 results |= measuring.measure(measuring.logits_of(opened.model, ids), ids, teacher, advance)
         if options.tasks:
-            tasks = measuring.run_tasks(opened.model, opened.tokenizer, options.tasks, options.batch_size, options.task_limit, options.data_dir)
-            results |= flatten(tasks)
+            tasks = measuring.run_tasks(opened.model, opened.tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
+            results |= measuring.columns(tasks)
     table = Table("measure", "value", title=opened.name)
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -48,8 +49,8 @@ class DistillOptions(DataOptions, ModelOptions):
     epochs: int = 10  # Epochs; the text is used up before any of it is repeated.
     batch_size: int = 32  # Sequences in an optimizer step.
     microbatch: int = 0  # Sequences in one forward; 0 = by the memory estimate.
-    lr: float = 1e-4  # Peak learning rate of the adapters.
-    scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
+    lr: float = 5e-4  # Peak learning rate of the adapters.
+    scale_lr: float = 1e-3  # Peak relative learning rate of the scales: 1e-3 moves a scale by about 0.1 % a step.
     weight_decay: float = 0.0  # Of the adapters (decoupled).
     warmup: float = 0.05  # Share of the steps with a rising rate; a cosine to zero follows.
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm.
@@ -62,6 +63,7 @@ class DistillOptions(DataOptions, ModelOptions):
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
     tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all four models; needs the extra eval.
     task_limit: int | None = None  # At most so many documents a task (for trying out).
+    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
     export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
     save_every: int = 10  # Optimizer steps between checkpoints.
     tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
@@ -82,12 +84,20 @@ class DistillOptions(DataOptions, ModelOptions):
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
             raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")
+        _require(self, ("eval_batch_size",), lambda value: value >= 0, "0 (automatic) or more")
+        if self.dtype == "float16":
+            raise OptionError("--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)")
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
     @property
     def steps_per_epoch(self) -> int:
         return self.samples // self.batch_size
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir or f"runs/{Path(self.pretrained).name.removesuffix('.gguf')}-distill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +118,17 @@ class EvalOptions(DataOptions):
     split: Literal["train", "validation", "test"] = "test"  # Split of the data for token perplexity.
     samples: int = 0  # Sequences of it; 0 = all.
     teacher: str | None = None  # Model to compare with: adds the KL divergence to it.
-    batch_size: int = 8  # Requests a forward in lm-eval tasks.
+    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
     trust_remote_code: bool = False  # Run Python code that comes with the model.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Dtype = "auto"  # auto: bfloat16 where it is fast, else float32.
     strict: bool = False  # OpenVINO: compute as torch does in float32, not as deployed (dynamic 8-bit activations).
     perplexity: bool = True  # Measure token perplexity on --data.
+
+    def check(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
+        _require(self, ("samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
 
 
 def _require_pretrained(pretrained: str) -> None:
@@ -146,15 +161,35 @@ def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
     from difflib import get_close_matches
 
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
     values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, 1)
             raise OptionError(f"--config {path} has an unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        values[key] = _typed(path, key, values[key], hints[key])
+    return values
+
+
+def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
+    """A TOML value as a field of type `hint`: lists become tuples, whole numbers floats; OptionError if it does not fit."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if typing.get_origin(hint) is Literal:
+        fits = value in typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
+        fits = isinstance(value, tuple) and all(isinstance(item, typing.get_args(hint)[0]) for item in value)
+    else:
+        if hint is float and type(value) is int:
+            value = float(value)
+        kinds = typing.get_args(hint) or (hint,)
+        fits = type(value) in kinds
+    if not fits:
+        raise OptionError(f"--config {path}: {key} must be {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}; got {value!r}")
+    return value
 
 
 def to_toml(options: Any) -> str:
-    """TOML text of all fields that have a value (None is left out: TOML has no word for it)."""
+    """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(options).items()}
-    return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
+    return tomli_w.dumps({key: value for key, value in values.items() if value is not None and key not in ("resume", "overwrite")})

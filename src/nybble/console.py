@@ -28,7 +28,7 @@ class Advance(Protocol):
     def __call__(self, units: int, **texts: str) -> None: ...
 
 
-def set_up_logging(verbose: bool = False) -> None:
+def set_up_logging() -> None:
     """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
     import warnings
 
@@ -37,7 +37,7 @@ def set_up_logging(verbose: bool = False) -> None:
 
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", omit_repeated_times=False, highlighter=None)
     log.handlers[:] = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)
     log.propagate = False
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -97,7 +97,10 @@ def _held_out(documents: Sequence[str], source: str) -> Texts:
 
 def _read_file(path: Path, column: str) -> Sequence[str]:
     if path.suffix in _PLAIN:
-        return [path.read_text(encoding="utf-8")]
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise DataError(f"--data {path} must be UTF-8 text; byte {error.start} is not; convert it first") from error
     if path.suffix not in _ROWS:
         raise DataError(f"--data {path} must end with one of {' '.join((*_PLAIN, *_ROWS))}; got {path.suffix or 'no suffix'}")
     import datasets
@@ -136,7 +139,7 @@ def _from_hub(data: str, column: str) -> Texts:
             raise DataError(f"--data {data} was not found on the hub; {_cause(error)}") from error
         raise DataError(
             f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; name a local file or folder, "
-            "--data_dir for a folder of data sets, or --data python-docs"
+            f"--data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"
         ) from error
     if not isinstance(splits, datasets.DatasetDict) or "train" not in splits:
         raise DataError(f"--data {data} must have a train split; it has {', '.join(splits) if isinstance(splits, datasets.DatasetDict) else 'none'}")

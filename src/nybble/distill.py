@@ -5,12 +5,11 @@ load -> teacher states -> compress -> insert -> train on KL -> absorb -> save ->
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from nybble.config import DistillOptions
 from nybble.console import bar, console, log_to
 from nybble.errors import OptionError, TrainingError
 from nybble.export import EXPORTERS
+from nybble.families import family_of
 from nybble.grid import Grid, check_group_size
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
@@ -56,7 +56,7 @@ def distill(options: DistillOptions) -> Path:
     evaluate.check_tasks(options.tasks, options.data_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
-    path = Path(options.output_dir or f"runs/{Path(options.pretrained).stem}-distill")
+    path = options.folder
     Run.check(path, options.resume, options.overwrite)
 
     # Everything that can be wrong with model, options and data is found before the run folder exists.
@@ -72,6 +72,10 @@ def distill(options: DistillOptions) -> Path:
     if options.resume and (path / checkpoint.CONFIG).is_file():
         options = _as_before(options, checkpoint.read_options(path))
     options = _resolve(options, loaded, plan, sequences, path)
+    exported = family_of(loaded.model.config).exported
+    if options.export and exported is not True:
+        log.warning("%s has not been exported by anyone yet%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
+                    f" ({exported})" if exported else "", path)  # fmt: skip
     head = Head.of(loaded.model, copy=True)
     head.verify(loaded.model, sequences.validation[:1, :32].to(device))
 
@@ -101,19 +105,16 @@ def _run(run: Run, options: DistillOptions, loaded: models.LoadedModel, plan: mo
         with run.stage("compress"):
             compressed, layers = _compress(options, loaded.model, plan)
         if "compressed" not in run.results["models"]:
-            with insert.step_cache(layers.values(), push=False):
+            with _fixed_weights(options, layers):
                 measure("compressed", loaded.model, loaded.tokenizer, _size(loaded.model, compressed))
         _train(run, options, loaded.model, layers, sequences, states, head)
         with run.stage("absorb"):
-            quantized = compressed | absorb.absorb(loaded.model, layers)
-            run.results["codes_changed"] = absorb.share_of_codes_changed(
-                {name: compressed[name] for name in layers}, {name: quantized[name] for name in layers}
-            )
-            checkpoint.save_quantized(run.path / "quantized", loaded.model, loaded.tokenizer, quantized)
-        del layers, compressed, quantized
+            tuned = absorb.absorb(loaded.model, layers)
+            run.results["codes_changed"] = absorb.share_of_codes_changed(compressed, tuned)
+            run.save_results()
+            checkpoint.save_quantized(run.path / "quantized", loaded.model, loaded.tokenizer, compressed | tuned)
     # From here on everything is made from the saved folder, so what is measured is what is shipped.
-    del loaded
-    gc.collect()
+    loaded.model.to("meta")  # frees the weights
     for leftover in run.path.glob("teacher/train.*"):
         leftover.unlink()
     if "tuned" not in run.results["models"]:
@@ -152,7 +153,8 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     device = loaded.model.device
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, options.lora_rank, options.group_size)
-    available = torch.cuda.mem_get_info()[0] + shapes.parameters * shapes.itemsize if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = free + shapes.parameters * shapes.itemsize  # the model is there already, and is in the estimate
     cache = options.cache
     if cache == "auto":
         cache = "step" if estimate.memory(*sizes, options.seq_len, CHUNK, True) < 0.7 * available else "recompute"
@@ -184,7 +186,7 @@ def _teach(run: Run, options: DistillOptions, loaded: models.LoadedModel, sequen
     splits = {"validation": sequences.validation, "test": sequences.test}
     if not (run.path / "quantized").exists():
         splits["train"] = sequences.train
-    identity = f"{options.pretrained} {loaded.model.dtype} {models.describe(loaded.model)}"
+    identity = f"{options.pretrained} {models.identity(loaded.model)}"
     states = {}
     with run.stage("teacher"), bar("teacher", sum(len(ids) for ids in splits.values())) as advance:
         for split, ids in splits.items():
@@ -202,7 +204,7 @@ def _compress(options: DistillOptions, model: Any, plan: models.Plan) -> tuple[d
     if clamped:
         log.info("rank %d clamped in %d layers that are narrower", options.lora_rank, clamped)
     log.info("quantized %d of %d linear layers to 4 bits, %s to 8 bits", len(layers), len(plan.int4), ", ".join(rows))
-    return rows | {name: start.quantized(grid) for name, start in starts.items()}, layers
+    return rows | {name: start.quantized(grid).cpu() for name, start in starts.items()}, layers
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def _train(
         Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm),
         loss,
         lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
-        partial(insert.step_cache, list(layers.values())) if options.cache == "step" else _nothing,
+        partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext,
     )
     last, best = run.path / "last.safetensors", run.path / "best.safetensors"
     if last.exists():
@@ -236,12 +238,11 @@ def _train(
     progress = trainer.progress
 
     def save(path: Path, tensors: dict[str, Tensor]) -> None:
-        if trainer.accelerator.is_main_process:
-            checkpoint.save_tensors(path, tensors, vars(progress))
+        checkpoint.save_tensors(path, tensors, vars(progress))
 
     def validate() -> None:
         logits = evaluate.logits_of(model, sequences.validation)
-        with insert.step_cache(layers.values(), push=False):
+        with _fixed_weights(options, layers):
             measured = evaluate.measure(logits, sequences.validation, evaluate.logits_from_states(head, states["validation"]))
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: validation KL %.4f, token perplexity %.3f", progress.step, steps, measured["kl_to_teacher"], measured["token_perplexity"])
@@ -250,10 +251,10 @@ def _train(
             save(best, dict(trainer.parameters))
 
     with run.stage("train"), _curves(run, options) as curves, bar("train", steps, "loss") as advance:
-        if not progress.history:
-            validate()  # the untuned start is a candidate too
         advance(progress.step)
         try:
+            if not progress.history:
+                validate()  # the untuned start is a candidate too
             for record in trainer.run():
                 curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
                 tokens_per_second = options.batch_size * options.seq_len / record["seconds"]
@@ -283,9 +284,9 @@ def _groups(options: DistillOptions, layers: Mapping[str, FakeQuantizedLoRALinea
     ]
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _fixed_weights(options: DistillOptions, layers: Mapping[str, FakeQuantizedLoRALinear]) -> AbstractContextManager[None]:
+    """For measuring: quantize once, where the memory for it was found."""
+    return insert.step_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
 
 
 @contextmanager
@@ -324,7 +325,7 @@ class Exported:
 def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported:
     """Export the quantized folder of a run to RUN/kind, and open what was written."""
     if kind not in EXPORTERS:
-        raise OptionError(f"--export must name known formats ({', '.join(EXPORTERS)}); got {kind}")
+        raise OptionError(f"formats to export to are {', '.join(EXPORTERS)}; got {kind}")
     exporter, folder = EXPORTERS[kind](), run.path / kind
     with run.stage(f"export {kind}"):
         model, tokenizer, quantized = checkpoint.load_quantized(run.path / "quantized", torch.float32, trust_remote_code)
@@ -355,23 +356,11 @@ def _measure(run: Run, options: DistillOptions, test: Tensor, reference: evaluat
         measured: dict[str, Any] = dict(evaluate.measure(logits, test, reference, advance))
         if options.tasks:
             log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
-            tasks = evaluate.run_tasks(model, tokenizer, options.tasks, limit=options.task_limit, data_dir=options.data_dir)
-            measured |= flatten(tasks)
+            tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
+            measured |= evaluate.columns(tasks)
     run.results["models"][row] = measured | {"bytes": size}
     run.save_results()
     log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
-
-
-def flatten(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
-    """lm-eval's results as columns: word_perplexity of wikitext, and task:NAME METRIC for all else."""
-    columns = {}
-    for task, metrics in tasks.items():
-        for metric, value in metrics.items():
-            if metric == "word_perplexity":
-                columns["word_perplexity"] = value
-            elif metric in ("acc", "acc_norm", "exact_match"):
-                columns[f"task:{task} {metric}"] = value
-    return columns
 
 
 def _finish(run: Run) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch import Tensor
 from nybble.errors import DataError, MissingExtraError, OptionError
 from nybble.losses import Head
 
-# Longest window in lm-eval: what the published tables of this field use, and what fits memory with any vocabulary.
+# Longest window in lm-eval: that of the published tables we compare with (EVIDENCE: NNCF's evaluation length).
 MAX_LENGTH = 2048
+# Bytes that the logits of one forward in lm-eval may take, with the copy that log_softmax makes.
+_LOGIT_BYTES = 2 << 30
 
 # Index of a sequence -> its logits [T, V], float32.
 Logits = Callable[[int], Tensor]
@@ -74,6 +77,33 @@ def _task_manager() -> Any:
     return TaskManager()
 
 
+@contextmanager
+def _explained(tasks: Sequence[str]) -> Iterator[None]:
+    """Data that cannot be had becomes a DataError."""
+    try:
+        yield
+    except Exception as error:  # the hub's errors have no common base
+        if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")):
+            raise DataError(
+                f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
+                "give a folder with local copies by --data_dir, or leave the tasks out (--tasks)"
+            ) from error
+        raise
+
+
+def columns(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """lm-eval's results as columns of a table: word_perplexity of wikitext, and "task:NAME METRIC" for all else but standard errors."""
+    found = {}
+    for task, metrics in tasks.items():
+        for metric, value in metrics.items():
+            if task == "wikitext":
+                if metric == "word_perplexity":
+                    found[metric] = value
+            elif "stderr" not in metric and metric != "sample_len":
+                found[f"task:{task} {metric}"] = value
+    return found
+
+
 def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
     """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data."""
     if not tasks:
@@ -89,36 +119,36 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
             raise OptionError(f"--tasks must name lm-eval tasks; got {task}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     if data_dir is not None:
         _local_tasks(tasks, Path(data_dir))
+    else:
+        with _explained(tasks):
+            from lm_eval.tasks import get_task_dict
+
+            get_task_dict(list(tasks), _task_manager())
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 8, limit: int | None = None, data_dir: str | None = None
+    model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 0, limit: int | None = None, data_dir: str | None = None
 ) -> dict[str, dict[str, float]]:
     """lm-eval tasks on a transformers-like model.
 
     Args:
+        batch_size: requests in one forward; 0 = as many whole windows as `_LOGIT_BYTES` allow, at least 1.
         data_dir: folder with local copies of the data sets in the hub's field names, instead of the hub.
 
-    Returns: task -> metric -> value, with lm-eval's names of metrics ("word_perplexity", "acc", "acc_norm", "acc_stderr", ...).
+    Returns: task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "acc_norm", "exact_match,strict-match", ...
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    batch_size = batch_size or max(1, _LOGIT_BYTES // (2 * 4 * longest * model.config.vocab_size))
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
     chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
-    try:
+    with _explained(tasks):
         output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, task_manager=_task_manager())
-    except Exception as error:  # the hub's errors have no common base
-        if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find")):
-            raise DataError(
-                f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
-                "give a folder with local copies by --data_dir, or leave the tasks out (--tasks)"
-            ) from error
-        raise
     assert output is not None  # None on other processes than the first only
     return {
-        task: {metric.split(",")[0]: value for metric, value in metrics.items() if isinstance(value, int | float)}
+        task: {metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in output["results"].items()
     }
 
@@ -129,6 +159,8 @@ def _local_tasks(tasks: Sequence[str], data_dir: Path) -> list[dict[str, Any]]:
 
     index, configs = _task_manager().task_index, []
     for task in tasks:
+        if index[task].yaml_path is None or str(index[task].kind).lower().endswith(("group", "tag")):
+            raise OptionError(f"--tasks with --data_dir must name single tasks; {task} is a group of tasks; name its parts")
         config = load_yaml(index[task].yaml_path)
         source, subset = config.pop("dataset_path", task), config.pop("dataset_name", None)
         config.pop("dataset_kwargs", None)

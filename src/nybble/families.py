@@ -21,7 +21,7 @@ class Family:
         softcap: logits = cap * tanh(logits / cap).
         logit_scale: logits are multiplied with it.
         logit_divisor: logits are divided by it.
-        exported: whether the OpenVINO export has been seen working (tests/export/test_families.py); else the reason why not.
+        exported: True where the whole flow with the OpenVINO export is tested (tests/test_families.py); else False, or the reason why not.
     """
 
     softcap: str | None = None
@@ -65,7 +65,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bf16 matrix products are fast there: CUDA, or a CPU with AMX or AVX512-BF16 (elsewhere they are emulated, 4 x slower than fp32)."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 

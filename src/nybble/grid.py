@@ -80,8 +80,7 @@ def group(weight_OI: Tensor, groups: int) -> Tensor:
 def round_scale(scale: Tensor) -> Tensor:
     """Round to 7 significant bits and keep within the normal fp16 range. 0.1 -> 0.099609375 = 102 / 1024."""
     mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
-    rounded = torch.ldexp(torch.round(torch.ldexp(mantissa, torch.tensor(SCALE_BITS))), exponent - SCALE_BITS)
-    return rounded.clamp(SCALE_MIN, SCALE_MAX)
+    return torch.ldexp(torch.round(mantissa * 2**SCALE_BITS), exponent - SCALE_BITS).clamp(SCALE_MIN, SCALE_MAX)
 
 
 def min_max(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ transformers builds loses SmolLM's digit splitting, for one.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
-import json
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,6 @@ class Plan:
     Attributes:
         int4: nn.Linear layers of the decoder.
         int8: embedding, and lm_head where it is not tied to it.
-        kept: nn.Linear layers that stay as they are (none in the families known so far).
         tied: lm_head shares the embedding's weight.
     """
 
@@ -59,6 +58,8 @@ def pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
+        if picked.type == "cuda":
+            torch.cuda.set_device(picked)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device} is not usable on this machine ({_first_line(error)}); choose auto or cpu") from error
     return picked
@@ -175,10 +176,16 @@ def _explain(pretrained: str, local: bool, error: Exception) -> str:
         return f"--pretrained {pretrained}: no such model on the hub, or no access to it; check the spelling, or log in with: hf auth login"
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
         return f"--pretrained {pretrained}: transformers does not know this architecture; {_first_line(error)}"
-    return (
-        f"--pretrained {pretrained} is not on this machine and the Hugging Face hub cannot be reached; "
-        "name a local model folder, a .gguf file, or the built-in smollm2"
-    )
+    if any(word in text.lower() for word in _NO_HUB):
+        return (
+            f"--pretrained {pretrained} is not on this machine and the Hugging Face hub cannot be reached; "
+            "name a local model folder, a .gguf file, or the built-in smollm2"
+        )
+    return f"--pretrained {pretrained} cannot be loaded: {_first_line(error)}"
+
+
+# Words in the errors of a hub that does not answer.
+_NO_HUB = ("connect", "offline", "cached files", "local cache", "timed out", "max retries", "resolve", "network")
 
 
 def _first_line(error: BaseException) -> str:
@@ -247,6 +254,10 @@ def gguf_tokenizer(path: Path) -> Any:
     return wrapped
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """What identifies a model in a run: architecture, configuration and shapes, as JSON-able values (used to refuse a foreign resume)."""
-    return json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
+def identity(model: Any) -> str:
+    """Short hash of configuration, dtype and the first row of every matrix: tells models apart that have the same name."""
+    known = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            known.update(parameter[0].float().cpu().numpy().tobytes())
+    return known.hexdigest()[:16]

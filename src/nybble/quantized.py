@@ -35,6 +35,10 @@ class QuantizedWeight:
         """float32 [O, I] = scale * (codes - zero)."""
         return dequantize(self.codes_OI, self.scale_OG, self.zero_OG)
 
+    def cpu(self) -> QuantizedWeight:
+        """The same on the CPU."""
+        return QuantizedWeight(self.codes_OI.cpu(), self.scale_OG.cpu(), self.zero_OG.cpu(), self.grid)
+
     @property
     def nbytes(self) -> int:
         """Bytes when shipped: packed codes, fp16 scales, packed zeros (a fixed zero costs nothing)."""

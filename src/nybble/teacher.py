@@ -37,7 +37,7 @@ def hidden_states(
 
     Args:
         path: of the raw file; path.json lies beside it.
-        model: the 16-bit model, or None where all states are known to be on disk.
+        model: the 16-bit model.
         input_ids: [S, T].
         batch: sequences in one forward.
         identity: what else the states depend on; a file made of something else is made anew.

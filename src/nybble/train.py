@@ -99,8 +99,8 @@ class Trainer:
             norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; try a tenth of --lr and "
-                    "--scale_lr, or --dtype float32; the last checkpoint is kept"
+                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; start again (--overwrite) with a "
+                    "tenth of --lr and --scale_lr, or with --dtype float32"
                 )
             self.optimizer.step()
             self.optimizer.zero_grad()
