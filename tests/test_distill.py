@@ -13,6 +13,7 @@ import torch
 
 from nybble import checkpoint, cli
 from nybble.distill import distill
+from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
 from tests.test_families import options
 from tests.tiny import save_model
@@ -91,11 +92,19 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
     assert after["models"] == results["models"]
 
 
-def test_cache_and_recompute_tune_alike(tmp_path: Path) -> None:
+def test_cache_and_recompute_tune_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "qwen2")
-    losses = []
-    for cache in ("step", "recompute"):
+    losses, filled, original = [], [0], FakeQuantizedLoRALinear.fill_step_cache
+
+    def count(layer: FakeQuantizedLoRALinear) -> None:
+        filled[0] += 1
+        original(layer)
+
+    monkeypatch.setattr(FakeQuantizedLoRALinear, "fill_step_cache", count)
+    for cache, fills in (("step", 14 * (4 + 3 + 1)), ("recompute", 0)):  # 14 layers; 4 steps, 3 validations, 1 measurement
+        filled[0] = 0
         distill(options(model, tmp_path / cache, cache=cache))
+        assert filled[0] == fills
         history = json.loads((tmp_path / cache / "results.json").read_text())["validation"]
         losses.append([entry["kl_to_teacher"] for entry in history])
     # a code at a rounding boundary may flip: float32 sums in another order

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from nybble import evaluate
 from nybble.errors import DataError, OptionError
+from nybble.export import openvino
 from nybble.losses import Head, last_hidden
 from tests.tiny import make_model, make_tokenizer
 
@@ -51,6 +52,16 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
     assert results["arc_easy"]["acc"] in (0.0, 1.0)
     assert {"acc", "acc_norm"} <= results["arc_easy"].keys()
     assert results["wikitext"]["word_perplexity"] > 1
+
+
+def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    (tmp_path / "ov").mkdir()
+    openvino.export(model, tokenizer, {}, tmp_path / "ov")
+    exported = openvino.open_model(tmp_path / "ov", model.config, strict=True)
+    ours, its = (evaluate.run_tasks(m, tokenizer, ["arc_easy", "wikitext"], 2, data_dir=str(data_dir)) for m in (exported, model))
+    assert ours["wikitext"]["word_perplexity"] == pytest.approx(its["wikitext"]["word_perplexity"], rel=1e-4)
+    assert ours["arc_easy"] == its["arc_easy"]
 
 
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:

@@ -333,6 +333,10 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, reset: bool = True) -> Tensor:
         """Logits [B, T, V] of new tokens [B, T], after what the state holds unless `reset`."""
         past = 0 if reset else self._seen.shape[1]
