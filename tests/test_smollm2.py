@@ -1,6 +1,7 @@
 """The real model: tokenization as llama.cpp's, the flow on real text, the export in openvino-genai."""
 
 import json
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,20 @@ def tokenizer() -> object:
 
 @pytest.fixture(scope="module")
 def llama_tokenize() -> object:
-    """llama.cpp's own tokenizer on the same file, through xllamacpp's server."""
+    """llama.cpp's own tokenizer on the same file, through xllamacpp's server on the loopback interface."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (extra dev) carries llama.cpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(models.smollm2_path())
     parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads, parameters.warmup = 256, 1, 1, False
     server = xllamacpp.Server(parameters)
 
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
     def tokenize(text: str, special: bool) -> list[int]:
-        answer = server.handle_tokenize({"content": text, "add_special": False, "parse_special": special})
-        return list((json.loads(answer) if isinstance(answer, str) else answer)["tokens"])
+        body = json.dumps({"content": text, "add_special": False, "parse_special": special}).encode()
+        request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+        with direct.open(request, timeout=60) as answer:
+            return list(json.load(answer)["tokens"])
 
     return tokenize
 
