@@ -92,6 +92,20 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
     assert after["models"] == results["models"]
 
 
+def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "run"))
+    before = codes(tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "openvino"]) == 0
+    assert (tmp_path / "run" / "openvino" / "openvino_model.bin").stat().st_size > 0
+    counts = json.loads((tmp_path / "run" / "results.json").read_text())["exports"]["openvino"]
+    assert (counts["weights_u4"], counts["weights_u8"]) == (14, 2)
+    assert codes(tmp_path / "run") == before
+    (tmp_path / "run" / "quantized").rename(tmp_path / "elsewhere")
+    assert cli.main(["export", str(tmp_path / "run")]) == 2
+    assert "must be a finished run; it has no folder quantized; finish it with --resume" in capsys.readouterr().err
+
+
 def test_cache_and_recompute_tune_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "qwen2")
     losses, filled, original = [], [0], FakeQuantizedLoRALinear.fill_step_cache

@@ -1,7 +1,7 @@
 """The run folder: what is saved when. Every file appears whole or not at all, so that a run can be killed at any moment and resumed.
 
 config.toml          the options, resolved
-log.txt              what the console said, with times
+log.txt              what the console said since the folder exists, with times
 results.json         measurements and seconds per stage, growing; report.md is the same for people
 teacher/             the teacher's hidden states (train states are deleted when training is done)
 last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def keep_freed_memory() -> None:
     """glibc: reuse freed memory instead of handing it back. Training frees and asks for the same large tensors all the time, and
-    fresh pages cost more than the arithmetic on them: a step on 2 cores takes 15 to 20 % less time (docs/log.md)."""
+    fresh pages cost more than the arithmetic on them: a step on 2 cores takes about a fifth less time (docs/log.md)."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20)):

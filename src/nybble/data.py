@@ -29,7 +29,7 @@ from nybble.errors import DataError
 WIKITEXT2 = "wikitext2"
 PYTHON_DOCS = "python-docs"
 SPLITS = ("train", "validation", "test")
-_SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
+SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
 _PLAIN = (".raw", ".txt", ".md")
 _ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -114,7 +114,7 @@ def _read_file(path: Path, column: str) -> Sequence[str]:
 
 def _from_folder(folder: Path, column: str) -> Texts:
     found: dict[str, Sequence[str]] = {}
-    for split, words in _SPLIT_WORDS.items():
+    for split, words in SPLIT_WORDS.items():
         for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
             files = sorted(p for p in folder.rglob(f"*{suffix}") if any(word in p.name for word in words))
             if files:

@@ -41,7 +41,7 @@ MOST_TOKENS = {"cpu": {torch.float32: 1024, torch.float16: 1024, torch.bfloat16:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences [S, T] of the three splits; the first `len(train)` of the training text are used."""
+    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will use."""
 
     train: Tensor
     validation: Tensor
@@ -149,7 +149,7 @@ def _as_before(options: DistillOptions, saved: dict[str, Any]) -> DistillOptions
 
 
 def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, path: Path) -> DistillOptions:
-    """Fill in what is automatic, print the estimate, and refuse what does not fit."""
+    """Fill in what is automatic, print the estimate, refuse a disk that is too small, and warn of memory."""
     device = loaded.model.device
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, options.lora_rank, options.group_size)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.data import SPLIT_WORDS
 from nybble.errors import DataError, MissingExtraError, OptionError
 from nybble.losses import Head
 
@@ -66,7 +67,6 @@ def measure(logits: Logits, input_ids: Tensor, teacher: Logits | None = None, ad
 
 # Local folders for hub data sets whose name says something else.
 _FOLDERS = {"ai2_arc": "arc", "wikitext_document_level": "wikitext/document_level"}
-_SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def _local_folder(data_dir: Path, task: str, source: str, subset: str | None) ->
 
 def _split_files(folder: Path) -> dict[str, str]:
     files = {}
-    for split, words in _SPLIT_WORDS.items():
+    for split, words in SPLIT_WORDS.items():
         found = sorted(f for suffix in ("jsonl", "parquet") for f in folder.glob(f"*.{suffix}") if any(word in f.name for word in words))
         if found:
             files[split] = str(found[0])
