@@ -148,7 +148,7 @@ def test_the_saved_model_is_the_model(family: str, dtype: torch.dtype, tmp_path:
     model = make_model(family, dtype=dtype)
     plan, grid = models.plan(model), Grid()
     rows = insert.quantize_rows(model, plan.int8)
-    layers = insert.insert(model, compress.compress(model, plan.int4, grid, "rtn"), grid, 4, 0)
+    layers = insert.insert(model, compress.compress(model, plan.int4, grid, "rtn").starts, grid, 4, 0)
     quantized = rows | absorb.absorb(model, layers)
     checkpoint.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
     loaded, _, read = checkpoint.load_quantized(tmp_path / "quantized", dtype)

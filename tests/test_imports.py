@@ -5,8 +5,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 ORDER = [
-    "errors", "config", "grid", "quantized", "families", "models", "data", "compress.start", "compress.rtn", "compress", "layers", "insert", "losses",
-    "teacher", "train", "absorb", "checkpoint", "estimate", "export", "export.openvino", "evaluate", "report", "console", "distill", "commands", "cli",
+    "errors", "config", "grid", "quantized", "families", "models", "data",
+    "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
+    "layers", "insert", "losses", "teacher", "train", "absorb", "checkpoint", "estimate", "export", "export.openvino", "evaluate", "report", "console",
+    "stages", "post_training", "distill", "commands", "cli",
     "", "__main__",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ config.toml          the options, resolved
 log.txt              what the console said since the folder exists, with times
 results.json         measurements and seconds per stage, growing; report.md is the same for people
 teacher/             the teacher's hidden states (train states are deleted when training is done)
+compress/            finished blocks of the compression (deleted when the 4-bit model is saved)
 last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
 best.safetensors     adapters and scales with the lowest validation loss
 quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
@@ -34,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nybble.compress import Store
 from nybble.config import to_toml
 from nybble.errors import RunError
 from nybble.grid import Grid
@@ -83,6 +85,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is no longer needed, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class BlockStore(Store):
+    """Finished blocks of a compression, one safetensors file each. `identity` says of what; files of something else are ignored."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{block.strip('.')}.safetensors"
+
+    def load(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self._file(block).exists():
+            return None
+        tensors, note = load_tensors(self._file(block))
+        return (tensors, note) if note.pop("identity") == self.identity else None
+
+    def save(self, block: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        self.path.mkdir(exist_ok=True)
+        save_tensors(self._file(block), tensors, note | {"identity": self.identity})
 
 
 def _lock(path: Path) -> IO[str]:
@@ -270,18 +297,24 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
         tokenizer.save_pretrained(temporary)
 
 
-def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
-    """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.initialization import no_init_weights
-
+def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """The tensors that `save_quantized` wrote: name -> codes, and all others."""
     tensors, note = load_tensors(folder / WEIGHTS)
     quantized = {}
     for name, fields in note["grids"].items():
         grid = Grid(**fields)
         codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero"))
         quantized[name] = QuantizedWeight(unpack_nibbles(codes) if grid.bits == 4 else codes, scale.float(), zero, grid)
-        tensors[f"{name}.weight"] = quantized[name].dequantize()
+    return quantized, tensors
+
+
+def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
+    """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    quantized, tensors = load_weights(folder)
+    tensors |= {f"{name}.weight": weight.dequantize() for name, weight in quantized.items()}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with no_init_weights():  # every weight is loaded; random starts would be made for nothing

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from nybble.config import DistillOptions, EvalOptions, ExportOptions, from_toml
+from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, from_toml
 from nybble.errors import NybbleError, OptionError
 
 
@@ -26,6 +26,18 @@ def _distill(options: DistillOptions) -> None:
     from nybble.distill import distill
 
     distill(options)
+
+
+def _compress(options: CompressOptions) -> None:
+    from nybble.post_training import compress
+
+    compress(options)
+
+
+def _inspect(options: InspectOptions) -> None:
+    from nybble.commands import inspect
+
+    inspect(options)
 
 
 def _export(options: ExportOptions) -> None:
@@ -45,15 +57,19 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "distill": (DistillOptions, _distill),
+    "compress": (CompressOptions, _compress),
     "export": (ExportOptions, _export),
     "eval": (EvalOptions, _eval),
+    "inspect": (InspectOptions, _inspect),
 }
 
 USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model that keeps its accuracy.
 
   nybble distill --pretrained MODEL     distil the 16-bit model into its own 4-bit self, export, measure
+  nybble compress --pretrained MODEL    compress it without training: rtn, awq, se, gptq, blockwise; export, measure
   nybble export RUN --to openvino       export a finished run again
   nybble eval MODEL_OR_RUN              perplexity, KL to a teacher, lm-eval tasks
+  nybble inspect RUN_OR_EXPORT          every quantized layer: shape, grid, error, clipped share
   nybble env                            versions and hardware
 
 MODEL is a hub id, a local folder, a .gguf file, or smollm2 (built in). Flags may be written with _ or -; every command has

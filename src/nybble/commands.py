@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from nybble import checkpoint, data, models
+from nybble import checkpoint, data, models, report
 from nybble import evaluate as measuring
 from nybble.checkpoint import Run
-from nybble.config import EvalOptions, ExportOptions
+from nybble.config import EvalOptions, ExportOptions, InspectOptions
 from nybble.console import bar, console
-from nybble.distill import export_run
 from nybble.errors import RunError
 from nybble.export import EXPORTERS, check_formats
 from nybble.models import LoadedModel
+from nybble.quantized import QuantizedWeight
+from nybble.stages import export_run
 
 
 def export(options: ExportOptions) -> None:
@@ -77,6 +79,40 @@ def evaluate(options: EvalOptions) -> None:
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
     console.print_json(json.dumps(results))
+
+
+def inspect(options: InspectOptions) -> None:
+    """Print every quantized layer of a run or of a folder in it as a table."""
+    path = Path(options.target)
+    run = next((folder for folder in (path, path.parent) if (folder / checkpoint.RESULTS).is_file()), None)
+    results = {} if run is None else json.loads((run / checkpoint.RESULTS).read_text())
+    weights = _quantized_weights(path)
+    errors = results.get("layer_errors", {})
+    tuned = report.tunes(results) and "tuned" in results.get("models", {})
+    table = Table("layer", "shape", "grid", title=f"{path}: {len(weights)} quantized layers")
+    for heading in ("output error, rtn", "compressed", "weight error", "clipped", "at the ends"):
+        table.add_column(heading, justify="right")
+    for name, weight in weights.items():
+        cells = report.error_cells(errors[name]) if name in errors else ["-"] * 4
+        ends = ((weight.codes_OI == 0) | (weight.codes_OI == weight.grid.max_code)).float().mean()
+        table.add_row(name, " x ".join(map(str, weight.codes_OI.shape)), str(weight.grid), *cells, f"{float(ends):.2%}")
+    console.print(table)
+    if errors and tuned:
+        console.print(f"The errors are those of the start ({results.get('method', 'rtn')}), before tuning.", highlight=False)
+    counts = Counter(str(weight.grid) for weight in weights.values())
+    size = sum(weight.nbytes for weight in weights.values())
+    console.print(f"{', '.join(f'{count} x {grid}' for grid, count in counts.items())}; {size / 1e6:.1f} MB.", highlight=False)
+
+
+def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:
+    """Name -> codes of a run, its quantized folder, or an export."""
+    folder = path / "quantized" if (path / "quantized").is_dir() else path
+    if (folder / checkpoint.WEIGHTS).is_file():
+        return checkpoint.load_weights(folder)[0]
+    for exporter in EXPORTERS.values():
+        if (path / exporter().MODEL_XML).is_file():
+            return dict(exporter().read_weights(path))
+    raise RunError(f"{path} must be a finished run, or a folder quantized or openvino inside one; it is neither")
 
 
 def environment() -> None:

@@ -10,7 +10,7 @@ import tomllib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from tyro.conf import Positional
@@ -41,10 +41,76 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(DataOptions, ModelOptions):
+class CompressionOptions:
+    """How weights are compressed before any tuning."""
+
+    group_size: int = 64  # Weights that share a scale and a zero.
+    calib_samples: int = 128  # Sequences of the training text that methods other than rtn learn from.
+    gptq_damping: float = 0.01  # Of the Hessian, relative to its mean diagonal.
+    gptq_act_order: bool = False  # Round columns with large inputs first.
+    blockwise_epochs: float = 2.0  # Times that block-wise reconstruction goes through the calibration sequences.
+    limit_blocks: int | None = None  # Apply the method to so many decoder blocks, rtn to the others (for trying out).
+
+    def check_compression(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require(self, ("group_size", "calib_samples"), lambda value: value >= 1, "at least 1")
+        _require(self, ("gptq_damping",), lambda value: 0 < value <= 1, "more than 0 and at most 1")
+        _require(self, ("blockwise_epochs",), lambda value: value > 0, "more than 0")
+        _require(self, ("limit_blocks",), lambda value: value is None or value >= 0, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run goes, and what is measured and written at its end."""
+
+    output_dir: str | None = None  # Run folder. Default: runs/MODEL-COMMAND.
+    seed: int = 0  # Of everything random: adapters, choice and order of the data.
+    test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
+    tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all models of the run; needs the extra eval.
+    task_limit: int | None = None  # At most so many documents a task (for trying out).
+    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
+    export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
+    resume: bool = False  # Go on where the run in output_dir stopped.
+    overwrite: bool = False  # Delete the run in output_dir first.
+
+    def check_run(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require(self, ("test_samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite contradict each other; give one of them")
+
+
+def _folder(output_dir: str | None, pretrained: str, command: str) -> Path:
+    return Path(output_dir or f"runs/{Path(pretrained).name.removesuffix('.gguf')}-{command}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
+    """Compress a model to 4 bits without training it end to end, export it, and measure it."""
+
+    KIND: ClassVar[str] = "compress"
+
+    method: str = "se+gptq"  # rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
+
+    def check(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require_pretrained(self.pretrained)
+        self.check_compression()
+        self.check_run()
+        _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return _folder(self.output_dir, self.pretrained, self.KIND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
     """Distil a 16-bit model into its own 4-bit self, export it, and measure it."""
 
-    output_dir: str | None = None  # Run folder. Default: runs/MODEL-distill.
+    KIND: ClassVar[str] = "distill"
+
     samples: int = 1024  # Sequences that make an epoch.
     epochs: int = 10  # Epochs; the text is used up before any of it is repeated.
     batch_size: int = 32  # Sequences in an optimizer step.
@@ -55,40 +121,30 @@ class DistillOptions(DataOptions, ModelOptions):
     warmup: float = 0.05  # Share of the steps with a rising rate; a cosine to zero follows.
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm.
     lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
-    group_size: int = 64  # Weights that share a scale and a zero.
-    start: str = "rtn"  # Post-training compression to start from.
+    start: str = "rtn"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
-    seed: int = 0  # Of adapters and order of the data.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
-    test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
-    tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all four models; needs the extra eval.
-    task_limit: int | None = None  # At most so many documents a task (for trying out).
-    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
-    export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
     save_every: int = 10  # Optimizer steps between checkpoints.
     tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
-    resume: bool = False  # Go on where the run in output_dir stopped.
-    overwrite: bool = False  # Delete the run in output_dir first.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""
         _require_pretrained(self.pretrained)
-        positive = ("seq_len", "samples", "epochs", "batch_size", "group_size", "valid_samples", "save_every")
+        self.check_compression()
+        self.check_run()
+        positive = ("seq_len", "samples", "epochs", "batch_size", "valid_samples", "save_every")
         _require(self, positive, lambda value: value >= 1, "at least 1")
         if self.lora_rank < 1:
             raise OptionError(f"--lora_rank must be at least 1; got {self.lora_rank}; 16 to 128 are usual")
-        _require(self, ("microbatch", "test_samples"), lambda value: value >= 0, "0 (automatic, all) or more")
+        _require(self, ("microbatch",), lambda value: value >= 0, "0 (automatic) or more")
         _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
         _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
         _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
             raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")
-        _require(self, ("eval_batch_size",), lambda value: value >= 0, "0 (automatic) or more")
         if self.dtype == "float16":
             raise OptionError("--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)")
-        if self.resume and self.overwrite:
-            raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,7 +153,7 @@ class DistillOptions(DataOptions, ModelOptions):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.output_dir or f"runs/{Path(self.pretrained).name.removesuffix('.gguf')}-distill")
+        return _folder(self.output_dir, self.pretrained, self.KIND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +162,13 @@ class ExportOptions:
 
     run: Positional[str]  # Run folder.
     to: tuple[str, ...] = ("openvino",)  # Formats.
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Show every quantized layer of a run or an export: shape, grid, error, clipped share."""
+
+    target: Positional[str]  # Run folder, or a folder inside one: quantized or openvino.
 
 
 @dataclass(frozen=True, kw_only=True)

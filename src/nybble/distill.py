@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from nybble import absorb, checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher
+from nybble import absorb, checkpoint, data, estimate, evaluate, insert, models, report, stages
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
-from nybble.console import bar, console, log_to
+from nybble.console import bar
 from nybble.errors import OptionError, TrainingError
-from nybble.export import EXPORTERS
-from nybble.families import family_of
-from nybble.grid import Grid, check_group_size
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
 from nybble.quantized import QuantizedWeight
+from nybble.stages import Job, Sequences
 from nybble.train import Progress, Recipe, Trainer
 
 log = logging.getLogger("nybble")
@@ -39,172 +35,92 @@ CHUNK = 256  # tokens whose logits exist at a time in the loss
 MOST_TOKENS = {"cpu": {torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 4096}, "cuda": {}}
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will use."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-
 def distill(options: DistillOptions) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
-    options.check()
-    compress.check_method(options.start)
-    export.check_formats(options.export)
-    evaluate.check_tasks(options.tasks, options.data_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
-    path = options.folder
-    Run.check(path, options.resume, options.overwrite)
 
-    # Everything that can be wrong with model, options and data is found before the run folder exists.
-    started = time.perf_counter()
-    device = models.pick_device(options.device)
-    dtype = models.pick_dtype(options.dtype, device)
-    log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
-    loaded = models.load(options.pretrained, dtype, device, options.trust_remote_code)
-    plan = models.plan(loaded.model)
-    for name in plan.int4:
-        check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
-    sequences = _sequences(options, loaded.tokenizer)
-    if options.resume and (path / checkpoint.CONFIG).is_file():
-        options = _as_before(options, checkpoint.read_options(path))
-    options = _resolve(options, loaded, plan, sequences, path)
-    exported = family_of(loaded.model.config).exported
-    if options.export and exported is not True:
-        log.warning("%s has not been exported by anyone yet%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
-                    f" ({exported})" if exported else "", path)  # fmt: skip
-    head = Head.of(loaded.model, copy=True)
-    head.verify(loaded.model, sequences.validation[:1, :32].to(device))
+    def cut(tokenizer: Any) -> Sequences:
+        least = max(options.batch_size, stages.least_calibration(options, options.start))
+        return stages.sequences_of(options, tokenizer, options.samples * options.epochs, least, "training", options.valid_samples)
 
-    run = Run.open(path, options, options.resume, options.overwrite)
-    try:
-        with log_to(path / "log.txt"):
-            run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
-            _run(run, options, loaded, plan, sequences, head)
-    finally:
-        run.close()
-    return path
+    with stages.opened(options, options.start, "--start", cut, _resolve) as job:
+        _run(job)
+        return job.run.path
 
 
-def _run(run: Run, options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, head: Head) -> None:
-    name, device, dtype = loaded.name, loaded.model.device, loaded.model.dtype
-    run.results |= {"model": name, "seed": options.seed, "machine": checkpoint.machine()}
-    run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
-    run.results["test"] = f"the test split of {options.data} ({len(sequences.test)} x {options.seq_len} tokens)"
-
-    states = _teach(run, options, loaded, sequences)
-    measure = partial(_measure, run, options, sequences.test, evaluate.logits_from_states(head, states["test"]))
-    if "16bit" not in run.results["models"]:
-        size = 2 * sum(p.numel() for p in loaded.model.parameters())
-        measure("16bit", loaded.model, loaded.tokenizer, size)
-
-    if not (run.path / "quantized").exists():
-        with run.stage("compress"):
-            compressed, layers = _compress(options, loaded.model, plan)
-        if "compressed" not in run.results["models"]:
-            with _fixed_weights(options, layers):
-                measure("compressed", loaded.model, loaded.tokenizer, _size(loaded.model, compressed))
-        _train(run, options, loaded.model, layers, sequences, states, head)
+def _run(job: Job) -> None:
+    run, options, loaded, sequences = job.run, job.options, job.loaded, job.sequences
+    splits = {"validation": sequences.validation, "test": sequences.test}
+    if not job.quantized.exists():  # else training is over
+        splits["train"] = sequences.train
+    states = stages.teach(job, splits, options.microbatch)
+    reference = evaluate.logits_from_states(job.head, states["test"])
+    stages.measure_16bit(job, reference)
+    if not job.quantized.exists():
+        compressed, layers = _compress(job)
+        with _fixed_weights(options, layers):
+            stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
+        _train(run, options, loaded.model, layers, sequences, states, job.head)
         with run.stage("absorb"):
             tuned = absorb.absorb(loaded.model, layers)
             run.results["codes_changed"] = absorb.share_of_codes_changed(compressed, tuned)
             run.save_results()
-            checkpoint.save_quantized(run.path / "quantized", loaded.model, loaded.tokenizer, compressed | tuned)
-    # From here on everything is made from the saved folder, so what is measured is what is shipped.
-    loaded.model.to("meta")  # frees the weights
+            checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
     for leftover in run.path.glob("teacher/train.*"):
         leftover.unlink()
-    if "tuned" not in run.results["models"]:
-        model, tokenizer, quantized = checkpoint.load_quantized(run.path / "quantized", dtype, options.trust_remote_code)
-        measure("tuned", model.to(device), tokenizer, _size(model, quantized))
-        del model
-    for kind in options.export:
-        if kind not in run.results["models"]:
-            exported = export_run(run, kind, options.trust_remote_code)
-            measure(kind, exported.model, exported.tokenizer, exported.size)
-    _finish(run)
+    checkpoint.remove_folder(run.path / "compress")
+    stages.measure_saved(job, reference, "tuned")
+    stages.finish(run, _judge(run))
 
 
 # --- before training ----------------------------------------------------------------------------------------------------------
 
 
-def _sequences(options: DistillOptions, tokenizer: Any) -> Sequences:
-    texts = data.load_texts(options.data, options.data_column, options.data_dir)
-    cut = partial(data.sequences, tokenizer, length=options.seq_len)
-    train = cut(documents=texts.train, what="training", minimum=options.batch_size)
-    needed = min(len(train), options.samples * options.epochs)
-    validation, test = cut(documents=texts.validation, what="validation"), cut(documents=texts.test, what="test")
-    # A random choice of what is needed, seeded, so that a short run sees all parts of the text.
-    train = train[data.order(len(train), needed, options.seed)]
-    return Sequences(train, validation[: options.valid_samples], test[: options.test_samples or None])
-
-
-def _as_before(options: DistillOptions, saved: dict[str, Any]) -> DistillOptions:
-    """What was chosen automatically when the run started stays: other microbatches would give other bits."""
-    cache = saved["cache"] if options.cache == "auto" else options.cache
-    return replace(options, cache=cache, microbatch=options.microbatch or saved["microbatch"])
-
-
-def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, path: Path) -> DistillOptions:
+def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> DistillOptions:
     """Fill in what is automatic, print the estimate, refuse a disk that is too small, and warn of memory."""
+    path = options.folder
+    if options.resume and (path / checkpoint.CONFIG).is_file():
+        # What was chosen automatically when the run started stays: other microbatches would give other bits.
+        saved = checkpoint.read_options(path)
+        cache = saved["cache"] if options.cache == "auto" else options.cache
+        options = replace(options, cache=cache, microbatch=options.microbatch or saved["microbatch"])
     device = loaded.model.device
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, options.lora_rank, options.group_size)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    available = free + shapes.parameters * shapes.itemsize  # the model is there already, and is in the estimate
+    available = stages.free_memory(loaded)
     cache = options.cache
     if cache == "auto":
         cache = "step" if estimate.memory(*sizes, options.seq_len, CHUNK, True) < 0.7 * available else "recompute"
     microbatch = options.microbatch or estimate.pick_microbatch(
         *sizes, options.seq_len, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
     )
+    calibration = stages.check_calibration(options, options.start, sequences)
     memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
+    memory = max(memory, stages.estimate_compression(options, loaded, plan, calibration))
     splits = (sequences.train, sequences.validation, sequences.test)
-    disk = estimate.disk(*sizes, sum(split.numel() for split in splits))
+    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + (shapes.parameters * shapes.itemsize if calibration else 0)
     checkpoint.check_disk(path, disk)
     steps = options.steps_per_epoch * options.epochs
     tokens = steps * options.batch_size * options.seq_len
-    log.info(
-        "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
-        loaded.name, shapes.parameters / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8), " (tied)" if plan.tied else "",
-    )  # fmt: skip
     log.info(
         "%d steps of %d x %d tokens = %.2f M tokens, %.2f times the %d training sequences; microbatch %d",
         steps, options.batch_size, options.seq_len, tokens / 1e6, steps * options.batch_size / len(sequences.train), len(sequences.train), microbatch,
     )  # fmt: skip
     log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
-    if memory > available:
-        log.warning("the estimate is above the free memory; a smaller --lora_rank, --microbatch 1 or --cache recompute needs less")
+    stages.check_memory(memory, available, "a smaller --lora_rank, --microbatch 1 or --cache recompute needs less")
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 
-def _teach(run: Run, options: DistillOptions, loaded: models.LoadedModel, sequences: Sequences) -> dict[str, Tensor]:
-    """The teacher's hidden states on validation, test and, unless training is over, train."""
-    splits = {"validation": sequences.validation, "test": sequences.test}
-    if not (run.path / "quantized").exists():
-        splits["train"] = sequences.train
-    identity = f"{options.pretrained} {models.identity(loaded.model)}"
-    states = {}
-    with run.stage("teacher"), bar("teacher", sum(len(ids) for ids in splits.values())) as advance:
-        for split, ids in splits.items():
-            states[split] = teacher.hidden_states(run.path / "teacher" / f"{split}.bin", loaded.model, ids, options.microbatch, identity, advance)
-    return states
-
-
-def _compress(options: DistillOptions, model: Any, plan: models.Plan) -> tuple[dict[str, QuantizedWeight], dict[str, FakeQuantizedLoRALinear]]:
+def _compress(job: Job) -> tuple[dict[str, QuantizedWeight], dict[str, FakeQuantizedLoRALinear]]:
     """Replace the model's layers; returns what they ship without tuning, and the layers to be trained."""
-    grid = Grid(group_size=options.group_size)
-    starts = compress.compress(model, plan.int4, grid, options.start)
-    rows = insert.quantize_rows(model, plan.int8)
-    layers = insert.insert(model, starts, grid, options.lora_rank, options.seed)
+    options, model = job.options, job.loaded.model
+    compressed, rows = stages.compress_model(job, options.start)
+    layers = insert.insert(model, compressed.starts, job.grid, options.lora_rank, options.seed)
     clamped = sum(layer.rank < options.lora_rank for layer in layers.values())
     if clamped:
         log.info("rank %d clamped in %d layers that are narrower", options.lora_rank, clamped)
-    log.info("quantized %d of %d linear layers to 4 bits, %s to 8 bits", len(layers), len(plan.int4), ", ".join(rows))
-    return rows | {name: start.quantized(grid).cpu() for name, start in starts.items()}, layers
+    return rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}, layers
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------
@@ -313,70 +229,15 @@ def _curves(run: Run, options: DistillOptions) -> Iterator[Callable[[int, dict[s
 # --- after training -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A model in another runtime, that answers like a transformers model."""
-
-    model: Any
-    tokenizer: Any
-    size: int
-
-
-def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported:
-    """Export the quantized folder of a run to RUN/kind, and open what was written."""
-    if kind not in EXPORTERS:
-        raise OptionError(f"formats to export to are {', '.join(EXPORTERS)}; got {kind}")
-    exporter, folder = EXPORTERS[kind](), run.path / kind
-    with run.stage(f"export {kind}"):
-        model, tokenizer, quantized = checkpoint.load_quantized(run.path / "quantized", torch.float32, trust_remote_code)
-        log.info("exporting to %s", kind)
-        with checkpoint.whole_folder(folder) as temporary:
-            counts = exporter.export(model, tokenizer, quantized, temporary)
-        run.results.setdefault("exports", {})[kind] = counts
-        log.info(
-            "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
-            kind, counts["weights_u4"], counts["weights_u8"], counts["logit_difference"], counts["bytes"] / 1e6,
-        )  # fmt: skip
-    return Exported(exporter.open_model(folder, model.config), tokenizer, counts["bytes"])
-
-
-def _size(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
-    """Bytes of the model when shipped: quantized weights packed, everything else in 16 bits."""
-    weights = {name: weight.nbytes for name, weight in quantized.items()}
-    counted = {id(model.get_submodule(name).weight) for name in quantized}
-    rest: int = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
-    return sum(weights.values()) + rest
-
-
-def _measure(run: Run, options: DistillOptions, test: Tensor, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int) -> None:
-    """Fill one row of the results."""
-    label = report.ROWS.get(row, row)
-    with run.stage("measure"), bar(f"measure {label}", len(test)) as advance:
-        logits = reference if row == "16bit" else evaluate.logits_of(model, test)
-        measured: dict[str, Any] = dict(evaluate.measure(logits, test, reference, advance))
-        if options.tasks:
-            log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
-            tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
-            measured |= evaluate.columns(tasks)
-    run.results["models"][row] = measured | {"bytes": size}
-    run.save_results()
-    log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
-
-
-def _finish(run: Run) -> None:
+def _judge(run: Run) -> list[str]:
+    """Fill in the improvement; returns warnings in plain words."""
     results = run.results
     results["improvement"] = {row: report.improvement(results["models"], row) for row in ("tuned", "openvino") if row in results["models"]}
-    results["warnings"] = warnings = []
+    warnings = []
     if results.get("best_step") == 0:
         warnings.append("no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or another --lr")
     for metric in ("kl_to_teacher", "token_perplexity"):
         before, after = results["models"]["compressed"][metric], results["models"]["tuned"][metric]
         if after > before:
             warnings.append(f"tuning made {metric} on the test text worse: {before:.4f} before, {after:.4f} after")
-    for warning in warnings:
-        log.warning(warning)
-    run.save_results()
-    checkpoint.write_text(run.path / "report.md", report.markdown(results))
-    console.print(report.table(results))
-    console.print(report.sentence(results), highlight=False)
-    console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
+    return warnings

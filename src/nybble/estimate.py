@@ -13,6 +13,7 @@ _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
 # float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
 _CHUNK_COPIES = 5
 _FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
+_BLOCK_TOKENS = 4096  # that go through a block at a time in compression
 _OVERHEAD = 600 << 20  # interpreter and libraries
 
 
@@ -65,6 +66,28 @@ def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, 
     activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
     logits = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
     return _OVERHEAD + model + copies + one_layer + trained + activations + logits
+
+
+def compression(shapes: Shapes, sequences: int, length: int) -> int:
+    """Peak of compressing block by block with calibration text.
+
+    model + both streams (in temporary files above 2 GiB each) + Hessians of one block and the copies that factoring the largest takes + float32 copies of the
+    largest stack of rows + offset, gradient and two moments of a block's weights + one microbatch through a block.
+    """
+    block = shapes.int4 // shapes.layers
+    stream = sequences * length * shapes.hidden * shapes.itemsize
+    hessians = (3 * shapes.hidden**2 + (1 + 3) * shapes.intermediate**2) * _FLOAT32
+    rows = 6 * 2 * shapes.hidden * shapes.intermediate * _FLOAT32
+    tokens = max(length, _BLOCK_TOKENS)
+    activations = tokens * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * _FLOAT32
+    trained = (_ADAM + 2 * _FLOAT32) * block
+    model = shapes.parameters * shapes.itemsize + shapes.vocabulary * shapes.hidden * shapes.itemsize
+    return _OVERHEAD + model + 2 * min(stream, 2 << 30) + max(hessians + rows, trained) + activations
+
+
+def compression_disk(shapes: Shapes, tokens: int, blocks: bool) -> int:
+    """Teacher states of `tokens`, the finished blocks of a compression, and the results."""
+    return tokens * shapes.hidden * shapes.itemsize + (shapes.parameters * shapes.itemsize if blocks else 0) + 3 * shapes.parameters
 
 
 def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:

@@ -14,6 +14,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Feed:
+    """`source` makes the inputs of `layers`; names within a decoder block. What it makes may be divided by any factors, one a channel, if the layers' columns
+    are multiplied with them.
+
+    Attributes:
+        source: a norm, or a linear layer whose last outputs are (times something else) the inputs of `layers`.
+        layers: all layers that read it.
+        heads: the outputs are the values of attention, which grouped heads share.
+    """
+
+    source: str
+    layers: tuple[str, ...]
+    heads: bool = False
+
+
+def _feeds(before_mlp: str = "post_attention_layernorm", fused: bool = False) -> tuple[Feed, ...]:
+    """Of a decoder block with norm, attention, norm, gated MLP."""
+    qkv = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
+    gate_up = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+    return (
+        Feed("input_layernorm", tuple(f"self_attn.{name}" for name in qkv)),
+        Feed(f"self_attn.{qkv[-1]}", ("self_attn.o_proj",), heads=True),
+        Feed(before_mlp, tuple(f"mlp.{name}" for name in gate_up)),
+        Feed(f"mlp.{gate_up[-1]}", ("mlp.down_proj",)),
+    )
+
+
+@dataclass(frozen=True)
 class Family:
     """Attributes name fields of the configuration, or None where the family has no such thing.
 
@@ -21,25 +49,29 @@ class Family:
         softcap: logits = cap * tanh(logits / cap).
         logit_scale: logits are multiplied with it.
         logit_divisor: logits are divided by it.
+        feeds: what feeds which layers in a decoder block, for folding scales; empty = not known.
+        norm_offset: a norm multiplies with its weight plus this.
         exported: True where the whole flow with the OpenVINO export is tested (tests/test_families.py); else False, or the reason why not.
     """
 
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
+    feeds: tuple[Feed, ...] = ()
+    norm_offset: float = 0.0
     exported: bool | str = False
 
 
 DEFAULT = Family()
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(exported=True),  # Llama 2 and 3.x, SmolLM, SmolLM2
-    "mistral": Family(exported=True),
-    "qwen2": Family(exported=True),
-    "qwen3": Family(exported=True),
-    "gemma2": Family(softcap="final_logit_softcapping", exported=True),
-    "gemma3_text": Family(softcap="final_logit_softcapping", exported=True),
-    "phi3": Family(exported=True),
+    "llama": Family(feeds=_feeds(), exported=True),  # Llama 2 and 3.x, SmolLM, SmolLM2
+    "mistral": Family(feeds=_feeds(), exported=True),
+    "qwen2": Family(feeds=_feeds(), exported=True),
+    "qwen3": Family(feeds=_feeds(), exported=True),
+    "gemma2": Family(softcap="final_logit_softcapping", feeds=_feeds("pre_feedforward_layernorm"), norm_offset=1.0, exported=True),
+    "gemma3_text": Family(softcap="final_logit_softcapping", feeds=_feeds("pre_feedforward_layernorm"), norm_offset=1.0, exported=True),
+    "phi3": Family(feeds=_feeds(fused=True), exported=True),
     "granite": Family(logit_divisor="logits_scaling"),
     "cohere": Family(logit_scale="logit_scale"),
     "cohere2": Family(logit_scale="logit_scale"),

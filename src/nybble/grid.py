@@ -77,6 +77,11 @@ def group(weight_OI: Tensor, groups: int) -> Tensor:
     return weight_OI.unflatten(-1, (groups, -1))  # type: ignore[no-any-return, no-untyped-call]
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32, the precision in which weights are computed with."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def round_scale(scale: Tensor) -> Tensor:
     """Round to 7 significant bits and keep within the normal fp16 range. 0.1 -> 0.099609375 = 102 / 1024."""
     mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
@@ -93,11 +98,16 @@ def min_max(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     Returns:
         scale_OG on the scale grid and zero_OG (whole numbers), both in the dtype of the computation.
     """
-    w_OGK = group(weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)), grid.groups(weight_OI.shape[-1]))
+    w_OGK = group(wide(weight_OI), grid.groups(weight_OI.shape[-1]))
     if grid.symmetric:
         scale_OG = round_scale(w_OGK.abs().amax(-1) / (grid.middle - 1))
         return scale_OG, torch.full_like(scale_OG, grid.middle)
-    low_OG, high_OG = w_OGK.amin(-1).clamp(max=0), w_OGK.amax(-1).clamp(min=0)
+    return from_range(w_OGK.amin(-1), w_OGK.amax(-1), grid)
+
+
+def from_range(low_OG: Tensor, high_OG: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero of an asymmetric grid that spreads all codes over a range, widened to hold 0."""
+    low_OG, high_OG = low_OG.clamp(max=0), high_OG.clamp(min=0)
     scale_OG = round_scale((high_OG - low_OG) / grid.max_code)
     return scale_OG, round_zero(-low_OG / scale_OG, grid)
 
@@ -133,6 +143,21 @@ class _RoundScale(torch.autograd.Function):
 def round_scale_through(scale: Tensor) -> Tensor:
     """`round_scale` whose gradient is that of the identity (straight-through)."""
     return _RoundScale.apply(scale)  # type: ignore[no-any-return]
+
+
+class _RoundZero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, zero: Tensor, grid: Grid) -> Tensor:
+        return round_zero(zero, grid)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def round_zero_through(zero: Tensor, grid: Grid) -> Tensor:
+    """`round_zero` whose gradient is that of the identity (straight-through)."""
+    return _RoundZero.apply(zero, grid)  # type: ignore[no-any-return]
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -15,6 +15,17 @@ ROWS = {
 }
 
 
+def label(results: dict[str, Any], row: str) -> str:
+    """What people read for a row; a run that only compresses has nothing tuned."""
+    text = ROWS.get(row, row)
+    return text if tunes(results) else text.replace("tuned", "compressed")
+
+
+def tunes(results: dict[str, Any]) -> bool:
+    """Whether the run trains after compressing."""
+    return bool(results.get("kind", "distill") != "compress")
+
+
 def improvement(models: dict[str, Any], tuned: str) -> float | None:
     """Share of the damage that tuning repaired: (ppl_compressed - ppl_tuned) / (ppl_compressed - ppl_16bit).
 
@@ -54,11 +65,14 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     models = results["models"]
     columns = _columns(models)
     table = []
-    for key, label in ROWS.items():
+    for key in ROWS:
         if key in models:
-            repaired = improvement(models, key) if key in ("tuned", "openvino") else None
-            table.append([label, *(_cell(c, models[key].get(c)) for c in columns), "-" if repaired is None else f"{repaired:.0%}"])
-    return ["model", *map(_heading, columns), "repaired"], table
+            line = [label(results, key), *(_cell(c, models[key].get(c)) for c in columns)]
+            if tunes(results):
+                repaired = improvement(models, key) if key in ("tuned", "openvino") else None
+                line.append("-" if repaired is None else f"{repaired:.0%}")
+            table.append(line)
+    return ["model", *map(_heading, columns), *(["repaired"] if tunes(results) else [])], table
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -75,6 +89,8 @@ def table(results: dict[str, Any]) -> Table:
 def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
     models, name = results["models"], results["model"]
+    if not tunes(results):
+        return _compressed_sentence(results)
     last = "openvino" if "openvino" in models else "tuned"
     if not {"16bit", "compressed", last} <= models.keys():
         return f"{name}: the run is not finished; go on with --resume."
@@ -90,21 +106,60 @@ def sentence(results: dict[str, Any]) -> str:
     return f"{text}, in {minutes:.1f} minutes of training; {models[last]['bytes'] / 1e6:.0f} MB, {ratio:.1f} times smaller than 16 bit."
 
 
+def _compressed_sentence(results: dict[str, Any]) -> str:
+    models, name = results["models"], results["model"]
+    last = "openvino" if "openvino" in models else "compressed"
+    if not {"16bit", last} <= models.keys():
+        return f"{name}: the run is not finished; go on with --resume."
+    metric = "word_perplexity" if all("word_perplexity" in models[row] for row in ("16bit", last)) else "token_perplexity"
+    full, after = models["16bit"][metric], models[last][metric]
+    ratio = models["16bit"]["bytes"] / models[last]["bytes"]
+    seconds, size = results["seconds"].get("compress", 0), models[last]["bytes"] / 1e6
+    return (
+        f"{name} in 4 bits by {results['method']} ({'OpenVINO' if last == 'openvino' else 'torch'}): "
+        f"{_heading(metric)} {after:.2f} against {full:.2f} in 16 bit, in {seconds:.0f} s of compression; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
+    )
+
+
+def error_cells(error: dict[str, Any]) -> list[str]:
+    """A layer's output error by rtn and as compressed, weight error, clipped share."""
+    outputs = ["-" if error[key] is None else f"{error[key]:.3%}" for key in ("rtn", "start")]
+    return [*outputs, f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
+
+
+def _errors_markdown(results: dict[str, Any]) -> str:
+    headings = ["layer", "output error, rtn", "compressed", "weight error", "clipped"]
+    lines = [[name, *error_cells(error)] for name, error in results["layer_errors"].items()]
+    return "\n".join(
+        [
+            f"## Compression ({results.get('method', 'rtn')})",
+            "",
+            "Output error: mean square error of a layer's outputs relative to their mean square, on the calibration text.",
+            "Weight error: root mean square error of the weights relative to their root mean square. Clipped: share of the weights outside of their range.",
+            "",
+            *("| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)),
+        ]
+    )
+
+
 def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     headings, lines = rows(results)
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
     parts = [
-        f"# {results['model']}: 4-bit distillation",
+        f"# {results['model']}: 4-bit {'distillation' if tunes(results) else 'compression'} ({results.get('method', 'rtn')})",
         sentence(results),
         "\n".join(["| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)]),
-        f"Perplexity and KL on {results.get('test', 'the test split')}. Repaired = (perplexity compressed - tuned) / (compressed - 16 bit).",
+        f"Perplexity and KL on {results.get('test', 'the test split')}."
+        + (" Repaired = (perplexity compressed - tuned) / (compressed - 16 bit)." if tunes(results) else ""),
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
     if results.get("validation"):
         parts.append("## Validation\n\n| step | token perplexity | KL to 16 bit |\n| ---: | ---: | ---: |")
         parts[-1] += "".join(f"\n| {v['step']:.0f} | {v['token_perplexity']:.3f} | {v['kl_to_teacher']:.4f} |" for v in results["validation"])
+    if results.get("layer_errors"):
+        parts.append(_errors_markdown(results))
     parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))
     parts[-1] += f"\n| all | {sum(seconds.values()):.1f} |"
     parts.append("Peak memory: " + ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in memory.items() if value) + ".")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from nybble.grid import Grid, quantize
+from nybble.grid import Grid, dequantize, quantize, wide
 from nybble.quantized import QuantizedWeight
 
 
@@ -15,7 +16,7 @@ class Start:
     """Where tuning of one layer starts.
 
     Attributes:
-        weight_OI: the weight to be rounded; the model's own, or moved by the method.
+        weight_OI: the weight to be rounded; the model's own, or moved by the method. In the dtype of the model.
         scale_OG: float32, on the scale grid.
         zero_OG: float32, whole numbers.
     """
@@ -24,7 +25,19 @@ class Start:
     scale_OG: Tensor
     zero_OG: Tensor
 
+    @staticmethod
+    def keeping(codes_OI: Tensor, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, dtype: torch.dtype) -> Start:
+        """A start in `dtype` that rounds to exactly these codes: weight_OI where it does, elsewhere the value of the code itself.
+
+        Methods put weights close to rounding boundaries; in 16 bits some of them fall on the other side, and with them most of what the
+        method gained (measured in docs/log.md). The value of a code has at most 11 bits and lies in the middle of its interval, so its
+        rounding to any 16-bit dtype keeps the code.
+        """
+        weight_OI = weight_OI.to(dtype)
+        same_OI = quantize(wide(weight_OI), scale_OG, zero_OG, grid) == codes_OI
+        return Start(torch.where(same_OI, weight_OI, dequantize(codes_OI, scale_OG, zero_OG).to(dtype)), scale_OG, zero_OG)
+
     def quantized(self, grid: Grid) -> QuantizedWeight:
         """The compressed weight, without any tuning."""
-        codes_OI = quantize(self.weight_OI.float(), self.scale_OG, self.zero_OG, grid)
+        codes_OI = quantize(wide(self.weight_OI), self.scale_OG, self.zero_OG, grid)
         return QuantizedWeight(codes_OI, self.scale_OG, self.zero_OG.to(codes_OI.dtype), grid)

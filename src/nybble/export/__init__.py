@@ -27,5 +27,5 @@ def _openvino() -> ModuleType:
     return openvino
 
 
-# Modules with export(model, tokenizer, quantized, folder) -> counts, open_model(folder, config, strict) and MODEL_XML; imported when used.
+# Modules with export(model, tokenizer, quantized, folder) -> counts, open_model(folder, config, strict), read_weights(folder), MODEL_XML.
 EXPORTERS: dict[str, Callable[[], ModuleType]] = {"openvino": _openvino}

@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nybble.errors import ExportError
+from nybble.grid import INT8_ROW, Grid
 from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 
 log = logging.getLogger("nybble")
@@ -249,8 +250,8 @@ def _bytes(codes: Tensor, four: bool) -> np.ndarray:
     return np.ascontiguousarray(flat.numpy())
 
 
-def read_codes(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Module name -> (codes [O, I], scale [O, G], zero [O, G]) of an exported model, read from its files."""
+def read_weights(folder: Path) -> dict[str, QuantizedWeight]:
+    """Module name -> codes, scales and zeros of an exported model, read from its files."""
     import openvino as ov
 
     found: dict[str, dict[str, Any]] = {}
@@ -258,7 +259,13 @@ def read_codes(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         name, _, leaf = node.get_friendly_name().rpartition(".")
         if node.get_type_name() == "Constant" and leaf in ("codes", "zero", "scale"):
             found.setdefault(name, {})[leaf] = node
-    return {name: (_read(parts["codes"]), _read(parts["scale"]), _read(parts["zero"])) for name, parts in found.items()}
+    weights = {}
+    for name, parts in found.items():
+        codes_OI, scale_OG, zero_OG = (_read(parts[leaf]) for leaf in ("codes", "scale", "zero"))
+        four = parts["codes"].get_element_type().get_type_name() == "u4"
+        grid = Grid(4, codes_OI.shape[1] // scale_OG.shape[1]) if four else INT8_ROW
+        weights[name] = QuantizedWeight(codes_OI, scale_OG.float(), zero_OG, grid)
+    return weights
 
 
 def _read(node: Any) -> Tensor:
@@ -271,12 +278,12 @@ def _read(node: Any) -> Tensor:
 
 
 def _check_codes(folder: Path, quantized: Mapping[str, QuantizedWeight]) -> None:
-    read = read_codes(folder)
+    read = read_weights(folder)
     if read.keys() != quantized.keys():
         raise ExportError(f"{folder}: {len(quantized)} quantized weights were written, {len(read)} read back")
     for name, weight in quantized.items():
-        for what, written, back in zip(("codes", "scales", "zeros"), (weight.codes_OI, weight.scale_OG, weight.zero_OG), read[name], strict=True):
-            if not torch.equal(written.cpu().to(torch.float32), back.to(torch.float32)):
+        for what, leaf in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zeros", "zero_OG")):
+            if not torch.equal(getattr(weight, leaf).cpu(), getattr(read[name], leaf)):
                 raise ExportError(f"{folder}: the {what} of {name} read back differently; please report this")
 
 

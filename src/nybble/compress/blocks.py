@@ -1,0 +1,212 @@
+"""The decoder as a chain of blocks that run one at a time, and what goes through them.
+
+    hidden_0 = embedding(tokens)        hidden_{i+1} = block_i(hidden_i)
+
+Two streams are kept for all calibration sequences, as they stand before one block: `full`, made by the 16-bit blocks, and `quantized`, made by
+the blocks compressed so far. Memory: 2 x S x T x D numbers, in a temporary file above `_IN_MEMORY` bytes; inside a block, one microbatch.
+
+What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain
+gives the model's own numbers is checked there, so a family whose blocks exchange more than hidden states is an error and not a wrong result.
+
+Statistics of a layer's input x', as it comes through the blocks compressed so far:      gram = mean over all tokens of x' x'^T
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import ModelError
+from nybble.grid import wide
+
+# Streams larger than this live in temporary files.
+_IN_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of the input that some layers share.
+
+    Attributes:
+        layers: names of the layers, within the block.
+        gram_II: see the head of this file; float32 (float64 of a float64 model).
+    """
+
+    layers: tuple[str, ...]
+    gram_II: Tensor
+
+
+class Blocks:
+    """The blocks of a model and both streams.
+
+    Args:
+        model: a transformers model.
+        names: layers that get 4 bits; those outside of the blocks are in `outside`.
+        input_ids: [S, T], all sequences of one length.
+        batch: sequences in one forward.
+
+    Raises:
+        ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
+    """
+
+    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int) -> None:
+        self.model, self.batch = model, batch
+        self.device, self.dtype = model.device, model.dtype
+        path = _find(model, names)
+        self.modules: list[nn.Module] = list(model.get_submodule(path))
+        self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
+        self.layers = [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes]
+        inside = {f"{prefix}{layer}" for prefix, layers in zip(self.prefixes, self.layers, strict=True) for layer in layers}
+        self.outside = [name for name in names if name not in inside]
+        self._arguments = self._record(input_ids[:1].to(self.device))
+        self.full = self._store(input_ids)
+        for start in range(0, len(input_ids), batch):
+            self.full[start : start + batch] = self._first_inputs(input_ids[start : start + batch].to(self.device)).cpu()
+        self.quantized = self._store(input_ids).copy_(self.full)
+
+    def _store(self, input_ids: Tensor) -> Tensor:
+        shape = (*input_ids.shape, self.model.config.hidden_size)
+        count = input_ids.numel() * shape[-1]
+        if count * self.dtype.itemsize <= _IN_MEMORY:
+            return torch.empty(shape, dtype=self.dtype)
+        with tempfile.NamedTemporaryFile(prefix="nybble-") as file:  # deleted at once; the mapping lives on
+            file.truncate(count * self.dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
+
+    @torch.no_grad()
+    def _first_inputs(self, input_ids: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+
+        class Caught(Exception):
+            pass
+
+        def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise Caught
+
+        handle = self.modules[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        except Caught:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @torch.no_grad()
+    def _record(self, input_ids: Tensor) -> list[tuple[Any, Any]]:
+        """Everything but the hidden states that each block is called with; checks the chain."""
+        arguments: list[tuple[Any, Any]] = []
+        states: list[Tensor] = []
+
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            kwargs = dict(kwargs)
+            states.append(args[0] if args else kwargs.pop("hidden_states"))
+            arguments.append((args[1:], kwargs))
+
+        handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in self.modules]
+        last: list[Tensor] = []
+        handles.append(self.modules[-1].register_forward_hook(lambda module, args, output: last.append(_first(output))))
+        try:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for i, (before, after) in enumerate(zip(states, [*states[1:], *last], strict=True)):
+            args, kwargs = arguments[i]
+            made = _first(self.modules[i](before, *args, **kwargs))
+            if bool(after.isfinite().all()) and not torch.allclose(made, after, rtol=1e-2, atol=1e-2 * float(after.abs().max())):
+                raise ModelError(
+                    f"the blocks of {self.model.config.model_type} must be a chain, each taking nothing but the hidden states of the one before; "
+                    f"block {i} is not; use the method rtn"
+                )
+        return arguments
+
+    def run(self, i: int, hidden_BTD: Tensor) -> Tensor:
+        """Block i on a batch of hidden states on the device."""
+        args, kwargs = self._arguments[i]
+        return _first(self.modules[i](hidden_BTD, *args, **kwargs))
+
+    def batches(self) -> Iterator[slice]:
+        return (slice(start, start + self.batch) for start in range(0, len(self.full), self.batch))
+
+    @torch.no_grad()
+    def advance_full(self, i: int) -> None:
+        """Send the full stream through block i, which must still be the 16-bit one."""
+        for part in self.batches():
+            self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
+
+    @torch.no_grad()
+    def advance_quantized(self, i: int) -> None:
+        """Send the quantized stream through block i, as it now is."""
+        for part in self.batches():
+            self.quantized[part] = self.run(i, self.quantized[part].to(self.device)).cpu()
+
+    @torch.no_grad()
+    def observe(self, i: int) -> list[Statistics]:
+        """Statistics of the inputs of the layers of block i, on the quantized stream; layers called with the same tensor share them.
+
+        Raises:
+            ModelError: a layer's input is not finite (it is named).
+        """
+        grams: dict[tuple[str, ...], Tensor] = {}
+        tokens = self.quantized.shape[0] * self.quantized.shape[1]
+        for part in self.batches():
+            with self._inputs(i) as inputs:
+                self.run(i, self.quantized[part].to(self.device))
+            for layers, x_NI in _grouped(inputs).items():
+                x_NI = wide(x_NI)
+                empty_II = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
+                grams.setdefault(layers, empty_II).addmm_(x_NI.T, x_NI, alpha=1 / tokens)
+        for layers, gram_II in grams.items():
+            if not bool(gram_II.isfinite().all()):
+                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; use --dtype float32")
+        return [Statistics(layers, gram_II) for layers, gram_II in grams.items()]
+
+    @contextmanager
+    def _inputs(self, i: int) -> Iterator[dict[str, Tensor]]:
+        """Layer -> its inputs [N, I] of what runs inside."""
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str) -> Callable[[nn.Module, Any], None]:
+            return lambda module, args: seen.update({name: args[0].flatten(0, -2)})
+
+        handles = [self.modules[i].get_submodule(name).register_forward_pre_hook(see(name)) for name in self.layers[i]]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def linear(block: nn.Module, name: str) -> nn.Linear:
+    """A linear layer of a block."""
+    return block.get_submodule(name)  # type: ignore[return-value]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _grouped(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
+    groups: dict[int, list[str]] = {}
+    for name, x_NI in inputs.items():
+        groups.setdefault(x_NI.data_ptr(), []).append(name)
+    return {tuple(names): inputs[names[0]] for names in groups.values()}
+
+
+def _find(model: Any, names: Iterable[str]) -> str:
+    """Path of the module list that holds most of the layers."""
+    names = list(names)
+    lists: dict[str, int] = {
+        path: sum(name.startswith(path + ".") for name in names) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }
+    if not lists or not max(lists.values()):
+        raise ModelError(f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn")
+    return max(lists, key=lambda path: (lists[path], -len(path)))

@@ -1,0 +1,140 @@
+"""Block-wise reconstruction: rounding, scales and zeros of a whole decoder block are trained so that the compressed block gives the 16-bit block's outputs.
+(EfficientQAT, arXiv 2407.11062; AutoRound, arXiv 2309.05516.)
+
+    W_q  = fake_quantize(W + offset · start_scale, round7(start_scale · exp(shift)), round(zero))        offset: in code units, one a weight
+    loss = mean (block_q(x') - block(x))^2 / mean block(x)^2
+
+x' comes through the blocks compressed so far and x through the 16-bit ones, so each block also repairs what those before it broke. Adam, a rate that falls
+linearly to 0, every sequence used once before any is repeated. Some sequences are held out; if their loss is not lower afterwards, the block keeps its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nybble import grid as g
+from nybble.compress.blocks import Blocks, linear
+from nybble.compress.start import Start
+from nybble.errors import ModelError
+from nybble.grid import Grid
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a block is trained.
+
+    Attributes:
+        epochs: times that the calibration sequences are gone through.
+        batch_size: sequences a step.
+        offset_lr, zero_lr: peak rates in code units.
+        scale_lr: peak relative rate of the scales.
+        held_out: at most so many sequences (and at most an eighth) judge start and end.
+    """
+
+    epochs: float = 2.0
+    batch_size: int = 8
+    offset_lr: float = 1e-2
+    scale_lr: float = 2e-3
+    zero_lr: float = 0.0
+    held_out: int = 16
+
+
+class OffsetLinear(nn.Module):
+    """Stands for nn.Linear while its block is trained."""
+
+    def __init__(self, start: Start, bias: Tensor | None, grid: Grid, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.start, self.grid, self.dtype, self.bias = start, grid, dtype, bias
+        self.offset = nn.Parameter(torch.zeros_like(start.weight_OI, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros_like(start.scale_OG))
+        self.zero = nn.Parameter(start.zero_OG.clone())
+
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero as they ship, differentiable."""
+        return g.round_scale_through(self.start.scale_OG * self.shift.exp()), g.round_zero_through(self.zero, self.grid)
+
+    def moved_OI(self) -> Tensor:
+        """The weight before rounding; float32, differentiable."""
+        scale_OG = self.start.scale_OG
+        groups = scale_OG.shape[-1]
+        offset_OGK = g.group(self.offset, groups)
+        return torch.addcmul(g.group(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]).flatten(-2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, g.fake_quantize(self.moved_OI(), *self.grids(), self.grid).to(self.dtype), self.bias)
+
+    @torch.no_grad()
+    def result(self, dtype: torch.dtype) -> Start:
+        """The trained start, with exactly the codes of the forward."""
+        scale_OG, zero_OG = self.grids()
+        moved_OI = self.moved_OI()
+        return Start.keeping(g.quantize(moved_OI, scale_OG, zero_OG, self.grid), moved_OI, scale_OG, zero_OG, self.grid, dtype)
+
+
+def train(
+    blocks: Blocks, i: int, starts: dict[str, Start], grid: Grid, recipe: Recipe, seed: int, advance: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, Start], float, float]:
+    """Train block i. blocks.full must hold the outputs of the 16-bit block, blocks.quantized the inputs of the compressed one.
+
+    Args:
+        starts: layer name within the block -> where it starts.
+        seed: of the order of the sequences.
+        advance: called after each step with a text that says the loss.
+
+    Returns: the new starts, and the loss on held-out sequences before and after.
+
+    Raises:
+        ModelError: the loss is not finite.
+    """
+    block, count = blocks.modules[i], len(blocks.full)
+    plain = {name: linear(block, name) for name in starts}
+    layers = {name: OffsetLinear(start, plain[name].bias, grid, plain[name].weight.dtype) for name, start in starts.items()}
+    held_out = torch.arange(count - min(recipe.held_out, count // 8), count)
+    used = count - len(held_out)
+    judged = held_out if len(held_out) else torch.arange(count)
+    size = float(blocks.full[judged].float().square().mean()) or 1.0
+
+    def loss(indices: Tensor) -> Tensor:
+        made = blocks.run(i, blocks.quantized[indices].to(blocks.device))
+        return F.mse_loss(made.float(), blocks.full[indices].to(blocks.device).float()) / size
+
+    @torch.no_grad()
+    def judge() -> float:
+        parts = judged.split(blocks.batch)
+        return sum(float(loss(part)) * len(part) for part in parts) / len(judged)
+
+    batch = min(recipe.batch_size, used)
+    steps = max(1, round(recipe.epochs * used / batch))
+    rates = {"offset": recipe.offset_lr, "shift": recipe.scale_lr, "zero": recipe.zero_lr}
+    groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items() if rate]
+    for layer in layers.values():
+        layer.zero.requires_grad_(recipe.zero_lr > 0)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    generator = torch.Generator().manual_seed(seed * 1000 + i)
+    order = torch.cat([torch.randperm(used, generator=generator) for _ in range(-(-steps * batch // used))])
+    try:
+        for name, trained in layers.items():
+            block.set_submodule(name, trained)
+        before = judge()
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (1 - step / steps)
+            now = loss(order[step * batch : (step + 1) * batch])
+            now.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(f"loss {float(now.detach()):.2e}")
+        after = judge()
+    finally:
+        for name, original in plain.items():
+            block.set_submodule(name, original)
+    if not after < float("inf"):
+        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; use --dtype float32")
+    if after >= before:
+        return starts, before, before
+    return {name: layer.result(layer.dtype) for name, layer in layers.items()}, before, after

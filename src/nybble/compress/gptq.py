@@ -1,0 +1,96 @@
+"""GPTQ (arXiv 2210.17323): round column by column, and let the columns still to come make up for the error.
+
+    H = mean of x x^T + damping * mean of its diagonal * 1           U = upper Cholesky factor of H^-1, so that H^-1 = U^T U
+    for each column j:    w'_j = fake_quantize(w_j)    e = (w_j - w'_j) / U_jj    w_k <- w_k - e U_jk  for all k > j
+
+A group's scale and zero are found on its running weights just before its first column is rounded, each column weighed by 1 / U_jj^2, which is what an error
+there costs after all later columns have made up for it. Columns are worked off a group at a time; the effect of a group on all
+later columns is one matrix product.
+
+With `activation_order`, columns with large inputs come first; scales and zeros are then found on the weights as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.grid import Grid, dequantize, quantize
+
+log = logging.getLogger("nybble")
+
+DAMPING = 0.01
+# Weights [O, I] and importance [I] -> scale and zero [O, G].
+Find = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
+
+
+def factor(gram_II: Tensor, damping: float = DAMPING, name: str = "") -> Tensor:
+    """U [I, I]. Where H is not positive definite the damping is multiplied by 10, up to 1, and that is logged.
+
+    Raises:
+        ModelError: not positive definite at any damping (the inputs are not finite); the layer is named.
+    """
+    eye_II = torch.eye(gram_II.shape[-1], dtype=gram_II.dtype, device=gram_II.device)
+    mean = float(gram_II.diagonal().mean()) or 1.0
+    wanted = damping
+    while damping <= 1:
+        lower_II, bad = torch.linalg.cholesky_ex(gram_II + damping * mean * eye_II)
+        if not bad:
+            upper_II, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+            if not bad:
+                if damping > wanted:
+                    log.warning("%s: the Hessian is not positive definite with damping %g; used %g", name, wanted, damping)
+                return upper_II  # type: ignore[no-any-return]
+        damping *= 10
+    raise ModelError(f"the Hessian of {name} must be positive definite; it is not, even with damping 1; check the calibration text, or leave gptq out")
+
+
+def compensate(
+    weight_OI: Tensor, gram_II: Tensor, grid: Grid, find: Find, damping: float = DAMPING, activation_order: bool = False, name: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all rows.
+
+    Args:
+        weight_OI: float32 (float64 in tests).
+        gram_II: mean of x x^T of the layer's inputs, same dtype.
+        find: gives scale and zero of weights.
+        damping: relative to the mean of gram's diagonal.
+        name: of the layer, for messages.
+
+    Returns: the weights as they were when each column was rounded, scale, zero; quantize() of them gives the codes.
+    """
+    groups = grid.groups(weight_OI.shape[-1])
+    size = weight_OI.shape[-1] // groups
+    one_group = Grid(grid.bits, None, grid.symmetric)
+    order_I = torch.arange(weight_OI.shape[-1], device=weight_OI.device)
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
+    if activation_order:
+        order_I = gram_II.diagonal().argsort(descending=True)
+        scale_OG, zero_OG = find(weight_OI, gram_II.diagonal(), grid)
+        gram_II = gram_II[order_I][:, order_I]
+        scales, zeros = list(scale_OG.unbind(1)), list(zero_OG.unbind(1))
+    upper_II = factor(gram_II, damping, name)
+    running_IO = weight_OI.T[order_I].contiguous()
+    for start in range(0, len(running_IO), size):
+        end = start + size
+        if not activation_order:
+            scale_O1, zero_O1 = find(running_IO[start:end].T.contiguous(), upper_II.diagonal()[start:end] ** -2, one_group)
+            scales.append(scale_O1[:, 0])
+            zeros.append(zero_O1[:, 0])
+        errors_KO = torch.empty_like(running_IO[start:end])
+        for j in range(start, end):
+            g = int(order_I[j]) // size if activation_order else start // size
+            scale_O1, zero_O1 = scales[g][:, None], zeros[g][:, None]
+            column_O1 = running_IO[j][:, None]
+            rounded_O1 = dequantize(quantize(column_O1, scale_O1, zero_O1, grid), scale_O1, zero_O1)
+            torch.div((column_O1 - rounded_O1)[:, 0], upper_II[j, j], out=errors_KO[j - start])
+            running_IO[j + 1 : end].addr_(upper_II[j, j + 1 : end], errors_KO[j - start], alpha=-1)
+        running_IO[end:].addmm_(upper_II[start:end, end:].T, errors_KO, alpha=-1)
+    running_OI = torch.empty_like(weight_OI)
+    running_OI[:, order_I] = running_IO.T
+    return running_OI, torch.stack(scales, 1), torch.stack(zeros, 1)

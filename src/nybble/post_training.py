@@ -1,0 +1,54 @@
+"""The flow of `nybble compress`: a 16-bit model becomes a 4-bit one without end-to-end training.
+
+load -> teacher states of the test text -> compress -> save -> export -> measure
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from nybble import checkpoint, estimate, evaluate, stages
+from nybble.config import CompressOptions
+from nybble.stages import Job, Sequences
+
+log = logging.getLogger("nybble")
+
+
+def compress(options: CompressOptions) -> Path:
+    """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
+
+    def cut(tokenizer: Any) -> Sequences:
+        least = stages.least_calibration(options, options.method)
+        return stages.sequences_of(options, tokenizer, options.calib_samples if least else 0, least, "calibration", 0)
+
+    with stages.opened(options, options.method, "--method", cut, _resolve) as job:
+        _run(job)
+        return job.run.path
+
+
+def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequences) -> CompressOptions:
+    """Print the estimate; refuse a disk that is too small, and warn of memory."""
+    count = stages.check_calibration(options, options.method, sequences)
+    shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
+    memory, available = stages.estimate_compression(options, loaded, plan, count), stages.free_memory(loaded)
+    disk = estimate.compression_disk(shapes, sequences.test.numel(), bool(count))
+    checkpoint.check_disk(options.folder, disk)
+    if count:
+        log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9)
+        stages.check_memory(memory, available, "fewer --calib_samples or a smaller --seq_len need less")
+    return options
+
+
+def _run(job: Job) -> None:
+    states = stages.teach(job, {"test": job.sequences.test}, 1)
+    reference = evaluate.logits_from_states(job.head, states["test"])
+    stages.measure_16bit(job, reference)
+    if not job.quantized.exists():
+        compressed, rows = stages.compress_model(job, job.options.method)
+        weights = rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
+        checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, weights)
+    checkpoint.remove_folder(job.run.path / "compress")
+    stages.measure_saved(job, reference, "compressed")
+    stages.finish(job.run, [])

@@ -1,0 +1,308 @@
+"""What the flows share: open model, text and run folder; teach; compress; measure; export; finish. Each flow is these stages in its own order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher
+from nybble.checkpoint import BlockStore, Run
+from nybble.compress import Calibration, Compressed, awq, blockwise
+from nybble.config import CompressOptions, DistillOptions
+from nybble.console import bar, console, log_to
+from nybble.errors import OptionError
+from nybble.export import EXPORTERS
+from nybble.families import family_of
+from nybble.grid import Grid, check_group_size
+from nybble.losses import Head
+from nybble.quantized import QuantizedWeight
+
+log = logging.getLogger("nybble")
+
+Options = CompressOptions | DistillOptions
+# Fewer sequences than this are no calibration.
+_LEAST_CALIBRATION = 8
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will use."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """An open run with its model and text.
+
+    Attributes:
+        options: resolved.
+        head: the 16-bit head, a copy.
+    """
+
+    run: Run
+    options: Any
+    loaded: models.LoadedModel
+    plan: models.Plan
+    sequences: Sequences
+    head: Head
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(group_size=self.options.group_size)
+
+    @property
+    def quantized(self) -> Path:
+        """The folder with the 4-bit model; it exists when compression or tuning is done."""
+        return self.run.path / "quantized"
+
+
+@contextmanager
+def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]) -> Iterator[Job]:
+    """Find everything that can be wrong with options, model and data before the run folder exists; then open the folder.
+
+    Args:
+        method, flag: of compression, and the option that names it.
+        cut: tokenizer -> sequences.
+        resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
+    """
+    options.check()
+    steps = compress.parse(method, flag)
+    export.check_formats(options.export)
+    evaluate.check_tasks(options.tasks, options.data_dir)
+    path = options.folder
+    Run.check(path, options.resume, options.overwrite)
+    started = time.perf_counter()
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
+    loaded = models.load(options.pretrained, dtype, device, options.trust_remote_code)
+    plan = models.plan(loaded.model)
+    for name in plan.int4:
+        check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
+    if "awq" in steps:
+        awq.check_family(loaded.model.config)
+    sequences = cut(loaded.tokenizer)
+    log.info(
+        "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
+        loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
+        " (tied)" if plan.tied else "",
+    )  # fmt: skip
+    options = resolve(options, loaded, plan, sequences)
+    exported = family_of(loaded.model.config).exported
+    if options.export and exported is not True:
+        log.warning("%s has not been exported by anyone yet%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
+                    f" ({exported})" if exported else "", path)  # fmt: skip
+    head = Head.of(loaded.model, copy=True)
+    head.verify(loaded.model, sequences.test[:1, :32].to(device))
+
+    run = Run.open(path, options, options.resume, options.overwrite)
+    try:
+        with log_to(path / "log.txt"):
+            run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
+            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": method, "machine": checkpoint.machine()}
+            run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
+            run.results["test"] = f"the test split of {options.data} ({len(sequences.test)} x {options.seq_len} tokens)"
+            yield Job(run, options, loaded, plan, sequences, head)
+    finally:
+        run.close()
+
+
+def free_memory(loaded: models.LoadedModel) -> int:
+    """Bytes that are free on the model's device, counting those of the model itself."""
+    device = loaded.model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    held: int = sum(p.numel() * p.dtype.itemsize for p in loaded.model.parameters())
+    return int(free) + held
+
+
+def check_calibration(options: Options, method: str, sequences: Sequences) -> int:
+    """Number of calibration sequences; says where there are fewer than wanted. The training text has been checked for the least that will do."""
+    if not compress.parse(method):
+        return 0
+    count = min(options.calib_samples, len(sequences.train))
+    log.info(
+        "calibration: %d x %d tokens%s",
+        count,
+        options.seq_len,
+        "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})",
+    )
+    return count
+
+
+def least_calibration(options: Options, method: str) -> int:
+    """Sequences without which the method is refused."""
+    return min(_LEAST_CALIBRATION, options.calib_samples) if compress.parse(method) else 0
+
+
+def teach(job: Job, splits: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """The teacher's hidden states on the splits."""
+    identity = f"{job.options.pretrained} {models.identity(job.loaded.model)}"
+    states = {}
+    with job.run.stage("teacher"), bar("teacher", sum(len(ids) for ids in splits.values())) as advance:
+        for split, ids in splits.items():
+            states[split] = teacher.hidden_states(job.run.path / "teacher" / f"{split}.bin", job.loaded.model, ids, batch, identity, advance)
+    return states
+
+
+def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, QuantizedWeight]]:
+    """Compress in place, embedding and head to 8 bits; block by block where the method has data, going on with the blocks of an earlier sitting.
+
+    Returns: starts and errors; and the 8-bit weights.
+    """
+    options, model = job.options, job.loaded.model
+    calibration = store = None
+    if compress.parse(method):
+        recipe = blockwise.Recipe(epochs=options.blockwise_epochs)
+        ids = job.sequences.train[: options.calib_samples]
+        calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks)
+        store = BlockStore(job.run.path / "compress", f"{options.pretrained} {models.identity(model)} {teacher.fingerprint(ids, method)}")
+    with job.run.stage("compress"):
+        with bar(f"compress ({method})", len(job.plan.int4), "now") as advance:
+            compressed = compress.compress(model, job.plan.int4, job.grid, method, calibration, store, lambda layers, text: advance(layers, now=text))
+        rows = insert.quantize_rows(model, job.plan.int8)
+    job.run.results["layer_errors"] = {name: asdict(error) for name, error in compressed.errors.items()}
+    job.run.results["block_losses"] = compressed.blocks
+    log.info("%s: quantized %d of %d linear layers to 4 bits, %s to 8 bits", method, len(compressed.starts), len(job.plan.int4), ", ".join(rows))
+    for line in error_lines(compressed):
+        log.info(line)
+    job.run.save_results()
+    return compressed, rows
+
+
+def error_lines(compressed: Compressed) -> list[str]:
+    """What compression did, in words."""
+    measured = {name: error for name, error in compressed.errors.items() if error.rtn is not None and error.start is not None}
+    lines = []
+    if measured:
+        before, after = (sum(getattr(error, key) for error in measured.values()) / len(measured) for key in ("rtn", "start"))
+        worst = max(measured, key=lambda name: measured[name].start or 0.0)
+        lines.append(f"mean output error of a layer {before:.2%} rounded to nearest, {after:.2%} compressed; largest {measured[worst].start:.2%} ({worst})")
+    if compressed.blocks:
+        before, after = (sum(losses[i] for losses in compressed.blocks.values()) / len(compressed.blocks) for i in (0, 1))
+        lines.append(f"mean error of a block's outputs on held-out sequences {before:.3%} before reconstruction, {after:.3%} after")
+    return lines
+
+
+def size_of(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
+    """Bytes of the model when shipped: quantized weights packed, everything else in 16 bits."""
+    weights = {name: weight.nbytes for name, weight in quantized.items()}
+    counted = {id(model.get_submodule(name).weight) for name in quantized}
+    rest: int = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
+    return sum(weights.values()) + rest
+
+
+def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int) -> None:
+    """Fill one row of the results, unless an earlier sitting did."""
+    run, options, test = job.run, job.options, job.sequences.test
+    if row in run.results["models"]:
+        return
+    label = report.label(run.results, row)
+    with run.stage("measure"), bar(f"measure {label}", len(test)) as advance:
+        logits = reference if row == "16bit" else evaluate.logits_of(model, test)
+        measured: dict[str, Any] = dict(evaluate.measure(logits, test, reference, advance))
+        if options.tasks:
+            log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
+            tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
+            measured |= evaluate.columns(tasks)
+    run.results["models"][row] = measured | {"bytes": size}
+    run.save_results()
+    log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
+
+
+def measure_16bit(job: Job, reference: evaluate.Logits) -> None:
+    """The row of the model that was given."""
+    measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()))
+
+
+def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
+    """The row of the 4-bit model in the run's folder, and of its exports: what is measured is what is shipped."""
+    job.loaded.model.to("meta")  # frees the weights
+    options = job.options
+    if row not in job.run.results["models"]:
+        device, dtype = models.pick_device(options.device), models.pick_dtype(options.dtype, models.pick_device(options.device))
+        model, tokenizer, quantized = checkpoint.load_quantized(job.quantized, dtype, options.trust_remote_code)
+        measure(job, reference, row, model.to(device), tokenizer, size_of(model, quantized))
+        del model
+    for kind in options.export:
+        if kind not in job.run.results["models"]:
+            exported = export_run(job.run, kind, options.trust_remote_code)
+            measure(job, reference, kind, exported.model, exported.tokenizer, exported.size)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model in another runtime, that answers like a transformers model."""
+
+    model: Any
+    tokenizer: Any
+    size: int
+
+
+def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported:
+    """Export the quantized folder of a run to RUN/kind, and open what was written."""
+    if kind not in EXPORTERS:
+        raise OptionError(f"formats to export to are {', '.join(EXPORTERS)}; got {kind}")
+    exporter, folder = EXPORTERS[kind](), run.path / kind
+    with run.stage(f"export {kind}"):
+        model, tokenizer, quantized = checkpoint.load_quantized(run.path / "quantized", torch.float32, trust_remote_code)
+        log.info("exporting to %s", kind)
+        with checkpoint.whole_folder(folder) as temporary:
+            counts = exporter.export(model, tokenizer, quantized, temporary)
+        run.results.setdefault("exports", {})[kind] = counts
+        log.info(
+            "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
+            kind, counts["weights_u4"], counts["weights_u8"], counts["logit_difference"], counts["bytes"] / 1e6,
+        )  # fmt: skip
+    return Exported(exporter.open_model(folder, model.config), tokenizer, counts["bytes"])
+
+
+def finish(run: Run, warnings: list[str]) -> None:
+    """Write and print the report."""
+    results = run.results
+    results["warnings"] = warnings
+    for warning in warnings:
+        log.warning(warning)
+    run.save_results()
+    checkpoint.write_text(run.path / "report.md", report.markdown(results))
+    console.print(report.table(results))
+    console.print(report.sentence(results), highlight=False)
+    console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
+
+
+def sequences_of(options: Options, tokenizer: Any, needed: int, least: int, what: str, validation: int) -> Sequences:
+    """Cut the text: of the training split `needed` sequences (or all there are), chosen at random by the seed, so that few see all parts of it.
+
+    Raises:
+        DataError: the training text gives fewer than `least`.
+    """
+    texts = data.load_texts(options.data, options.data_column, options.data_dir)
+    cut = partial(data.sequences, tokenizer, length=options.seq_len)
+    train = cut(documents=texts.train, what=what, minimum=least) if needed else torch.empty(0, options.seq_len, dtype=torch.int64)
+    held, test = (cut(documents=texts.validation, what="validation")[:validation] if validation else train[:0]), cut(documents=texts.test, what="test")
+    train = train[data.order(len(train), min(len(train), needed), options.seed)] if needed else train
+    return Sequences(train, held, test[: options.test_samples or None])
+
+
+def check_memory(needed: int, available: int, remedy: str) -> None:
+    """Warn where the estimate does not fit."""
+    if needed > available:
+        log.warning("the estimate is above the free memory (%.1f GB); %s", available / 1e9, remedy)
+
+
+def estimate_compression(options: Options, loaded: models.LoadedModel, plan: models.Plan, count: int) -> int:
+    """Bytes of memory that compression with `count` calibration sequences takes; 0 without."""
+    shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
+    return estimate.compression(shapes, count, options.seq_len) if count else 0

@@ -1,0 +1,85 @@
+"""The chain of blocks is the model; statistics are those of the inputs; streams larger than memory."""
+
+import pytest
+import torch
+
+from nybble import models
+from nybble.compress import blocks as blocks_module
+from nybble.compress.blocks import Blocks
+from nybble.errors import ModelError
+from nybble.losses import last_hidden
+from tests.tiny import FAMILIES, make_model
+
+IDS = torch.randint(0, 255, (5, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_chain_is_the_model(family: str) -> None:
+    model = make_model(family)
+    blocks = Blocks(model, models.plan(model).int4, IDS, 2)
+    for i in range(2):
+        blocks.advance_full(i)
+        blocks.advance_quantized(i)
+    assert torch.allclose(model.base_model.norm(blocks.full), last_hidden(model, IDS), atol=1e-5)
+    assert torch.equal(blocks.full, blocks.quantized)
+    assert blocks.outside == []
+
+
+def test_statistics_are_means_over_tokens() -> None:
+    model = make_model("llama", dtype=torch.float64)
+    seen = {}
+    layers = model.model.layers[1]
+    for name, module in layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
+    blocks = Blocks(model, models.plan(model).int4, IDS, 2)
+    blocks.advance_quantized(0)
+    statistics = blocks.observe(1)
+    assert [s.layers for s in statistics] == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
+    ]  # fmt: skip
+    model(IDS)
+    for shared in statistics:
+        x = seen[shared.layers[0]]
+        assert torch.allclose(shared.gram_II, x.T @ x / len(x))
+
+
+def test_large_streams_live_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gemma2")
+    small = Blocks(model, models.plan(model).int4, IDS, 2)
+    monkeypatch.setattr(blocks_module, "_IN_MEMORY", 0)
+    large = Blocks(model, models.plan(model).int4, IDS, 2)
+    for blocks in (small, large):
+        blocks.advance_full(0)
+    assert torch.equal(small.full, large.full)
+    assert not torch.equal(large.full, large.quantized)
+
+
+def test_inputs_that_are_not_finite_name_the_layer() -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.inf
+    blocks = Blocks(model, models.plan(model).int4, IDS, 2)
+    blocks.observe(0)
+    blocks.advance_quantized(0)
+    with pytest.raises(ModelError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj must be finite; they are not on this text; use --dtype float32"):
+        blocks.observe(1)
+
+
+def test_blocks_that_are_no_chain_are_refused() -> None:
+    model = make_model("llama")
+    calls = [0]
+
+    def drift(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return output * calls[0]
+
+    model.model.layers[1].register_forward_hook(drift)
+    with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
+        Blocks(model, models.plan(model).int4, IDS, 2)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ModelError, match=r"Sequential must keep its decoder blocks in one nn\.ModuleList"):
+        blocks_module._find(model, ["0"])

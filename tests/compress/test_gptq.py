@@ -1,0 +1,89 @@
+"""GPTQ against an unblocked float64 reference that shares no formula with it; damping; errors."""
+
+import logging
+
+import pytest
+import torch
+
+from nybble.compress import gptq
+from nybble.compress.scale_estimation import output_error, search
+from nybble.errors import ModelError
+from nybble.grid import Grid, dequantize, min_max, quantize
+from tests.reference.gptq import gptq as reference
+
+GRID = Grid(group_size=8)
+
+
+def layer(outputs: int = 5, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(outputs, inputs, dtype=torch.float64)
+    x = torch.randn(200, inputs, dtype=torch.float64) @ torch.randn(inputs, inputs, dtype=torch.float64)
+    return weight, x.T @ x / 200
+
+
+def plain(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    return min_max(weight, grid)
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_equals_the_slow_reference(activation_order: bool, damping: float) -> None:
+    weight, gram = layer()
+    running, scale, zero = gptq.compensate(weight, gram, GRID, plain, damping, activation_order)
+    order = gram.diagonal().argsort(descending=True).tolist() if activation_order else list(range(32))
+    assert torch.equal(quantize(running, scale, zero, GRID), reference(weight, gram, damping, scale, zero, 15, order))
+
+
+def test_scales_come_from_the_running_weights() -> None:
+    weight, gram = layer()
+    running, scale, zero = gptq.compensate(weight, gram, GRID, plain)
+    assert torch.equal(scale[:, 0], min_max(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
+    assert not torch.equal(scale[:, 1:], min_max(weight, GRID)[0][:, 1:])
+    seen = []
+
+    def find(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((weight.clone(), importance))
+        return min_max(weight, grid)
+
+    gptq.compensate(weight, gram, GRID, find)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    for g, (_, importance) in enumerate(seen):
+        costs = [1 / torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(8 * g, 8 * g + 8)]
+        assert torch.allclose(importance, torch.stack(costs))
+
+
+def test_activation_order_finds_scales_on_the_weights_as_they_were() -> None:
+    weight, gram = layer()
+    _, scale, zero = gptq.compensate(weight, gram, GRID, plain, activation_order=True)
+    assert torch.equal(scale, min_max(weight, GRID)[0])
+    assert torch.equal(zero, min_max(weight, GRID)[1])
+
+
+@pytest.mark.parametrize("find", [plain, search])
+def test_less_output_error_than_rounding_to_nearest(find: gptq.Find) -> None:
+    weight, gram = layer(64, 64)
+    scale, zero = min_max(weight, GRID)
+    nearest = output_error(dequantize(quantize(weight, scale, zero, GRID), scale, zero) - weight, gram).sum()
+    running, scale, zero = gptq.compensate(weight, gram, GRID, find)
+    made = output_error(dequantize(quantize(running, scale, zero, GRID), scale, zero) - weight, gram).sum()
+    assert made < 0.6 * nearest
+
+
+def test_more_damping_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 1.05  # an eigenvalue of -0.05
+    with caplog.at_level(logging.WARNING, "nybble"):
+        upper = gptq.factor(gram, 0.01, "layers.0.q_proj")
+    assert "layers.0.q_proj: the Hessian is not positive definite with damping 0.01; used 0.1" in caplog.text
+    assert torch.allclose(upper.T @ upper, torch.linalg.inv(gram + 0.1 * torch.eye(8)), atol=1e-4)
+
+
+def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"the Hessian of layers\.0\.q_proj must be positive definite; it is not, even with damping 1; .* or leave gptq out"):
+        gptq.factor(torch.eye(4) - 5 * torch.ones(4, 4), 0.01, "layers.0.q_proj")
+
+
+def test_unused_inputs_do_no_harm() -> None:
+    weight, gram = layer()
+    gram[:8] = gram[:, :8] = 0
+    running, _, _ = gptq.compensate(weight, gram, GRID, plain)
+    assert running.isfinite().all()
