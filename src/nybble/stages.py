@@ -133,12 +133,8 @@ def check_calibration(options: Options, method: str, sequences: Sequences) -> in
     if not compress.parse(method):
         return 0
     count = min(options.calib_samples, len(sequences.train))
-    log.info(
-        "calibration: %d x %d tokens%s",
-        count,
-        options.seq_len,
-        "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})",
-    )
+    short = "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})"
+    log.info("calibration: %d x %d tokens of the training text%s", count, options.seq_len, short)
     return count
 
 

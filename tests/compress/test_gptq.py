@@ -35,7 +35,7 @@ def test_equals_the_slow_reference(activation_order: bool, damping: float) -> No
 
 def test_scales_come_from_the_running_weights() -> None:
     weight, gram = layer()
-    running, scale, zero = gptq.compensate(weight, gram, GRID, plain)
+    _, scale, _ = gptq.compensate(weight, gram, GRID, plain)
     assert torch.equal(scale[:, 0], min_max(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
     assert not torch.equal(scale[:, 1:], min_max(weight, GRID)[0][:, 1:])
     seen = []

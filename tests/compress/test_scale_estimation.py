@@ -1,5 +1,7 @@
 """Scale estimation: the quadratic form against direct evaluation, its solution against least squares, errors that only fall."""
 
+import itertools
+
 import torch
 
 from nybble.compress.scale_estimation import SHRINKS, Quadratic, estimate, output_error, search
@@ -68,7 +70,7 @@ def test_each_stage_lowers_the_error_of_every_row() -> None:
     searched = error(weight, *search(weight, gram.diagonal(), GRID), gram)
     errors = [error(weight, *estimate(weight, gram, GRID, turns), gram) for turns in range(4)]
     assert torch.allclose(errors[0], searched)
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert (after <= before * (1 + 1e-9)).all()
     assert errors[3].sum() < 0.9 * searched.sum() < 0.9 * error(weight, *min_max(weight, GRID), gram).sum()
 

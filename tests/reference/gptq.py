@@ -1,4 +1,4 @@
-"""GPTQ without Cholesky factors, blocks or matrices of rows: one row at a time, the inverse of what is left of the Hessian made anew for each column (float64)."""
+"""GPTQ without Cholesky factors, blocks or matrices of rows: one row at a time, what is left of the Hessian inverted anew for each column (float64)."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,250 @@
+"""`nybble compress` and `nybble inspect` as commands; interrupted and resumed; the compressed weights as a start for distillation."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import checkpoint, cli, compress, models
+from nybble.compress import Calibration, Store, blockwise
+from nybble.config import CompressOptions
+from nybble.distill import distill
+from nybble.grid import Grid
+from nybble.post_training import compress as compress_flow
+from tests import test_families
+from tests.tiny import make_model, make_tokenizer, save_model
+
+METHODS = ("awq", "se", "gptq", "blockwise", "awq+se", "awq+se+gptq", "se+gptq+blockwise")
+
+
+def options(model: Path, run: Path, **changes: object) -> CompressOptions:
+    base = CompressOptions(
+        pretrained=str(model), output_dir=str(run), method="awq+se+gptq+blockwise", data="python-docs", seq_len=32, calib_samples=16, group_size=32,
+        test_samples=4, tasks=(), export=(),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def codes(run: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.codes_OI for name, weight in checkpoint.load_weights(run / "quantized")[0].items()}
+
+
+def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "qwen2"), tmp_path / "run"
+    flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks"
+    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "awq+se+gptq", *flags.split()]) == 0
+    said = capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert results["models"].keys() == {"16bit", "compressed", "openvino"}
+    assert results["models"]["openvino"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-2)
+    assert (results["kind"], results["method"]) == ("compress", "awq+se+gptq")
+    assert set(results["seconds"]) == {"load", "teacher", "measure", "compress", "export openvino"}
+    errors = results["layer_errors"]
+    assert len(errors) == 14
+    assert all(error["start"] < error["rtn"] for error in errors.values())
+    assert all(0 <= error["clipped"] < 0.2 for error in errors.values())
+    assert "calibration: 16 x 32 tokens of the training text" in said
+    assert "mean output error of a layer" in said
+    assert "4 bit, compressed (OpenVINO)" in said
+    assert "repaired" not in said
+    assert "in 4 bits by awq+se+gptq (OpenVINO): token perplexity" in said
+    assert not (run / "compress").exists(), "the finished blocks are deleted when the 4-bit model is saved"
+    text = (run / "report.md").read_text()
+    assert "| model.layers.1.mlp.down_proj |" in text
+
+    for target in (run, run / "quantized", run / "openvino"):
+        assert cli.main(["inspect", str(target)]) == 0
+        table = capsys.readouterr().out
+        assert "16 quantized layers" not in table
+        assert "15 quantized layers" in table  # the head is tied
+        row = next(line for line in table.splitlines() if "model.layers.0.mlp.down_proj" in line)
+        error = errors["model.layers.0.mlp.down_proj"]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[1:3] == ["64 x 128", "uint4 asymmetric group 32"]
+        assert cells[3:7] == [f"{error['rtn']:.3%}", f"{error['start']:.3%}", f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
+        assert "14 x uint4 asymmetric group 32, 1 x uint8 symmetric per row" in table or "1 x uint8 symmetric per row, 14 x uint4 asymmetric group 32" in table
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "must be a finished run, or a folder quantized or openvino inside one; it is neither" in capsys.readouterr().err
+
+
+class Killed(Exception):
+    pass
+
+
+def test_interrupted_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "gemma2", begin=True)
+    compress_flow(options(model, tmp_path / "undisturbed"))
+    original = blockwise.train
+
+    for block in (0, 1):
+        run = tmp_path / f"run{block}"
+
+        def train(blocks, i, *rest, block=block):  # type: ignore[no-untyped-def]
+            if i == block:
+                raise Killed
+            return original(blocks, i, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(blockwise, "train", train)
+            with pytest.raises(Killed):
+                compress_flow(options(model, run))
+        assert len(list((run / "compress").glob("*.safetensors")) if block else []) == block
+        trained: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(blockwise, "train", lambda blocks, i, *rest, trained=trained: trained.append(i) or original(blocks, i, *rest))
+            compress_flow(options(model, run, resume=True))
+        assert trained == list(range(block, 2)), "finished blocks are not trained again"
+        for name, expected in codes(tmp_path / "undisturbed").items():
+            assert torch.equal(codes(run)[name], expected)
+        before, after = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", run.name))
+        assert before["layer_errors"] == after["layer_errors"]
+        assert before["block_losses"] == after["block_losses"]
+        assert before["models"] == after["models"]
+
+
+def test_blocks_of_another_text_or_model_are_not_taken(tmp_path: Path) -> None:
+    store = checkpoint.BlockStore(tmp_path / "blocks", "one")
+    assert store.load("model.layers.0.") is None
+    store.save("model.layers.0.", {"x": torch.ones(2)}, {"errors": 1})
+    assert store.load("model.layers.1.") is None
+    tensors, note = store.load("model.layers.0.")  # type: ignore[misc]
+    assert (tensors["x"].tolist(), note) == ([1, 1], {"errors": 1})
+    assert checkpoint.BlockStore(tmp_path / "blocks", "two").load("model.layers.0.") is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_16_bit_function_out_of_the_loss(method: str) -> None:
+    """The compressed model is closer to the original than round-to-nearest is, on text that it has not seen."""
+    model, tokenizer = make_model("llama", dtype=torch.float32), make_tokenizer()
+    names = models.plan(model).int4
+    generator = torch.Generator().manual_seed(0)
+    # calibration text with a few strong channels, as real models have
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:4] *= 8
+            layer.post_attention_layernorm.weight[:4] *= 8
+    ids = torch.randint(0, 255, (96, 32), generator=generator)
+    assert tokenizer.vocab_size > 255
+    original = model(ids[64:]).logits
+
+    def distance(method: str) -> float:
+        compressed = make_model("llama", dtype=torch.float32)
+        compressed.load_state_dict(model.state_dict())
+        result = compress.compress(compressed, names, Grid(group_size=32), method, Calibration(ids[:64], recipe=blockwise.Recipe(epochs=8)))
+        for name, start in result.starts.items():
+            compressed.get_submodule(name).weight = torch.nn.Parameter(start.quantized(Grid(group_size=32)).dequantize(), requires_grad=False)
+        return float((compressed(ids[64:]).logits - original).square().mean())
+
+    assert distance(method) < 0.97 * distance("rtn")
+
+
+def test_limit_blocks_leaves_the_rest_to_rtn() -> None:
+    ids = torch.randint(0, 255, (16, 16))
+    results = {}
+    for limit in (None, 1, 0):
+        model = make_model("llama")
+        names = models.plan(model).int4
+        results[limit] = compress.compress(model, names, Grid(group_size=32), "se", Calibration(ids, limit_blocks=limit))
+        assert tuple(results[limit].starts) == names
+    plain = compress.compress(make_model("llama"), names, Grid(group_size=32), "rtn")
+    for name in names:
+        same = {limit: torch.equal(result.starts[name].scale_OG, plain.starts[name].scale_OG) for limit, result in results.items()}
+        assert same == {None: False, 1: ".1." in name, 0: True}
+    assert results[1].errors["model.layers.1.mlp.up_proj"].start is None
+    assert results[1].errors["model.layers.0.mlp.up_proj"].start is not None
+
+
+def test_the_model_holds_the_weights_of_the_starts_without_a_copy() -> None:
+    model = make_model("llama", dtype=torch.bfloat16)
+    names = models.plan(model).int4
+    result = compress.compress(model, names, Grid(group_size=32), "se+gptq", Calibration(torch.randint(0, 255, (16, 16))))
+    for name, start in result.starts.items():
+        assert start.weight_OI.data_ptr() == model.get_submodule(name).weight.data_ptr()
+        assert start.weight_OI.dtype == torch.bfloat16
+
+
+def test_a_store_that_keeps_nothing_is_the_default() -> None:
+    assert Store().load("x") is None
+
+
+def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    start = "awq+se+gptq+blockwise"
+    shared = {"start": start, "calib_samples": 8, "group_size": 32}
+    distill(test_families.options(model, tmp_path / "untrained", lr=0.0, scale_lr=0.0, **shared))
+    compress_flow(options(model, tmp_path / "compressed", calib_samples=8, seed=0, method=start))
+    untrained, compressed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("untrained", "compressed"))
+    assert untrained["codes_changed"] == 0
+    assert untrained["layer_errors"].keys() == compressed["layer_errors"].keys()
+    assert untrained["models"]["tuned"]["kl_to_teacher"] == pytest.approx(untrained["models"]["compressed"]["kl_to_teacher"], rel=1e-5)
+
+    for name, expected in codes(tmp_path / "compressed").items():
+        assert torch.equal(codes(tmp_path / "untrained")[name], expected), "the same seed takes the same calibration text"
+    assert untrained["method"] == start
+    plain = distill(test_families.options(model, tmp_path / "plain", lr=0.0, scale_lr=0.0, group_size=32))
+    before = json.loads((plain / "results.json").read_text())["models"]["compressed"]["kl_to_teacher"]
+    assert untrained["models"]["compressed"]["kl_to_teacher"] < before
+
+
+def test_distillation_resumes_on_the_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    shared = {"start": "se+blockwise", "calib_samples": 8, "group_size": 32}
+    distill(test_families.options(model, tmp_path / "undisturbed", **shared))
+    with monkeypatch.context() as patch:
+        test_families.interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(test_families.options(model, tmp_path / "run", **shared))
+    trained = []
+    monkeypatch.setattr(blockwise, "train", lambda *arguments: trained.append(arguments))
+    distill(test_families.options(model, tmp_path / "run", resume=True, **shared))
+    assert trained == []
+    for name, expected in codes(tmp_path / "undisturbed").items():
+        assert torch.equal(codes(tmp_path / "run")[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seq_len", "60000"], "the calibration text must give at least 8 sequences of 60000 tokens; it has"),
+        (["--group_size", "48"], "in_features must be a multiple of group_size: layer model.layers.0.self_attn.q_proj has in_features=64, got group_size=48"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    run = tmp_path / "run"
+    arguments = ["compress", "--pretrained", str(model), "--output_dir", str(run), "--data", "python-docs", "--tasks", "--export", *flags]
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_awq_on_an_unknown_family_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from nybble import families
+
+    model = save_model(tmp_path / "model", "llama")
+    monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
+    flags = ["--output_dir", str(tmp_path / "run"), "--data", "python-docs", "--seq_len", "32", "--tasks", "--export", "--group_size", "32"]
+    assert cli.main(["compress", "--pretrained", str(model), "--method", "awq+se", *flags]) == 2
+    assert "families.py has no such row for llama" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
+
+
+def test_less_calibration_text_than_wanted_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a short text\n" for i in range(400)))
+    flags = ["--output_dir", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--seq_len", "64", "--tasks", "--export", "--group_size", "32"]
+    assert cli.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
+    assert "tokens of the training text (all there is; --calib_samples is 128)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rtn_needs_no_text_to_learn_from(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    compress_flow(options(model, tmp_path / "run", method="rtn"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(error["rtn"] is None and error["weight"] > 0 for error in results["layer_errors"].values())
+    shutil.rmtree(tmp_path / "run" / "quantized")
+    assert cli.main(["inspect", str(tmp_path / "run")]) == 2
