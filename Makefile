@@ -2,6 +2,7 @@
 # make test    lint, types and all tests (make quick: without the real model)
 # make lint    ruff and mypy          make format    let ruff rewrite
 # make bench   decoding speed and size of the demo's export against torch
+# make bench-nncf   compression beside NNCF's, which gets an environment of its own (TEXT = folder with wikitext-2; takes hours on two cores)
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test quick lint format bench install clean
+.PHONY: demo test quick lint format bench bench-nncf nncf install clean
 
 # torch first: a local CPU build, if pip knows of one, then satisfies every other package.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,5 +44,18 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/decode.py runs/demo
 
+NNCF := .venv-nncf
+TEXT ?= ../shared/data/wikitext
+
+$(NNCF)/.installed: benchmarks/nncf.txt
+	test -x $(NNCF)/bin/python || $(PYTHON) -m venv $(NNCF)
+	$(NNCF)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/nncf.txt
+	touch $@
+
+nncf: $(NNCF)/.installed
+
+bench-nncf: install nncf
+	$(BIN)/python benchmarks/compress_vs_nncf.py --text $(TEXT)
+
 clean:
-	rm -rf $(VENV) runs build
+	rm -rf $(VENV) $(NNCF) runs build

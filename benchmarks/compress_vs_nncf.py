@@ -1,0 +1,107 @@
+"""Post-training compression of the built-in model beside NNCF's: the same tokens, interleaved, each in a process of its own.
+
+make bench-nncf     or     python benchmarks/compress_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--jobs nncf:awq+se nybble:awq+se ...]
+
+Calibration: sequences chosen at random from wiki.train* and the first three quarters of wiki.valid.raw. Measured: token perplexity and KL on the
+first 16 and 64 x 512 tokens of wiki.test.raw (`wiki` alone: on all of it) and on 16 x 512 tokens of CPython's documentation. Finished jobs are not run
+again. A job is PEER:METHOD or PEER:METHOD:SAMPLESxLENGTH.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+
+from nybble import data, models
+from nybble.console import console
+from nybble.losses import last_hidden
+
+HERE = Path(__file__).resolve().parent
+LENGTH = 512
+JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se", "nncf:awq+se+gptq", "nybble:awq+se+gptq", "nybble:se+gptq"]
+
+
+def prepare(folder: Path, text: Path) -> None:
+    """Write the 16-bit model, all tokens, and the 16-bit model's hidden states on what is measured."""
+    if (folder / "tokens.safetensors").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = models.load(models.SMOLLM2, torch.float32, torch.device("cpu"))
+    loaded.model.save_pretrained(folder / "model")
+
+    def read(pattern: str) -> str:
+        return next(iter(sorted(text.rglob(pattern)))).read_text(encoding="utf-8")
+
+    valid = read("wiki.valid.raw")
+    tensors = {"train": data.tokenize(loaded.tokenizer, [read("wiki.train*.raw"), valid[: valid.rfind("\n", 0, len(valid) * 3 // 4)]])}
+    docs = data.tokenize(loaded.tokenizer, data.load_texts(data.PYTHON_DOCS)["train"])
+    for name, tokens, most in (("wiki", data.tokenize(loaded.tokenizer, [read("wiki.test.raw")]), None), ("docs", docs, 16)):
+        rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)[:most]
+        with torch.no_grad():
+            tensors |= {f"ids.{name}": rows, f"states.{name}": torch.cat([last_hidden(loaded.model, part) for part in rows.split(4)])}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "tokens.tmp")
+    (folder / "tokens.tmp").rename(folder / "tokens.safetensors")
+
+
+def run(job: str, seed: int, folder: Path, nncf: Path, texts: list[str]) -> dict[str, Any] | None:
+    """One job in its own process; None if it failed (its output is in the folder)."""
+    peer, method, *size = job.split(":")
+    samples, length = (size or ["128x128"])[0].split("x")
+    out = folder / f"{peer}-{method}-{samples}x{length}-{seed}.json"
+    if not out.exists():
+        console.print(f"{job}, seed {seed}", highlight=False)
+        python, environment = (sys.executable, {}) if peer == "nybble" else (str(nncf), {"PYTHONPATH": str(HERE.parent / "src")})
+        command = [python, str(HERE / "compress_worker.py"), "--peer", peer, "--method", method, "--seed", str(seed), "--samples", samples]
+        command += ["--length", length, "--folder", str(folder), "--out", str(out), "--texts", *texts]
+        with out.with_suffix(".log").open("w") as log:
+            subprocess.run(command, stdout=log, stderr=log, env=os.environ | environment, check=False)
+    return json.loads(out.read_text()) if out.exists() else None
+
+
+def table(results: dict[str, list[dict[str, Any]]], texts: list[str]) -> Table:
+    """Medians over seeds, and in brackets the smallest and the largest."""
+    made = Table("job", "seeds", "seconds", "peak GB", *(f"{text} {what}" for text in texts for what in ("ppl", "KL")))
+
+    def cell(values: list[float], digits: int) -> str:
+        middle = f"{statistics.median(values):.{digits}f}"
+        return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+    for job, rows in results.items():
+        numbers = [cell([row[text][key] for row in rows], digits) for text in texts for key, digits in (("perplexity", 2), ("kl", 4))]
+        made.add_row(job, str(len(rows)), cell([row["seconds"] for row in rows], 0), cell([row["peak_gigabytes"] for row in rows], 2), *numbers)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--folder", type=Path, default=Path("build/compress_vs_nncf"))
+    parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", nargs="+", default=JOBS)
+    parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
+    options = parser.parse_args()
+    prepare(options.folder, options.text)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        for job in options.jobs:
+            if seed != options.seeds[0] and job.split(":")[1] in ("16bit", "rtn"):  # nothing random in them
+                continue
+            result = run(job, seed, options.folder, options.nncf, options.texts)
+            if result is None:
+                console.print(f"{job}, seed {seed} failed; see its log in {options.folder}", highlight=False)
+            else:
+                results.setdefault(job, []).append(result)
+    console.print(table({job: results[job] for job in options.jobs if job in results}, options.texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""One compression by one tool, measured: seconds, peak memory, token perplexity and KL to the 16-bit model. Run by compress_vs_nncf.py.
+
+It runs in nybble's environment and in NNCF's alike (there with PYTHONPATH=src: of nybble only what measures is used, which needs nothing but torch).
+Both tools get the same float32 model, the same tokens, the same grid: 4 bits asymmetric in groups of 64, embedding and head 8 bits.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nybble.evaluate import logits_from_states, logits_of, measure
+from nybble.losses import Head
+
+GROUP_SIZE = 64
+
+
+def calibration(tokens: torch.Tensor, seed: int, samples: int, length: int) -> torch.Tensor:
+    """Sequences [samples, length] chosen at random from the training text."""
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]]
+
+
+def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
+    from nybble import compress, insert, models
+    from nybble.cli import keep_freed_memory
+    from nybble.grid import Grid
+
+    keep_freed_memory()  # as the command line does
+    started = time.perf_counter()
+    plan, grid = models.plan(model), Grid(group_size=GROUP_SIZE)
+    result = compress.compress(model, plan.int4, grid, method, compress.Calibration(ids, seed))
+    insert.quantize_rows(model, plan.int8)
+    with torch.no_grad():
+        for name, start in result.starts.items():
+            model.get_submodule(name).weight.copy_(start.quantized(grid).dequantize())
+    return model, time.perf_counter() - started
+
+
+def by_nncf(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
+    """NNCF's torch backend; its GPTQ exists for OpenVINO models only, so a method with gptq runs there (tracing is not counted)."""
+    import nncf
+
+    steps = method.split("+")
+    wanted = {"awq": "awq" in steps or None, "scale_estimation": "se" in steps or None, "gptq": "gptq" in steps or None}
+    examples: list[Any] = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    if "gptq" in steps:
+        model, examples = as_openvino(model, ids), [row[None].numpy() for row in ids]
+    started = time.perf_counter()
+    if method == "rtn":
+        wanted, examples = {}, examples[:1]
+    compressed = nncf.compress_weights(
+        model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=GROUP_SIZE, ratio=1.0, dataset=nncf.Dataset(examples), subset_size=len(examples), **wanted
+    )
+    seconds = time.perf_counter() - started
+    return (OpenVINO(compressed) if "gptq" in steps else compressed), seconds
+
+
+def as_openvino(model: Any, ids: torch.Tensor) -> Any:
+    import numpy as np
+    import openvino
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), contextlib.redirect_stdout(None):
+        return openvino.convert_model(Plain(), example_input=ids[:1], input=[("input_ids", [-1, -1], np.int64)])
+
+
+class OpenVINO:
+    """A compiled model that answers like a transformers one, in float32."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any) -> None:
+        import openvino
+
+        self.compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        return argparse.Namespace(logits=torch.from_numpy(self.compiled([input_ids.numpy()])[0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peer", choices=("nybble", "nncf"), required=True)
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--folder", type=Path, required=True, help="with model/ and tokens.safetensors")
+    parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    tensors = load_file(options.folder / "tokens.safetensors")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    head = Head.of(model, copy=True)
+    ids = calibration(tensors["train"], options.seed, options.samples, options.length)
+    result: dict[str, Any] = {key: getattr(options, key) for key in ("peer", "method", "seed", "samples", "length")}
+    result["seconds"] = 0.0
+    if options.method != "16bit":
+        model, result["seconds"] = (by_nybble if options.peer == "nybble" else by_nncf)(model, ids, options.method, options.seed)
+    result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    for text in options.texts:
+        name, count = text.rstrip("0123456789"), int("".join(filter(str.isdigit, text)) or 0) or None
+        rows, states = tensors[f"ids.{name}"][:count], tensors[f"states.{name}"][:count]
+        measured = measure(logits_of(model, rows), rows, logits_from_states(head, states))
+        result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.rename(options.out)
+
+
+if __name__ == "__main__":
+    main()
