@@ -132,7 +132,7 @@ def compress(
         if "awq" in steps:
             awq.check_family(model.config)
         length = calibration.input_ids.shape[1]
-        blocks = Blocks(model, names, calibration.input_ids, max(1, _TOKENS // length))
+        blocks = Blocks(model, names, calibration.input_ids, max(1, _TOKENS // length), with_full="blockwise" in steps)
         for i in range(len(blocks.modules))[: calibration.limit_blocks]:
             _compress_block(blocks, i, grid, steps, calibration, compressed, store or Store(), advance)
     rest = [name for name in names if name not in compressed.starts]

@@ -2,8 +2,9 @@
 
     hidden_0 = embedding(tokens)        hidden_{i+1} = block_i(hidden_i)
 
-Two streams are kept for all calibration sequences, as they stand before one block: `full`, made by the 16-bit blocks, and `quantized`, made by
-the blocks compressed so far. Memory: 2 x S x T x D numbers, in a temporary file above `_IN_MEMORY` bytes; inside a block, one microbatch.
+Up to two streams are kept for all calibration sequences, as they stand before one block: `quantized`, made by the blocks compressed so far, and,
+where there is something to be compared with, `full`, made by the 16-bit blocks. Memory: S x T x D numbers each, in a temporary file above
+`_IN_MEMORY` bytes; inside a block, one microbatch.
 
 What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain
 gives the model's own numbers is checked there, so a family whose blocks exchange more than hidden states is an error and not a wrong result.
@@ -50,12 +51,13 @@ class Blocks:
         names: layers that get 4 bits; those outside of the blocks are in `outside`.
         input_ids: [S, T], all sequences of one length.
         batch: sequences in one forward.
+        with_full: keep the stream `full`.
 
     Raises:
         ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
     """
 
-    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int) -> None:
+    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_full: bool = True) -> None:
         self.model, self.batch = model, batch
         self.device, self.dtype = model.device, model.dtype
         path = _find(model, names)
@@ -65,10 +67,10 @@ class Blocks:
         inside = {f"{prefix}{layer}" for prefix, layers in zip(self.prefixes, self.layers, strict=True) for layer in layers}
         self.outside = [name for name in names if name not in inside]
         self._arguments = self._record(input_ids[:1].to(self.device))
-        self.full = self._store(input_ids)
-        for start in range(0, len(input_ids), batch):
-            self.full[start : start + batch] = self._first_inputs(input_ids[start : start + batch].to(self.device)).cpu()
-        self.quantized = self._store(input_ids).copy_(self.full)
+        self.quantized = self._store(input_ids)
+        for part in self.batches():
+            self.quantized[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
+        self.full = self._store(input_ids).copy_(self.quantized) if with_full else None
 
     def _store(self, input_ids: Tensor) -> Tensor:
         shape = (*input_ids.shape, self.model.config.hidden_size)
@@ -134,11 +136,13 @@ class Blocks:
         return _first(self.modules[i](hidden_BTD, *args, **kwargs))
 
     def batches(self) -> Iterator[slice]:
-        return (slice(start, start + self.batch) for start in range(0, len(self.full), self.batch))
+        return (slice(start, start + self.batch) for start in range(0, len(self.quantized), self.batch))
 
     @torch.no_grad()
     def advance_full(self, i: int) -> None:
-        """Send the full stream through block i, which must still be the 16-bit one."""
+        """Send the full stream, where it is kept, through block i, which must still be the 16-bit one."""
+        if self.full is None:
+            return
         for part in self.batches():
             self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
 

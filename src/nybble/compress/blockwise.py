@@ -91,17 +91,19 @@ def train(
     Raises:
         ModelError: the loss is not finite.
     """
-    block, count = blocks.modules[i], len(blocks.full)
+    full = blocks.full
+    assert full is not None, "block-wise reconstruction needs the stream of the 16-bit blocks"
+    block, count = blocks.modules[i], len(full)
     plain = {name: linear(block, name) for name in starts}
     layers = {name: OffsetLinear(start, plain[name].bias, grid, plain[name].weight.dtype) for name, start in starts.items()}
     held_out = torch.arange(count - min(recipe.held_out, count // 8), count)
     used = count - len(held_out)
     judged = held_out if len(held_out) else torch.arange(count)
-    size = float(blocks.full[judged].float().square().mean()) or 1.0
+    size = float(full[judged].float().square().mean()) or 1.0
 
     def loss(indices: Tensor) -> Tensor:
         made = blocks.run(i, blocks.quantized[indices].to(blocks.device))
-        return F.mse_loss(made.float(), blocks.full[indices].to(blocks.device).float()) / size
+        return F.mse_loss(made.float(), full[indices].to(blocks.device).float()) / size
 
     @torch.no_grad()
     def judge() -> float:
