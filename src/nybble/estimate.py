@@ -13,7 +13,7 @@ _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
 # float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
 _CHUNK_COPIES = 5
 _FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
-_BLOCK_TOKENS = 4096  # that go through a block at a time in compression
+_BLOCK_TOKENS = 2048  # that go through a block at a time in compression
 _OVERHEAD = 600 << 20  # interpreter and libraries
 
 
@@ -68,21 +68,24 @@ def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, 
     return _OVERHEAD + model + copies + one_layer + trained + activations + logits
 
 
-def compression(shapes: Shapes, sequences: int, length: int) -> int:
-    """Peak of compressing block by block with calibration text.
+def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
+    """Peak of compressing block by block with calibration text; with `gpu`, of the GPU, which holds the block at hand while the model waits on the CPU.
 
-    model + both streams (in temporary files above 2 GiB each) + Hessians of one block and the copies that factoring the largest takes + float32 copies of the
-    largest stack of rows + offset, gradient and two moments of a block's weights + one microbatch through a block.
+    model (or one block) + both streams (in temporary files above half a GiB each) + the larger of: Hessians of one block, with the copies that factoring
+    the largest takes, and float32 copies of the largest stack of rows; offsets, their gradients and moments, and two float32 copies of a block's
+    weights; + one microbatch through a block, with what its backward keeps.
     """
     block = shapes.int4 // shapes.layers
-    stream = sequences * length * shapes.hidden * shapes.itemsize
     hessians = (3 * shapes.hidden**2 + (1 + 3) * shapes.intermediate**2) * _FLOAT32
     rows = 6 * 2 * shapes.hidden * shapes.intermediate * _FLOAT32
-    tokens = max(length, _BLOCK_TOKENS)
-    activations = tokens * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * _FLOAT32
     trained = (_ADAM + 2 * _FLOAT32) * block
-    model = shapes.parameters * shapes.itemsize + shapes.vocabulary * shapes.hidden * shapes.itemsize
-    return _OVERHEAD + model + 2 * min(stream, 2 << 30) + max(hessians + rows, trained) + activations
+    activations = max(length, _BLOCK_TOKENS) * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
+    at_hand = max(hessians + rows, trained) + activations
+    if gpu:
+        # before the blocks, the whole model is there, and nothing else
+        return _OVERHEAD + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
+    stream = sequences * length * shapes.hidden * shapes.itemsize
+    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, 512 << 20) + at_hand
 
 
 def compression_disk(shapes: Shapes, tokens: int, blocks: bool) -> int:

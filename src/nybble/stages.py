@@ -163,7 +163,7 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
     if compress.parse(method):
         recipe = blockwise.Recipe(epochs=options.blockwise_epochs)
         ids = job.sequences.train[: options.calib_samples]
-        calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks)
+        calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path)
         store = BlockStore(job.run.path / "compress", f"{options.pretrained} {models.identity(model)} {teacher.fingerprint(ids, method)}")
     with job.run.stage("compress"):
         with bar(f"compress ({method})", len(job.plan.int4), "now") as advance:
@@ -301,4 +301,4 @@ def check_memory(needed: int, available: int, remedy: str) -> None:
 def estimate_compression(options: Options, loaded: models.LoadedModel, plan: models.Plan, count: int) -> int:
     """Bytes of memory that compression with `count` calibration sequences takes; 0 without."""
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
-    return estimate.compression(shapes, count, options.seq_len) if count else 0
+    return estimate.compression(shapes, count, options.seq_len, loaded.model.device.type == "cuda") if count else 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from nybble.grid import Grid, dequantize, min_max, quantize, wide
 
 METHODS = ("awq", "se", "gptq", "blockwise")
 # Tokens in one forward of a block.
-_TOKENS = 4096
+_TOKENS = 2048
 
 
 def parse(method: str, option: str = "--method") -> tuple[str, ...]:
@@ -51,6 +52,7 @@ class Calibration:
         damping, activation_order: see gptq.py.
         recipe: of block-wise reconstruction.
         limit_blocks: compress so many blocks by the method and the others by rtn, for trying out; None = all.
+        folder: for temporary files; None = the system's.
     """
 
     input_ids: Tensor
@@ -59,6 +61,7 @@ class Calibration:
     activation_order: bool = False
     recipe: blockwise.Recipe = field(default_factory=blockwise.Recipe)
     limit_blocks: int | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,17 @@ def compress(
         assert calibration is not None, f"{method} needs calibration text"
         if "awq" in steps:
             awq.check_family(model.config)
-        length = calibration.input_ids.shape[1]
-        blocks = Blocks(model, names, calibration.input_ids, max(1, _TOKENS // length), with_full="blockwise" in steps)
+        device = model.device
+        batch = max(1, _TOKENS // calibration.input_ids.shape[1])
+        blocks = Blocks(model, names, calibration.input_ids, batch, "blockwise" in steps, calibration.folder)
         for i in range(len(blocks.modules))[: calibration.limit_blocks]:
-            _compress_block(blocks, i, grid, steps, calibration, compressed, store or Store(), advance)
+            with blocks.at_hand(i):
+                _compress_block(blocks, i, grid, steps, calibration, compressed, store or Store(), advance)
+            for name in blocks.layers[i]:  # the block has moved
+                start = compressed.starts[blocks.prefixes[i] + name]
+                weight_OI = linear(blocks.modules[i], name).weight.detach()
+                compressed.starts[blocks.prefixes[i] + name] = Start(weight_OI, start.scale_OG.cpu(), start.zero_OG.cpu())
+        model.to(device)
     rest = [name for name in names if name not in compressed.starts]
     for name, start in rtn.compress(model, rest, grid).items():
         compressed.starts[name], compressed.errors[name] = start, _weight_error(model.get_submodule(name).weight, start, grid)
@@ -187,7 +197,7 @@ def _compress_block(
     for name, start in starts.items():
         _set_weight(block, name, start.quantized(grid).dequantize().to(start.weight_OI.dtype))
     blocks.advance_quantized(i)
-    for name, start in starts.items():  # no copy: the model and the start share it
+    for name, start in starts.items():
         _set_weight(block, name, start.weight_OI)
         compressed.starts[prefix + name], compressed.errors[prefix + name] = start, errors[name]
     if losses is not None:

@@ -3,8 +3,8 @@
     hidden_0 = embedding(tokens)        hidden_{i+1} = block_i(hidden_i)
 
 Up to two streams are kept for all calibration sequences, as they stand before one block: `quantized`, made by the blocks compressed so far, and,
-where there is something to be compared with, `full`, made by the 16-bit blocks. Memory: S x T x D numbers each, in a temporary file above
-`_IN_MEMORY` bytes; inside a block, one microbatch.
+where there is something to be compared with, `full`, made by the 16-bit blocks. Memory: S x T x D numbers each on the CPU, in a temporary file above
+`_IN_MEMORY` bytes; inside a block, one microbatch. On a GPU only the block at hand is there; the rest of the model waits on the CPU.
 
 What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain
 gives the model's own numbers is checked there, so a family whose blocks exchange more than hidden states is an error and not a wrong result.
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from nybble.errors import ModelError
 from nybble.grid import wide
 
 # Streams larger than this live in temporary files.
-_IN_MEMORY = 2 << 30
+_IN_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,16 @@ class Blocks:
         input_ids: [S, T], all sequences of one length.
         batch: sequences in one forward.
         with_full: keep the stream `full`.
+        folder: for temporary files; None = the system's.
+
+    Blocks are run on the device that the model is on now. If that is not the CPU, the model goes to the CPU; `at_hand` brings one block back.
 
     Raises:
         ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
     """
 
-    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_full: bool = True) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_full: bool = True, folder: Path | None = None) -> None:
+        self.model, self.batch, self._folder = model, batch, folder
         self.device, self.dtype = model.device, model.dtype
         path = _find(model, names)
         self.modules: list[nn.Module] = list(model.get_submodule(path))
@@ -71,13 +75,22 @@ class Blocks:
         for part in self.batches():
             self.quantized[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
         self.full = self._store(input_ids).copy_(self.quantized) if with_full else None
+        model.to("cpu")
+
+    @contextmanager
+    def at_hand(self, i: int) -> Iterator[nn.Module]:
+        """Block i on the device; afterwards it is back on the CPU."""
+        try:
+            yield self.modules[i].to(self.device)
+        finally:
+            self.modules[i].to("cpu")
 
     def _store(self, input_ids: Tensor) -> Tensor:
         shape = (*input_ids.shape, self.model.config.hidden_size)
         count = input_ids.numel() * shape[-1]
         if count * self.dtype.itemsize <= _IN_MEMORY:
             return torch.empty(shape, dtype=self.dtype)
-        with tempfile.NamedTemporaryFile(prefix="nybble-") as file:  # deleted at once; the mapping lives on
+        with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:  # deleted at once; the mapping lives on
             file.truncate(count * self.dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
 
