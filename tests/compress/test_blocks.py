@@ -33,7 +33,7 @@ def test_statistics_are_means_over_tokens() -> None:
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
     blocks = Blocks(model, models.plan(model).int4, IDS, 2)
-    blocks.advance_quantized(0)
+    blocks.advance_full(0)
     statistics = blocks.observe(1)
     assert [s.layers for s in statistics] == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
@@ -61,7 +61,6 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
     blocks = Blocks(model, models.plan(model).int4, IDS, 2)
     blocks.observe(0)
-    blocks.advance_quantized(0)
     with pytest.raises(ModelError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj must be finite; they are not on this text; use --dtype float32"):
         blocks.observe(1)
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from nybble import compress
 from nybble.compress import gptq
 from nybble.compress.scale_estimation import output_error, search
 from nybble.errors import ModelError
@@ -80,6 +81,35 @@ def test_more_damping_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None
 def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"the Hessian of layers\.0\.q_proj must be positive definite; it is not, even with damping 1; .* or leave gptq out"):
         gptq.factor(torch.eye(4) - 5 * torch.ones(4, 4), 0.01, "layers.0.q_proj")
+
+
+def test_descent_gives_each_code_its_best_value() -> None:
+    weight, gram = layer(3)
+    hessian = gptq.damped(gram)
+    scale, zero = min_max(weight, GRID)
+    start = quantize(weight, scale, zero, GRID)
+    codes = start.clone()
+    for o in range(3):
+        for j in range(32):
+            errors = []
+            for code in range(16):
+                trial = codes[o].clone()
+                trial[j] = code
+                errors.append(float(output_error(dequantize(trial[None], scale[o, None], zero[o, None]) - weight[o], hessian)))
+            codes[o, j] = errors.index(min(errors))
+    assert not torch.equal(codes, start)
+    assert torch.equal(gptq.descend(start, scale, zero, weight, hessian, GRID), codes)
+
+
+def test_polishing_raises_no_error() -> None:
+    weight, gram = layer(64, 64)
+    hessian = gptq.damped(gram)
+    running, scale, zero = gptq.compensate(weight, gram, GRID, search)
+    codes = quantize(running, scale, zero, GRID)
+    polished, fitted = compress._polish(codes, scale, zero, weight, hessian, GRID)
+    before, after = (output_error(dequantize(c, s, zero) - weight, hessian) for c, s in ((codes, scale), (polished, fitted)))
+    assert (after <= before * (1 + 1e-9)).all()
+    assert after.sum() < 0.95 * before.sum()
 
 
 def test_unused_inputs_do_no_harm() -> None:

@@ -6,9 +6,9 @@
     gptq         error-compensated rounding             |
     blockwise    block-wise reconstruction by gradient /
 
-One block of the decoder after the other, from the first to the last: gather statistics of what reaches its layers through the blocks compressed
-so far; fold; find scales; round; train; put the compressed weights in, and send the calibration text through. Methods change the model in
-place (norms, weights of folded layers); the 16-bit function stays the same. Afterwards its layers hold the weights of the starts.
+One block of the decoder after the other, from the first to the last: gather statistics of what reaches its layers; fold; find scales; round; train
+on what comes through the blocks compressed before it. Methods change the model in place (norms, weights of folded layers); the 16-bit
+function stays the same. Afterwards its layers hold the weights of the starts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nybble.compress import awq, blockwise, gptq, rtn, scale_estimation
 from nybble.compress.blocks import Blocks, Statistics, linear
+from nybble.compress.scale_estimation import Quadratic
 from nybble.compress.start import Start
 from nybble.errors import OptionError
 from nybble.grid import Grid, dequantize, min_max, quantize, wide
@@ -164,7 +165,6 @@ def _compress_block(
 ) -> None:
     """One block: compressed by all steps, or taken from the store; its starts and errors go into `compressed`."""
     block, prefix = blocks.modules[i], blocks.prefixes[i]
-    blocks.advance_full(i)
     kept = store.load(prefix)
     if kept is None:
         starts: dict[str, Start] = {}
@@ -190,13 +190,15 @@ def _compress_block(
     else:
         tensors, note = kept
         names = blocks.layers[i]
+        blocks.advance_full(i)
         starts = {name: Start(*(tensors.pop(f"{name}:{leaf}").to(blocks.device) for leaf in ("weight_OI", "scale_OG", "zero_OG"))) for name in names}
         block.load_state_dict(tensors, strict=False)
         errors, losses = {name: LayerError(**fields) for name, fields in note["errors"].items()}, note["losses"]
         advance(len(names), f"{prefix[:-1]}: from the last sitting")
-    for name, start in starts.items():
-        _set_weight(block, name, start.quantized(grid).dequantize().to(start.weight_OI.dtype))
-    blocks.advance_quantized(i)
+    if blocks.quantized is not None:
+        for name, start in starts.items():
+            _set_weight(block, name, start.quantized(grid).dequantize().to(start.weight_OI.dtype))
+        blocks.advance_quantized(i)
     for name, start in starts.items():
         _set_weight(block, name, start.weight_OI)
         compressed.starts[prefix + name], compressed.errors[prefix + name] = start, errors[name]
@@ -218,12 +220,22 @@ def _round(block: nn.Module, shared: Statistics, grid: Grid, steps: tuple[str, .
     else:
         rounded_OI, (scale_OG, zero_OG) = weight_OI, min_max(weight_OI, grid)
     codes_OI = quantize(rounded_OI, scale_OG, zero_OG, grid)
+    if "se" in steps and "gptq" in steps:
+        codes_OI, scale_OG = _polish(codes_OI, scale_OG, zero_OG, weight_OI, gptq.damped(gram_II, calibration.damping), grid)
     sizes = [len(layer.weight) for layer in linears.values()]
     parts = zip(*(tensor.split(sizes) for tensor in (codes_OI, rounded_OI, scale_OG, zero_OG)), strict=True)
     return {
         name: Start.keeping(codes_OI, rounded_OI.clone(), scale_OG.clone(), zero_OG.clone(), grid, linears[name].weight.dtype)
         for name, (codes_OI, rounded_OI, scale_OG, zero_OG) in zip(linears, parts, strict=True)
     }
+
+
+def _polish(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What GPTQ gave, improved by fitting all scales of a row, then all codes, then all scales again. No row's error rises."""
+    seen_OI = weight_OI @ hessian_II
+    scale_OG = Quadratic.of(codes_OI, zero_OG, weight_OI, seen_OI, hessian_II).solve(scale_OG)
+    codes_OI = gptq.descend(codes_OI, scale_OG, zero_OG, weight_OI, hessian_II, grid)
+    return codes_OI, Quadratic.of(codes_OI, zero_OG, weight_OI, seen_OI, hessian_II).solve(scale_OG)
 
 
 def _set_weight(block: nn.Module, name: str, weight_OI: Tensor) -> None:

@@ -2,14 +2,15 @@
 
     hidden_0 = embedding(tokens)        hidden_{i+1} = block_i(hidden_i)
 
-Up to two streams are kept for all calibration sequences, as they stand before one block: `quantized`, made by the blocks compressed so far, and,
-where there is something to be compared with, `full`, made by the 16-bit blocks. Memory: S x T x D numbers each on the CPU, in a temporary file above
+Up to two streams are kept for all calibration sequences, as they stand before one block: `full`, made by the 16-bit blocks, and, where blocks are
+trained on it, `quantized`, made by the blocks compressed so far. Memory: S x T x D numbers each on the CPU, in a temporary file above
 `_IN_MEMORY` bytes; inside a block, one microbatch. On a GPU only the block at hand is there; the rest of the model waits on the CPU.
 
 What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain
 gives the model's own numbers is checked there, so a family whose blocks exchange more than hidden states is an error and not a wrong result.
 
-Statistics of a layer's input x', as it comes through the blocks compressed so far:      gram = mean over all tokens of x' x'^T
+Statistics of a layer's input x in the 16-bit model:      gram = mean over all tokens of x x^T
+(Inputs that have come through the compressed blocks are no better, and cost another pass: docs/log.md.)
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Blocks:
         names: layers that get 4 bits; those outside of the blocks are in `outside`.
         input_ids: [S, T], all sequences of one length.
         batch: sequences in one forward.
-        with_full: keep the stream `full`.
+        with_quantized: keep the stream `quantized`.
         folder: for temporary files; None = the system's.
 
     Blocks are run on the device that the model is on now. If that is not the CPU, the model goes to the CPU; `at_hand` brings one block back.
@@ -61,7 +62,7 @@ class Blocks:
         ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
     """
 
-    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_full: bool = True, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
         self.model, self.batch, self._folder = model, batch, folder
         self.device, self.dtype = model.device, model.dtype
         path = _find(model, names)
@@ -71,10 +72,10 @@ class Blocks:
         inside = {f"{prefix}{layer}" for prefix, layers in zip(self.prefixes, self.layers, strict=True) for layer in layers}
         self.outside = [name for name in names if name not in inside]
         self._arguments = self._record(input_ids[:1].to(self.device))
-        self.quantized = self._store(input_ids)
+        self.full = self._store(input_ids)
         for part in self.batches():
-            self.quantized[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
-        self.full = self._store(input_ids).copy_(self.quantized) if with_full else None
+            self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
+        self.quantized = self._store(input_ids).copy_(self.full) if with_quantized else None
         model.to("cpu")
 
     @contextmanager
@@ -149,34 +150,34 @@ class Blocks:
         return _first(self.modules[i](hidden_BTD, *args, **kwargs))
 
     def batches(self) -> Iterator[slice]:
-        return (slice(start, start + self.batch) for start in range(0, len(self.quantized), self.batch))
+        return (slice(start, start + self.batch) for start in range(0, len(self.full), self.batch))
 
     @torch.no_grad()
     def advance_full(self, i: int) -> None:
-        """Send the full stream, where it is kept, through block i, which must still be the 16-bit one."""
-        if self.full is None:
-            return
+        """Send the full stream through block i, which must still be the 16-bit one."""
         for part in self.batches():
             self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
 
     @torch.no_grad()
     def advance_quantized(self, i: int) -> None:
-        """Send the quantized stream through block i, as it now is."""
+        """Send the quantized stream, where it is kept, through block i, as it now is."""
+        if self.quantized is None:
+            return
         for part in self.batches():
             self.quantized[part] = self.run(i, self.quantized[part].to(self.device)).cpu()
 
     @torch.no_grad()
     def observe(self, i: int) -> list[Statistics]:
-        """Statistics of the inputs of the layers of block i, on the quantized stream; layers called with the same tensor share them.
+        """`advance_full`, and statistics of the inputs of the layers of block i; layers called with the same tensor share them.
 
         Raises:
             ModelError: a layer's input is not finite (it is named).
         """
         grams: dict[tuple[str, ...], Tensor] = {}
-        tokens = self.quantized.shape[0] * self.quantized.shape[1]
+        tokens = self.full.shape[0] * self.full.shape[1]
         for part in self.batches():
             with self._inputs(i) as inputs:
-                self.run(i, self.quantized[part].to(self.device))
+                self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
             for layers, x_NI in _grouped(inputs).items():
                 x_NI = wide(x_NI)
                 empty_II = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])

@@ -91,9 +91,8 @@ def train(
     Raises:
         ModelError: the loss is not finite.
     """
-    full = blocks.full
-    assert full is not None, "block-wise reconstruction needs the stream of the 16-bit blocks"
-    block, count = blocks.modules[i], len(full)
+    block, full, quantized, count = blocks.modules[i], blocks.full, blocks.quantized, len(blocks.full)
+    assert quantized is not None, "block-wise reconstruction needs the stream of the compressed blocks"
     plain = {name: linear(block, name) for name in starts}
     layers = {name: OffsetLinear(start, plain[name].bias, grid, plain[name].weight.dtype) for name, start in starts.items()}
     held_out = torch.arange(count - min(recipe.held_out, count // 8), count)
@@ -102,7 +101,7 @@ def train(
     size = float(full[judged].float().square().mean()) or 1.0
 
     def loss(indices: Tensor) -> Tensor:
-        made = blocks.run(i, blocks.quantized[indices].to(blocks.device))
+        made = blocks.run(i, quantized[indices].to(blocks.device))
         return F.mse_loss(made.float(), full[indices].to(blocks.device).float()) / size
 
     @torch.no_grad()

@@ -7,6 +7,9 @@ A group's scale and zero are found on its running weights just before its first 
 there costs after all later columns have made up for it. Columns are worked off a group at a time; the effect of a group on all
 later columns is one matrix product.
 
+`descend` then goes over the columns once more and gives each code the value that is best with all others as they now are (coordinate descent; QuantEase,
+arXiv 2309.01885): GPTQ makes up for an error in later columns only, so the earlier ones can still gain.
+
 With `activation_order`, columns with large inputs come first; scales and zeros are then found on the weights as they were.
 """
 
@@ -94,3 +97,35 @@ def compensate(
     running_OI = torch.empty_like(weight_OI)
     running_OI[:, order_I] = running_IO.T
     return running_OI, torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def damped(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """H as it is used: gram + damping * mean of its diagonal * 1."""
+    return gram_II + damping * gram_II.diagonal().mean() * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+
+
+def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: Grid) -> Tensor:
+    """One pass over all columns: w'_j = fake_quantize(w'_j - (H (w' - w))_j / H_jj). No row's error (w' - w)^T H (w' - w) rises.
+
+    Args:
+        codes_OI, scale_OG, zero_OG: where it starts; scales and zeros stay.
+        weight_OI: the weight to come close to.
+        hessian_II: damped, so that its diagonal is positive.
+
+    Returns: codes [O, I].
+    """
+    size = weight_OI.shape[-1] // scale_OG.shape[-1]
+    made_IO = dequantize(codes_OI, scale_OG, zero_OG).T.contiguous()
+    slope_IO = hessian_II @ (made_IO - weight_OI.T)
+    for start in range(0, len(made_IO), size):
+        end = start + size
+        scale_O1, zero_O1 = scale_OG[:, start // size, None], zero_OG[:, start // size, None]
+        moves_KO = torch.empty_like(made_IO[start:end])
+        for j in range(start, end):
+            wanted_O1 = (made_IO[j] - slope_IO[j] / hessian_II[j, j])[:, None]
+            best_O1 = dequantize(quantize(wanted_O1, scale_O1, zero_O1, grid), scale_O1, zero_O1)
+            torch.sub(best_O1[:, 0], made_IO[j], out=moves_KO[j - start])
+            slope_IO[j + 1 : end].addr_(hessian_II[j, j + 1 : end], moves_KO[j - start])
+        made_IO[start:end] += moves_KO
+        slope_IO[end:].addmm_(hessian_II[start:end, end:].T, moves_KO)
+    return quantize(made_IO.T.contiguous(), scale_OG, zero_OG, grid)
