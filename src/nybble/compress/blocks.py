@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,13 @@ class Blocks:
                 self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
             for layers, x_NI in _grouped(inputs).items():
                 x_NI = wide(x_NI)
-                empty_II = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
-                grams.setdefault(layers, empty_II).addmm_(x_NI.T, x_NI, alpha=1 / tokens)
+                if layers not in grams:
+                    grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
+                _add_lower(grams[layers], x_NI, 1 / tokens)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
                 raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; use --dtype float32")
-        return [Statistics(layers, gram_II) for layers, gram_II in grams.items()]
+        return [Statistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
 
     @contextmanager
     def _inputs(self, i: int) -> Iterator[dict[str, Tensor]]:
@@ -201,6 +203,12 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _add_lower(gram_II: Tensor, x_NI: Tensor, weight: float) -> None:
+    """gram += weight * x^T x, in place, of which only the blocks on and below the diagonal are made: 5/8 of the work."""
+    for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
+        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=weight)
 
 
 def linear(block: nn.Module, name: str) -> nn.Linear:
