@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_a_small_disk_is_refused(tmp_path: Path) -> None:
     checkpoint.check_disk(tmp_path / "not" / "yet", 1000)
-    with pytest.raises(RunError, match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use fewer"):
+    with pytest.raises(RunError, match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use less text"):
         checkpoint.check_disk(tmp_path, int(999999999999999.9e9))
 
 

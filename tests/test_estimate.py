@@ -24,3 +24,18 @@ def test_microbatch_grows_with_memory_and_stops_at_the_batch() -> None:
     assert picks == sorted(picks)
     assert picks[-1] == 32
     assert estimate.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, True, available=10**12, most=4096) == 4
+
+
+def test_compression_of_large_models_fits_where_the_issue_wants_it() -> None:
+    llama_8b = estimate.Shapes(8_030_000_000, 6_980_000_000, 0, 58_700_000, 32, 4096, 14336, 128256, 2)
+    assert 16.06e9 < estimate.compression(llama_8b, 128, 1024, gpu=True) < 22e9  # bfloat16 on a GPU of 24 GB
+    smollm_2b = estimate.Shapes(1_710_000_000, 1_610_000_000, 0, 16_700_000, 24, 2048, 8192, 49152, 4)
+    assert 6.84e9 < estimate.compression(smollm_2b, 128, 1024, gpu=False) < 12e9  # float32 on a CPU
+
+
+def test_compression_grows_with_the_text_until_it_goes_to_the_disk() -> None:
+    sizes = [estimate.compression(SHAPES, count, 1024, gpu=False) for count in (1, 1000, 10**6, 10**7)]
+    assert sizes[1] - sizes[0] == 2 * 999 * 1024 * 64 * 4
+    assert sizes[2] == sizes[3]
+    assert estimate.compression_disk(SHAPES, 100, 0) == 100 * 64 * 4 + 3 * SHAPES.parameters
+    assert estimate.compression_disk(SHAPES, 100, 50) - estimate.compression_disk(SHAPES, 100, 0) == SHAPES.parameters * 4 + 2 * 50 * 64 * 4

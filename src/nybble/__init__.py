@@ -1,14 +1,15 @@
 """nybble: 4-bit language models that keep their accuracy.
 
 The public surface; everything else may change. Names are imported when they are first used, so that the command line can set up the
-process before torch starts its threads, and answers --help at once. The flow is nybble.distill.distill(DistillOptions(...)).
+process before torch starts its threads, and answers --help at once. The flows are nybble.distill.distill(DistillOptions(...))
+and nybble.post_training.compress(CompressOptions(...)).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nybble.config import DistillOptions
+    from nybble.config import CompressOptions, DistillOptions
     from nybble.errors import NybbleError
     from nybble.grid import Grid, dequantize, fake_quantize, min_max, quantize
     from nybble.layers import FakeQuantizedLoRALinear
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CompressOptions": "config",
     "DistillOptions": "config",
     "FakeQuantizedLoRALinear": "layers",
     "Grid": "grid",
@@ -29,6 +31,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CompressOptions",
     "DistillOptions",
     "FakeQuantizedLoRALinear",
     "Grid",

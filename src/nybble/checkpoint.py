@@ -264,7 +264,7 @@ def check_disk(path: Path, needed: int) -> None:
     if needed > free:
         raise RunError(
             f"--output_dir {path} needs {needed / 1e9:.1f} GB for teacher states and checkpoints; {free / 1e9:.1f} GB are free; "
-            "free some, choose another disk, or use fewer --samples"
+            "free some, choose another disk, or use less text"
         )
 
 

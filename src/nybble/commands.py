@@ -1,4 +1,4 @@
-"""The small commands: export a finished run, measure a model or an export, show the environment."""
+"""The small commands: export a finished run, measure a model or an export, show its layers, show the environment."""
 
 from __future__ import annotations
 

@@ -98,6 +98,8 @@ class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions)
         self.check_compression()
         self.check_run()
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
+        if self.dtype == "float16" and "blockwise" in self.method:
+            raise OptionError("--dtype must be bfloat16 or float32 for blockwise; float16 gradients vanish (they are below its smallest number)")
 
     @property
     def folder(self) -> Path:

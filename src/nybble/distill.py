@@ -41,8 +41,7 @@ def distill(options: DistillOptions) -> Path:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
 
     def cut(tokenizer: Any) -> Sequences:
-        least = max(options.batch_size, stages.least_calibration(options, options.start))
-        return stages.sequences_of(options, tokenizer, options.samples * options.epochs, least, "training", options.valid_samples)
+        return stages.sequences_of(options, tokenizer, options.start, options.samples * options.epochs, options.batch_size, options.valid_samples)
 
     with stages.opened(options, options.start, "--start", cut, _resolve) as job:
         _run(job)
@@ -99,7 +98,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
     memory = max(memory, stages.estimate_compression(options, loaded, plan, calibration))
     splits = (sequences.train, sequences.validation, sequences.test)
-    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + (shapes.parameters * shapes.itemsize if calibration else 0)
+    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + estimate.compression_disk(shapes, 0, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
     steps = options.steps_per_epoch * options.epochs
     tokens = steps * options.batch_size * options.seq_len
@@ -108,7 +107,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
         steps, options.batch_size, options.seq_len, tokens / 1e6, steps * options.batch_size / len(sequences.train), len(sequences.train), microbatch,
     )  # fmt: skip
     log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
-    stages.check_memory(memory, available, "a smaller --lora_rank, --microbatch 1 or --cache recompute needs less")
+    stages.check_memory(memory, available, "a smaller --lora_rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less")
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 

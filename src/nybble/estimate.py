@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nybble.compress import TOKENS
+from nybble.compress.blocks import IN_MEMORY
+
 # Numbers kept for the backward per token and decoder layer, in multiples of hidden size and of intermediate size.
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
 # float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
 _CHUNK_COPIES = 5
 _FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
-_BLOCK_TOKENS = 2048  # that go through a block at a time in compression
 _OVERHEAD = 600 << 20  # interpreter and libraries
 
 
@@ -79,18 +81,19 @@ def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
     hessians = (3 * shapes.hidden**2 + (1 + 3) * shapes.intermediate**2) * _FLOAT32
     rows = 6 * 2 * shapes.hidden * shapes.intermediate * _FLOAT32
     trained = (_ADAM + 2 * _FLOAT32) * block
-    activations = max(length, _BLOCK_TOKENS) * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
+    activations = max(length, TOKENS) * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
     at_hand = max(hessians + rows, trained) + activations
     if gpu:
         # before the blocks, the whole model is there, and nothing else
         return _OVERHEAD + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
     stream = sequences * length * shapes.hidden * shapes.itemsize
-    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, 512 << 20) + at_hand
+    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, IN_MEMORY) + at_hand
 
 
-def compression_disk(shapes: Shapes, tokens: int, blocks: bool) -> int:
-    """Teacher states of `tokens`, the finished blocks of a compression, and the results."""
-    return tokens * shapes.hidden * shapes.itemsize + (shapes.parameters * shapes.itemsize if blocks else 0) + 3 * shapes.parameters
+def compression_disk(shapes: Shapes, tokens: int, calibration: int) -> int:
+    """Teacher states of `tokens`; where there are tokens of calibration, the finished blocks and both streams; and the results."""
+    temporary = shapes.parameters * shapes.itemsize + 2 * calibration * shapes.hidden * shapes.itemsize if calibration else 0
+    return tokens * shapes.hidden * shapes.itemsize + temporary + 3 * shapes.parameters
 
 
 def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:

@@ -20,8 +20,7 @@ def compress(options: CompressOptions) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
 
     def cut(tokenizer: Any) -> Sequences:
-        least = stages.least_calibration(options, options.method)
-        return stages.sequences_of(options, tokenizer, options.calib_samples if least else 0, least, "calibration", 0)
+        return stages.sequences_of(options, tokenizer, options.method, 0, 0, 0)
 
     with stages.opened(options, options.method, "--method", cut, _resolve) as job:
         _run(job)
@@ -33,7 +32,7 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     count = stages.check_calibration(options, options.method, sequences)
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     memory, available = stages.estimate_compression(options, loaded, plan, count), stages.free_memory(loaded)
-    disk = estimate.compression_disk(shapes, sequences.test.numel(), bool(count))
+    disk = estimate.compression_disk(shapes, sequences.test.numel(), sequences.calibration.numel())
     checkpoint.check_disk(options.folder, disk)
     if count:
         log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9)
@@ -46,9 +45,14 @@ def _run(job: Job) -> None:
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
     if not job.quantized.exists():
-        compressed, rows = stages.compress_model(job, job.options.method)
-        weights = rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
-        checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, weights)
+        _compress(job)
     checkpoint.remove_folder(job.run.path / "compress")
     stages.measure_saved(job, reference, "compressed")
     stages.finish(job.run, [])
+
+
+def _compress(job: Job) -> None:
+    """Compress and save; the weights are let go."""
+    compressed, rows = stages.compress_model(job, job.options.method)
+    weights = rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
+    checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher
 from nybble.checkpoint import BlockStore, Run
-from nybble.compress import Calibration, Compressed, awq, blockwise
+from nybble.compress import Calibration, Compressed, blockwise
 from nybble.config import CompressOptions, DistillOptions
 from nybble.console import bar, console, log_to
 from nybble.errors import OptionError
@@ -36,9 +36,10 @@ _LEAST_CALIBRATION = 8
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will use."""
+    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with."""
 
     train: Tensor
+    calibration: Tensor
     validation: Tensor
     test: Tensor
 
@@ -92,9 +93,8 @@ def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequen
     plan = models.plan(loaded.model)
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
-    if "awq" in steps:
-        awq.check_family(loaded.model.config)
     sequences = cut(loaded.tokenizer)
+    compress.check_model(loaded.model, plan.int4, torch.stack([sequences.test[0, :32], sequences.test[0, :32].flip(0)]), steps)
     log.info(
         "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
@@ -132,15 +132,10 @@ def check_calibration(options: Options, method: str, sequences: Sequences) -> in
     """Number of calibration sequences; says where there are fewer than wanted. The training text has been checked for the least that will do."""
     if not compress.parse(method):
         return 0
-    count = min(options.calib_samples, len(sequences.train))
+    count = len(sequences.calibration)
     short = "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})"
     log.info("calibration: %d x %d tokens of the training text%s", count, options.seq_len, short)
     return count
-
-
-def least_calibration(options: Options, method: str) -> int:
-    """Sequences without which the method is refused."""
-    return min(_LEAST_CALIBRATION, options.calib_samples) if compress.parse(method) else 0
 
 
 def teach(job: Job, splits: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -162,7 +157,7 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
     calibration = store = None
     if compress.parse(method):
         recipe = blockwise.Recipe(epochs=options.blockwise_epochs)
-        ids = job.sequences.train[: options.calib_samples]
+        ids = job.sequences.calibration
         calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path)
         store = BlockStore(job.run.path / "compress", f"{options.pretrained} {models.identity(model)} {teacher.fingerprint(ids, method)}")
     with job.run.stage("compress"):
@@ -278,18 +273,23 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
 
 
-def sequences_of(options: Options, tokenizer: Any, needed: int, least: int, what: str, validation: int) -> Sequences:
-    """Cut the text: of the training split `needed` sequences (or all there are), chosen at random by the seed, so that few see all parts of it.
+def sequences_of(options: Options, tokenizer: Any, method: str, train: int, least: int, validation: int) -> Sequences:
+    """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
+    see all parts of it. The first of the one are the first of the other.
 
     Raises:
-        DataError: the training text gives fewer than `least`.
+        DataError: the training text gives fewer than `least`, or too few to calibrate with.
     """
     texts = data.load_texts(options.data, options.data_column, options.data_dir)
     cut = partial(data.sequences, tokenizer, length=options.seq_len)
-    train = cut(documents=texts.train, what=what, minimum=least) if needed else torch.empty(0, options.seq_len, dtype=torch.int64)
-    held, test = (cut(documents=texts.validation, what="validation")[:validation] if validation else train[:0]), cut(documents=texts.test, what="test")
-    train = train[data.order(len(train), min(len(train), needed), options.seed)] if needed else train
-    return Sequences(train, held, test[: options.test_samples or None])
+    calibrate = options.calib_samples if compress.parse(method) else 0
+    rows = torch.empty(0, options.seq_len, dtype=torch.int64)
+    if max(train, calibrate):
+        rows = cut(documents=texts.train, what="training" if train else "calibration", minimum=max(least, min(_LEAST_CALIBRATION, calibrate)))
+        rows = rows[data.order(len(rows), min(len(rows), max(train, calibrate)), options.seed)]
+    held = cut(documents=texts.validation, what="validation")[:validation] if validation else rows[:0]
+    test = cut(documents=texts.test, what="test")[: options.test_samples or None]
+    return Sequences(rows[:train], rows[:calibrate], held, test)
 
 
 def check_memory(needed: int, available: int, remedy: str) -> None:

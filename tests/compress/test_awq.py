@@ -39,7 +39,9 @@ def test_statistics_follow_the_folding() -> None:
     ids = torch.randint(0, 255, (4, 16))
     blocks = Blocks(model, models.plan(model).int4, ids, 4)
     folded = blocks.observe(0)
-    awq.fold(blocks.modules[0], folded, model.config, GRID)
+    before_fold = [shared.gram_II.clone() for shared in folded]
+    assert awq.fold(blocks.modules[0], folded, model.config, GRID) == 4
+    assert any(not torch.allclose(old, shared.gram_II) for old, shared in zip(before_fold, folded, strict=True))
     again = Blocks(model, models.plan(model).int4, ids, 4)
     for before, after in zip(folded, again.observe(0), strict=True):
         assert torch.allclose(before.gram_II, after.gram_II)
@@ -78,6 +80,17 @@ def test_rounding_of_a_16_bit_norm_is_made_up_for() -> None:
     used = awq.divide(norm, s, 0.0, None)
     assert torch.allclose(norm.weight.float() * used, before, rtol=1e-6)
     assert not torch.allclose(norm.weight.float() * s, before, rtol=1e-6)
+
+
+def test_a_channel_that_rounding_would_turn_off_stays() -> None:
+    norm = torch.nn.Linear(1, 1)
+    norm.weight = torch.nn.Parameter(torch.tensor([-0.9, 0.0, -1.0]).bfloat16(), requires_grad=False)  # Gemma: times 1 + weight
+    used = awq.divide(norm, torch.tensor([60.0, 2.0, 2.0]), 1.0, None)
+    assert norm.weight[0] == torch.tensor(-0.9).bfloat16()
+    assert used[0] == 1
+    assert used[1] == 2
+    assert norm.weight[1] == -0.5
+    assert (norm.weight[2], used[2]) == (-1, 1)  # off before, off after
 
 
 def test_unknown_family_says_what_works() -> None:

@@ -1,11 +1,13 @@
 """The chain of blocks is the model; statistics are those of the inputs; streams larger than memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nybble import models
 from nybble.compress import blocks as blocks_module
-from nybble.compress.blocks import Blocks
+from nybble.compress.blocks import Blocks, check_chain
 from nybble.errors import ModelError
 from nybble.losses import last_hidden
 from tests.tiny import FAMILIES, make_model
@@ -22,7 +24,6 @@ def test_the_chain_is_the_model(family: str) -> None:
         blocks.advance_quantized(i)
     assert torch.allclose(model.base_model.norm(blocks.full), last_hidden(model, IDS), atol=1e-5)
     assert torch.equal(blocks.full, blocks.quantized)
-    assert blocks.outside == []
 
 
 def test_statistics_are_means_over_tokens() -> None:
@@ -44,15 +45,53 @@ def test_statistics_are_means_over_tokens() -> None:
         assert torch.allclose(shared.gram_II, x.T @ x / len(x))
 
 
-def test_large_streams_live_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_streams_live_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = make_model("gemma2")
     small = Blocks(model, models.plan(model).int4, IDS, 2)
-    monkeypatch.setattr(blocks_module, "_IN_MEMORY", 0)
-    large = Blocks(model, models.plan(model).int4, IDS, 2)
+    files = []
+    original = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(Path(name)) or original(name, **rest))
+    monkeypatch.setattr(blocks_module, "IN_MEMORY", 0)
+    large = Blocks(model, models.plan(model).int4, IDS, 2, folder=tmp_path)
+    assert [file.parent for file in files] == [tmp_path, tmp_path]
+    assert list(tmp_path.iterdir()) == [], "deleted at once, the mapping lives on"
     for blocks in (small, large):
         blocks.advance_full(0)
     assert torch.equal(small.full, large.full)
     assert not torch.equal(large.full, large.quantized)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_a_chain(family: str) -> None:
+    model = make_model(family)
+    check_chain(model, models.plan(model).int4, IDS[:2])
+
+
+def test_blocks_that_take_something_of_the_tokens_are_refused() -> None:
+    model = make_model("llama")
+    original = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda hidden_states, **rest: original(hidden_states, **rest) + rest["of_tokens"].mean()
+    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args, kwargs: (args, {"of_tokens": seen[0]} | kwargs), with_kwargs=True)
+    seen = [torch.zeros(1)]
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.insert(0, kwargs["input_ids"].float()), with_kwargs=True)
+    with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
+        check_chain(model, models.plan(model).int4, IDS[:2])
+    handle.remove()
+
+
+def test_one_large_token_does_not_hide_wrong_ones() -> None:
+    model = make_model("llama")
+    calls = [0]
+
+    def noise(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        changed = output + torch.randn_like(output) * (calls[0] > 1)
+        changed[:, 0] = 1e5
+        return changed
+
+    model.model.layers[1].register_forward_hook(noise)
+    with pytest.raises(ModelError, match="block 1 is not"):
+        check_chain(model, models.plan(model).int4, IDS[:2])
 
 
 def test_inputs_that_are_not_finite_name_the_layer() -> None:
@@ -61,7 +100,10 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
     blocks = Blocks(model, models.plan(model).int4, IDS, 2)
     blocks.observe(0)
-    with pytest.raises(ModelError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj must be finite; they are not on this text; use --dtype float32"):
+    with pytest.raises(
+        ModelError,
+        match=r"the inputs of model\.layers\.1\.self_attn\.q_proj must be finite; they are not on this text; the model's weights or this text are broken",
+    ):
         blocks.observe(1)
 
 

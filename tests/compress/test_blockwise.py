@@ -40,7 +40,7 @@ def block_error(blocks: Blocks, starts: dict[str, Start], part: slice) -> float:
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gemma2", torch.float32), ("qwen2", torch.bfloat16)])
 def test_the_block_comes_closer_on_held_out_text(family: str, dtype: torch.dtype) -> None:
     blocks, starts = ready(family, dtype)
-    recipe = Recipe(epochs=20, batch_size=4)
+    recipe = Recipe(epochs=20, tokens=64)
     trained, before, after = blockwise.train(blocks, 0, starts, GRID, recipe, seed=0)
     held_out = slice(35, 40)
     assert before == pytest.approx(block_error(blocks, starts, held_out), rel=1e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -84,7 +84,7 @@ def test_the_seed_decides() -> None:
     made = []
     for seed in (0, 0, 1):
         blocks, starts = ready()
-        trained = blockwise.train(blocks, 0, starts, GRID, Recipe(), seed)[0]
+        trained = blockwise.train(blocks, 0, starts, GRID, Recipe(epochs=8, tokens=64), seed)[0]
         made.append(torch.cat([start.quantized(GRID).codes_OI.flatten() for start in trained.values()]))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
@@ -93,7 +93,7 @@ def test_the_seed_decides() -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     blocks, starts = ready()
     blocks.quantized[3] = torch.inf
-    with pytest.raises(ModelError, match=r"the loss of block 0 must stay finite; it became nan; use --dtype float32"):
+    with pytest.raises(ModelError, match=r"the loss of block 0 must stay finite; it became nan; the model's weights or this text are broken"):
         blockwise.train(blocks, 0, starts, GRID, Recipe(), 0)
 
 
@@ -102,7 +102,6 @@ def test_16_bit_starts_keep_their_codes(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 64)
     scale, zero = min_max(weight, GRID)
     codes = quantize(weight, scale, zero, GRID)
-    near = weight + ((codes - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1) - weight) * 0.0
     # weights pushed next to a rounding boundary, where methods leave them
     near = scale.repeat_interleave(32, 1) * (codes - zero.repeat_interleave(32, 1) + 0.4999)
     codes = quantize(near, scale, zero, GRID)

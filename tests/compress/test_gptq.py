@@ -7,6 +7,8 @@ import torch
 
 from nybble import compress
 from nybble.compress import gptq
+from nybble.compress.blocks import Statistics
+from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import output_error, search
 from nybble.errors import ModelError
 from nybble.grid import Grid, dequantize, min_max, quantize
@@ -29,14 +31,14 @@ def plain(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[t
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 def test_equals_the_slow_reference(activation_order: bool, damping: float) -> None:
     weight, gram = layer()
-    running, scale, zero = gptq.compensate(weight, gram, GRID, plain, damping, activation_order)
+    running, scale, zero = gptq.compensate(weight, Hessian.of(gram, damping), GRID, plain, activation_order)
     order = gram.diagonal().argsort(descending=True).tolist() if activation_order else list(range(32))
     assert torch.equal(quantize(running, scale, zero, GRID), reference(weight, gram, damping, scale, zero, 15, order))
 
 
 def test_scales_come_from_the_running_weights() -> None:
     weight, gram = layer()
-    _, scale, _ = gptq.compensate(weight, gram, GRID, plain)
+    _, scale, _ = gptq.compensate(weight, Hessian.of(gram), GRID, plain)
     assert torch.equal(scale[:, 0], min_max(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
     assert not torch.equal(scale[:, 1:], min_max(weight, GRID)[0][:, 1:])
     seen = []
@@ -45,7 +47,7 @@ def test_scales_come_from_the_running_weights() -> None:
         seen.append((weight.clone(), importance))
         return min_max(weight, grid)
 
-    gptq.compensate(weight, gram, GRID, find)
+    gptq.compensate(weight, Hessian.of(gram), GRID, find)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
     for g, (_, importance) in enumerate(seen):
         costs = [1 / torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(8 * g, 8 * g + 8)]
@@ -54,7 +56,7 @@ def test_scales_come_from_the_running_weights() -> None:
 
 def test_activation_order_finds_scales_on_the_weights_as_they_were() -> None:
     weight, gram = layer()
-    _, scale, zero = gptq.compensate(weight, gram, GRID, plain, activation_order=True)
+    _, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, plain, activation_order=True)
     assert torch.equal(scale, min_max(weight, GRID)[0])
     assert torch.equal(zero, min_max(weight, GRID)[1])
 
@@ -64,7 +66,7 @@ def test_less_output_error_than_rounding_to_nearest(find: gptq.Find) -> None:
     weight, gram = layer(64, 64)
     scale, zero = min_max(weight, GRID)
     nearest = output_error(dequantize(quantize(weight, scale, zero, GRID), scale, zero) - weight, gram).sum()
-    running, scale, zero = gptq.compensate(weight, gram, GRID, find)
+    running, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, find)
     made = output_error(dequantize(quantize(running, scale, zero, GRID), scale, zero) - weight, gram).sum()
     assert made < 0.6 * nearest
 
@@ -73,19 +75,19 @@ def test_more_damping_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 1.05  # an eigenvalue of -0.05
     with caplog.at_level(logging.WARNING, "nybble"):
-        upper = gptq.factor(gram, 0.01, "layers.0.q_proj")
+        upper = Hessian.of(gram, 0.01, "layers.0.q_proj").upper_II
     assert "layers.0.q_proj: the Hessian is not positive definite with damping 0.01; used 0.1" in caplog.text
     assert torch.allclose(upper.T @ upper, torch.linalg.inv(gram + 0.1 * torch.eye(8)), atol=1e-4)
 
 
 def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"the Hessian of layers\.0\.q_proj must be positive definite; it is not, even with damping 1; .* or leave gptq out"):
-        gptq.factor(torch.eye(4) - 5 * torch.ones(4, 4), 0.01, "layers.0.q_proj")
+        Hessian.of(torch.eye(4) - 5 * torch.ones(4, 4), 0.03, "layers.0.q_proj")
 
 
 def test_descent_gives_each_code_its_best_value() -> None:
     weight, gram = layer(3)
-    hessian = gptq.damped(gram)
+    hessian = Hessian.of(gram).matrix_II
     scale, zero = min_max(weight, GRID)
     start = quantize(weight, scale, zero, GRID)
     codes = start.clone()
@@ -103,8 +105,8 @@ def test_descent_gives_each_code_its_best_value() -> None:
 
 def test_polishing_raises_no_error() -> None:
     weight, gram = layer(64, 64)
-    hessian = gptq.damped(gram)
-    running, scale, zero = gptq.compensate(weight, gram, GRID, search)
+    hessian = Hessian.of(gram).matrix_II
+    running, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, search)
     codes = quantize(running, scale, zero, GRID)
     polished, fitted = compress._polish(codes, scale, zero, weight, hessian, GRID)
     before, after = (output_error(dequantize(c, s, zero) - weight, hessian) for c, s in ((codes, scale), (polished, fitted)))
@@ -115,5 +117,33 @@ def test_polishing_raises_no_error() -> None:
 def test_unused_inputs_do_no_harm() -> None:
     weight, gram = layer()
     gram[:8] = gram[:, :8] = 0
-    running, _, _ = gptq.compensate(weight, gram, GRID, plain)
+    running, _, _ = gptq.compensate(weight, Hessian.of(gram), GRID, plain)
     assert running.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["se", "gptq", "se+gptq"])
+def test_a_layer_that_sees_nothing_is_rounded_well_all_the_same(method: str) -> None:
+    block = torch.nn.ModuleDict({"dead": torch.nn.Linear(32, 16)})
+    shared, calibration = Statistics(("dead",), torch.zeros(32, 32)), compress.Calibration(torch.zeros(1, 1))
+    start = compress._round(block, shared, GRID, compress.parse(method), calibration, "layers.0.")["dead"]
+    weight = block["dead"].weight.detach()
+    nearest = dequantize(quantize(weight, *min_max(weight, GRID), GRID), *min_max(weight, GRID))
+    assert (start.quantized(GRID).dequantize() - weight).norm() < 1.3 * (nearest - weight).norm()
+
+
+@pytest.mark.parametrize("method", ["se", "gptq", "se+gptq"])
+def test_rows_at_a_time_give_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = layer(20, 32)
+    block = torch.nn.ModuleDict({"a": torch.nn.Linear(32, 12, dtype=torch.float64), "b": torch.nn.Linear(32, 8, dtype=torch.float64)})
+    with torch.no_grad():
+        block["a"].weight.copy_(weight[:12])
+        block["b"].weight.copy_(weight[12:])
+    made = []
+    for equations in (16 << 20, 16 * 7):
+        monkeypatch.setattr(compress, "_EQUATIONS", equations)
+        made.append(compress._round(block, Statistics(("a", "b"), gram), GRID, compress.parse(method), compress.Calibration(torch.zeros(1, 1)), ""))
+    for name, size in (("a", 12), ("b", 8)):
+        one, two = (part[name].quantized(GRID) for part in made)
+        assert one.codes_OI.shape == (size, 32)
+        assert torch.equal(one.codes_OI, two.codes_OI)
+        assert torch.equal(one.scale_OG, two.scale_OG)

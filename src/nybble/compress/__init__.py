@@ -13,6 +13,7 @@ function stays the same. Afterwards its layers hold the weights of the starts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.compress import awq, blockwise, gptq, rtn, scale_estimation
-from nybble.compress.blocks import Blocks, Statistics, linear
+from nybble.compress.blocks import Blocks, Statistics, check_chain, linear
+from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import Quadratic
 from nybble.compress.start import Start
 from nybble.errors import OptionError
@@ -30,7 +32,12 @@ from nybble.grid import Grid, dequantize, min_max, quantize, wide
 
 METHODS = ("awq", "se", "gptq", "blockwise")
 # Tokens in one forward of a block.
-_TOKENS = 2048
+TOKENS = 2048
+# Numbers in the equations of scale estimation that exist at a time.
+_EQUATIONS = 16 << 20
+
+
+log = logging.getLogger("nybble")
 
 
 def parse(method: str, option: str = "--method") -> tuple[str, ...]:
@@ -38,7 +45,7 @@ def parse(method: str, option: str = "--method") -> tuple[str, ...]:
     parts = tuple(method.split("+"))
     if parts == ("rtn",):
         return ()
-    if not parts or any(part not in METHODS for part in parts) or parts != tuple(name for name in METHODS if name in parts):
+    if any(part not in METHODS for part in parts) or parts != tuple(name for name in METHODS if name in parts):
         raise OptionError(f"{option} must be rtn, or one or more of {', '.join(METHODS)} in this order, joined by +; got {method}; awq+se+gptq, for example")
     return parts
 
@@ -92,9 +99,17 @@ class Compressed:
         blocks: loss of block-wise reconstruction before and after, by block; empty without it.
     """
 
-    starts: dict[str, Start]
-    errors: dict[str, LayerError]
-    blocks: dict[str, tuple[float, float]]
+    starts: dict[str, Start] = field(default_factory=dict)
+    errors: dict[str, LayerError] = field(default_factory=dict)
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def check_model(model: Any, names: Iterable[str], input_ids: Tensor, steps: tuple[str, ...]) -> None:
+    """Raise OptionError or ModelError, before the expensive part, for a model that these steps cannot compress; input_ids [2, T] are any text."""
+    if "awq" in steps:
+        awq.check_family(model.config)
+    if steps:
+        check_chain(model, list(names), input_ids)
 
 
 class Store:
@@ -130,27 +145,31 @@ def compress(
         ModelError: see the methods.
     """
     names, steps = list(names), parse(method)
-    compressed = Compressed({}, {}, {})
+    compressed = Compressed()
     if steps:
         assert calibration is not None, f"{method} needs calibration text"
-        if "awq" in steps:
-            awq.check_family(model.config)
         device = model.device
-        batch = max(1, _TOKENS // calibration.input_ids.shape[1])
+        batch = max(1, TOKENS // calibration.input_ids.shape[1])
         blocks = Blocks(model, names, calibration.input_ids, batch, "blockwise" in steps, calibration.folder)
         for i in range(len(blocks.modules))[: calibration.limit_blocks]:
             with blocks.at_hand(i):
                 _compress_block(blocks, i, grid, steps, calibration, compressed, store or Store(), advance)
-            for name in blocks.layers[i]:  # the block has moved
-                start = compressed.starts[blocks.prefixes[i] + name]
-                weight_OI = linear(blocks.modules[i], name).weight.detach()
-                compressed.starts[blocks.prefixes[i] + name] = Start(weight_OI, start.scale_OG.cpu(), start.zero_OG.cpu())
+            _let_go(compressed.starts, blocks.prefixes[i], model)
         model.to(device)
+        _let_go(compressed.starts, "", model)
     rest = [name for name in names if name not in compressed.starts]
     for name, start in rtn.compress(model, rest, grid).items():
         compressed.starts[name], compressed.errors[name] = start, _weight_error(model.get_submodule(name).weight, start, grid)
         advance(1, f"{name}: weight error {compressed.errors[name].weight:.2%}")
     return Compressed({name: compressed.starts[name] for name in names}, {name: compressed.errors[name] for name in names}, compressed.blocks)
+
+
+def _let_go(starts: dict[str, Start], prefix: str, model: Any) -> None:
+    """The model has moved to another device: let its starts follow, and hold no tensor but the model's own."""
+    for name, start in starts.items():
+        if name.startswith(prefix):
+            weight_OI = linear(model, name).weight.detach()
+            starts[name] = Start(weight_OI, start.scale_OG.to(weight_OI.device), start.zero_OG.to(weight_OI.device))
 
 
 def _compress_block(
@@ -170,20 +189,21 @@ def _compress_block(
         starts: dict[str, Start] = {}
         errors: dict[str, LayerError] = {}
         statistics = blocks.observe(i)
-        if "awq" in steps:
-            awq.fold(block, statistics, blocks.model.config, grid)
+        nearest = {name: _nearest_error(linear(block, name).weight, grid, shared.gram_II) for shared in statistics for name in shared.layers}
+        if "awq" in steps and not awq.fold(block, statistics, blocks.model.config, grid):
+            log.warning("%s: awq folded nothing, no layers read what families.py says they do", prefix[:-1])
         for shared in statistics:
             found = _round(block, shared, grid, steps, calibration, prefix)
             starts |= found
             for name, start in found.items():
-                errors[name] = _output_error(linear(block, name).weight, start, grid, shared.gram_II)
+                errors[name] = _layer_error(linear(block, name).weight, start, grid, shared.gram_II, nearest[name])
                 advance(1, f"{prefix}{name}: output error {errors[name].rtn:.2%} -> {errors[name].start:.2%}")
         losses: list[float] | None = None
         if "blockwise" in steps:
             starts, *losses = blockwise.train(blocks, i, starts, grid, calibration.recipe, calibration.seed, lambda text: advance(0, prefix[:-1] + ": " + text))
             for shared in statistics:
                 for name in shared.layers:
-                    errors[name] = _output_error(linear(block, name).weight, starts[name], grid, shared.gram_II)
+                    errors[name] = _layer_error(linear(block, name).weight, starts[name], grid, shared.gram_II, nearest[name])
         tensors = {f"{name}:{leaf}": getattr(start, leaf) for name, start in starts.items() for leaf in ("weight_OI", "scale_OG", "zero_OG")}
         others = {key: value for key, value in block.state_dict().items() if key.removesuffix(".weight") not in starts}
         store.save(prefix, tensors | others, {"errors": {name: asdict(error) for name, error in errors.items()}, "losses": losses})
@@ -192,7 +212,8 @@ def _compress_block(
         names = blocks.layers[i]
         blocks.advance_full(i)
         starts = {name: Start(*(tensors.pop(f"{name}:{leaf}").to(blocks.device) for leaf in ("weight_OI", "scale_OG", "zero_OG"))) for name in names}
-        block.load_state_dict(tensors, strict=False)
+        missing = block.load_state_dict(tensors, strict=False).missing_keys
+        assert all(key.removesuffix(".weight") in starts for key in missing), f"{prefix}: the stored block lacks {missing}"
         errors, losses = {name: LayerError(**fields) for name, fields in note["errors"].items()}, note["losses"]
         advance(len(names), f"{prefix[:-1]}: from the last sitting")
     if blocks.quantized is not None:
@@ -208,25 +229,30 @@ def _compress_block(
 
 @torch.no_grad()
 def _round(block: nn.Module, shared: Statistics, grid: Grid, steps: tuple[str, ...], calibration: Calibration, prefix: str) -> dict[str, Start]:
-    """Scales, zeros and codes of the layers that share an input, their rows stacked."""
+    """Scales, zeros and codes of the layers that share an input. Their rows are stacked, and worked off so many at a time that the
+    equations of scale estimation, G x G numbers a row, stay small."""
     linears = {name: linear(block, name) for name in shared.layers}
     weight_OI, gram_II = torch.cat([wide(layer.weight) for layer in linears.values()]), shared.gram_II
-    if "gptq" in steps:
-        find = scale_estimation.search if "se" in steps else (lambda weight, importance, grid: min_max(weight, grid))
-        name = prefix + shared.layers[0]
-        rounded_OI, scale_OG, zero_OG = gptq.compensate(weight_OI, gram_II, grid, find, calibration.damping, calibration.activation_order, name)
-    elif "se" in steps:
-        rounded_OI, (scale_OG, zero_OG) = weight_OI, scale_estimation.estimate(weight_OI, gram_II, grid)
-    else:
-        rounded_OI, (scale_OG, zero_OG) = weight_OI, min_max(weight_OI, grid)
-    codes_OI = quantize(rounded_OI, scale_OG, zero_OG, grid)
-    if "se" in steps and "gptq" in steps:
-        codes_OI, scale_OG = _polish(codes_OI, scale_OG, zero_OG, weight_OI, gptq.damped(gram_II, calibration.damping), grid)
+    hessian = Hessian.of(gram_II, calibration.damping, prefix + shared.layers[0]) if "gptq" in steps else None
+
+    def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if hessian is not None:
+            find = scale_estimation.search if "se" in steps else (lambda weight, importance, grid: min_max(weight, grid))
+            moved_OI, scale_OG, zero_OG = gptq.compensate(weight_OI, hessian, grid, find, calibration.activation_order)
+            codes_OI = quantize(moved_OI, scale_OG, zero_OG, grid)
+            if "se" in steps:
+                codes_OI, scale_OG = _polish(codes_OI, scale_OG, zero_OG, weight_OI, hessian.matrix_II, grid)
+            return codes_OI, moved_OI, scale_OG, zero_OG
+        scale_OG, zero_OG = scale_estimation.estimate(weight_OI, gram_II, grid) if "se" in steps else min_max(weight_OI, grid)
+        return quantize(weight_OI, scale_OG, zero_OG, grid), weight_OI, scale_OG, zero_OG
+
+    rows = max(1, _EQUATIONS // grid.groups(weight_OI.shape[-1]) ** 2)
+    parts = [torch.cat(tensors) for tensors in zip(*(rounded(part) for part in weight_OI.split(rows)), strict=True)]
     sizes = [len(layer.weight) for layer in linears.values()]
-    parts = zip(*(tensor.split(sizes) for tensor in (codes_OI, rounded_OI, scale_OG, zero_OG)), strict=True)
+    by_layer = zip(*(tensor.split(sizes) for tensor in parts), strict=True)
     return {
-        name: Start.keeping(codes_OI, rounded_OI.clone(), scale_OG.clone(), zero_OG.clone(), grid, linears[name].weight.dtype)
-        for name, (codes_OI, rounded_OI, scale_OG, zero_OG) in zip(linears, parts, strict=True)
+        name: Start.keeping(codes, moved.clone(), scale.clone(), zero.clone(), grid, linears[name].weight.dtype)
+        for name, (codes, moved, scale, zero) in zip(linears, by_layer, strict=True)
     }
 
 
@@ -256,14 +282,23 @@ def _weight_error(weight_OI: Tensor, start: Start, grid: Grid) -> LayerError:
 
 
 @torch.no_grad()
-def _output_error(weight_OI: Tensor, start: Start, grid: Grid, gram_II: Tensor) -> LayerError:
-    """weight_OI is the 16-bit weight, folded where that was asked for."""
-    known, weight_OI = _weight_error(weight_OI, start, grid), wide(weight_OI)
-    whole = float(scale_estimation.output_error(weight_OI, gram_II).sum()) or 1.0
+def _nearest_error(weight_OI: Tensor, grid: Grid, gram_II: Tensor) -> float:
+    """Relative output error of rounding to nearest."""
+    weight_OI = wide(weight_OI)
     scale_OG, zero_OG = min_max(weight_OI, grid)
-    nearest_OI = dequantize(quantize(weight_OI, scale_OG, zero_OG, grid), scale_OG, zero_OG)
-    errors = [float(scale_estimation.output_error(made - weight_OI, gram_II).sum()) / whole for made in (nearest_OI, start.quantized(grid).dequantize())]
-    return LayerError(errors[0], errors[1], known.weight, known.clipped)
+    return _relative_error(dequantize(quantize(weight_OI, scale_OG, zero_OG, grid), scale_OG, zero_OG), weight_OI, gram_II)
 
 
-__all__ = ["METHODS", "Calibration", "Compressed", "LayerError", "Start", "Store", "compress", "parse"]
+def _relative_error(made_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
+    whole = float(scale_estimation.output_error(weight_OI, gram_II).sum()) or 1.0
+    return float(scale_estimation.output_error(made_OI - weight_OI, gram_II).sum()) / whole
+
+
+@torch.no_grad()
+def _layer_error(weight_OI: Tensor, start: Start, grid: Grid, gram_II: Tensor, nearest: float) -> LayerError:
+    """weight_OI is the 16-bit weight, folded where that was asked for, and gram_II belongs to it."""
+    known, weight_OI = _weight_error(weight_OI, start, grid), wide(weight_OI)
+    return LayerError(nearest, _relative_error(start.quantized(grid).dequantize(), weight_OI, gram_II), known.weight, known.clipped)
+
+
+__all__ = ["METHODS", "Calibration", "Compressed", "LayerError", "Start", "Store", "check_model", "compress", "parse"]

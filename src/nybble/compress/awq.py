@@ -58,9 +58,12 @@ def search(weight_OI: Tensor, gram_II: Tensor, grid: Grid, share: tuple[int, int
 
 
 @torch.no_grad()
-def fold(block: nn.Module, statistics: list[Statistics], config: Any, grid: Grid) -> None:
-    """Search and fold, in place, all feeds of a block; the statistics follow."""
-    family = family_of(config)
+def fold(block: nn.Module, statistics: list[Statistics], config: Any, grid: Grid) -> int:
+    """Search and fold, in place, all feeds of a block; the statistics follow.
+
+    Returns: how many feeds were folded.
+    """
+    family, folded = family_of(config), 0
     for feed in family.feeds:
         known = next((s for s in statistics if set(s.layers) == set(feed.layers)), None)
         if known is None:  # a layer that is absent or reads something else as well
@@ -76,6 +79,8 @@ def fold(block: nn.Module, statistics: list[Statistics], config: Any, grid: Grid
         for layer in layers:
             layer.weight.copy_(wide(layer.weight) * s_I)
         known.gram_II.div_(s_I).div_(s_I[:, None])
+        folded += 1
+    return folded
 
 
 def divide(source: nn.Linear, s_I: Tensor, norm_offset: float, share: tuple[int, int] | None) -> Tensor:
@@ -85,12 +90,13 @@ def divide(source: nn.Linear, s_I: Tensor, norm_offset: float, share: tuple[int,
     """
     weight = source.weight
     if weight.ndim == 1:
-        before_I = wide(weight) + norm_offset
+        before_I, old = wide(weight) + norm_offset, weight.clone()
         weight.copy_(before_I / s_I - norm_offset)
-        after_I = wide(weight) + norm_offset
-        used_I: Tensor = before_I / after_I
-        keep = used_I.isfinite() & (used_I > 0)
-        return torch.where(keep, used_I, s_I)
+        used_I: Tensor = before_I / (wide(weight) + norm_offset)
+        # A channel that the norm turns off, or would by rounding, stays as it is.
+        fine_I = used_I.isfinite() & (used_I > 0)
+        weight.copy_(torch.where(fine_I, weight, old))
+        return torch.where(fine_I, used_I, torch.ones_like(used_I))
     rows = s_I if share is None else s_I.view(share[0], -1, share[1])[:, 0].reshape(-1)
     weight[-len(rows) :] = (wide(weight[-len(rows) :]) / rows[:, None]).to(weight.dtype)
     if source.bias is not None:

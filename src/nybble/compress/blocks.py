@@ -4,10 +4,11 @@
 
 Up to two streams are kept for all calibration sequences, as they stand before one block: `full`, made by the 16-bit blocks, and, where blocks are
 trained on it, `quantized`, made by the blocks compressed so far. Memory: S x T x D numbers each on the CPU, in a temporary file above
-`_IN_MEMORY` bytes; inside a block, one microbatch. On a GPU only the block at hand is there; the rest of the model waits on the CPU.
+`IN_MEMORY` bytes; inside a block, one microbatch. On a GPU only the block at hand is there; the rest of the model waits on the CPU.
 
-What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain
-gives the model's own numbers is checked there, so a family whose blocks exchange more than hidden states is an error and not a wrong result.
+What a block needs beside its hidden states (masks, rotary embeddings) is taken from one forward of the whole model. That the chain gives the
+model's own numbers, and needs nothing else that depends on the tokens, is checked (`check_chain`), so a family whose blocks exchange
+more than hidden states is an error and not a wrong result.
 
 Statistics of a layer's input x in the 16-bit model:      gram = mean over all tokens of x x^T
 (Inputs that have come through the compressed blocks are no better, and cost another pass: docs/log.md.)
@@ -15,8 +16,9 @@ Statistics of a layer's input x in the 16-bit model:      gram = mean over all t
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +32,7 @@ from nybble.errors import ModelError
 from nybble.grid import wide
 
 # Streams larger than this live in temporary files.
-_IN_MEMORY = 512 << 20
+IN_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Blocks:
 
     Args:
         model: a transformers model.
-        names: layers that get 4 bits; those outside of the blocks are in `outside`.
+        names: layers that get 4 bits.
         input_ids: [S, T], all sequences of one length.
         batch: sequences in one forward.
         with_quantized: keep the stream `quantized`.
@@ -63,16 +65,14 @@ class Blocks:
         ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
     """
 
-    def __init__(self, model: Any, names: Iterable[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, names: Sequence[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
         self.model, self.batch, self._folder = model, batch, folder
         self.device, self.dtype = model.device, model.dtype
         path = _find(model, names)
         self.modules: list[nn.Module] = list(model.get_submodule(path))
         self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
         self.layers = [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes]
-        inside = {f"{prefix}{layer}" for prefix, layers in zip(self.prefixes, self.layers, strict=True) for layer in layers}
-        self.outside = [name for name in names if name not in inside]
-        self._arguments = self._record(input_ids[:1].to(self.device))
+        self._arguments = _record(model, self.modules, input_ids[:1].to(self.device))
         self.full = self._store(input_ids)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
@@ -90,10 +90,10 @@ class Blocks:
     def _store(self, input_ids: Tensor) -> Tensor:
         shape = (*input_ids.shape, self.model.config.hidden_size)
         count = input_ids.numel() * shape[-1]
-        if count * self.dtype.itemsize <= _IN_MEMORY:
+        if count * self.dtype.itemsize <= IN_MEMORY:
             return torch.empty(shape, dtype=self.dtype)
         with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:  # deleted at once; the mapping lives on
-            file.truncate(count * self.dtype.itemsize)
+            os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)  # a full disk is an error now and not a crash later
             return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
 
     @torch.no_grad()
@@ -116,35 +116,6 @@ class Blocks:
             handle.remove()
         return caught[0]
 
-    @torch.no_grad()
-    def _record(self, input_ids: Tensor) -> list[tuple[Any, Any]]:
-        """Everything but the hidden states that each block is called with; checks the chain."""
-        arguments: list[tuple[Any, Any]] = []
-        states: list[Tensor] = []
-
-        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-            kwargs = dict(kwargs)
-            states.append(args[0] if args else kwargs.pop("hidden_states"))
-            arguments.append((args[1:], kwargs))
-
-        handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in self.modules]
-        last: list[Tensor] = []
-        handles.append(self.modules[-1].register_forward_hook(lambda module, args, output: last.append(_first(output))))
-        try:
-            self.model.base_model(input_ids=input_ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for i, (before, after) in enumerate(zip(states, [*states[1:], *last], strict=True)):
-            args, kwargs = arguments[i]
-            made = _first(self.modules[i](before, *args, **kwargs))
-            if bool(after.isfinite().all()) and not torch.allclose(made, after, rtol=1e-2, atol=1e-2 * float(after.abs().max())):
-                raise ModelError(
-                    f"the blocks of {self.model.config.model_type} must be a chain, each taking nothing but the hidden states of the one before; "
-                    f"block {i} is not; use the method rtn"
-                )
-        return arguments
-
     def run(self, i: int, hidden_BTD: Tensor) -> Tensor:
         """Block i on a batch of hidden states on the device."""
         args, kwargs = self._arguments[i]
@@ -161,9 +132,8 @@ class Blocks:
 
     @torch.no_grad()
     def advance_quantized(self, i: int) -> None:
-        """Send the quantized stream, where it is kept, through block i, as it now is."""
-        if self.quantized is None:
-            return
+        """Send the quantized stream through block i, as it now is."""
+        assert self.quantized is not None
         for part in self.batches():
             self.quantized[part] = self.run(i, self.quantized[part].to(self.device)).cpu()
 
@@ -186,7 +156,8 @@ class Blocks:
                 _add_lower(grams[layers], x_NI, 1 / tokens)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
-                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; use --dtype float32")
+                remedy = "the model's weights or this text are broken" if self.dtype == torch.float32 else "use --dtype float32"
+                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {remedy}")
         return [Statistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
 
     @contextmanager
@@ -211,6 +182,63 @@ def _add_lower(gram_II: Tensor, x_NI: Tensor, weight: float) -> None:
         gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=weight)
 
 
+@torch.no_grad()
+def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> list[tuple[Any, Any]]:
+    """Everything but the hidden states that each block is called with, from one forward of the whole model; checks the chain."""
+    arguments: list[tuple[Any, Any]] = []
+    states: list[Tensor] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kwargs = dict(kwargs)
+        states.append(args[0] if args else kwargs.pop("hidden_states"))
+        arguments.append((args[1:], kwargs))
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    handles.append(modules[-1].register_forward_hook(lambda module, args, output: states.append(_first(output))))
+    try:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, (before, after) in enumerate(pairwise(states)):
+        args, kwargs = arguments[i]
+        difference = (_first(modules[i](before, *args, **kwargs)) - after).float().norm(dim=-1)
+        if bool((difference > 1e-2 * after.float().norm(dim=-1)).any()):  # of each token: some are a thousand times larger than others
+            raise _no_chain(model, i)
+    return arguments
+
+
+def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Raise ModelError, before the expensive part, unless the blocks are a chain that takes nothing from the tokens but hidden states.
+
+    Args:
+        input_ids: [2, T], two different sequences.
+    """
+    modules = list(model.get_submodule(_find(model, names)))
+    one, two = (_record(model, modules, row[None].to(model.device)) for row in input_ids)
+    for i, (first, second) in enumerate(zip(one, two, strict=True)):
+        if not _equal(first, second):
+            raise _no_chain(model, i)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Whether two nests of tuples, lists and dictionaries hold equal tensors; whatever else is in them has no say."""
+    if isinstance(one, Tensor):
+        return isinstance(two, Tensor) and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(two) and all(_equal(a, b) for a, b in zip(one, two, strict=True))
+    return True
+
+
+def _no_chain(model: Any, i: int) -> ModelError:
+    return ModelError(
+        f"the blocks of {model.config.model_type} must be a chain, each taking nothing but the hidden states of the one before; "
+        f"block {i} is not; use the method rtn"
+    )
+
+
 def linear(block: nn.Module, name: str) -> nn.Linear:
     """A linear layer of a block."""
     return block.get_submodule(name)  # type: ignore[return-value]
@@ -227,9 +255,8 @@ def _grouped(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
     return {tuple(names): inputs[names[0]] for names in groups.values()}
 
 
-def _find(model: Any, names: Iterable[str]) -> str:
+def _find(model: Any, names: Sequence[str]) -> str:
     """Path of the module list that holds most of the layers."""
-    names = list(names)
     lists: dict[str, int] = {
         path: sum(name.startswith(path + ".") for name in names) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }

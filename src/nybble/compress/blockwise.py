@@ -1,5 +1,5 @@
-"""Block-wise reconstruction: rounding, scales and zeros of a whole decoder block are trained so that the compressed block gives the 16-bit block's outputs.
-(EfficientQAT, arXiv 2407.11062; AutoRound, arXiv 2309.05516.)
+"""Block-wise reconstruction: rounding and scales (zeros too, at a rate above 0) of a whole decoder block are trained so that the compressed block gives the
+16-bit block's outputs. (EfficientQAT, arXiv 2407.11062; AutoRound, arXiv 2309.05516.)
 
     W_q  = fake_quantize(W + offset · start_scale, round7(start_scale · exp(shift)), round(zero))        offset: in code units, one a weight
     loss = mean (block_q(x') - block(x))^2 / mean block(x)^2
@@ -30,14 +30,14 @@ class Recipe:
 
     Attributes:
         epochs: times that the calibration sequences are gone through.
-        batch_size: sequences a step.
+        tokens: in a step, as whole sequences.
         offset_lr, zero_lr: peak rates in code units.
         scale_lr: peak relative rate of the scales.
         held_out: at most so many sequences (and at most an eighth) judge start and end.
     """
 
     epochs: float = 2.0
-    batch_size: int = 8
+    tokens: int = 2048
     offset_lr: float = 1e-2
     scale_lr: float = 2e-3
     zero_lr: float = 0.0
@@ -109,7 +109,7 @@ def train(
         parts = judged.split(blocks.batch)
         return sum(float(loss(part)) * len(part) for part in parts) / len(judged)
 
-    batch = min(recipe.batch_size, used)
+    batch = min(max(1, recipe.tokens // full.shape[1]), used)
     steps = max(1, round(recipe.epochs * used / batch))
     rates = {"offset": recipe.offset_lr, "shift": recipe.scale_lr, "zero": recipe.zero_lr}
     groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items() if rate]
@@ -135,7 +135,8 @@ def train(
         for name, original in plain.items():
             block.set_submodule(name, original)
     if not after < float("inf"):
-        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; use --dtype float32")
+        remedy = "the model's weights or this text are broken" if blocks.dtype == torch.float32 else "use --dtype float32"
+        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; {remedy}")
     if after >= before:
         return starts, before, before
     return {name: layer.result(layer.dtype) for name, layer in layers.items()}, before, after

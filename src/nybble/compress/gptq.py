@@ -7,8 +7,8 @@ A group's scale and zero are found on its running weights just before its first 
 there costs after all later columns have made up for it. Columns are worked off a group at a time; the effect of a group on all
 later columns is one matrix product.
 
-`descend` then goes over the columns once more and gives each code the value that is best with all others as they now are (coordinate descent; QuantEase,
-arXiv 2309.01885): GPTQ makes up for an error in later columns only, so the earlier ones can still gain.
+With se, `descend` then goes over the columns once more and gives each code the value that is best with all others as they now are (coordinate
+descent; QuantEase, arXiv 2309.01885): GPTQ makes up for an error in later columns only, so the earlier ones can still gain.
 
 With `activation_order`, columns with large inputs come first; scales and zeros are then found on the weights as they were.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,38 +32,62 @@ DAMPING = 0.01
 Find = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
-def factor(gram_II: Tensor, damping: float = DAMPING, name: str = "") -> Tensor:
-    """U [I, I]. Where H is not positive definite the damping is multiplied by 10, up to 1, and that is logged.
+@dataclass(frozen=True)
+class Hessian:
+    """Of a layer's output error, damped.
 
-    Raises:
-        ModelError: not positive definite at any damping (the inputs are not finite); the layer is named.
+    Attributes:
+        matrix_II: gram + damping * mean of its diagonal * 1.
+        upper_II: Cholesky factor U of its inverse, see the head of this file.
     """
-    eye_II = torch.eye(gram_II.shape[-1], dtype=gram_II.dtype, device=gram_II.device)
-    mean = float(gram_II.diagonal().mean()) or 1.0
-    wanted = damping
-    while damping <= 1:
-        lower_II, bad = torch.linalg.cholesky_ex(gram_II + damping * mean * eye_II)
-        if not bad:
-            upper_II, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if not bad:
+
+    matrix_II: Tensor
+    upper_II: Tensor
+
+    @staticmethod
+    def of(gram_II: Tensor, damping: float = DAMPING, name: str = "") -> Hessian:
+        """Where it is not positive definite the damping is multiplied by 10, up to 1, and that is logged.
+
+        Raises:
+            ModelError: not positive definite at any damping (the inputs are not finite); the layer is named.
+        """
+        eye_II = torch.eye(gram_II.shape[-1], dtype=gram_II.dtype, device=gram_II.device)
+        mean, wanted = float(gram_II.diagonal().mean()) or 1.0, damping  # 1: a layer whose inputs are all zero
+        while True:
+            matrix_II = gram_II + damping * mean * eye_II
+            upper_II = _upper(matrix_II)
+            if upper_II is not None:
                 if damping > wanted:
                     log.warning("%s: the Hessian is not positive definite with damping %g; used %g", name, wanted, damping)
-                return upper_II  # type: ignore[no-any-return]
-        damping *= 10
-    raise ModelError(f"the Hessian of {name} must be positive definite; it is not, even with damping 1; check the calibration text, or leave gptq out")
+                return Hessian(matrix_II, upper_II)
+            if damping >= 1:
+                raise ModelError(
+                    f"the Hessian of {name} must be positive definite; it is not, even with damping 1; check the calibration text, or leave gptq out"
+                )
+            damping = min(1.0, 10 * damping)
+
+    def ordered(self, order_I: Tensor) -> Hessian:
+        """The same with its columns in another order."""
+        matrix_II = self.matrix_II[order_I][:, order_I]
+        upper_II = _upper(matrix_II)
+        assert upper_II is not None, "the order of the columns does not change whether a matrix is positive definite"
+        return Hessian(matrix_II, upper_II)
 
 
-def compensate(
-    weight_OI: Tensor, gram_II: Tensor, grid: Grid, find: Find, damping: float = DAMPING, activation_order: bool = False, name: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
+def _upper(matrix_II: Tensor) -> Tensor | None:
+    lower_II, bad = torch.linalg.cholesky_ex(matrix_II)
+    if bad:
+        return None
+    upper_II, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+    return None if bad else upper_II
+
+
+def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find, activation_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Round all rows.
 
     Args:
         weight_OI: float32 (float64 in tests).
-        gram_II: mean of x x^T of the layer's inputs, same dtype.
         find: gives scale and zero of weights.
-        damping: relative to the mean of gram's diagonal.
-        name: of the layer, for messages.
 
     Returns: the weights as they were when each column was rounded, scale, zero; quantize() of them gives the codes.
     """
@@ -73,11 +98,12 @@ def compensate(
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
     if activation_order:
-        order_I = gram_II.diagonal().argsort(descending=True)
-        scale_OG, zero_OG = find(weight_OI, gram_II.diagonal(), grid)
-        gram_II = gram_II[order_I][:, order_I]
+        importance_I = hessian.matrix_II.diagonal()
+        order_I = importance_I.argsort(descending=True)
+        scale_OG, zero_OG = find(weight_OI, importance_I, grid)
+        hessian = hessian.ordered(order_I)
         scales, zeros = list(scale_OG.unbind(1)), list(zero_OG.unbind(1))
-    upper_II = factor(gram_II, damping, name)
+    upper_II, order = hessian.upper_II, order_I.tolist()
     running_IO = weight_OI.T[order_I].contiguous()
     for start in range(0, len(running_IO), size):
         end = start + size
@@ -87,7 +113,7 @@ def compensate(
             zeros.append(zero_O1[:, 0])
         errors_KO = torch.empty_like(running_IO[start:end])
         for j in range(start, end):
-            g = int(order_I[j]) // size if activation_order else start // size
+            g = order[j] // size
             scale_O1, zero_O1 = scales[g][:, None], zeros[g][:, None]
             column_O1 = running_IO[j][:, None]
             rounded_O1 = dequantize(quantize(column_O1, scale_O1, zero_O1, grid), scale_O1, zero_O1)
@@ -97,11 +123,6 @@ def compensate(
     running_OI = torch.empty_like(weight_OI)
     running_OI[:, order_I] = running_IO.T
     return running_OI, torch.stack(scales, 1), torch.stack(zeros, 1)
-
-
-def damped(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
-    """H as it is used: gram + damping * mean of its diagonal * 1."""
-    return gram_II + damping * gram_II.diagonal().mean() * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
 
 
 def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: Grid) -> Tensor:

@@ -32,6 +32,7 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 def search(weight_OI: Tensor, importance_I: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero [O, G] of the range, out of SHRINKS times the full one, with the least square error weighed by importance."""
+    assert not grid.symmetric, "a symmetric grid has no range to choose"
     groups = grid.groups(weight_OI.shape[-1])
     w_OGK, importance_GK = group(weight_OI, groups), group(importance_I, groups)
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
