@@ -90,7 +90,7 @@ class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions)
 
     KIND: ClassVar[str] = "compress"
 
-    method: str = "se+gptq"  # rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
+    method: str = "awq+se"  # rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""
