@@ -61,8 +61,11 @@ class Quadratic:
         """`seen_OI` is weight_OI @ gram_II, which stays the same over all codes."""
         groups = zero_OG.shape[-1]
         c_OGK = group(codes_OI, groups).to(weight_OI.dtype).sub_(zero_OG[..., None])
-        gram_GKI = gram_II.unflatten(0, (groups, -1))
-        a_OGG = torch.stack([(group(c_OGK[:, g] @ gram_GKI[g], groups) * c_OGK).sum(-1) for g in range(groups)], dim=1)
+        a_OGG = torch.empty(len(weight_OI), groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
+        size = weight_OI.shape[-1] // groups
+        for g in range(groups):  # symmetric: on and below the diagonal only
+            part_OI = c_OGK[:, g] @ gram_II[g * size : (g + 1) * size, : (g + 1) * size]
+            a_OGG[:, g, : g + 1] = a_OGG[:, : g + 1, g] = (group(part_OI, g + 1) * c_OGK[:, : g + 1]).sum(-1)
         return Quadratic(a_OGG, (group(seen_OI, groups) * c_OGK).sum(-1), (seen_OI * weight_OI).sum(-1))
 
     def error(self, scale_OG: Tensor) -> Tensor:
