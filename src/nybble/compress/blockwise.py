@@ -115,7 +115,8 @@ def train(
     groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items() if rate]
     for layer in layers.values():
         layer.zero.requires_grad_(recipe.zero_lr > 0)
-    optimizer = torch.optim.Adam(groups, fused=True)
+    # The gradients of a mean over a large block are far below the usual eps of 1e-8, which would take the place of their own size.
+    optimizer = torch.optim.Adam(groups, fused=True, eps=1e-16)
     generator = torch.Generator().manual_seed(seed * 1000 + i)
     order = torch.cat([torch.randperm(used, generator=generator) for _ in range(-(-steps * batch // used))])
     try:
