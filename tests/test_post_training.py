@@ -198,6 +198,7 @@ def test_awq_alone_is_measured_against_rounding_the_weights_as_they_were() -> No
             assert error.start < 0.95 * error.rtn
 
 
+@pytest.mark.slow
 def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     start = "awq+se+gptq+blockwise"
@@ -217,6 +218,7 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     assert untrained["models"]["compressed"]["kl_to_teacher"] < before
 
 
+@pytest.mark.slow
 def test_distillation_resumes_on_the_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "llama")
     shared = {"start": "awq+se+blockwise", "calib_samples": 8, "group_size": 32}
@@ -255,6 +257,7 @@ def test_awq_on_an_unknown_family_is_refused_before_the_run(tmp_path: Path, monk
     model = save_model(tmp_path / "model", "llama")
     monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
     flags = ["--output_dir", str(tmp_path / "run"), "--data", "python-docs", "--seq_len", "32", "--tasks", "--export", "--group_size", "32"]
+    flags += ["--test_samples", "4", "--calib_samples", "8"]
     assert cli.main(["compress", "--pretrained", str(model), "--method", "awq+se", *flags]) == 2
     assert "families.py has no such row for llama" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
