@@ -2,7 +2,7 @@
 # make test    lint, types and all tests (make quick: without the real model)
 # make lint    ruff and mypy          make format    let ruff rewrite
 # make bench   decoding speed and size of the demo's export against torch
-# make bench-nncf   compression beside NNCF's, which gets an environment of its own (TEXT = folder with wikitext-2; takes hours on two cores)
+# make bench-nncf   compression beside NNCF's, which gets an environment of its own (TEXT = folder with wikitext-2; takes long on two cores)
 
 PYTHON ?= python3
 VENV := .venv

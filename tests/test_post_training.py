@@ -15,7 +15,7 @@ from nybble.distill import distill
 from nybble.grid import Grid
 from nybble.post_training import compress as compress_flow
 from tests import test_families
-from tests.tiny import make_model, make_tokenizer, save_model
+from tests.tiny import make_model, save_model
 
 METHODS = ("awq", "se", "gptq", "blockwise", "awq+se", "awq+se+gptq", "se+gptq+blockwise")
 
@@ -119,9 +119,9 @@ def test_blocks_of_another_text_or_model_are_not_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_keeps_the_16_bit_function_out_of_the_loss(method: str) -> None:
+def test_every_method_is_closer_than_rounding_to_nearest(method: str) -> None:
     """The compressed model is closer to the original than round-to-nearest is, on text that it has not seen."""
-    model, tokenizer = make_model("llama", dtype=torch.float32), make_tokenizer()
+    model = make_model("llama", dtype=torch.float32)
     names = models.plan(model).int4
     generator = torch.Generator().manual_seed(0)
     # calibration text with a few strong channels, as real models have
@@ -130,7 +130,6 @@ def test_every_method_keeps_the_16_bit_function_out_of_the_loss(method: str) -> 
             layer.input_layernorm.weight[:4] *= 8
             layer.post_attention_layernorm.weight[:4] *= 8
     ids = torch.randint(0, 255, (96, 32), generator=generator)
-    assert tokenizer.vocab_size > 255
     original = model(ids[64:]).logits
 
     def distance(method: str) -> float:

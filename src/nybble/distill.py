@@ -96,9 +96,9 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     )
     calibration = stages.check_calibration(options, options.start, sequences)
     memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
-    memory = max(memory, stages.estimate_compression(options, loaded, plan, calibration))
+    memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     splits = (sequences.train, sequences.validation, sequences.test)
-    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + estimate.compression_disk(shapes, 0, sequences.calibration.numel())
+    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
     steps = options.steps_per_epoch * options.epochs
     tokens = steps * options.batch_size * options.seq_len

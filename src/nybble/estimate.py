@@ -90,10 +90,9 @@ def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
     return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, IN_MEMORY) + at_hand
 
 
-def compression_disk(shapes: Shapes, tokens: int, calibration: int) -> int:
-    """Teacher states of `tokens`; where there are tokens of calibration, the finished blocks and both streams; and the results."""
-    temporary = shapes.parameters * shapes.itemsize + 2 * calibration * shapes.hidden * shapes.itemsize if calibration else 0
-    return tokens * shapes.hidden * shapes.itemsize + temporary + 3 * shapes.parameters
+def blocks_disk(shapes: Shapes, calibration: int) -> int:
+    """Finished blocks and both streams of a compression with so many tokens of calibration; nothing without."""
+    return (shapes.parameters + 2 * calibration * shapes.hidden) * shapes.itemsize if calibration else 0
 
 
 def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:

@@ -31,8 +31,9 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     """Print the estimate; refuse a disk that is too small, and warn of memory."""
     count = stages.check_calibration(options, options.method, sequences)
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
-    memory, available = stages.estimate_compression(options, loaded, plan, count), stages.free_memory(loaded)
-    disk = estimate.compression_disk(shapes, sequences.test.numel(), sequences.calibration.numel())
+    memory, available = stages.estimate_compression(options, loaded, shapes, count), stages.free_memory(loaded)
+    states = sequences.test.numel() * shapes.hidden * shapes.itemsize
+    disk = states + estimate.blocks_disk(shapes, sequences.calibration.numel()) + 3 * shapes.parameters
     checkpoint.check_disk(options.folder, disk)
     if count:
         log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9)

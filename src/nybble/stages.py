@@ -223,8 +223,8 @@ def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
     job.loaded.model.to("meta")  # frees the weights
     options = job.options
     if row not in job.run.results["models"]:
-        device, dtype = models.pick_device(options.device), models.pick_dtype(options.dtype, models.pick_device(options.device))
-        model, tokenizer, quantized = checkpoint.load_quantized(job.quantized, dtype, options.trust_remote_code)
+        device = models.pick_device(options.device)
+        model, tokenizer, quantized = checkpoint.load_quantized(job.quantized, models.pick_dtype(options.dtype, device), options.trust_remote_code)
         measure(job, reference, row, model.to(device), tokenizer, size_of(model, quantized))
         del model
     for kind in options.export:
@@ -298,7 +298,6 @@ def check_memory(needed: int, available: int, remedy: str) -> None:
         log.warning("the estimate is above the free memory (%.1f GB); %s", available / 1e9, remedy)
 
 
-def estimate_compression(options: Options, loaded: models.LoadedModel, plan: models.Plan, count: int) -> int:
+def estimate_compression(options: Options, loaded: models.LoadedModel, shapes: estimate.Shapes, count: int) -> int:
     """Bytes of memory that compression with `count` calibration sequences takes; 0 without."""
-    shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     return estimate.compression(shapes, count, options.seq_len, loaded.model.device.type == "cuda") if count else 0

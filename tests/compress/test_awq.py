@@ -96,5 +96,8 @@ def test_a_channel_that_rounding_would_turn_off_stays() -> None:
 def test_unknown_family_says_what_works() -> None:
     config = make_config("llama")
     config.model_type = "granite"
-    with pytest.raises(OptionError, match=r"no such row for granite \(it has: llama, mistral, .*phi3\); use the method without awq: se, gptq, se\+gptq or"):
+    with pytest.raises(
+        OptionError,
+        match=r"no such row for granite \(it has: llama, mistral, .*phi3\); use the method without awq: se, gptq, se\+gptq and blockwise need no such row",
+    ):
         awq.check_family(config)

@@ -8,7 +8,7 @@ import torch
 from nybble import models
 from nybble.compress import blocks as blocks_module
 from nybble.compress.blocks import Blocks, check_chain
-from nybble.errors import ModelError
+from nybble.errors import ModelError, RunError
 from nybble.losses import last_hidden
 from tests.tiny import FAMILIES, make_model
 
@@ -59,6 +59,17 @@ def test_large_streams_live_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         blocks.advance_full(0)
     assert torch.equal(small.full, large.full)
     assert not torch.equal(large.full, large.quantized)
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = make_model("llama")
+    monkeypatch.setattr(blocks_module, "IN_MEMORY", 0)
+    monkeypatch.setattr(blocks_module.os, "posix_fallocate", full)
+    with pytest.raises(RunError, match=r"must have room for 0\.0 GB of calibration; No space left on device; free some, or use fewer --calib_samples"):
+        Blocks(model, models.plan(model).int4, IDS, 2, folder=tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """Post-training compression: where tuning starts. One file a method.
 
     rtn          round-to-nearest; no data
-    awq          scales folded between layers          \\
+    awq          factors folded between layers         \\
     se           scale estimation                       |  any of these, joined by + in this order
     gptq         error-compensated rounding             |
     blockwise    block-wise reconstruction by gradient /

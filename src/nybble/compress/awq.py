@@ -28,7 +28,7 @@ def check_family(config: Any) -> None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.feeds)
         raise OptionError(
             f"awq must know what feeds each layer; families.py has no such row for {config.model_type} (it has: {known}); "
-            "use the method without awq: se, gptq, se+gptq or blockwise work for every family"
+            "use the method without awq: se, gptq, se+gptq and blockwise need no such row"
         )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, RunError
 from nybble.grid import wide
 
 # Streams larger than this live in temporary files.
@@ -63,6 +63,7 @@ class Blocks:
 
     Raises:
         ModelError: there is no chain of blocks, or it does not give the model's own hidden states.
+        RunError: the disk is full.
     """
 
     def __init__(self, model: Any, names: Sequence[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
@@ -93,7 +94,13 @@ class Blocks:
         if count * self.dtype.itemsize <= IN_MEMORY:
             return torch.empty(shape, dtype=self.dtype)
         with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:  # deleted at once; the mapping lives on
-            os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)  # a full disk is an error now and not a crash later
+            try:
+                os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)  # a full disk is an error now and not a crash later
+            except OSError as error:
+                raise RunError(
+                    f"{self._folder or tempfile.gettempdir()} must have room for {count * self.dtype.itemsize / 1e9:.1f} GB of calibration; {error.strerror}; "
+                    "free some, or use fewer --calib_samples"
+                ) from error
             return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
 
     @torch.no_grad()
@@ -176,10 +183,10 @@ class Blocks:
                 handle.remove()
 
 
-def _add_lower(gram_II: Tensor, x_NI: Tensor, weight: float) -> None:
-    """gram += weight * x^T x, in place, of which only the blocks on and below the diagonal are made: 5/8 of the work."""
+def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
+    """gram += factor * x^T x, in place, of which only the blocks on and below the diagonal are made: 5/8 of the work."""
     for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
-        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=weight)
+        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
 
 
 @torch.no_grad()

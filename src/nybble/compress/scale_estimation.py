@@ -6,9 +6,6 @@
 2. fit and round again, in turns. With the codes fixed, the best scales of a row solve G linear equations that know all of H,
    (C^T H C) scale = C^T H w, where column g of C holds codes - zero of group g and nothing else. Then the weights are rounded with the new
    scales. A row takes the result of a turn only if its error is lower.
-
-The search alone is what AWQ-style clipping and NNCF's scale estimation do; the equations between groups are what makes the
-difference (docs/log.md).
 """
 
 from __future__ import annotations
