@@ -29,26 +29,40 @@ LENGTH = 512
 JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se", "nncf:awq+se+gptq", "nybble:awq+se+gptq", "nybble:se+gptq"]
 
 
-def prepare(folder: Path, text: Path) -> None:
-    """Write the 16-bit model, all tokens, and the 16-bit model's hidden states on what is measured."""
-    if (folder / "tokens.safetensors").exists():
+def prepare(folder: Path, text: Path, texts: list[str]) -> None:
+    """Write the 16-bit model, the tokens to train on and, per text to be measured, its tokens and the 16-bit model's hidden states."""
+    missing = [name for name in texts if not (folder / f"{name}.safetensors").exists()]
+    if not missing and (folder / "train.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     loaded = models.load(models.SMOLLM2, torch.float32, torch.device("cpu"))
     loaded.model.save_pretrained(folder / "model")
 
+    def tokens(*texts: str) -> torch.Tensor:
+        return data.tokenize(loaded.tokenizer, texts)
+
     def read(pattern: str) -> str:
         return next(iter(sorted(text.rglob(pattern)))).read_text(encoding="utf-8")
 
-    valid = read("wiki.valid.raw")
-    tensors = {"train": data.tokenize(loaded.tokenizer, [read("wiki.train*.raw"), valid[: valid.rfind("\n", 0, len(valid) * 3 // 4)]])}
-    docs = data.tokenize(loaded.tokenizer, data.load_texts(data.PYTHON_DOCS)["train"])
-    for name, tokens, most in (("wiki", data.tokenize(loaded.tokenizer, [read("wiki.test.raw")]), None), ("docs", docs, 16)):
-        rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)[:most]
+    for name in missing:
+        console.print(f"the 16-bit model on {name}", highlight=False)
+        found = tokens(read("wiki.test.raw")) if name.startswith("wiki") else tokens(*data.load_texts(data.PYTHON_DOCS)["train"])
+        rows = found[: len(found) // LENGTH * LENGTH].view(-1, LENGTH)[: count(name)].clone()
         with torch.no_grad():
-            tensors |= {f"ids.{name}": rows, f"states.{name}": torch.cat([last_hidden(loaded.model, part) for part in rows.split(4)])}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "tokens.tmp")
-    (folder / "tokens.tmp").rename(folder / "tokens.safetensors")
+            states = torch.cat([last_hidden(loaded.model, part) for part in rows.split(4)])
+        save({"ids": rows, "states": states}, folder / f"{name}.safetensors")
+    valid = read("wiki.valid.raw")
+    save({"ids": tokens(read("wiki.train*.raw"), valid[: valid.rfind("\n", 0, len(valid) * 3 // 4)])}, folder / "train.safetensors")
+
+
+def count(text: str) -> int | None:
+    """Sequences in "wiki64"; None = all, of "wiki"."""
+    return int("".join(filter(str.isdigit, text)) or 0) or None
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
 
 
 def run(job: str, seed: int, folder: Path, nncf: Path, texts: list[str]) -> dict[str, Any] | None:
@@ -89,7 +103,7 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", default=JOBS)
     parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
     options = parser.parse_args()
-    prepare(options.folder, options.text)
+    prepare(options.folder, options.text, options.texts)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for job in options.jobs:

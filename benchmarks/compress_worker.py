@@ -94,6 +94,16 @@ class OpenVINO:
         return argparse.Namespace(logits=torch.from_numpy(self.compiled([input_ids.numpy()])[0]))
 
 
+def evaluate(model: Any, head: Head, folder: Path, texts: list[str]) -> dict[str, Any]:
+    """Token perplexity and KL to the 16-bit model on each text that was prepared."""
+    result = {}
+    for text in texts:
+        tensors = load_file(folder / f"{text}.safetensors")
+        measured = measure(logits_of(model, tensors["ids"]), tensors["ids"], logits_from_states(head, tensors["states"]))
+        result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peer", choices=("nybble", "nncf"), required=True)
@@ -101,25 +111,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--folder", type=Path, required=True, help="with model/ and tokens.safetensors")
+    parser.add_argument("--folder", type=Path, required=True, help="what compress_vs_nncf.py prepared")
     parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    tensors = load_file(options.folder / "tokens.safetensors")
     model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
     head = Head.of(model, copy=True)
-    ids = calibration(tensors["train"], options.seed, options.samples, options.length)
+    ids = calibration(load_file(options.folder / "train.safetensors")["ids"], options.seed, options.samples, options.length)
     result: dict[str, Any] = {key: getattr(options, key) for key in ("peer", "method", "seed", "samples", "length")}
     result["seconds"] = 0.0
     if options.method != "16bit":
         model, result["seconds"] = (by_nybble if options.peer == "nybble" else by_nncf)(model, ids, options.method, options.seed)
     result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    for text in options.texts:
-        name, count = text.rstrip("0123456789"), int("".join(filter(str.isdigit, text)) or 0) or None
-        rows, states = tensors[f"ids.{name}"][:count], tensors[f"states.{name}"][:count]
-        measured = measure(logits_of(model, rows), rows, logits_from_states(head, states))
-        result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
+    result |= evaluate(model, head, options.folder, options.texts)
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.rename(options.out)

@@ -70,3 +70,50 @@ def test_lm_eval_metrics_become_columns() -> None:
     assert headings == ["model", "token perplexity", "KL to 16 bit", "arc_easy acc_norm", "size", "repaired"]
     assert lines[2] == ["4 bit, tuned (torch)", "11.000", "0.2000", "0.4567", "100.0 MB", "75%"]
     assert lines[0][3] == "-"
+
+
+COMPRESSED: dict[str, Any] = {key: value for key, value in RESULTS.items() if key not in ("codes_changed", "validation")} | {
+    "kind": "compress",
+    "method": "awq+se",
+    "models": {
+        "16bit": {"token_perplexity": 10.0, "kl_to_teacher": 0.0, "bytes": 400_000_000},
+        "compressed": {"token_perplexity": 12.5, "kl_to_teacher": 0.3, "bytes": 100_000_000},
+    },
+}
+
+
+def test_runs_on_the_same_text_are_compared_against_the_best_compression_without_training() -> None:
+    blockwise = COMPRESSED | {"method": "awq+blockwise", "models": {"compressed": {"token_perplexity": 11.5, "kl_to_teacher": 0.2, "bytes": 1}}}
+    (comparison,) = report.compare({"tuned": RESULTS, "awq": COMPRESSED, "bw": blockwise})
+    assert [entry.label for entry in comparison.entries] == [
+        "16 bit", "4 bit, rtn (start)", "4 bit, distilled from rtn", "4 bit, distilled from rtn (OpenVINO)", "4 bit, awq+se", "4 bit, awq+blockwise",
+    ]  # fmt: skip
+    assert comparison.baseline is not None
+    assert comparison.baseline.label == "4 bit, awq+se"  # neither rtn, which is worse, nor block-wise, which is trained
+    headings, lines = report.comparison_rows(comparison)
+    assert headings[-1] == "repaired"
+    assert [line[-1] for line in lines] == ["-", "-60%", "60%", "20%", "-", "40%"]  # of 12.5 - 10.0
+
+
+def test_another_text_or_model_is_another_comparison() -> None:
+    runs = {"one": RESULTS, "two": RESULTS | {"test": "other"}, "three": RESULTS | {"model": "Large"}}
+    assert [(c.model, c.test) for c in report.compare(runs)] == [("Small", "the test split"), ("Small", "other"), ("Large", "the test split")]
+
+
+def test_equal_labels_are_told_apart_by_the_run() -> None:
+    labels = [entry.label for entry in report.compare({"one": COMPRESSED, "two": COMPRESSED})[0].entries]
+    assert labels == ["16 bit", "4 bit, awq+se, one", "4 bit, awq+se, two"]
+
+
+def test_published_table() -> None:
+    headings, lines = report.published_rows(report.compare({"tuned": RESULTS, "awq": COMPRESSED, "other": RESULTS | {"model": "Large"}}))
+    assert headings == ["model", "precision", "token perplexity", "improvement"]
+    assert lines == [
+        ["Small", "16 bit", "10.000", "-"],
+        ["Small", "INT4, best PTWC (awq+se)", "12.500", "-"],
+        ["Small", "INT4, QAT + LoRA", "12.000", "20.0%"],  # what is deployed, 12.0, not the better 11.0 of torch
+        ["Large", "16 bit", "10.000", "-"],
+        ["Large", "INT4, best PTWC (rtn)", "14.000", "-"],
+        ["Large", "INT4, QAT + LoRA", "12.000", "50.0%"],
+        ["mean", "", "", "35.0%"],
+    ]

@@ -53,7 +53,8 @@ def absorb(model: Any, layers: dict[str, FakeQuantizedLoRALinear]) -> dict[str, 
     return quantized
 
 
-def share_of_codes_changed(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> float:
-    """Share of all codes that tuning moved to another value."""
-    changed = sum(int((before[name].codes_OI != after[name].codes_OI).sum()) for name in after)
-    return changed / sum(after[name].codes_OI.numel() for name in after)
+def codes_changed(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> tuple[float, dict[str, float]]:
+    """Share of the codes that tuning moved to another value: of all, and of each layer."""
+    changed = {name: int((before[name].codes_OI != weight.codes_OI).sum()) for name, weight in after.items()}
+    shares = {name: changed[name] / weight.codes_OI.numel() for name, weight in after.items()}
+    return sum(changed.values()) / sum(weight.codes_OI.numel() for weight in after.values()), shares

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, from_toml
+from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, ReportOptions, from_toml
 from nybble.errors import NybbleError, OptionError
 
 
@@ -52,6 +52,12 @@ def _eval(options: EvalOptions) -> None:
     evaluate(options)
 
 
+def _report(options: ReportOptions) -> None:
+    from nybble.commands import make_report
+
+    make_report(options)
+
+
 # Numbers of mallopt(3).
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 
@@ -61,6 +67,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (ExportOptions, _export),
     "eval": (EvalOptions, _eval),
     "inspect": (InspectOptions, _inspect),
+    "report": (ReportOptions, _report),
 }
 
 USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model that keeps its accuracy.
@@ -70,6 +77,7 @@ USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model 
   nybble export RUN --to openvino       export a finished run again
   nybble eval MODEL_OR_RUN              perplexity, KL to a teacher, lm-eval tasks
   nybble inspect RUN_OR_EXPORT          every quantized layer: shape, grid, error, clipped share
+  nybble report RUN...                  one page: curves, bars a stage, layers; --table for the published kind of table
   nybble env                            versions and hardware
 
 MODEL is a hub id, a local folder, a .gguf file, or smollm2 (built in). Flags may be written with _ or -; every command has

@@ -1,20 +1,21 @@
-"""The small commands: export a finished run, measure a model or an export, show its layers, show the environment."""
+"""The small commands: export a finished run, measure a model or an export, show its layers, report, show the environment."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from nybble import checkpoint, data, models, report
+from nybble import checkpoint, data, models, page, report
 from nybble import evaluate as measuring
 from nybble.checkpoint import Run
-from nybble.config import EvalOptions, ExportOptions, InspectOptions
+from nybble.config import EvalOptions, ExportOptions, InspectOptions, ReportOptions
 from nybble.console import bar, console
-from nybble.errors import RunError
+from nybble.errors import OptionError, RunError
 from nybble.export import EXPORTERS, check_formats
 from nybble.models import LoadedModel
 from nybble.quantized import QuantizedWeight
@@ -102,6 +103,39 @@ def inspect(options: InspectOptions) -> None:
     counts = Counter(str(weight.grid) for weight in weights.values())
     size = sum(weight.nbytes for weight in weights.values())
     console.print(f"{', '.join(f'{count} x {grid}' for grid, count in counts.items())}; {size / 1e6:.1f} MB.", highlight=False)
+
+
+def make_report(options: ReportOptions) -> None:
+    """Compare runs; write the page, or print the published kind of table."""
+    if not options.runs:
+        raise OptionError("nybble report needs one or more run folders")
+    runs: dict[str, dict[str, Any]] = {}
+    for folder in map(Path, options.runs):
+        if not (folder / checkpoint.RESULTS).is_file():
+            raise RunError(f"{folder} must be a run folder; it has no {checkpoint.RESULTS}")
+        results = json.loads((folder / checkpoint.RESULTS).read_text())
+        if "16bit" not in results.get("models", {}):
+            raise RunError(f"{folder} has measured nothing yet; finish it with --resume")
+        runs[folder.resolve().name if folder.resolve().name not in runs else str(folder)] = results
+    comparisons = report.compare(runs)
+    if options.table:
+        headings, lines = report.published_rows(comparisons)
+        console.print(report.as_table(headings, lines))
+        console.print(report.as_markdown(headings, lines), highlight=False, soft_wrap=True)
+        return
+    out = Path(options.out or (Path(options.runs[0]) / "report.html" if len(runs) == 1 else "report.html"))
+    if out.suffix != ".html":
+        raise OptionError(f"--out must be the name of a page, ending with .html; got {out}")
+    text = page.page(comparisons)
+    try:
+        checkpoint.write_text(out, text)
+        checkpoint.write_text(out.with_suffix(".md"), report.comparison_markdown(comparisons))
+    except OSError as error:
+        raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
+    for comparison in comparisons:
+        console.print(report.as_table(*report.comparison_rows(comparison), title=comparison.model))
+        console.print(report.explained(comparison), highlight=False)
+    console.print(f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline) and {out.with_suffix('.md').name}", highlight=False)
 
 
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:

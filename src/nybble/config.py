@@ -174,6 +174,15 @@ class InspectOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Put one run, or several side by side, on one HTML page, and the same in Markdown."""
+
+    runs: Positional[tuple[str, ...]]  # Run folders.
+    out: str | None = None  # Page to write; the Markdown goes beside it. Default: report.html in the run folder, of several in this one.
+    table: bool = False  # Only print the kind of table that is published: 16 bit, best compression without training, tuned; improvement and mean.
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(DataOptions):
     """Measure a model, a finished run or an export: perplexity, KL to a teacher, lm-eval tasks."""
 

@@ -63,7 +63,7 @@ def _run(job: Job) -> None:
         _train(run, options, loaded.model, layers, sequences, states, job.head)
         with run.stage("absorb"):
             tuned = absorb.absorb(loaded.model, layers)
-            run.results["codes_changed"] = absorb.share_of_codes_changed(compressed, tuned)
+            run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
             run.save_results()
             checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
     for leftover in run.path.glob("teacher/train.*"):
@@ -171,6 +171,7 @@ def _train(
             if not progress.history:
                 validate()  # the untuned start is a candidate too
             for record in trainer.run():
+                progress.curve.append(record)
                 curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
                 tokens_per_second = options.batch_size * options.seq_len / record["seconds"]
                 advance(1, loss=f"loss {record['loss']:.4f}, {tokens_per_second:.0f} tokens/s")
@@ -183,7 +184,7 @@ def _train(
             raise TrainingError(
                 "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
             ) from error
-    run.results |= {"validation": progress.history, "best_step": progress.best_step}
+    run.results |= {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
     tensors, _ = checkpoint.load_tensors(best)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():

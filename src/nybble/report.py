@@ -1,7 +1,10 @@
-"""results.json -> a table in the terminal, one sentence, and report.md. Numbers come from results.json alone."""
+"""results.json -> a table in the terminal, one sentence, and report.md; several of them -> one comparison. Numbers come from results.json alone."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -77,13 +80,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def table(results: dict[str, Any]) -> Table:
     """For the terminal."""
-    headings, lines = rows(results)
-    made = Table()
-    for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for line in lines:
-        made.add_row(*line)
-    return made
+    return as_table(*rows(results))
 
 
 def sentence(results: dict[str, Any]) -> str:
@@ -137,19 +134,18 @@ def _errors_markdown(results: dict[str, Any]) -> str:
             "Output error: mean square error of a layer's outputs relative to their mean square, on the calibration text.",
             "Weight error: root mean square error of the weights relative to their root mean square. Clipped: share of the weights outside of their range.",
             "",
-            *("| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)),
+            as_markdown(headings, lines),
         ]
     )
 
 
 def markdown(results: dict[str, Any]) -> str:
     """report.md."""
-    headings, lines = rows(results)
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
     parts = [
         f"# {results['model']}: 4-bit {'distillation' if tunes(results) else 'compression'} ({results.get('method', 'rtn')})",
         sentence(results),
-        "\n".join(["| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)]),
+        as_markdown(*rows(results)),
         f"Perplexity and KL on {results.get('test', 'the test split')}."
         + (" Repaired = (perplexity compressed - tuned) / (compressed - 16 bit)." if tunes(results) else ""),
     ]
@@ -169,3 +165,160 @@ def markdown(results: dict[str, Any]) -> str:
         f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. " + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items())
     )
     return "\n\n".join(parts) + "\n"
+
+
+# --- several runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured model.
+
+    Attributes:
+        label: what people read; no two of a comparison have the same.
+        kind: key of ROWS.
+        method: how it was compressed, before any tuning.
+        values: what was measured.
+        run: name of the run that measured it.
+    """
+
+    label: str
+    kind: str
+    method: str
+    values: Mapping[str, Any]
+    run: str
+
+    @property
+    def tuned(self) -> bool:
+        return self.label.startswith("4 bit, distilled")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that measured the same model on the same text.
+
+    Attributes:
+        model, test: which.
+        entries: the 16-bit model, then what the runs made of it.
+        runs: name -> results.
+    """
+
+    model: str
+    test: str
+    entries: Sequence[Entry]
+    runs: Mapping[str, dict[str, Any]]
+
+    @property
+    def metric(self) -> str:
+        """What the models are compared by: word perplexity where all have it."""
+        return "word_perplexity" if all("word_perplexity" in entry.values for entry in self.entries) else "token_perplexity"
+
+    def value(self, entry: Entry) -> float:
+        return float(entry.values[self.metric])
+
+    @property
+    def baseline(self) -> Entry | None:
+        """The best model compressed without any training, block-wise or end to end; None where there is none."""
+        return min((entry for entry in self.entries if entry.kind == "compressed" and "blockwise" not in entry.method), key=self.value, default=None)
+
+    def improvement(self, entry: Entry) -> float | None:
+        """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""
+        full, baseline = self.entries[0], self.baseline
+        if baseline is None or full.kind != "16bit" or self.value(baseline) <= self.value(full):
+            return None
+        return (self.value(baseline) - self.value(entry)) / (self.value(baseline) - self.value(full))
+
+
+def _entry_label(results: dict[str, Any], row: str) -> str:
+    method = results.get("method", "rtn")
+    if row == "16bit":
+        return ROWS[row]
+    if not tunes(results):
+        return f"4 bit, {method}" + (" (OpenVINO)" if row == "openvino" else "")
+    return {"compressed": f"4 bit, {method} (start)", "tuned": f"4 bit, distilled from {method}", "openvino": f"4 bit, distilled from {method} (OpenVINO)"}[row]
+
+
+def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
+    """Group runs by model and test text. Args: name -> results.json."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name, results in runs.items():
+        groups.setdefault((results["model"], results.get("test", "the test split")), {})[name] = results
+    comparisons = []
+    for (model, test), members in groups.items():
+        found = [(name, results, row) for name, results in members.items() for row in ROWS if row in results["models"]]
+        found = [item for i, item in enumerate(found) if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])]
+        found.sort(key=lambda item: item[2] != "16bit")
+        counts = Counter(_entry_label(results, row) for _, results, row in found)
+        entries = [
+            Entry(label if counts[label] == 1 else f"{label}, {name}", row, results.get("method", "rtn"), results["models"][row], name)
+            for name, results, row in found
+            for label in [_entry_label(results, row)]
+        ]
+        if entries:
+            comparisons.append(Comparison(model, test, entries, members))
+    return comparisons
+
+
+def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of text."""
+    columns = _columns({entry.label: dict(entry.values) for entry in comparison.entries})
+    lines = []
+    for entry in comparison.entries:
+        repaired = comparison.improvement(entry) if entry.kind != "16bit" and entry is not comparison.baseline else None
+        lines.append([entry.label, *(_cell(c, entry.values.get(c)) for c in columns), "-" if repaired is None else f"{repaired:.0%}"])
+    return ["model", *map(_heading, columns), "repaired"], lines
+
+
+def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """The kind of table that quantization-aware tuning is published as: per model 16 bit, the best compression without training (PTWC), and the best
+    tuned model; improvement = (PTWC - tuned) / (PTWC - 16 bit). Last the mean improvement. The OpenVINO model counts where there is one."""
+    lines, improvements = [], []
+    for comparison in comparisons:
+        exported = {entry.run for entry in comparison.entries if entry.kind == "openvino"}
+        tuned = [entry for entry in comparison.entries if entry.tuned and (entry.kind == "openvino" or entry.run not in exported)]
+        best = min(tuned, key=comparison.value, default=None)
+        rows = [(comparison.entries[0], "16 bit")]
+        if comparison.baseline is not None:
+            rows.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
+        if best is not None:
+            rows.append((best, "INT4, QAT + LoRA"))
+        for entry, precision in rows:
+            repaired = comparison.improvement(entry) if entry is best else None
+            improvements += [] if repaired is None else [repaired]
+            lines.append([comparison.model, precision, f"{comparison.value(entry):.3f}", "-" if repaired is None else f"{repaired:.1%}"])
+    if improvements:
+        lines.append(["mean", "", "", f"{sum(improvements) / len(improvements):.1%}"])
+    metrics = {comparison.metric for comparison in comparisons}
+    return ["model", "precision", _heading(metrics.pop()) if len(metrics) == 1 else "perplexity", "improvement"], lines
+
+
+def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:
+    """For the terminal."""
+    made = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
+def as_markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines))
+
+
+def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
+    """All comparisons, then the report of each run."""
+    parts = []
+    for comparison in comparisons:
+        parts += [f"# {comparison.model}: {len(comparison.runs)} runs", as_markdown(*comparison_rows(comparison)), explained(comparison)]
+        parts += [markdown(results).replace("\n## ", "\n### ").replace("# ", f"## {name}: ", 1).rstrip() for name, results in comparison.runs.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def explained(comparison: Comparison) -> str:
+    """What the numbers of a comparison are."""
+    text = f"Perplexity and KL on {comparison.test}."
+    if comparison.baseline is not None:
+        text += f" Repaired = share of the damage to {_heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
+    return text

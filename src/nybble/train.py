@@ -42,12 +42,20 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """Where training is; saved with every checkpoint."""
+    """Where training is; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        best_loss, best_step: the least validation loss, and when.
+        history: what validation measured.
+        curve: what `Trainer.run` yielded.
+    """
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def rate(step: int, steps: int, warmup: float) -> float:

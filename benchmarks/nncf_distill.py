@@ -1,0 +1,110 @@
+"""NNCF's published distillation (FQ_LORA), measured: its compressed start, then KL to the 16-bit model over given tokens. Run in NNCF's environment.
+
+As published: one pass over the sequences in random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr), no clipping, KL on
+all logits, gradients of microbatches summed. `--steps` stops early, for timing alone.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compress_worker import GROUP_SIZE, calibration, evaluate
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nybble.losses import Head
+
+
+def start(model: Any, ids: torch.Tensor, rank: int) -> Any:
+    """awq+se on ids, with adapters."""
+    import nncf
+
+    examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    return nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT4_ASYM,
+        group_size=GROUP_SIZE,
+        ratio=1.0,
+        awq=True,
+        scale_estimation=True,
+        dataset=nncf.Dataset(examples),
+        subset_size=len(examples),
+        compression_format=nncf.CompressionFormat.FQ_LORA,
+        advanced_parameters=nncf.AdvancedCompressionParameters(lora_adapter_rank=rank),
+    )
+
+
+def trainable(model: Any, lr: float) -> list[dict[str, Any]]:
+    """Adapters and ranges of the 4-bit layers, as parameter groups."""
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+
+    model.requires_grad_(False)
+    adapters: list[torch.Tensor] = []
+    ranges: list[torch.Tensor] = []
+    for _, quantizer in get_hook_storage(model).named_hooks():
+        if getattr(quantizer, "num_bits", 0) == 4:
+            quantizer.enable_gradients()
+            own = quantizer.get_adapters()
+            adapters += own.values()
+            ranges += [parameter for name, parameter in quantizer.get_trainable_params().items() if name not in own]
+    return [{"params": adapters, "lr": lr}, {"params": ranges, "lr": lr / 10}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--calibrate", type=int, nargs=2, default=(128, 128), help="sequences and their length")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--microbatch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--folder", type=Path, required=True, help="what compress_vs_nncf.py prepared")
+    parser.add_argument("--texts", nargs="*", default=["wiki16", "wiki64", "docs16"])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    tokens = load_file(options.folder / "train.safetensors")["ids"]
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    head = Head.of(model, copy=True)
+    rows = calibration(tokens, options.seed, options.samples, options.length)
+    began = time.perf_counter()
+    with torch.no_grad():
+        states = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    taught = time.perf_counter()
+    model = start(model, calibration(tokens, options.seed, *options.calibrate), options.rank)
+    compressed = time.perf_counter()
+    optimizer = torch.optim.AdamW(trainable(model, options.lr), weight_decay=options.lr)
+    seconds, losses = [], []
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
+    for batch in order.split(options.batch)[: options.steps]:
+        stepped, total = time.perf_counter(), 0.0
+        for micro in batch.split(options.microbatch):
+            q = F.log_softmax(model(rows[micro], use_cache=False).logits.flatten(0, 1), dim=-1)
+            with torch.no_grad():
+                p = F.log_softmax(head.logits(torch.stack([states[i] for i in micro]).flatten(0, 1)), dim=-1)
+            loss = F.kl_div(q, p, log_target=True, reduction="batchmean") * len(micro) / len(batch)
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - stepped)
+        losses.append(total)
+        print(f"step {len(losses)}: KL {total:.4f}, {seconds[-1]:.1f} s", flush=True)
+    result: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "samples", "length", "rank", "lr", "batch", "microbatch", "steps")}
+    result |= {"teacher_seconds": taught - began, "start_seconds": compressed - taught, "step_seconds": seconds, "losses": losses}
+    result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
+    options.out.write_text(json.dumps(result | evaluate(model, head, options.folder, options.texts)))
+
+
+if __name__ == "__main__":
+    main()

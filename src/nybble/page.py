@@ -1,0 +1,195 @@
+"""Runs -> one HTML page that opens offline: what report.py says, and charts. Everything is in the file; the charts are SVG, drawn by matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+from nybble import report
+from nybble.errors import MissingExtraError
+from nybble.report import Comparison
+
+# Of 16 bit, compressed, tuned: readable without telling red from green.
+COLORS = {"16bit": "#8a8f98", "compressed": "#d98c3f", "tuned": "#2f6db5"}
+_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "nybble", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_BLOCK = re.compile(r"\.(\d+)\.(.+)$")
+
+
+def available() -> bool:
+    """Whether charts can be drawn here."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def page(comparisons: Sequence[Comparison]) -> str:
+    """The page as HTML text.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    if not available():
+        raise MissingExtraError("report", "drawing the charts of a report")
+    from jinja2 import Environment
+
+    sections = [
+        {
+            "title": comparison.model,
+            "table": report.comparison_rows(comparison),
+            "explained": report.explained(comparison),
+            "stages": _draw(_stages, comparison),
+            "runs": [_run(name, results) for name, results in comparison.runs.items()],
+        }
+        for comparison in comparisons
+    ]
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        resources.files("nybble").joinpath("page.html").read_text("utf-8")
+    )
+    return template.render(sections=sections)
+
+
+def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of one run."""
+    errors = results.get("layer_errors", {})
+    charts = [
+        ("Loss and validation", _draw(_curves, results) if results.get("training") or results.get("validation") else ""),
+        ("Layers", _draw(_layers, results) if errors else ""),
+        ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
+        ("Time", _draw(_times, results)),
+    ]
+    headings = ["layer", "output error, rtn", "compressed", "weight error", "clipped", "codes changed by tuning"]
+    shares = results.get("layer_codes_changed", {})
+    lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
+    memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
+    facts = {
+        "Command": results.get("command", ""),
+        "Time": f"{sum(results['seconds'].values()):.0f} s",
+        "Peak memory": memory,
+        "Codes changed": f"{results['codes_changed']:.2%} of all 4-bit codes" if "codes_changed" in results else "",
+        "Seed": str(results.get("seed", "")),
+        "Machine": ", ".join(str(results.get("machine", {}).get(key, "")) for key in ("platform", "cpu", "cuda") if results.get("machine", {}).get(key)),
+        "Versions": ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).get("versions", {}).items()),
+    }
+    return {
+        "name": name,
+        "sentence": report.sentence(results),
+        "warnings": results.get("warnings", []),
+        "facts": {key: value for key, value in facts.items() if value},
+        "charts": [(title, chart) for title, chart in charts if chart],
+        "layers": (headings, lines) if lines else None,
+    }
+
+
+def _draw(chart: Callable[[Any, Any], None], subject: Any) -> Any:
+    """A chart as SVG text, safe to put into the page."""
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure, text = Figure(layout="constrained"), io.StringIO()
+        chart(figure, subject)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _stages(figure: Any, comparison: Comparison) -> None:
+    """A bar per model: perplexity (the axis starts near the 16-bit model's) and KL to the 16-bit model."""
+    entries = list(comparison.entries)[::-1]
+    figure.set_size_inches(10, 0.6 + 0.32 * len(entries))
+    colors = [COLORS["16bit" if entry.kind == "16bit" else "tuned" if entry.tuned else "compressed"] for entry in entries]
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    labels = [entry.label for entry in entries]
+    values = [comparison.value(entry) for entry in entries]
+    bars = left.barh(labels, values, color=colors)
+    left.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+    low, high = min(values), max(values)
+    spread = high - low or high
+    left.set_xlim(max(0.0, low - 0.3 * spread), high + 0.2 * spread)
+    left.set_xlabel(f"{comparison.metric.replace('_', ' ')} (axis cut)" if low > 0.3 * spread else comparison.metric.replace("_", " "))
+    divergences = [entry.values.get("kl_to_teacher", 0.0) for entry in entries]
+    bars = right.barh(labels, divergences, color=colors)
+    right.bar_label(bars, [f"{value:.4f}" for value in divergences], padding=3)
+    right.set_xlim(0, (max(divergences) or 1.0) * 1.25)
+    right.set_xlabel("KL to 16 bit (nats a token)")
+
+
+def _curves(figure: Any, results: dict[str, Any]) -> None:
+    """Training loss of every step and validation KL; validation perplexity."""
+    figure.set_size_inches(10, 2.8)
+    left, right = figure.subplots(1, 2)
+    training, validation = results.get("training", []), results.get("validation", [])
+    left.plot([row["step"] for row in training], [row["loss"] for row in training], color=COLORS["tuned"], alpha=0.5, linewidth=1, label="training")
+    steps = [row["step"] for row in validation]
+    left.plot(steps, [row["kl_to_teacher"] for row in validation], "o-", color=COLORS["compressed"], label="validation")
+    left.set(xlabel="step", ylabel="KL to 16 bit")
+    left.legend(frameon=False)
+    right.plot(steps, [row["token_perplexity"] for row in validation], "o-", color=COLORS["compressed"])
+    right.set(xlabel="step", ylabel="validation token perplexity")
+    best = results.get("best_step")
+    for axes in (left, right):
+        if best is not None:
+            axes.axvline(best, color=COLORS["16bit"], linestyle=":", linewidth=1)
+
+
+def _layers(figure: Any, results: dict[str, Any]) -> None:
+    """Maps of block by kind of layer: output error (weight error without calibration text) rounded to nearest and compressed, and codes that tuning changed."""
+    from matplotlib.colors import LogNorm
+
+    errors = results["layer_errors"]
+    places = {name: (int(found[1]), found[2]) for name in errors if (found := _BLOCK.search(name))}
+    kinds, blocks = list(dict.fromkeys(kind for _, kind in places.values())), 1 + max((block for block, _ in places.values()), default=0)
+
+    def grid(values: dict[str, float | None]) -> list[list[float]]:
+        made = [[float("nan")] * blocks for _ in kinds]
+        for name, (block, kind) in places.items():
+            value = values.get(name)
+            made[kinds.index(kind)][block] = float("nan") if value is None else value
+        return made
+
+    if all(error["rtn"] is None for error in errors.values()):
+        maps = {"weight error": grid({name: error["weight"] for name, error in errors.items()})}
+    else:
+        maps = {
+            "output error, round-to-nearest": grid({name: error["rtn"] for name, error in errors.items()}),
+            f"output error, {results.get('method', 'compressed')}": grid({name: error["start"] for name, error in errors.items()}),
+        }
+    numbers = [value for lines in maps.values() for line in lines for value in line if value > 0]  # not of nan
+    shared = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else None
+    if results.get("layer_codes_changed"):
+        maps["codes changed by tuning"] = grid(results["layer_codes_changed"])
+    figure.set_size_inches(10, 0.7 + 0.22 * len(kinds) * -(-len(maps) // 2) + 0.5 * (-(-len(maps) // 2)))
+    all_axes = figure.subplots(-(-len(maps) // 2), min(2, len(maps)), squeeze=False).flatten()
+    for axes, (title, lines) in zip(all_axes, maps.items(), strict=False):
+        image = axes.imshow(lines, aspect="auto", cmap="viridis", norm=shared if "error" in title else None)
+        axes.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
+        axes.set(title=title, xlabel="block")
+        figure.colorbar(image, ax=axes, format=lambda value, position: f"{value:.2%}")
+    for axes in all_axes[len(maps) :]:
+        axes.set_axis_off()
+
+
+def _blocks(figure: Any, results: dict[str, Any]) -> None:
+    """Error of each block's outputs on held-out sequences, before and after."""
+    figure.set_size_inches(10, 2.4)
+    axes = figure.subplots()
+    losses = list(results["block_losses"].values())
+    axes.plot([before for before, _ in losses], "o-", markersize=3, color=COLORS["compressed"], label="before")
+    axes.plot([after for _, after in losses], "o-", markersize=3, color=COLORS["tuned"], label="after")
+    axes.set(xlabel="block", ylabel="relative error of its outputs", yscale="log")
+    axes.legend(frameon=False)
+
+
+def _times(figure: Any, results: dict[str, Any]) -> None:
+    """One bar, a part per stage."""
+    figure.set_size_inches(10, 1.3)
+    axes, start = figure.subplots(), 0.0
+    for i, (stage, seconds) in enumerate(results["seconds"].items()):
+        axes.barh([0], [seconds], left=start, color=f"C{i}", label=f"{stage} {seconds:.0f} s", height=0.5)
+        start += seconds
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("seconds")
+    axes.legend(frameon=False, ncols=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,125 @@
+"""The page holds what the results hold, and needs nothing from outside of itself."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble import page, report
+from nybble.cli import main
+from nybble.errors import MissingExtraError
+
+from .test_report import COMPRESSED, RESULTS
+
+LAYERS = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("self_attn.q_proj", "mlp.down_proj")]
+WHOLE: dict[str, Any] = RESULTS | {
+    "method": "blockwise",
+    "training": [{"step": i, "loss": 1 / (i + 1)} for i in range(4)],
+    "best_step": 3,
+    "warnings": ["careful <b>now</b>"],
+    "layer_errors": {name: {"rtn": 0.01, "start": 0.005 * (1 + i), "weight": 0.1, "clipped": 0.0} for i, name in enumerate(LAYERS)},
+    "layer_codes_changed": dict.fromkeys(LAYERS, 0.0123),
+    "block_losses": {"model.layers.0": [0.02, 0.01], "model.layers.1": [0.03, 0.02]},
+}
+
+
+class Reader(HTMLParser):
+    """Checks nesting; gathers text, and addresses that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href") and not (value or "").startswith(("#", "data:")):
+                self.fetched.append(f"{tag} {value}")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop() if self.open and self.open[-1] == tag else None
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.text.append(text)
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
+    html = page.page(report.compare({"tuned": WHOLE, "awq": COMPRESSED}))
+    reader = read(html)
+    text = " ".join(reader.text)
+    for part in (
+        "12.500",
+        "60%",
+        "nybble distill --pretrained small",
+        "careful <b>now</b>",
+        "6.25% of all 4-bit codes",
+        "1.23%",
+        "model.layers.1.mlp.down_proj",
+    ):
+        assert part in text, part
+    for axis in ("token perplexity", "KL to 16 bit", "output error, round-to-nearest", "codes changed by tuning", "relative error of its outputs", "seconds"):
+        assert axis in text, axis
+    assert len(re.findall("<svg", html)) == 1 + 4 + 1  # the comparison; curves, layers, blocks, times of one run; times of the other
+    assert reader.fetched == []
+
+
+def test_the_same_runs_give_the_same_page() -> None:
+    comparisons = report.compare({"tuned": WHOLE})
+    assert page.page(comparisons) == page.page(comparisons)
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "available", lambda: False)
+    with pytest.raises(MissingExtraError, match="report"):
+        page.page(report.compare({"tuned": WHOLE}))
+
+
+def write_run(folder: Path, results: dict[str, Any]) -> str:
+    import json
+
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    return str(folder)
+
+
+def test_command_writes_page_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "tuned", WHOLE), write_run(tmp_path / "awq", COMPRESSED)]
+    assert main(["report", *runs, "--out", str(tmp_path / "both.html")]) == 0
+    assert "60%" in " ".join(read((tmp_path / "both.html").read_text()).text)
+    assert "| 4 bit, distilled from blockwise (OpenVINO) |" in (tmp_path / "both.md").read_text()
+    assert main(["report", runs[0]]) == 0
+    assert (tmp_path / "tuned" / "report.html").is_file()
+    capsys.readouterr()
+    assert main(["report", *runs, "--table"]) == 0
+    assert "| Small | INT4, QAT + LoRA | 12.000 | 20.0% |" in capsys.readouterr().out
+
+
+def test_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "new", {"model": "Small", "models": {}})
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must be a run folder; it has no results.json" in capsys.readouterr().err
+    assert main(["report", run]) == 2
+    assert "has measured nothing yet" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    good = write_run(tmp_path / "tuned", WHOLE)
+    assert main(["report", good, "--out", str(tmp_path / "page.pdf")]) == 2
+    assert "ending with .html" in capsys.readouterr().err
+    assert main(["report", good, "--out", str(tmp_path / "none" / "page.html")]) == 2
+    assert "must be writable" in capsys.readouterr().err
