@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nybble import data
-from nybble.errors import DataError
+from nybble.errors import DataError, OptionError
 from tests.tiny import make_tokenizer
 
 
@@ -48,7 +48,8 @@ def test_sequences_begin_as_the_tokenizer_does_and_join_documents(begin: bool) -
     rows = data.sequences(tokenizer, ["abc", "defg"], 4, "training")
     text = [tokenizer.convert_tokens_to_ids(c) for c in "abc"] + [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids(c) for c in "defg"]
     expected = [[256, *text[:3]], [256, *text[3:6]]] if begin else [text[:4], text[4:8]]
-    assert rows.tolist() == expected
+    assert rows.ids.tolist() == expected
+    assert rows.counted.all()
 
 
 def test_wikitext_is_the_raw_text(shared_data: Path) -> None:
@@ -122,3 +123,44 @@ def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
         data.load_texts(str(tmp_path))
     with pytest.raises(DataError, match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"):
         data.load_texts("someone/some-data")
+
+
+def test_mixture_gives_every_source_its_share() -> None:
+    mixture = data.Mixture.parse(["a=3", "b=1"])
+    many, few = (data.Rows.of(torch.arange(first, first + count)[:, None].expand(-1, 4)) for first, count in ((0, 100), (1000, 4)))
+    drawn = mixture.mix([many, few], 40, 0).ids[:, 0]
+    assert len(drawn) == 40
+    assert (drawn >= 1000).sum() == 10  # a quarter; its 4 rows are used again
+    assert len(drawn[drawn < 1000].unique()) == 30
+    assert (drawn[:20] >= 1000).any(), "mixed, not one after the other"
+    assert torch.equal(drawn, mixture.mix([many, few], 40, 0).ids[:, 0])
+    plain = data.Mixture.parse(["a", "b"]).mix([many, few], 1000, 0).ids[:, 0]
+    assert sorted(plain.tolist()) == [*range(100), *range(1000, 1004)], "without weights nothing is used twice"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["a=0.5", "b"], "NAME=WEIGHT for every source"),
+        (["a=x", "b=1"], "NAME=WEIGHT for every source"),
+        (["a=0", "b=1"], "weights above 0"),
+        (["a=inf"], "weights above 0"),
+        (["a=1", "a=2"], "got a more than once"),
+        ([], "at least one source"),
+    ],
+)
+def test_wrong_mixtures(entries: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        data.Mixture.parse(entries)
+
+
+def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    texts = data.load_texts(str(path))
+    assert texts.train[0] == talk
+    assert [len(texts[split]) for split in data.SPLITS] == [16, 2, 2]
+    path.write_text(json.dumps({"messages": [{"role": "user"}]}))
+    with pytest.raises(DataError, match="row 1, column messages must be a list of messages"):
+        data.load_texts(str(path))

@@ -15,6 +15,7 @@ from nybble import checkpoint, cli
 from nybble.distill import distill
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
+from tests.test_chat import TEMPLATE
 from tests.test_families import options
 from tests.tiny import save_model
 
@@ -162,6 +163,33 @@ def test_test_text_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(data, "load_texts", other_test)
     distill(options(model, tmp_path / "two"))
     assert codes(tmp_path / "one") == codes(tmp_path / "two")
+
+
+def test_the_model_writes_its_own_text_and_another_run_reads_it(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "smollm")
+    distill(options(model, tmp_path / "run", data=("self",)))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"] == "the test split of python-docs (4 x 32 tokens)"
+    assert results["seconds"]["write"] > 0
+    written, _ = checkpoint.load_tensors(tmp_path / "run" / "self.safetensors")
+    assert len(written["ids"]) >= 8  # --samples
+    distill(options(model, tmp_path / "other", data=(str(tmp_path / "run" / "self.safetensors"),)))
+    validation = json.loads((tmp_path / "other" / "results.json").read_text())["validation"]
+    assert validation[0] == results["validation"][0]
+    assert validation[-1] != results["validation"][-1], "the same sequences in another order"
+
+
+def test_conversations_count_only_what_the_assistant_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "smollm")
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": TEMPLATE}))
+    talk = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it"}]  # [u]say it</s>[a]it</s>: "it</s>" is 3 tokens
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(60)))
+    distill(options(model, tmp_path / "run", data=(str(tmp_path / "chat.jsonl"),), loss_on="assistant"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["models"]["tuned"]["tokens"] == 6 * 3  # a tenth of the conversations
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--loss_on", "assistant", "--seq_len", "32"]) == 0
+    assert '"tokens": 18' in capsys.readouterr().out
 
 
 def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 ORDER = [
-    "errors", "config", "grid", "quantized", "families", "models", "data",
+    "errors", "config", "grid", "quantized", "families", "models", "chat", "data",
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
-    "layers", "insert", "losses", "teacher", "train", "absorb", "checkpoint", "estimate", "export", "export.openvino", "evaluate", "report", "page", "console",
+    "layers", "insert", "losses", "teacher", "train", "absorb", "checkpoint", "writing", "estimate",
+    "export", "export.openvino", "evaluate", "report", "page", "console",
     "stages", "post_training", "distill", "commands", "cli",
     "", "__main__",
 ]  # fmt: skip

@@ -16,16 +16,19 @@ from nybble.train import Progress, Recipe, Trainer, rate
 DATA = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 
 
-def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1) -> tuple[Trainer, dict[str, nn.Parameter]]:
+def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Tensor | None = None) -> tuple[Trainer, dict[str, nn.Parameter]]:
     generator = torch.Generator().manual_seed(1)
     parameters = {"a": nn.Parameter(torch.randn(8, 8, generator=generator)), "b": nn.Parameter(torch.randn(8, generator=generator))}
 
     def loss(indices: Tensor) -> Tensor:
-        value = ((DATA[indices] @ parameters["a"] + parameters["b"]) ** 2).mean()
+        each = ((DATA[indices] @ parameters["a"] + parameters["b"]) ** 2).mean(1)
+        value = each.mean() if weights is None else (each * weights[indices]).sum() / weights[indices].sum()
         return value * math.nan if trainer.progress.step == poison_at else value
 
     groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
     trainer = Trainer(groups, Recipe(steps, 4, microbatch, 0.25, 1.0), loss, lambda step: torch.arange(step, step + 4) % 32)
+    if weights is not None:
+        trainer.weight = lambda indices: int(weights[indices].sum())
     return trainer, parameters
 
 
@@ -53,6 +56,18 @@ def test_microbatches_add_up_to_the_batch() -> None:
         assert losses == pytest.approx(results[0][0], rel=1e-5)
         torch.testing.assert_close(a, results[0][1], rtol=1e-4, atol=1e-5)
     assert results[0][0][-1] < results[0][0][0]
+
+
+def test_sequences_with_unequal_numbers_of_tokens_add_up_too() -> None:
+    weights = torch.randint(1, 20, (32,), generator=torch.Generator().manual_seed(3))
+    whole, _ = make(microbatch=4, weights=weights)
+    for microbatch in (1, 3):
+        trainer, _ = make(microbatch=microbatch, weights=weights)
+        for one, other in zip(trainer.run(), whole.run(), strict=False):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            break
+        assert torch.allclose(trainer.parameters["a"], whole.parameters["a"], atol=1e-6)
+        whole, _ = make(microbatch=4, weights=weights)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 11])

@@ -65,13 +65,12 @@ def evaluate(options: EvalOptions) -> None:
     results: dict[str, float] = {}
     with torch.no_grad():
         if options.perplexity:
-            texts = data.load_texts(options.data, options.data_column, options.data_dir)
-            ids = data.sequences(opened.tokenizer, texts[options.split], options.seq_len, options.split)[: options.samples or None]
+            rows = sequences_to_measure(options, opened)
             teacher = None
             if options.teacher is not None:
-                teacher = measuring.logits_of(open_target(options, options.teacher).model, ids)
-            with bar(f"{options.split} of {options.data}", len(ids)) as advance:
-                results |= measuring.measure(measuring.logits_of(opened.model, ids), ids, teacher, advance)
+                teacher = measuring.logits_of(open_target(options, options.teacher).model, rows.ids)
+            with bar(f"{options.split} of {' + '.join(options.data)}", len(rows)) as advance:
+                results |= measuring.measure(measuring.logits_of(opened.model, rows.ids), rows.ids, teacher, advance, rows.counted)
         if options.tasks:
             tasks = measuring.run_tasks(opened.model, opened.tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
             results |= measuring.columns(tasks)
@@ -80,6 +79,18 @@ def evaluate(options: EvalOptions) -> None:
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
     console.print_json(json.dumps(results))
+
+
+def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> data.Rows:
+    """What `nybble eval` measures on."""
+    mixture = data.Mixture.parse(options.data)
+    parts = []
+    for name in mixture.names:
+        texts = data.load_texts(name, options.data_column, options.data_dir)[options.split]
+        parts.append(data.sequences(opened.tokenizer, texts, options.seq_len, options.split, assistant_only=options.loss_on == "assistant"))
+    if mixture.weights is None:
+        return data.Rows.cat(parts)[: options.samples or None]
+    return mixture.mix(parts, options.samples or sum(map(len, parts)), 0)
 
 
 def inspect(options: InspectOptions) -> None:

@@ -34,10 +34,13 @@ class ModelOptions:
 class DataOptions:
     """Which text."""
 
-    data: str = "wikitext2"  # wikitext2, python-docs, a text / jsonl / csv / parquet file, a folder with a file a split, or a hub data set.
+    # wikitext2, python-docs, self (the model writes it), a text / jsonl / csv / parquet file, a folder with a file a split, a hub data set; or several of
+    # them, NAME=WEIGHT each.
+    data: tuple[str, ...] = ("wikitext2",)
     data_column: str = "text"  # Column with the text, for row-wise data.
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     seq_len: int = 1024  # Tokens in a sequence.
+    loss_on: Literal["all", "assistant"] = "all"  # Of conversations (rows with messages): all tokens, or only what the assistant says.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class RunOptions:
     """Where a run goes, and what is measured and written at its end."""
 
     output_dir: str | None = None  # Run folder. Default: runs/MODEL-COMMAND.
+    eval_data: tuple[str, ...] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
     seed: int = 0  # Of everything random: adapters, choice and order of the data.
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
     tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all models of the run; needs the extra eval.
@@ -247,8 +251,8 @@ def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
 
 def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     """A TOML value as a field of type `hint`: lists become tuples, whole numbers floats; OptionError if it does not fit."""
-    if isinstance(value, list):
-        value = tuple(value)
+    if isinstance(value, list) or (isinstance(value, str) and typing.get_origin(hint) is tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
     if typing.get_origin(hint) is Literal:
         fits = value in typing.get_args(hint)
     elif typing.get_origin(hint) is tuple:

@@ -2,10 +2,13 @@
 
 `--data` takes
 - `wikitext2`: wikitext-2-raw from the hub or its cache, or from `--data_dir FOLDER/wikitext` where that exists;
+- `self`: what the model itself writes (writing.py);
 - `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
 - a folder with one file a split (names that contain train, valid or dev, test);
-- any hub data set id (`--data_column` names the text).
+- any hub data set id (`--data_column` names the text);
+- several of these, which are mixed: NAME=WEIGHT each, or no weights at all, and every sequence counts the same.
+Rows with a column `messages` and no text column are conversations (chat.py).
 
 A source without validation or test split gives up every 10th document (or block of lines) for each.
 
@@ -16,6 +19,8 @@ with the begin-of-text token where the tokenizer puts one.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,26 +29,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.errors import DataError
+from nybble import chat
+from nybble.errors import DataError, OptionError
+
+log = logging.getLogger("nybble")
 
 WIKITEXT2 = "wikitext2"
 PYTHON_DOCS = "python-docs"
+SELF = "self"
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
+# Column of conversations, where there is no text column.
+_MESSAGES = "messages"
 _PLAIN = (".raw", ".txt", ".md")
 _ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+# Text, or a conversation.
+Document = str | list[chat.Message]
 
 
 @dataclass(frozen=True)
 class Texts:
     """Documents by split, and where they came from."""
 
-    train: Sequence[str]
-    validation: Sequence[str]
-    test: Sequence[str]
+    train: Sequence[Document]
+    validation: Sequence[Document]
+    test: Sequence[Document]
     source: str
 
-    def __getitem__(self, split: str) -> Sequence[str]:
+    def __getitem__(self, split: str) -> Sequence[Document]:
         assert split in SPLITS, split
         return getattr(self, split)  # type: ignore[no-any-return]
 
@@ -68,34 +83,34 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None) -> 
     else:
         texts = _from_hub(data, column)
     for split in SPLITS:
-        if not any(text.strip() for text in texts[split]):
+        if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
             raise DataError(f"--data {data} must have text in its {split} split; it is empty")
     return texts
 
 
-def _python_docs() -> list[str]:
+def _python_docs() -> list[Document]:
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
 
 
-def _held_out(documents: Sequence[str], source: str) -> Texts:
-    """Every 10th document for validation, every 10th for test; a single document is cut into blocks of 100 lines first."""
-    if len(documents) < 10:
-        lines = [line for document in documents for line in document.splitlines(keepends=True)]
+def _held_out(documents: Sequence[Document], source: str) -> Texts:
+    """Every 10th document for validation, every 10th for test; a single text is cut into blocks of 100 lines first."""
+    if len(documents) < 10 and all(isinstance(document, str) for document in documents):
+        lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     if len(documents) < 3:
         return Texts(documents, (), (), source)
     held = {i: "validation" if i % 10 == 5 else "test" for i in range(len(documents)) if i % 10 in (5, 9)}
     if len(held) < 2:
         held = {len(documents) - 2: "validation", len(documents) - 1: "test"}
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for i, document in enumerate(documents):
         parts[held.get(i, "train")].append(document)
     return Texts(parts["train"], parts["validation"], parts["test"], source)
 
 
-def _read_file(path: Path, column: str) -> Sequence[str]:
+def _read_file(path: Path, column: str) -> Sequence[Document]:
     if path.suffix in _PLAIN:
         try:
             return [path.read_text(encoding="utf-8")]
@@ -113,7 +128,7 @@ def _read_file(path: Path, column: str) -> Sequence[str]:
 
 
 def _from_folder(folder: Path, column: str) -> Texts:
-    found: dict[str, Sequence[str]] = {}
+    found: dict[str, Sequence[Document]] = {}
     for split, words in SPLIT_WORDS.items():
         for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
             files = sorted(p for p in folder.rglob(f"*{suffix}") if any(word in p.name for word in words))
@@ -145,14 +160,18 @@ def _from_hub(data: str, column: str) -> Texts:
         raise DataError(f"--data {data} must have a train split; it has {', '.join(splits) if isinstance(splits, datasets.DatasetDict) else 'none'}")
     documents = {split: _column(splits[split], column, data) for split in SPLITS if split in splits}
     if data == WIKITEXT2:  # its rows are lines
-        documents = {split: ["".join(rows)] for split, rows in documents.items()}
+        documents = {split: ["".join(map(str, rows))] for split, rows in documents.items()}
     if len(documents) == len(SPLITS):
         return Texts(documents["train"], documents["validation"], documents["test"], data)
     rest = _held_out(documents["train"], data)
     return Texts(rest.train, documents.get("validation", rest.validation), documents.get("test", rest.test), data)
 
 
-def _column(rows: Any, column: str, source: str) -> Sequence[str]:
+def _column(rows: Any, column: str, source: str) -> Sequence[Document]:
+    if column not in rows.column_names and _MESSAGES in rows.column_names:
+        column = _MESSAGES
+    if column in rows.column_names and len(rows) and isinstance(rows[0][column], list):
+        return [chat.check_messages(value, f"{source}: row {i + 1}, column {column}") for i, value in enumerate(rows[column])]
     if column not in rows.column_names:
         raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(rows.column_names)}")
     return [str(text) for text in rows[column]]
@@ -185,20 +204,118 @@ def cut(tokens: Tensor, length: int, begin: Sequence[int] = ()) -> Tensor:
     return torch.cat([torch.tensor(list(begin), dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
 
 
-def sequences(tokenizer: Any, documents: Sequence[str], length: int, what: str, minimum: int = 1) -> Tensor:
-    """Documents -> token sequences [S, length].
+@dataclass(frozen=True)
+class Rows:
+    """Token sequences.
+
+    Attributes:
+        ids: [S, T], int64.
+        counted: [S, T], bool: whether the prediction made at a position (of the token after it) is trained and measured.
+    """
+
+    ids: Tensor
+    counted: Tensor
+
+    @staticmethod
+    def of(ids: Tensor) -> Rows:
+        """Sequences of plain text: everything counts."""
+        return Rows(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        return Rows(torch.cat([part.ids for part in parts]), torch.cat([part.counted for part in parts]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, which: slice | Tensor) -> Rows:
+        return Rows(self.ids[which], self.counted[which])
+
+
+def sequences(tokenizer: Any, documents: Sequence[Document], length: int, what: str, minimum: int = 1, assistant_only: bool = False) -> Rows:
+    """Documents -> token sequences.
 
     Raises:
-        DataError: fewer than `minimum` sequences.
+        DataError: fewer than `minimum` sequences; see chat.py for conversations.
     """
-    tokens = tokenize(tokenizer, documents)
-    rows = cut(tokens, length, begin_tokens(tokenizer))
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) < len(documents):
+        rows, size = _conversations(tokenizer, [document for document in documents if not isinstance(document, str)], length, what, assistant_only)
+    elif assistant_only:
+        raise DataError("--loss_on assistant needs conversations (rows with messages); this is plain text; use --loss_on all")
+    else:
+        tokens = tokenize(tokenizer, texts)
+        rows, size = Rows.of(cut(tokens, length, begin_tokens(tokenizer))), len(tokens)
     if len(rows) < minimum:
-        raise DataError(
-            f"the {what} text must give at least {minimum} sequences of {length} tokens; it has {len(tokens)} tokens = {len(rows)} sequences; "
-            "use more text or a smaller --seq_len"
-        )
+        raise too_few(what, minimum, length, len(rows), size)
     return rows
+
+
+def too_few(what: str, minimum: int, length: int, count: int, tokens: int | None = None) -> DataError:
+    """The error of a text that is too short."""
+    has = f"{count} sequences" if tokens is None else f"{tokens} tokens = {count} sequences"
+    return DataError(f"the {what} text must give at least {minimum} sequences of {length} tokens; it has {has}; use more text or a smaller --seq_len")
+
+
+def _conversations(tokenizer: Any, conversations: Sequence[list[chat.Message]], length: int, what: str, assistant_only: bool) -> tuple[Rows, int]:
+    """Rows, and tokens in all."""
+    encoded = [chat.encode(tokenizer, messages, assistant_only) for messages in conversations]
+    long = sum(len(ids) > length for ids, _ in encoded)
+    if long == len(encoded):
+        shortest = min(len(ids) for ids, _ in encoded)
+        raise DataError(f"at least one conversation of the {what} data must fit into {length} tokens; the shortest has {shortest}; use a larger --seq_len")
+    if long:
+        log.warning("%s: %d of %d conversations are longer than %d tokens and were left out", what, long, len(encoded), length)
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    rows = Rows(*chat.pack(encoded, length, padding))
+    if not rows.counted.any():
+        raise DataError(f"the {what} data must have assistant tokens to learn from; all {len(encoded)} conversations have none; use --loss_on all")
+    return rows[rows.counted.any(1)], sum(len(ids) for ids, _ in encoded)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What `--data` names: sources, and their weights or None.
+
+    Raises:
+        OptionError: a weight that is not a positive number, on some sources only, or a source named twice.
+    """
+
+    names: Sequence[str]
+    weights: Sequence[float] | None = None
+
+    @staticmethod
+    def parse(entries: Sequence[str]) -> Mixture:
+        """["wikitext2=0.7", "chat.jsonl=0.3"]."""
+        if not entries:
+            raise OptionError("--data must name at least one source")
+        parts = [entry.rpartition("=") if "=" in entry and not Path(entry).exists() else (entry, "", "") for entry in entries]
+        names, weights = [part[0] for part in parts], [part[2] for part in parts]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise OptionError(f"--data must name every source once; got {twice[0]} more than once")
+        if not any(weights):
+            return Mixture(names)
+        try:
+            numbers = [float(weight) for weight in weights]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(0 < number < float("inf") for number in numbers):
+            raise OptionError(f"--data must be NAME=WEIGHT for every source, with weights above 0, or no weights at all; got {' '.join(entries)}")
+        return Mixture(names, numbers)
+
+    def mix(self, parts: Sequence[Rows], wanted: int, seed: int) -> Rows:
+        """Draw `wanted` rows at random: by weight (a part with too few gives some again), or without weights from all alike (never again)."""
+        if self.weights is None:
+            rows = Rows.cat(parts)
+            return rows[order(len(rows), min(len(rows), wanted), seed)]
+        shares = [wanted * weight / sum(self.weights) for weight in self.weights]
+        counts = [int(sum(shares[: i + 1]) + 0.5) - int(sum(shares[:i]) + 0.5) for i in range(len(shares))]
+        for name, part, count in zip(self.names, parts, counts, strict=True):
+            if count > len(part):
+                log.warning("--data %s has %d sequences and its weight asks for %d of them; some are used again", name, len(part), count)
+        drawn = Rows.cat([part[order(len(part), count, seed)] for part, count in zip(parts, counts, strict=True) if count])
+        return drawn[order(len(drawn), len(drawn), seed)]
 
 
 def order(available: int, wanted: int, seed: int) -> Tensor:

@@ -40,8 +40,8 @@ def distill(options: DistillOptions) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
 
-    def cut(tokenizer: Any) -> Sequences:
-        return stages.sequences_of(options, tokenizer, options.start, options.samples * options.epochs, options.batch_size, options.valid_samples)
+    def cut(loaded: models.LoadedModel) -> Sequences:
+        return stages.sequences_of(options, loaded, options.start, options.samples * options.epochs, options.batch_size, options.valid_samples)
 
     with stages.opened(options, options.start, "--start", cut, _resolve) as job:
         _run(job)
@@ -98,7 +98,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     splits = (sequences.train, sequences.validation, sequences.test)
-    disk = estimate.disk(*sizes, sum(split.numel() for split in splits)) + estimate.blocks_disk(shapes, sequences.calibration.numel())
+    disk = estimate.disk(*sizes, sum(split.ids.numel() for split in splits)) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
     steps = options.steps_per_epoch * options.epochs
     tokens = steps * options.batch_size * options.seq_len
@@ -134,8 +134,10 @@ def _train(
     order = data.order(len(sequences.train), steps * options.batch_size, options.seed)
 
     def loss(indices: Tensor) -> Tensor:
-        hidden = last_hidden(model, sequences.train[indices].to(device))
-        return kl_to_teacher(hidden.flatten(0, 1), states["train"][indices].to(device).flatten(0, 1), student, head, CHUNK)
+        rows = sequences.train[indices]
+        counted = rows.counted.to(device)
+        hidden = last_hidden(model, rows.ids.to(device))
+        return kl_to_teacher(hidden[counted], states["train"][indices].to(device)[counted], student, head, CHUNK)
 
     trainer = Trainer(
         _groups(options, layers),
@@ -143,6 +145,7 @@ def _train(
         loss,
         lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
         partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext,
+        lambda indices: int(sequences.train.counted[indices].sum()),
     )
     last, best = run.path / "last.safetensors", run.path / "best.safetensors"
     if last.exists():
@@ -156,9 +159,11 @@ def _train(
         checkpoint.save_tensors(path, tensors, vars(progress))
 
     def validate() -> None:
-        logits = evaluate.logits_of(model, sequences.validation)
+        held = sequences.validation
         with _fixed_weights(options, layers):
-            measured = evaluate.measure(logits, sequences.validation, evaluate.logits_from_states(head, states["validation"]))
+            measured = evaluate.measure(
+                evaluate.logits_of(model, held.ids), held.ids, evaluate.logits_from_states(head, states["validation"]), counted=held.counted
+            )
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: validation KL %.4f, token perplexity %.3f", progress.step, steps, measured["kl_to_teacher"], measured["token_perplexity"])
         if measured["kl_to_teacher"] < progress.best_loss:

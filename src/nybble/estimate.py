@@ -107,3 +107,11 @@ def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, bat
     while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, cache) < 0.7 * available:
         size *= 2
     return size
+
+
+def writing_batch(config: Any, length: int, itemsize: int) -> int:
+    """Sequences that the model writes at a time: what fits into 1 GiB of keys and values, at most 128."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * length * itemsize
+    return max(1, min(128, int((1 << 30) // row)))

@@ -45,22 +45,29 @@ def logits_from_states(head: Head, states: Tensor) -> Logits:
 
 
 @torch.no_grad()
-def measure(logits: Logits, input_ids: Tensor, teacher: Logits | None = None, advance: Callable[[int], None] = lambda n: None) -> dict[str, float]:
-    """Token perplexity on sequences [S, T], and KL to the teacher where there is one.
+def measure(
+    logits: Logits,
+    input_ids: Tensor,
+    teacher: Logits | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+    counted: Tensor | None = None,
+) -> dict[str, float]:
+    """Token perplexity on sequences [S, T], and KL to the teacher where there is one; of the predictions that are counted [S, T] (default: all).
 
     Returns: token_perplexity, tokens, and kl_to_teacher.
     """
-    loss = divergence = 0.0
+    loss, divergence, tokens = 0.0, 0.0, 0
     for i, ids in enumerate(input_ids):
-        log_q = F.log_softmax(logits(i)[:-1], dim=-1)
-        loss -= log_q.gather(1, ids[1:, None].to(log_q.device)).sum().item()
+        which = (torch.ones_like(ids, dtype=torch.bool) if counted is None else counted[i])[:-1].nonzero()[:, 0]
+        log_q = F.log_softmax(logits(i)[which], dim=-1)
+        loss -= log_q.gather(1, ids[which + 1, None].to(log_q.device)).sum().item()
+        tokens += len(which)
         if teacher is not None:
-            log_p = F.log_softmax(teacher(i)[:-1], dim=-1).to(log_q.device)
+            log_p = F.log_softmax(teacher(i)[which], dim=-1).to(log_q.device)
             divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
         advance(1)
-    tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
-    measured = {"token_perplexity": math.exp(min(loss / tokens, 700.0)), "tokens": tokens}
-    return measured if teacher is None else measured | {"kl_to_teacher": divergence / tokens}
+    measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), 700.0)), "tokens": tokens}
+    return measured if teacher is None else measured | {"kl_to_teacher": divergence / max(tokens, 1)}
 
 
 # --- lm-eval ------------------------------------------------------------------------------------------------------------------

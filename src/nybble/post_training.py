@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nybble import checkpoint, estimate, evaluate, stages
+from nybble import checkpoint, estimate, evaluate, models, stages
 from nybble.config import CompressOptions
 from nybble.stages import Job, Sequences
 
@@ -19,8 +19,8 @@ log = logging.getLogger("nybble")
 def compress(options: CompressOptions) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
 
-    def cut(tokenizer: Any) -> Sequences:
-        return stages.sequences_of(options, tokenizer, options.method, 0, 0, 0)
+    def cut(loaded: models.LoadedModel) -> Sequences:
+        return stages.sequences_of(options, loaded, options.method, 0, 0, 0)
 
     with stages.opened(options, options.method, "--method", cut, _resolve) as job:
         _run(job)
@@ -32,7 +32,7 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     count = stages.check_calibration(options, options.method, sequences)
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     memory, available = stages.estimate_compression(options, loaded, shapes, count), stages.free_memory(loaded)
-    states = sequences.test.numel() * shapes.hidden * shapes.itemsize
+    states = sequences.test.ids.numel() * shapes.hidden * shapes.itemsize
     disk = states + estimate.blocks_disk(shapes, sequences.calibration.numel()) + 3 * shapes.parameters
     checkpoint.check_disk(options.folder, disk)
     if count:

@@ -6,8 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher
+from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher, writing
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
 from nybble.config import CompressOptions, DistillOptions
 from nybble.console import bar, console, log_to
+from nybble.data import Rows
 from nybble.errors import OptionError
 from nybble.export import EXPORTERS
 from nybble.families import family_of
@@ -36,12 +36,15 @@ _LEAST_CALIBRATION = 8
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences [S, T] of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with."""
+    """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
 
-    train: Tensor
+    With --data self, those of the training text are on the device "meta", without values, until the model has written them.
+    """
+
+    train: Rows
     calibration: Tensor
-    validation: Tensor
-    test: Tensor
+    validation: Rows
+    test: Rows
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Job:
 
 
 @contextmanager
-def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]) -> Iterator[Job]:
+def opened(
+    options: Options, method: str, flag: str, cut: Callable[[models.LoadedModel], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]
+) -> Iterator[Job]:
     """Find everything that can be wrong with options, model and data before the run folder exists; then open the folder.
 
     Args:
         method, flag: of compression, and the option that names it.
-        cut: tokenizer -> sequences.
+        cut: loaded model -> sequences.
         resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
     """
     options.check()
@@ -93,8 +98,9 @@ def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequen
     plan = models.plan(loaded.model)
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
-    sequences = cut(loaded.tokenizer)
-    compress.check_model(loaded.model, plan.int4, torch.stack([sequences.test[0, :32], sequences.test[0, :32].flip(0)]), steps)
+    sequences = cut(loaded)
+    probe_T = sequences.test.ids[0, :32]
+    compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps)
     log.info(
         "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
@@ -106,7 +112,7 @@ def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequen
         log.warning("%s has not been exported by anyone yet%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
                     f" ({exported})" if exported else "", path)  # fmt: skip
     head = Head.of(loaded.model, copy=True)
-    head.verify(loaded.model, sequences.test[:1, :32].to(device))
+    head.verify(loaded.model, probe_T[None].to(device))
 
     run = Run.open(path, options, options.resume, options.overwrite)
     try:
@@ -114,8 +120,8 @@ def opened(options: Options, method: str, flag: str, cut: Callable[[Any], Sequen
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
             run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": method, "machine": checkpoint.machine()}
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
-            run.results["test"] = f"the test split of {options.data} ({len(sequences.test)} x {options.seq_len} tokens)"
-            yield Job(run, options, loaded, plan, sequences, head)
+            run.results["test"] = f"the test split of {' + '.join(_evaluated(options))} ({len(sequences.test)} x {options.seq_len} tokens)"
+            yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
     finally:
         run.close()
 
@@ -138,13 +144,13 @@ def check_calibration(options: Options, method: str, sequences: Sequences) -> in
     return count
 
 
-def teach(job: Job, splits: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+def teach(job: Job, splits: dict[str, Rows], batch: int) -> dict[str, Tensor]:
     """The teacher's hidden states on the splits."""
     identity = f"{job.options.pretrained} {models.identity(job.loaded.model)}"
     states = {}
     with job.run.stage("teacher"), bar("teacher", sum(len(ids) for ids in splits.values())) as advance:
-        for split, ids in splits.items():
-            states[split] = teacher.hidden_states(job.run.path / "teacher" / f"{split}.bin", job.loaded.model, ids, batch, identity, advance)
+        for split, rows in splits.items():
+            states[split] = teacher.hidden_states(job.run.path / "teacher" / f"{split}.bin", job.loaded.model, rows.ids, batch, identity, advance)
     return states
 
 
@@ -202,8 +208,8 @@ def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenize
         return
     label = report.label(run.results, row)
     with run.stage("measure"), bar(f"measure {label}", len(test)) as advance:
-        logits = reference if row == "16bit" else evaluate.logits_of(model, test)
-        measured: dict[str, Any] = dict(evaluate.measure(logits, test, reference, advance))
+        logits = reference if row == "16bit" else evaluate.logits_of(model, test.ids)
+        measured: dict[str, Any] = dict(evaluate.measure(logits, test.ids, reference, advance, test.counted))
         if options.tasks:
             log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
             tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
@@ -273,23 +279,67 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
 
 
-def sequences_of(options: Options, tokenizer: Any, method: str, train: int, least: int, validation: int) -> Sequences:
+def sequences_of(options: Options, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
     """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
     see all parts of it. The first of the one are the first of the other.
 
     Raises:
         DataError: the training text gives fewer than `least`, or too few to calibrate with.
+        OptionError: sources or weights that contradict each other.
     """
-    texts = data.load_texts(options.data, options.data_column, options.data_dir)
-    cut = partial(data.sequences, tokenizer, length=options.seq_len)
+    mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
     calibrate = options.calib_samples if compress.parse(method) else 0
-    rows = torch.empty(0, options.seq_len, dtype=torch.int64)
-    if max(train, calibrate):
-        rows = cut(documents=texts.train, what="training" if train else "calibration", minimum=max(least, min(_LEAST_CALIBRATION, calibrate)))
-        rows = rows[data.order(len(rows), min(len(rows), max(train, calibrate)), options.seed)]
-    held = cut(documents=texts.validation, what="validation")[:validation] if validation else rows[:0]
-    test = cut(documents=texts.test, what="test")[: options.test_samples or None]
-    return Sequences(rows[:train], rows[:calibrate], held, test)
+    wanted = max(train, calibrate)
+    if data.SELF in mixture.names:
+        if len(mixture.names) > 1:
+            raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
+        writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
+        rows = Rows(
+            *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
+        )
+    else:
+        what, minimum = "training" if train else "calibration", max(least, min(_LEAST_CALIBRATION, calibrate))
+        rows = mixture.mix([_rows(options, loaded, name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else _NO_ROWS
+        if len(rows) < minimum:
+            raise data.too_few(what, minimum, options.seq_len, len(rows))
+    evaluated = data.Mixture.parse(_evaluated(options))
+
+    def held(split: str, count: int) -> Rows:
+        parts = [_rows(options, loaded, name, split, split) for name in evaluated.names]
+        return evaluated.mix(parts, count, options.seed) if evaluated.weights and count else Rows.cat(parts)[: count or None]
+
+    return Sequences(rows[:train], rows.ids[:calibrate], held("validation", validation) if validation else _NO_ROWS, held("test", options.test_samples))
+
+
+_NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
+
+
+def _evaluated(options: Options) -> tuple[str, ...]:
+    """Sources of validation and test text."""
+    written = all(name == data.SELF or Path(name).suffix == Path(writing.FILE).suffix for name in data.Mixture.parse(options.data).names)
+    return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
+
+
+def _rows(options: Options, loaded: models.LoadedModel, name: str, split: str, what: str) -> Rows:
+    """All sequences of a split of one source."""
+    if Path(name).suffix == Path(writing.FILE).suffix:
+        if split != "train":
+            raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
+        return Rows.of(writing.read(Path(name), loaded.tokenizer, options.seq_len))
+    texts = data.load_texts(name, options.data_column, options.data_dir)
+    return data.sequences(loaded.tokenizer, texts[split], options.seq_len, what, assistant_only=options.loss_on == "assistant")
+
+
+def _written(run: Run, options: Options, loaded: models.LoadedModel, sequences: Sequences) -> Sequences:
+    """With --data self: let the model write what it is trained on."""
+    count = max(len(sequences.train), len(sequences.calibration))
+    if not count or sequences.calibration.device.type != "meta":
+        return sequences
+    batch = estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize)
+    with run.stage("write"), bar("write", count) as advance:
+        ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
+    log.info("the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / writing.FILE)
+    return replace(sequences, train=Rows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)])
 
 
 def check_memory(needed: int, available: int, remedy: str) -> None:

@@ -75,6 +75,7 @@ class Trainer:
         loss: indices of sequences [M] -> mean loss over their tokens.
         draw: step -> indices of the sequences of that step [batch_size].
         step_context: what to hold around all microbatches of a step (the step cache).
+        weight: indices of sequences [M] -> what their mean loss counts for in that of the batch (their tokens); default: M.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class Trainer:
         loss: Callable[[Tensor], Tensor],
         draw: Callable[[int], Tensor],
         step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        weight: Callable[[Tensor], int] = len,
     ) -> None:
         from accelerate import Accelerator
 
         # The device is the model's business; accelerate moves nothing here.
         self.accelerator = Accelerator(cpu=not any(p.is_cuda for group in groups for p in group["params"].values()))
-        self.recipe, self.loss, self.draw, self.step_context = recipe, loss, draw, step_context
+        self.recipe, self.loss, self.draw, self.step_context, self.weight = recipe, loss, draw, step_context, weight
         self.parameters: dict[str, nn.Parameter] = {name: p for group in groups for name, p in group["params"].items()}
         plain = [group | {"params": list(group["params"].values())} for group in groups]
         self.optimizer = torch.optim.AdamW(plain, fused=True)
@@ -125,10 +127,11 @@ class Trainer:
         """Fill the gradients of one step; returns its mean loss over all processes."""
         accelerator, batch = self.accelerator, self.draw(step)
         mine = batch[accelerator.process_index :: accelerator.num_processes]
+        whole = self.weight(batch)
         total = torch.zeros((), device=next(iter(self.parameters.values())).device)
         with self.step_context():
             for micro in mine.split(self.recipe.microbatch):
-                loss = self.loss(micro) * (len(micro) / len(batch))
+                loss = self.loss(micro) * (self.weight(micro) / whole)
                 accelerator.backward(loss)
                 total += loss.detach()
         if accelerator.num_processes > 1:

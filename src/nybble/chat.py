@@ -1,0 +1,85 @@
+"""Conversations -> token sequences, through the model's own chat template.
+
+A conversation is a list of {"role": ..., "content": ...}. Whole conversations are packed one after the other into rows of equal length; what stays free
+at the end of a row is padding, and does not count. With `assistant_only`, what counts is the prediction of the assistant's words (and of the token that
+ends its turn, where the template writes one), not that of the other roles' words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import DataError
+
+Message = dict[str, Any]
+
+
+def check_messages(value: Any, where: str) -> list[Message]:
+    """The value as a conversation; DataError if it is none."""
+    fine = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    if not fine:
+        raise DataError(f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}')
+    return list(value)
+
+
+def encode(tokenizer: Any, messages: Sequence[Message], assistant_only: bool) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and which of them the model should learn to predict.
+
+    Raises:
+        DataError: no chat template; it refuses the conversation; it renders a turn differently once more turns follow (with assistant_only).
+    """
+    text = _render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False)
+    if not assistant_only:
+        return encoded.input_ids, [True] * len(encoded.input_ids)
+    spans = []
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[: k + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise DataError(
+                    "the chat template renders a turn differently once more turns follow, so assistant tokens cannot be told apart; use --loss_on all"
+                )
+            spans.append((len(before), len(after)))
+    learnt = [any(begin <= start and end <= stop for begin, stop in spans) and end > start for start, end in encoded.offset_mapping]
+    return encoded.input_ids, learnt
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "conversations need a chat template, and this model's tokenizer has none; give plain text, or use the model's instruction-tuned version"
+        )
+    if not messages:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # templates raise whatever they like
+        raise DataError(
+            f"the chat template refuses a conversation of {' '.join(str(m['role']) for m in messages)}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def pack(conversations: Sequence[tuple[list[int], list[bool]]], length: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Encoded conversations, in their order, into rows of `length` tokens; those that are longer are left out.
+
+    Returns: ids [S, length] (int64), and counted [S, length] (bool): whether the prediction made at a position (of the token after it) counts.
+    """
+    rows: list[tuple[list[int], list[bool]]] = []
+    for ids, learnt in conversations:
+        if len(ids) > length:
+            continue
+        if not rows or len(rows[-1][0]) + len(ids) > length:
+            rows.append(([], []))
+        rows[-1][0].extend(ids)
+        rows[-1][1].extend(learnt)
+    ids_ST = torch.full((len(rows), length), padding, dtype=torch.int64)
+    counted_ST = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (ids, learnt) in enumerate(rows):
+        ids_ST[i, : len(ids)] = torch.tensor(ids)
+        counted_ST[i, : len(ids) - 1] = torch.tensor(learnt[1:], dtype=torch.bool)
+    return ids_ST, counted_ST

@@ -1,0 +1,122 @@
+"""`--data self`: the 16-bit model writes its own training text, for when there is none at hand. (LLM-QAT, arXiv 2305.17888.)
+
+Sampled from the model's own distribution (temperature 1, nothing cut off), many sequences at a time, each from the begin-of-text token or, where the
+tokenizer has none, from a random ordinary token. Sequences that repeat themselves are thrown away. What a batch gives depends on the seed and its number
+alone; finished batches are kept in one file (`self.safetensors` in the run folder), so an interrupted run goes on, and other runs can use it
+(`--data RUN/self.safetensors`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble import checkpoint
+from nybble.data import begin_tokens
+from nybble.errors import DataError, ModelError
+
+FILE = "self.safetensors"
+# A sequence is thrown away if fewer of its runs of 4 tokens are different ones.
+LEAST_DIFFERENT = 0.5
+# Give up when more than this many times the sequences wanted have been written.
+_MOST_TRIES = 4
+_RUN = 4
+
+
+def share_of_different_runs(ids_ST: Tensor) -> Tensor:
+    """Of all runs of 4 tokens in a sequence, the share that are different ones: 1 = no repetition. [S, T] -> [S]."""
+    runs = ids_ST.unfold(1, _RUN, 1)
+    return torch.tensor([len(row.unique(dim=0)) / len(row) for row in runs])
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Short hash of the vocabulary: token ids mean nothing with another."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def first_tokens(model: Any, tokenizer: Any, count: int, generator: torch.Generator) -> Tensor:
+    """What `count` sequences start from: [count, 1].
+
+    Raises:
+        ModelError: no begin-of-text token and no ordinary one.
+    """
+    begin = begin_tokens(tokenizer)
+    if begin:
+        return torch.tensor([begin[:1]]).expand(count, 1)
+    known = model.get_input_embeddings().num_embeddings
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i < known and i not in special]
+    if not ordinary:
+        raise ModelError("--data self needs a token to start from; the tokenizer has no begin-of-text token and no ordinary one; use --data with a text")
+    return torch.tensor(ordinary)[torch.randint(len(ordinary), (count, 1), generator=generator)]
+
+
+def write(
+    path: Path, model: Any, tokenizer: Any, count: int, length: int, seed: int, batch: int, advance: Callable[[int], None] = lambda sequences: None
+) -> Tensor:
+    """Token sequences [count, length] of the model's own; written to `path`, and gone on with if they are there in part.
+
+    Args:
+        model: the 16-bit model.
+        batch: sequences written at a time.
+        advance: called with the number of sequences just kept.
+
+    Raises:
+        DataError: the model repeats itself all the time.
+        ModelError: there is no token to start from.
+    """
+    identity = {"length": length, "seed": seed, "batch": batch, "tokenizer": fingerprint(tokenizer)}
+    kept, number = torch.empty(0, length, dtype=torch.int32), 0
+    if path.exists():
+        tensors, note = checkpoint.load_tensors(path)
+        if {key: note.get(key) for key in identity} == identity:
+            kept, number = tensors["ids"], note["batches"]
+    advance(min(len(kept), count))
+    while len(kept) < count:
+        if number * batch >= _MOST_TRIES * count + batch:
+            raise DataError(
+                f"--data self needs a model that writes text: of {number * batch} sequences, {number * batch - len(kept)} repeat themselves; "
+                "use --data with a text"
+            )
+        made = _sample(model, tokenizer, batch, length, seed * 1_000_003 + number)
+        made = made[share_of_different_runs(made) >= LEAST_DIFFERENT].to(torch.int32)
+        number += 1
+        advance(min(len(made), count - len(kept)))
+        kept = torch.cat([kept, made])
+        checkpoint.save_tensors(path, {"ids": kept}, identity | {"batches": number})
+    return kept[:count].long()
+
+
+def read(path: Path, tokenizer: Any, length: int) -> Tensor:
+    """Sequences that `write` wrote in another run, cut to [S, length].
+
+    Raises:
+        DataError: no such file, of another tokenizer, or shorter sequences.
+    """
+    if not path.is_file():
+        raise DataError(f"--data {path} must be a file that --data self wrote; there is none")
+    tensors, note = checkpoint.load_tensors(path)
+    if "ids" not in tensors or note.get("tokenizer") != fingerprint(tokenizer):
+        raise DataError(f"--data {path} must have been written by a model with the same tokenizer; it was not; use --data self")
+    if note["length"] < length:
+        raise DataError(f"--data {path} holds sequences of {note['length']} tokens; --seq_len must not be more, got {length}")
+    return tensors["ids"][:, :length].long()
+
+
+@torch.no_grad()
+def _sample(model: Any, tokenizer: Any, batch: int, length: int, seed: int) -> Tensor:
+    """[batch, length]; the same for the same seed, whatever was drawn before."""
+    from transformers import GenerationConfig
+
+    first = first_tokens(model, tokenizer, batch, torch.Generator().manual_seed(seed)).to(model.device)
+    # After an end-of-text token the model goes on with another text, as in packed training text.
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        ids = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
+    return torch.as_tensor(ids).cpu()
