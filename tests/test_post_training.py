@@ -22,7 +22,7 @@ METHODS = ("awq", "se", "gptq", "blockwise", "awq+se", "awq+se+gptq", "se+gptq+b
 
 def options(model: Path, run: Path, **changes: object) -> CompressOptions:
     base = CompressOptions(
-        pretrained=str(model), output_dir=str(run), method="awq+se+gptq+blockwise", data="python-docs", seq_len=32, calib_samples=16, group_size=32,
+        pretrained=str(model), output_dir=str(run), method="awq+se+gptq+blockwise", data=("python-docs",), seq_len=32, calib_samples=16, group_size=32,
         test_samples=4, tasks=(), export=(),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
