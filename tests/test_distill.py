@@ -202,6 +202,14 @@ def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: p
     assert results["models"]["tuned"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-6)
 
 
+def test_training_stops_early_where_that_is_wanted(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    distill(options(model, tmp_path / "run", lr=10.0, scale_lr=1.0, epochs=5, patience=2))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [validation["step"] for validation in results["validation"]] == [0, 2, 4]
+    assert len(results["training"]) == 4
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
 

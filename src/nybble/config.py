@@ -66,7 +66,7 @@ class CompressionOptions:
 class RunOptions:
     """Where a run goes, and what is measured and written at its end."""
 
-    output_dir: str | None = None  # Run folder. Default: runs/MODEL-COMMAND.
+    output_dir: str | None = None  # Run folder. Default: runs/MODEL-distill, runs/MODEL-METHOD.
     eval_data: tuple[str, ...] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
     seed: int = 0  # Of everything random: adapters, choice and order of the data.
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
@@ -84,8 +84,8 @@ class RunOptions:
             raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
 
-def _folder(output_dir: str | None, pretrained: str, command: str) -> Path:
-    return Path(output_dir or f"runs/{Path(pretrained).name.removesuffix('.gguf')}-{command}")
+def _folder(output_dir: str | None, pretrained: str, what: str) -> Path:
+    return Path(output_dir or f"runs/{Path(pretrained).name.removesuffix('.gguf')}-{what}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions)
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return _folder(self.output_dir, self.pretrained, self.KIND)
+        return _folder(self.output_dir, self.pretrained, self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,7 @@ class DistillOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
     start: str = "rtn"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
+    patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
     save_every: int = 10  # Optimizer steps between checkpoints.
     tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
 
@@ -143,6 +144,7 @@ class DistillOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
         if self.lora_rank < 1:
             raise OptionError(f"--lora_rank must be at least 1; got {self.lora_rank}; 16 to 128 are usual")
         _require(self, ("microbatch",), lambda value: value >= 0, "0 (automatic) or more")
+        _require(self, ("patience",), lambda value: value >= 0, "0 (never stop early) or more")
         _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
         _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
         _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")

@@ -170,12 +170,15 @@ def _train(
             progress.best_loss, progress.best_step = measured["kl_to_teacher"], progress.step
             save(best, dict(trainer.parameters))
 
+    def stale() -> bool:
+        return 0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history)
+
     with run.stage("train"), _curves(run, options) as curves, bar("train", steps, "loss") as advance:
         advance(progress.step)
         try:
             if not progress.history:
                 validate()  # the untuned start is a candidate too
-            for record in trainer.run():
+            for record in () if stale() else trainer.run():
                 progress.curve.append(record)
                 curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
                 tokens_per_second = options.batch_size * options.seq_len / record["seconds"]
@@ -185,6 +188,11 @@ def _train(
                     curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
                 if progress.step % options.save_every == 0 or progress.step % options.steps_per_epoch == 0:
                     save(last, trainer.state())
+                if stale():
+                    log.info(
+                        "stopped at step %d: the last %d validations were no better than that of step %d", progress.step, options.patience, progress.best_step
+                    )
+                    break
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
