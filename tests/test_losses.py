@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.losses import Head, kl_to_teacher, last_hidden
+from nybble.losses import Head, cross_entropy, kl_to_teacher, last_hidden
 from tests.tiny import make_model
 
 N, D, V = 37, 16, 101
@@ -43,6 +43,23 @@ def test_value_and_gradient_equal_torch_in_float64(cap: float | None, multiplier
     # float32 sums over 101 words
     torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("multiplier", [1.0, 0.25])
+def test_cross_entropy_of_each_token_equals_torch_in_float64(cap: float | None, multiplier: float) -> None:
+    head, _ = heads(cap, multiplier, True, torch.float32)
+    hidden, targets, weights = torch.randn(N, D), torch.randint(V, (N,)), torch.rand(N)
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    losses = cross_entropy(ours, targets, head, chunk=8)
+    z = F.linear(exact, head.weight_VD.double(), head.bias_V.double()) * multiplier
+    expected = F.cross_entropy(z if cap is None else cap * torch.tanh(z / cap), targets, reduction="none")
+    (losses * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(hidden, targets, head, chunk=8), losses)
 
 
 def test_equal_models_have_no_divergence() -> None:

@@ -1,4 +1,4 @@
-"""Distillation loss: KL divergence of the student's next-token distribution from the teacher's. Pure functions.
+"""Losses of training: KL divergence of the student's next-token distribution from the teacher's, and cross-entropy of given tokens. Pure functions.
 
     z = cap * tanh(head(hidden) * multiplier / cap)            (the cap of Gemma 2; without: z = head(hidden) * multiplier)
     KL(teacher || student) = sum_v p_v (log p_v - log q_v),    p = softmax(z_teacher), q = softmax(z_student)
@@ -11,6 +11,7 @@ closed form as soon as the chunk's logits are: d KL / d z_student = q - p. It is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,43 +72,56 @@ def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
-class _ChunkedKL(torch.autograd.Function):
+# (logits of a chunk of tokens [C, V], which tokens, whether gradients are needed) -> losses [C] and d loss / d head(hidden) [C, V].
+_Chunk = Callable[[Tensor, slice, bool], tuple[Tensor, Any]]
+
+
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int) -> Tensor:  # type: ignore[no-untyped-def,override]
-        total = torch.zeros((), dtype=torch.float32, device=student_ND.device)
-        grad_ND = torch.empty_like(student_ND) if ctx.needs_input_grad[0] else None
-        for i in range(0, len(student_ND), chunk):
+    def forward(ctx, hidden_ND: Tensor, head: Head, of: _Chunk, chunk: int) -> Tensor:  # type: ignore[no-untyped-def,override]
+        losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(hidden_ND), chunk):
             part = slice(i, i + chunk)
-            kl_C, grad = _kl_chunk(student.logits(student_ND[part]), teacher.logits(teacher_ND[part]), student, grad_ND is not None)
-            total += kl_C.sum()
+            losses_N[part], grad = of(head.logits(hidden_ND[part]), part, grad_ND is not None)
             if grad_ND is not None:
-                grad_ND[part] = grad.to(student_ND.dtype) @ student.weight_VD
+                grad_ND[part] = grad.to(hidden_ND.dtype) @ head.weight_VD
         ctx.save_for_backward(grad_ND)
-        ctx.tokens = len(student_ND)
-        return total / len(student_ND)
+        return losses_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def,override]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * (grad / ctx.tokens), None, None, None, None
+        return (grad_ND * grad_N[:, None]).to(grad_ND.dtype), None, None, None
 
 
 def _kl_chunk(z_student: Tensor, z_teacher: Tensor, student: Head, need_grad: bool) -> tuple[Tensor, Any]:
-    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites z_teacher and, without a cap, z_student.
+    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites both logits.
 
     With shifts a = log sum exp: KL = sum_v p_v (z_teacher - z_student) - a_teacher + a_student.
     """
     a_teacher, a_student = z_teacher.logsumexp(-1), z_student.logsumexp(-1)
     p = torch.sub(z_teacher, a_teacher[:, None]).exp_()
     kl = torch.linalg.vecdot(p, z_teacher.sub_(z_student)) - a_teacher + a_student
-    if not need_grad:
-        return kl, None
-    capped = None if student.cap is None else 1 - (z_student / student.cap) ** 2  # d tanh
-    grad = z_student.sub_(a_student[:, None]).exp_().sub_(p)
+    return kl, _through_head(z_student, a_student, student, lambda q: q.sub_(p)) if need_grad else None
+
+
+def _cross_entropy_chunk(z: Tensor, targets_C: Tensor, head: Head, need_grad: bool) -> tuple[Tensor, Any]:
+    """-log q(target) per token [C], and its gradient [C, V]; overwrites the logits."""
+    a = z.logsumexp(-1)
+    loss = a - z.gather(1, targets_C[:, None])[:, 0]
+    ones = torch.ones_like(targets_C[:, None], dtype=z.dtype)
+    return loss, _through_head(z, a, head, lambda q: q.scatter_add_(1, targets_C[:, None], -ones)) if need_grad else None
+
+
+def _through_head(z: Tensor, a: Tensor, head: Head, to_gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    """Softmax of z, made the gradient of z, then of head(hidden): through the cap and the multiplier."""
+    capped = None if head.cap is None else 1 - (z / head.cap) ** 2  # d tanh
+    grad = to_gradient(z.sub_(a[:, None]).exp_())
     if capped is not None:
         grad.mul_(capped)
-    return kl, grad if student.multiplier == 1.0 else grad.mul_(student.multiplier)
+    return grad if head.multiplier == 1.0 else grad.mul_(head.multiplier)
 
 
 def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int = 256) -> Tensor:
@@ -118,4 +132,23 @@ def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher
         student, teacher: their heads.
         chunk: tokens whose logits exist at a time; memory is about 5 * chunk * V * 4 bytes.
     """
-    return _ChunkedKL.apply(student_ND, teacher_ND, student, teacher, chunk)  # type: ignore[no-any-return]
+
+    def of(z_student: Tensor, part: slice, need_grad: bool) -> tuple[Tensor, Any]:
+        return _kl_chunk(z_student, teacher.logits(teacher_ND[part]), student, need_grad)
+
+    return _TokenLosses.apply(student_ND, student, of, chunk).mean()  # type: ignore[no-any-return]
+
+
+def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: int = 256) -> Tensor:
+    """-log q(target) of each token, in nats: float32 [N]; differentiable in the hidden states.
+
+    Args:
+        hidden_ND: last hidden states of the positions that predict.
+        targets_N: the tokens to be predicted there, int64.
+        head, chunk: as in `kl_to_teacher`.
+    """
+
+    def of(z: Tensor, part: slice, need_grad: bool) -> tuple[Tensor, Any]:
+        return _cross_entropy_chunk(z, targets_N[part], head, need_grad)
+
+    return _TokenLosses.apply(hidden_ND, head, of, chunk)  # type: ignore[no-any-return]
