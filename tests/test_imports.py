@@ -8,7 +8,7 @@ ORDER = [
     "errors", "config", "grid", "quantized", "families", "models", "chat", "data",
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
     "layers", "insert", "ranks", "losses", "teacher", "train", "absorb", "checkpoint", "writing", "estimate",
-    "export", "export.openvino", "evaluate", "report", "page", "console",
+    "export", "export.openvino", "evaluate", "questions", "report", "page", "console",
     "stages", "post_training", "distill", "commands", "cli",
     "", "__main__",
 ]  # fmt: skip

@@ -133,6 +133,28 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
             get_task_dict(list(tasks), _task_manager())
 
 
+def open_task(name: str, data_dir: str | None) -> Any:
+    """lm-eval's own object for a task, with its rows.
+
+    Raises:
+        OptionError: unknown. DataError: no data.
+    """
+    check_tasks([name], data_dir)
+    from lm_eval.tasks import get_task_dict
+
+    chosen: list[Any] = [name] if data_dir is None else _local_tasks([name], Path(data_dir))
+    with _explained([name]):
+        return get_task_dict(chosen, _task_manager())[name]
+
+
+def metric_of(task: Any) -> str:
+    """What a task is reported by, as `run_tasks` names it: acc_norm, else acc, else its first."""
+    names = [entry["metric"] for entry in task.config.metric_list]
+    name = next((known for known in ("acc_norm", "acc") if known in names), names[0])
+    filters = [entry["name"] for entry in task.config.filter_list or []]
+    return f"{name},{filters[0]}" if filters else str(name)
+
+
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 0, limit: int | None = None, data_dir: str | None = None
 ) -> dict[str, dict[str, float]]:

@@ -1,0 +1,258 @@
+"""Questions with answers: what a downstream task trains on, chooses by, and is scored on. Prompt and answers are rendered by lm-eval, as when it measures.
+
+A task is one that lm-eval knows (with a training split), or a .jsonl file of one's own with rows {"prompt", "choices", "answer" (its number, from 0)} or
+{"prompt", "completion"}.
+
+    train       lm-eval's training rows; where no held-out rows are left, without those below
+    held out    what ranks and epochs are chosen by: the validation split, or, where the task is scored on that, some rows of the training split
+    scored      lm-eval's own affair, on its test split (or validation): see evaluate.run_tasks
+
+The score of held-out rows is the log-likelihood of the right answer among the choices,
+    log softmax_c (log p(answer_c | prompt_c) / length_c) [gold],    length: characters where the task's metric is acc_norm, else 1
+(of an answer without alternatives: log p per token), which tells candidates apart long before their accuracies do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nybble import data, evaluate
+from nybble.errors import DataError, OptionError
+from nybble.losses import Head, cross_entropy, last_hidden
+
+# Rows of the training split held out to choose by, where the task has no other; at most a tenth.
+HELD_OUT = 500
+# Tokens, padding included, in one forward of scoring.
+_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Question:
+    """Attributes:
+    pairs: (prompt, answer) of every choice, as lm-eval renders them; one without alternatives.
+    gold: number of the right one.
+    lengths: characters of each choice.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Attributes:
+    name: as lm-eval calls it, or the file.
+    metric: what it is reported by: acc_norm, acc, exact_match,strict-match, ...
+    train, held_out: see the head of this file.
+    scored: of a file of one's own: the questions that it is scored on; of lm-eval's tasks none.
+    """
+
+    name: str
+    metric: str
+    train: Sequence[Question]
+    held_out: Sequence[Question]
+    scored: Sequence[Question] = ()
+
+    @property
+    def by_length(self) -> bool:
+        return self.metric == "acc_norm"
+
+
+def load_task(name: str, data_dir: str | None, seed: int) -> Task:
+    """Rows of a task.
+
+    Raises:
+        OptionError: unknown, or without a training split.
+        DataError: data missing or malformed.
+    """
+    return _own_task(Path(name), seed) if name.endswith(".jsonl") else _known_task(name, data_dir, seed)
+
+
+def _known_task(name: str, data_dir: str | None, seed: int) -> Task:
+    task = evaluate.open_task(name, data_dir)
+    if not task.has_training_docs():
+        raise OptionError(f"--task must have a training split; {name} has none; name another, or a .jsonl file with rows of prompt, choices, answer")
+    if task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
+        raise OptionError(f"--task must ask for one of several answers or for one of its own words; {name} asks for {task.OUTPUT_TYPE}")
+    train = [_rendered(task, row) for row in task.training_docs()]
+    metric = evaluate.metric_of(task)
+    if task.has_validation_docs() and task.has_test_docs():
+        return Task(name, metric, train, [_rendered(task, row) for row in task.validation_docs()])
+    return Task(name, metric, *_split(train, seed))
+
+
+def _split(rows: Sequence[Question], seed: int) -> tuple[list[Question], list[Question]]:
+    """Rows to train on, and rows held out."""
+    order = data.order(len(rows), len(rows), seed).tolist()
+    held = min(HELD_OUT, len(rows) // 10)
+    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def _rendered(task: Any, row: dict[str, Any]) -> Question:
+    """Prompt and answers, from lm-eval's own requests without examples before them."""
+    prompt = task.fewshot_context(row, 0)
+    if task.OUTPUT_TYPE == "generate_until":
+        return Question(((prompt, f"{task.config.target_delimiter}{task.doc_to_target(row)}"),), 0)
+    choices = task.doc_to_choice(row)
+    requests = task.construct_requests(row, prompt)[: len(choices)]
+    gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    pairs = tuple((str(request.args[0]), str(request.args[1])) for request in requests)
+    return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(map(len, choices)))
+
+
+def _own_task(path: Path, seed: int) -> Task:
+    """A file: every 10th row to choose by, every 10th to score on."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"--task {path} must be a file with one JSON object a line; {error}") from error
+    questions = [_own_question(row, f"--task {path}: row {i + 1}") for i, row in enumerate(rows)]
+    if len(questions) < 10:
+        raise DataError(f"--task {path} must have at least 10 rows; it has {len(questions)}")
+    parts: dict[int, list[Question]] = {0: [], 5: [], 9: []}
+    for i, question in enumerate(questions):
+        parts[i % 10 if i % 10 in (5, 9) else 0].append(question)
+    metric = "acc" if any(len(question.pairs) > 1 for question in questions) else "log_likelihood"
+    return Task(str(path), metric, parts[0], parts[5], parts[9])
+
+
+def _own_question(row: Any, where: str) -> Question:
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        prompt, choices, answer = row["prompt"], row.get("choices"), row.get("answer")
+        if isinstance(choices, list) and len(choices) > 1 and isinstance(answer, int) and 0 <= answer < len(choices):
+            return Question(tuple((prompt, _spaced(prompt, str(choice))) for choice in choices), answer, tuple(len(str(choice)) for choice in choices))
+        if isinstance(row.get("completion"), str):
+            return Question(((prompt, _spaced(prompt, row["completion"])),), 0)
+    raise DataError(f"{where} must have prompt, choices and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}")
+
+
+def _spaced(prompt: str, answer: str) -> str:
+    return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else f" {answer}"
+
+
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of prompt and answer together, and how many are the prompt's; spaces at its end go to the answer, as in lm-eval."""
+    spaces = len(prompt) - len(prompt.rstrip())
+    if spaces:
+        prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
+    ids = tokenizer(prompt + answer).input_ids
+    return ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(data.begin_tokens(tokenizer)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts padded at their ends, which a causal model never sees.
+
+    Attributes:
+        ids: [B, T].
+        counted: [B, T]: whether the prediction made at a position is one of a token that is to be learnt, or scored.
+    """
+
+    ids: Tensor
+    counted: Tensor
+
+    def losses(self, model: Any, head: Head) -> Tensor:
+        """-log q of every counted token, in order: float32 [N]."""
+        device = model.device
+        counted, targets = self.counted.to(device), self.ids.roll(-1, 1).to(device)
+        return cross_entropy(last_hidden(model, self.ids.to(device))[counted], targets[counted], head)
+
+    def sums(self, losses: Tensor) -> Tensor:
+        """Sums of `losses` by text: [B]."""
+        rows = self.counted.nonzero()[:, 0].to(losses.device)
+        return torch.zeros(len(self.ids), device=losses.device).index_add_(0, rows, losses)
+
+
+def pad(texts: Sequence[tuple[list[int], int]], everything: bool = False) -> Batch:
+    """What `encode` gave; the answer's tokens count, or with `everything` the prompt's too."""
+    length = max(len(ids) for ids, _ in texts)
+    batch = Batch(torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool))
+    for i, (ids, prompt) in enumerate(texts):
+        batch.ids[i, : len(ids)] = torch.tensor(ids)
+        batch.counted[i, (0 if everything else max(prompt, 1) - 1) : len(ids) - 1] = True
+    return batch
+
+
+def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[tuple[list[int], int]]:
+    """The training texts: prompt and right answer, cut off at `length` tokens.
+
+    Raises:
+        DataError: an answer of which nothing is left, or that is empty.
+    """
+    texts = []
+    for question in questions:
+        ids, prompt = encode(tokenizer, *question.pairs[question.gold])
+        if min(len(ids), length) <= max(prompt, 1):
+            why = "is empty" if len(ids) <= prompt else f"begins after {prompt} tokens"
+            raise DataError(f"an answer must have tokens within --seq_len {length}; that of {question.pairs[question.gold][0][-60:]!r} {why}")
+        texts.append((ids[:length], prompt))
+    return texts
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of held-out questions.
+
+    Attributes:
+        log_likelihoods: of the right answer among the choices, a question each (see the head of this file).
+        correct: whether the most likely choice is the right one; empty without alternatives.
+    """
+
+    log_likelihoods: tuple[float, ...]
+    correct: tuple[bool, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        return sum(self.log_likelihoods) / len(self.log_likelihoods)
+
+    @property
+    def accuracy(self) -> float | None:
+        return sum(self.correct) / len(self.correct) if self.correct else None
+
+    def better_by(self, other: Score) -> tuple[float, float]:
+        """Mean difference of the log-likelihoods, question by question, and its standard error."""
+        differences = torch.tensor([a - b for a, b in zip(self.log_likelihoods, other.log_likelihoods, strict=True)], dtype=torch.float64)
+        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.inf
+
+
+@torch.no_grad()
+def score(
+    model: Any, head: Head, tokenizer: Any, questions: Sequence[Question], by_length: bool, length: int, advance: Callable[[int], None] = lambda count: None
+) -> Score:
+    """Score a model on questions; texts of like length go through it together. Prompts are cut off at their beginnings to fit `length` tokens."""
+    texts = []
+    for i, question in enumerate(questions):
+        for c, pair in enumerate(question.pairs):
+            ids, prompt = encode(tokenizer, *pair)
+            over = max(0, len(ids) - length)
+            texts.append((i, c, (ids[over:], max(prompt - over, 0)), question.lengths[c] if by_length else 1))
+    sums = [[0.0] * len(question.pairs) for question in questions]
+    texts.sort(key=lambda text: -len(text[2][0]))
+    start = 0
+    while start < len(texts):
+        count = max(1, _TOKENS // len(texts[start][2][0]))
+        part = texts[start : start + count]
+        batch = pad([text for _, _, text, _ in part])
+        for (i, c, (ids, prompt), size), total in zip(part, batch.sums(batch.losses(model, head)).tolist(), strict=True):
+            alone = len(questions[i].pairs) == 1
+            sums[i][c] = -total / (len(ids) - max(prompt, 1) if alone else size)
+        start += count
+        advance(len(part))
+    likely, correct = [], []
+    for question, values in zip(questions, sums, strict=True):
+        if len(values) == 1:
+            likely.append(values[0])
+        else:
+            likely.append(float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[question.gold]))
+            correct.append(max(range(len(values)), key=values.__getitem__) == question.gold)
+    return Score(tuple(likely), tuple(correct))
