@@ -112,13 +112,10 @@ class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
-    """Distil a 16-bit model into its own 4-bit self, export it, and measure it."""
+class TrainingOptions:
+    """How adapters and scales are trained."""
 
-    KIND: ClassVar[str] = "distill"
-
-    samples: int = 1024  # Sequences that make an epoch.
-    epochs: int = 10  # Epochs; the text is used up before any of it is repeated.
+    epochs: int = 10  # Passes over what makes an epoch, each followed by a validation.
     batch_size: int = 32  # Sequences in an optimizer step.
     microbatch: int = 0  # Sequences in one forward; 0 = by the memory estimate.
     lr: float = 5e-4  # Peak learning rate of the adapters.
@@ -126,33 +123,49 @@ class DistillOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
     weight_decay: float = 0.0  # Of the adapters (decoupled).
     warmup: float = 0.05  # Share of the steps with a rising rate; a cosine to zero follows.
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm.
-    lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
     start: str = "rtn"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
-    valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
     save_every: int = 10  # Optimizer steps between checkpoints.
     tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
+
+    def check_training(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require(self, ("epochs", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
+        _require(self, ("microbatch",), lambda value: value >= 0, "0 (automatic) or more")
+        _require(self, ("patience",), lambda value: value >= 0, "0 (never stop early) or more")
+        _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
+        _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
+        _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
+
+
+_FLOAT16 = "--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOptions, ModelOptions):
+    """Distil a 16-bit model into its own 4-bit self, export it, and measure it."""
+
+    KIND: ClassVar[str] = "distill"
+
+    samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
+    lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
+    valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""
         _require_pretrained(self.pretrained)
         self.check_compression()
         self.check_run()
-        positive = ("seq_len", "samples", "epochs", "batch_size", "valid_samples", "save_every")
-        _require(self, positive, lambda value: value >= 1, "at least 1")
+        _require(self, ("samples", "valid_samples"), lambda value: value >= 1, "at least 1")
+        self.check_training()
         if self.lora_rank < 1:
             raise OptionError(f"--lora_rank must be at least 1; got {self.lora_rank}; 16 to 128 are usual")
-        _require(self, ("microbatch",), lambda value: value >= 0, "0 (automatic) or more")
-        _require(self, ("patience",), lambda value: value >= 0, "0 (never stop early) or more")
-        _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
-        _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
-        _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
             raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")
         if self.dtype == "float16":
-            raise OptionError("--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)")
+            raise OptionError(_FLOAT16)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,0 +1,190 @@
+"""What distillation and task tuning share: resolve what is automatic, train adapters and scales, validate, keep the best, survive an interruption."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble import checkpoint, estimate, insert, models, stages
+from nybble.checkpoint import Run
+from nybble.console import bar
+from nybble.errors import TrainingError
+from nybble.layers import FakeQuantizedLoRALinear
+from nybble.stages import Job, Sequences
+from nybble.train import Progress, Recipe, Trainer
+
+log = logging.getLogger("nybble")
+
+CHUNK = 256  # tokens whose logits exist at a time in the loss
+# More tokens than this in a microbatch gain nothing: the matrix products are already large (docs/log.md).
+MOST_TOKENS = {"cpu": {torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 4096}, "cuda": {}}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is trained on, and how it is judged.
+
+    Attributes:
+        steps_per_epoch: optimizer steps between validations.
+        tokens: in a step, for the rate that people see.
+        draw, loss, weight: see Trainer.
+        validate: measures on held-out text; what must fall is under `criterion`.
+        describe: what was measured -> words.
+    """
+
+    steps_per_epoch: int
+    tokens: int
+    draw: Callable[[int], Tensor]
+    loss: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor], int]
+    validate: Callable[[], dict[str, float]]
+    criterion: str
+    describe: Callable[[dict[str, float]], str]
+
+
+def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int) -> Any:
+    """Fill in cache and microbatch, print the estimate, refuse a disk that is too small, and warn of memory.
+
+    Args:
+        rank: of the adapters.
+        states: tokens whose teacher states are kept on the disk.
+
+    Returns: the options.
+    """
+    path = options.folder
+    if options.resume and (path / checkpoint.CONFIG).is_file():
+        # What was chosen automatically when the run started stays: other microbatches would give other bits.
+        saved = checkpoint.read_options(path)
+        cache = saved["cache"] if options.cache == "auto" else options.cache
+        options = replace(options, cache=cache, microbatch=options.microbatch or saved["microbatch"])
+    device = loaded.model.device
+    shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
+    sizes = (shapes, rank, options.group_size)
+    available = stages.free_memory(loaded)
+    cache = options.cache
+    if cache == "auto":
+        cache = "step" if estimate.memory(*sizes, options.seq_len, CHUNK, True) < 0.7 * available else "recompute"
+    microbatch = options.microbatch or estimate.pick_microbatch(
+        *sizes, options.seq_len, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
+    )
+    calibration = stages.check_calibration(options, options.start, sequences)
+    memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
+    memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
+    disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
+    checkpoint.check_disk(path, disk)
+    log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
+    stages.check_memory(memory, available, "a smaller rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less")
+    return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
+
+
+def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantizedLoRALinear]]:
+    """Compress, and put trainable layers in place of the model's. Returns: 4-bit starts, 8-bit weights, layers."""
+    compressed, rows = stages.compress_model(job, job.options.start)
+    layers = insert.insert(job.loaded.model, compressed.starts, job.grid, rank, job.options.seed)
+    clamped = sum(layer.rank < rank for layer in layers.values())
+    if clamped:
+        log.info("rank %d clamped in %d layers that are narrower", rank, clamped)
+    return compressed.starts, rows, layers
+
+
+def train(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course) -> Progress:
+    """Train adapters and scales; afterwards the layers hold the weights that were best on held-out text."""
+    steps = course.steps_per_epoch * options.epochs
+    trainer = Trainer(
+        _groups(options, layers),
+        Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm),
+        course.loss,
+        course.draw,
+        partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext,
+        course.weight,
+    )
+    last, best = run.path / "last.safetensors", run.path / "best.safetensors"
+    if last.exists():
+        tensors, note = checkpoint.load_tensors(last)
+        trainer.load_state(tensors)
+        trainer.progress = Progress(**note)
+        log.info("resumed at step %d of %d", trainer.progress.step, steps)
+    progress = trainer.progress
+
+    def validate() -> None:
+        with fixed_weights(options, layers):
+            measured = course.validate()
+        progress.history.append({"step": progress.step} | measured)
+        log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
+        if measured[course.criterion] < progress.best_loss:
+            progress.best_loss, progress.best_step = measured[course.criterion], progress.step
+            checkpoint.save_tensors(best, dict(trainer.parameters), vars(progress))
+
+    def stale() -> bool:
+        return bool(0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history))
+
+    with run.stage("train"), _curves(run, options) as curves, bar("train", steps, "loss") as advance:
+        advance(progress.step)
+        try:
+            if not progress.history:
+                validate()  # the untuned start is a candidate too
+            for record in () if stale() else trainer.run():
+                progress.curve.append(record)
+                curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
+                advance(1, loss=f"loss {record['loss']:.4f}, {course.tokens / record['seconds']:.0f} tokens/s")
+                if progress.step % course.steps_per_epoch == 0:
+                    validate()
+                    curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
+                if progress.step % options.save_every == 0 or progress.step % course.steps_per_epoch == 0:
+                    checkpoint.save_tensors(last, trainer.state(), vars(progress))
+                if stale():
+                    count = options.patience
+                    log.info("stopped at step %d: the last %d validations were no better than that of step %d", progress.step, count, progress.best_step)
+                    break
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
+            ) from error
+    run.results |= {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
+    tensors, _ = checkpoint.load_tensors(best)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(tensors[name])
+    return progress
+
+
+def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list[dict[str, Any]]:
+    adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() for leaf in ("lora_a", "lora_b")}
+    scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items()}
+    return [
+        {"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
+    ]
+
+
+def fixed_weights(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> AbstractContextManager[None]:
+    """For measuring: quantize once, where the memory for it was found."""
+    return insert.step_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
+
+
+@contextmanager
+def _curves(run: Run, options: Any) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """TensorBoard, where it is wanted and installed."""
+    try:
+        if not options.tensorboard:
+            raise ImportError
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if options.tensorboard:
+            log.info('no curves: TensorBoard is not installed (pip install "nybble[tensorboard]")')
+        yield lambda step, values: None
+        return
+    with SummaryWriter(str(run.path / "tensorboard")) as writer:
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        yield write
