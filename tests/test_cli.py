@@ -89,7 +89,7 @@ def test_the_recipes_are_valid() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("distil", "unknown command distil; did you mean distill?; the commands are distill, compress, export, eval, inspect, report, env"),
+        ("distil", "unknown command distil; did you mean distill?; the commands are distill, tune, compress, export, eval, inspect, report, env"),
         ("distill --pretraind m", "unknown flag --pretraind of nybble distill; did you mean --pretrained?; see nybble distill --help"),
         ("distill --batch_sizes 3", "unknown flag --batch_sizes of nybble distill; did you mean --batch_size?; see nybble distill --help"),
         ("distill", "--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2"),
@@ -98,7 +98,7 @@ def test_the_recipes_are_valid() -> None:
         ("distill --pretrained m --batch_size 64 --samples 32", "--batch_size must not be larger than --samples; got 64 and 32"),
         ("distill --pretrained m --lr -1", "--lr must be 0 or more; got -1.0"),
         ("distill --pretrained m --warmup 2", "--warmup must be from 0 to 1; got 2.0"),
-        ("distill --pretrained m --seq_len 0", "--seq_len must be at least 1; got 0"),
+        ("distill --pretrained m --seq_len 0", "--seq_len must be at least 8; got 0"),
         ("distill --pretrained m --start best", "--start must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got best"),
         ("compress --pretrained m --method gptq+awq", "one or more of awq, se, gptq, blockwise in this order, joined by +; got gptq+awq; awq+se+gptq,"),
         ("compress --pretrained m --method se+se", "--method must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got se+se"),

@@ -47,7 +47,7 @@ CONFIG, RESULTS = "config.toml", "results.json"
 # What a run leaves in its folder before its first file is whole.
 _EMPTY = {".lock", f"{CONFIG}.tmp"}
 # Options that may change on resume. Another microbatch or cache gives the same gradients up to rounding: the last bits may differ.
-_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch"}
+_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch", "fast_eval", "custom_rank_config"}
 
 
 def write_text(path: Path, text: str) -> None:

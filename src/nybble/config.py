@@ -178,6 +178,56 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions):
+    """Tune a 4-bit model on a downstream task, with adapters of elastic rank whose best ranks are then chosen; export it, and measure it."""
+
+    KIND: ClassVar[str] = "tune"
+
+    task: str = ""  # gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, any lm-eval task with a training split, or a .jsonl file of one's own.
+    data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
+    train_rows: int = 0  # At most so many training rows, chosen at random; 0 = all.
+    seq_len: int = 512  # At most so many tokens of a prompt and its answer.
+    loss_on: Literal["answer", "all"] = "answer"  # Tokens that are learnt: the answer's, or the prompt's too.
+    lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
+    sampling: Literal["random", "sandwich"] = "random"  # A step trains one random configuration; or the largest, the smallest and a random one.
+    num_min_loss_configs: int = 5  # Configurations with the least training loss that are candidates afterwards.
+    select_rows: int = 200  # Held-out rows that epochs and configurations are chosen by; 0 = all.
+    select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.
+    custom_rank_config: tuple[int, ...] = ()  # One rank for each decoder layer, to be used instead of choosing.
+    eval_only: bool = False  # Only measure: the run's adapters, as chosen or with --custom_rank_config; needs --resume.
+    fast_eval: bool = False  # Measure on weights quantized once, rather than through the fake-quantized layers: the same numbers, faster.
+
+    epochs: int = 3  # Passes over the training rows, each followed by a validation.
+    batch_size: int = 16  # Rows in an optimizer step.
+    lr: float = 1e-4  # Peak learning rate of the adapters.
+    scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
+    warmup: float = 0.1  # Share of the steps with a rising rate; a cosine to zero follows.
+    start: str = "awq+se"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
+    tasks: tuple[str, ...] = ()  # More lm-eval tasks to measure; needs the extra eval.
+    test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL.
+
+    def check(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require_pretrained(self.pretrained)
+        if not self.task:
+            raise OptionError("--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file")
+        self.check_compression()
+        self.check_run()
+        self.check_training()
+        _require(self, ("train_rows", "select_rows", "num_min_loss_configs"), lambda value: value >= 0, "0 or more")
+        _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
+        if self.dtype == "float16":
+            raise OptionError(_FLOAT16)
+        if self.eval_only and not self.resume:
+            raise OptionError("--eval_only needs --resume and the folder of a run that was trained")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return _folder(self.output_dir, self.pretrained, Path(self.task).stem)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Export a finished run to other runtimes."""
 
@@ -285,4 +335,4 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
 def to_toml(options: Any) -> str:
     """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(options).items()}
-    return tomli_w.dumps({key: value for key, value in values.items() if value is not None and key not in ("resume", "overwrite")})
+    return tomli_w.dumps({key: value for key, value in values.items() if value is not None and key not in ("resume", "overwrite", "eval_only")})

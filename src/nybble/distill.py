@@ -70,7 +70,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
         steps, options.batch_size, options.seq_len, tokens / 1e6, seen, len(sequences.train),
     )  # fmt: skip
     states = sum(split.ids.numel() for split in (sequences.train, sequences.validation, sequences.test))
-    return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states)  # type: ignore[no-any-return]
+    return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
 
 
 def _course(job: Job, states: Mapping[str, Tensor]) -> Course:

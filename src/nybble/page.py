@@ -123,11 +123,16 @@ def _curves(figure: Any, results: dict[str, Any]) -> None:
     training, validation = results.get("training", []), results.get("validation", [])
     left.plot([row["step"] for row in training], [row["loss"] for row in training], color=COLORS["tuned"], alpha=0.5, linewidth=1, label="training")
     steps = [row["step"] for row in validation]
-    left.plot(steps, [row["kl_to_teacher"] for row in validation], "o-", color=COLORS["compressed"], label="validation")
-    left.set(xlabel="step", ylabel="KL to 16 bit")
-    left.legend(frameon=False)
-    right.plot(steps, [row["token_perplexity"] for row in validation], "o-", color=COLORS["compressed"])
-    right.set(xlabel="step", ylabel="validation token perplexity")
+    if "task" in results:  # the loss of training is per token, that of validation per question: not on one axis
+        left.set(xlabel="step", ylabel="training loss")
+        right.set(xlabel="step", ylabel="held-out loss")
+        right.plot(steps, [row["loss"] for row in validation], "o-", color=COLORS["compressed"])
+    else:
+        left.plot(steps, [row["kl_to_teacher"] for row in validation], "o-", color=COLORS["compressed"], label="validation")
+        left.set(xlabel="step", ylabel="KL to 16 bit")
+        left.legend(frameon=False)
+        right.plot(steps, [row["token_perplexity"] for row in validation], "o-", color=COLORS["compressed"])
+        right.set(xlabel="step", ylabel="validation token perplexity")
     best = results.get("best_step")
     for axes in (left, right):
         if best is not None:

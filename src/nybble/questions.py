@@ -68,34 +68,34 @@ class Task:
         return self.metric == "acc_norm"
 
 
-def load_task(name: str, data_dir: str | None, seed: int) -> Task:
+def load_task(name: str, data_dir: str | None, seed: int, most: int = 0) -> Task:
     """Rows of a task.
+
+    Args:
+        seed: of what is held out, and of which rows are used.
+        most: at most so many training rows; 0 = all.
 
     Raises:
         OptionError: unknown, or without a training split.
         DataError: data missing or malformed.
     """
-    return _own_task(Path(name), seed) if name.endswith(".jsonl") else _known_task(name, data_dir, seed)
+    return _own_task(Path(name), seed, most) if name.endswith(".jsonl") else _known_task(name, data_dir, seed, most)
 
 
-def _known_task(name: str, data_dir: str | None, seed: int) -> Task:
+def _known_task(name: str, data_dir: str | None, seed: int, most: int) -> Task:
     task = evaluate.open_task(name, data_dir)
     if not task.has_training_docs():
         raise OptionError(f"--task must have a training split; {name} has none; name another, or a .jsonl file with rows of prompt, choices, answer")
     if task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
         raise OptionError(f"--task must ask for one of several answers or for one of its own words; {name} asks for {task.OUTPUT_TYPE}")
-    train = [_rendered(task, row) for row in task.training_docs()]
-    metric = evaluate.metric_of(task)
-    if task.has_validation_docs() and task.has_test_docs():
-        return Task(name, metric, train, [_rendered(task, row) for row in task.validation_docs()])
-    return Task(name, metric, *_split(train, seed))
-
-
-def _split(rows: Sequence[Question], seed: int) -> tuple[list[Question], list[Question]]:
-    """Rows to train on, and rows held out."""
+    rows, metric = task.training_docs(), evaluate.metric_of(task)
     order = data.order(len(rows), len(rows), seed).tolist()
-    held = min(HELD_OUT, len(rows) // 10)
-    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+    if task.has_validation_docs() and task.has_test_docs():
+        held_out = [_rendered(task, row) for row in task.validation_docs()]
+    else:
+        count = min(HELD_OUT, len(rows) // 10)
+        held_out, order = [_rendered(task, rows[i]) for i in order[:count]], order[count:]
+    return Task(name, metric, [_rendered(task, rows[i]) for i in order[: most or None]], held_out)
 
 
 def _rendered(task: Any, row: dict[str, Any]) -> Question:
@@ -110,7 +110,7 @@ def _rendered(task: Any, row: dict[str, Any]) -> Question:
     return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(map(len, choices)))
 
 
-def _own_task(path: Path, seed: int) -> Task:
+def _own_task(path: Path, seed: int, most: int) -> Task:
     """A file: every 10th row to choose by, every 10th to score on."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -123,7 +123,8 @@ def _own_task(path: Path, seed: int) -> Task:
     for i, question in enumerate(questions):
         parts[i % 10 if i % 10 in (5, 9) else 0].append(question)
     metric = "acc" if any(len(question.pairs) > 1 for question in questions) else "log_likelihood"
-    return Task(str(path), metric, parts[0], parts[5], parts[9])
+    order = data.order(len(parts[0]), len(parts[0]), seed).tolist()
+    return Task(str(path), metric, [parts[0][i] for i in order[: most or None]], parts[5], parts[9])
 
 
 def _own_question(row: Any, where: str) -> Question:

@@ -49,10 +49,14 @@ def _columns(models: dict[str, Any]) -> list[str]:
     return [*first, *tasks, "bytes"]
 
 
-def _heading(column: str) -> str:
-    return {"token_perplexity": "token perplexity", "word_perplexity": "word perplexity", "kl_to_teacher": "KL to 16 bit", "bytes": "size"}.get(
-        column, column.removeprefix("task:")
-    )
+def heading(column: str) -> str:
+    return {
+        "token_perplexity": "token perplexity",
+        "word_perplexity": "word perplexity",
+        "kl_to_teacher": "KL to 16 bit",
+        "bytes": "size",
+        "loss": "held-out loss",
+    }.get(column, column.removeprefix("task:"))
 
 
 def _cell(column: str, value: Any) -> str:
@@ -75,7 +79,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 repaired = improvement(models, key) if key in ("tuned", "openvino") else None
                 line.append("-" if repaired is None else f"{repaired:.0%}")
             table.append(line)
-    return ["model", *map(_heading, columns), *(["repaired"] if tunes(results) else [])], table
+    return ["model", *map(heading, columns), *(["repaired"] if tunes(results) else [])], table
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -88,6 +92,8 @@ def sentence(results: dict[str, Any]) -> str:
     models, name = results["models"], results["model"]
     if not tunes(results):
         return _compressed_sentence(results)
+    if "task" in results:
+        return _task_sentence(results)
     last = "openvino" if "openvino" in models else "tuned"
     if not {"16bit", "compressed", last} <= models.keys():
         return f"{name}: the run is not finished; go on with --resume."
@@ -96,11 +102,27 @@ def sentence(results: dict[str, Any]) -> str:
     repaired = improvement(models, last)
     where = "OpenVINO" if last == "openvino" else "torch"
     minutes = results["seconds"].get("train", 0) / 60
-    text = f"{name} in 4 bits ({where}): {_heading(metric)} {after:.2f}, against {before:.2f} before tuning and {full:.2f} in 16 bit"
+    text = f"{name} in 4 bits ({where}): {heading(metric)} {after:.2f}, against {before:.2f} before tuning and {full:.2f} in 16 bit"
     if repaired is not None:
         text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
     ratio = models["16bit"]["bytes"] / models[last]["bytes"]
     return f"{text}, in {minutes:.1f} minutes of training; {models[last]['bytes'] / 1e6:.0f} MB, {ratio:.1f} times smaller than 16 bit."
+
+
+def _task_sentence(results: dict[str, Any]) -> str:
+    models, task = results["models"], results["task"]
+    last = "openvino" if "openvino" in models else "tuned"
+    column = f"task:{task['name'].rsplit('/')[-1].removesuffix('.jsonl')} {task['metric']}"
+    values = [models.get(row, {}).get(column) for row in ("16bit", "compressed", last)]
+    if any(value is None for value in values):
+        return f"{results['model']}: the run is not finished; go on with --resume."
+    full, before, after = values
+    where, minutes = "OpenVINO" if last == "openvino" else "torch", results["seconds"].get("train", 0) / 60
+    size, ratio = models[last]["bytes"] / 1e6, models["16bit"]["bytes"] / models[last]["bytes"]
+    return (
+        f"{results['model']} in 4 bits ({where}): {heading(column)} {after:.4f}, against {before:.4f} before tuning and {full:.4f} in 16 bit without tuning, "
+        f"in {minutes:.1f} minutes of training; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
+    )
 
 
 def _compressed_sentence(results: dict[str, Any]) -> str:
@@ -114,7 +136,7 @@ def _compressed_sentence(results: dict[str, Any]) -> str:
     seconds, size = results["seconds"].get("compress", 0), models[last]["bytes"] / 1e6
     return (
         f"{name} in 4 bits by {results['method']} ({'OpenVINO' if last == 'openvino' else 'torch'}): "
-        f"{_heading(metric)} {after:.2f} against {full:.2f} in 16 bit, in {seconds:.0f} s of compression; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
+        f"{heading(metric)} {after:.2f} against {full:.2f} in 16 bit, in {seconds:.0f} s of compression; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
     )
 
 
@@ -122,6 +144,25 @@ def error_cells(error: dict[str, Any]) -> list[str]:
     """A layer's output error by rtn and as compressed, weight error, clipped share."""
     outputs = ["-" if error[key] is None else f"{error[key]:.3%}" for key in ("rtn", "start")]
     return [*outputs, f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
+
+
+def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the configurations that were compared after training."""
+    on_test = "test" in results["candidates"][0]
+    lines = []
+    for row in results["candidates"]:
+        behind = "chosen" if row["configuration"] == results["configuration"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
+        line = [row["why"], f"{row['log_likelihood']:.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
+        lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), " ".join(map(str, row["configuration"]))])
+    return ["candidate", "log-likelihood", "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
+
+
+def _candidates_markdown(results: dict[str, Any]) -> str:
+    return (
+        f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {results['selected_on'].replace('_', '-')} rows. "
+        "Log-likelihood: of the right answer among the choices, mean over the held-out rows; behind: mean difference row by row, with its standard error.\n\n"
+        + as_markdown(*candidate_rows(results))
+    )
 
 
 def _errors_markdown(results: dict[str, Any]) -> str:
@@ -142,8 +183,9 @@ def _errors_markdown(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
+    what = f"tuning on {results['task']['name']}" if "task" in results else "distillation" if tunes(results) else "compression"
     parts = [
-        f"# {results['model']}: 4-bit {'distillation' if tunes(results) else 'compression'} ({results.get('method', 'rtn')})",
+        f"# {results['model']}: 4-bit {what} ({results.get('method', 'rtn')})",
         sentence(results),
         as_markdown(*rows(results)),
         f"Perplexity and KL on {results.get('test', 'the test split')}."
@@ -152,8 +194,11 @@ def markdown(results: dict[str, Any]) -> str:
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
     if results.get("validation"):
-        parts.append("## Validation\n\n| step | token perplexity | KL to 16 bit |\n| ---: | ---: | ---: |")
-        parts[-1] += "".join(f"\n| {v['step']:.0f} | {v['token_perplexity']:.3f} | {v['kl_to_teacher']:.4f} |" for v in results["validation"])
+        keys = [key for key in results["validation"][0] if key not in ("step", "tokens")]
+        lines = [[f"{measured['step']:.0f}", *(f"{measured[key]:.4f}" for key in keys)] for measured in results["validation"]]
+        parts.append("## Validation\n\n" + as_markdown(["step", *map(heading, keys)], lines))
+    if results.get("candidates"):
+        parts.append(_candidates_markdown(results))
     if results.get("layer_errors"):
         parts.append(_errors_markdown(results))
     parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))
@@ -266,7 +311,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     for entry in comparison.entries:
         repaired = comparison.improvement(entry) if entry.kind != "16bit" and entry is not comparison.baseline else None
         lines.append([entry.label, *(_cell(c, entry.values.get(c)) for c in columns), "-" if repaired is None else f"{repaired:.0%}"])
-    return ["model", *map(_heading, columns), "repaired"], lines
+    return ["model", *map(heading, columns), "repaired"], lines
 
 
 def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
@@ -289,7 +334,7 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
     if improvements:
         lines.append(["mean", "", "", f"{sum(improvements) / len(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}
-    return ["model", "precision", _heading(metrics.pop()) if len(metrics) == 1 else "perplexity", "improvement"], lines
+    return ["model", "precision", heading(metrics.pop()) if len(metrics) == 1 else "perplexity", "improvement"], lines
 
 
 def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:
@@ -320,5 +365,5 @@ def explained(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
     text = f"Perplexity and KL on {comparison.test}."
     if comparison.baseline is not None:
-        text += f" Repaired = share of the damage to {_heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
+        text += f" Repaired = share of the damage to {heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
     return text

@@ -17,7 +17,7 @@ from torch import Tensor
 from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher, writing
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
-from nybble.config import CompressOptions, DistillOptions
+from nybble.config import CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
 from nybble.errors import OptionError
@@ -29,7 +29,8 @@ from nybble.quantized import QuantizedWeight
 
 log = logging.getLogger("nybble")
 
-Options = CompressOptions | DistillOptions
+TextOptions = CompressOptions | DistillOptions
+Options = TextOptions | TuneOptions
 # Fewer sequences than this are no calibration.
 _LEAST_CALIBRATION = 8
 
@@ -38,6 +39,7 @@ _LEAST_CALIBRATION = 8
 class Sequences:
     """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
 
+    `test_source` says in words what the test sequences are.
     With --data self, those of the training text are on the device "meta", without values, until the model has written them.
     """
 
@@ -45,6 +47,7 @@ class Sequences:
     calibration: Tensor
     validation: Rows
     test: Rows
+    test_source: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Job:
     Attributes:
         options: resolved.
         head: the 16-bit head, a copy.
+        score: model and tokenizer -> more measures, beside perplexity, KL and lm-eval's tasks.
     """
 
     run: Run
@@ -62,6 +66,7 @@ class Job:
     plan: models.Plan
     sequences: Sequences
     head: Head
+    score: Callable[[Any, Any], dict[str, float]] = lambda model, tokenizer: {}
 
     @property
     def grid(self) -> Grid:
@@ -120,7 +125,7 @@ def opened(
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
             run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": method, "machine": checkpoint.machine()}
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
-            run.results["test"] = f"the test split of {' + '.join(_evaluated(options))} ({len(sequences.test)} x {options.seq_len} tokens)"
+            run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
             yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
     finally:
         run.close()
@@ -214,6 +219,7 @@ def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenize
             log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
             tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
             measured |= evaluate.columns(tasks)
+        measured |= job.score(model, tokenizer)
     run.results["models"][row] = measured | {"bytes": size}
     run.save_results()
     log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
@@ -279,7 +285,7 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
 
 
-def sequences_of(options: Options, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
+def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
     """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
     see all parts of it. The first of the one are the first of the other.
 
@@ -299,7 +305,7 @@ def sequences_of(options: Options, loaded: models.LoadedModel, method: str, trai
         )
     else:
         what, minimum = "training" if train else "calibration", max(least, min(_LEAST_CALIBRATION, calibrate))
-        rows = mixture.mix([_rows(options, loaded, name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else _NO_ROWS
+        rows = mixture.mix([_rows(options, loaded, name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
         if len(rows) < minimum:
             raise data.too_few(what, minimum, options.seq_len, len(rows))
     evaluated = data.Mixture.parse(_evaluated(options))
@@ -308,19 +314,21 @@ def sequences_of(options: Options, loaded: models.LoadedModel, method: str, trai
         parts = [_rows(options, loaded, name, split, split) for name in evaluated.names]
         return evaluated.mix(parts, count, options.seed) if evaluated.weights and count else Rows.cat(parts)[: count or None]
 
-    return Sequences(rows[:train], rows.ids[:calibrate], held("validation", validation) if validation else _NO_ROWS, held("test", options.test_samples))
+    validated = held("validation", validation) if validation else NO_ROWS
+    source = f"the test split of {' + '.join(_evaluated(options))}"
+    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source)
 
 
-_NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
+NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
 
 
-def _evaluated(options: Options) -> tuple[str, ...]:
+def _evaluated(options: TextOptions) -> tuple[str, ...]:
     """Sources of validation and test text."""
     written = all(name == data.SELF or Path(name).suffix == Path(writing.FILE).suffix for name in data.Mixture.parse(options.data).names)
     return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
 
 
-def _rows(options: Options, loaded: models.LoadedModel, name: str, split: str, what: str) -> Rows:
+def _rows(options: TextOptions, loaded: models.LoadedModel, name: str, split: str, what: str) -> Rows:
     """All sequences of a split of one source."""
     if Path(name).suffix == Path(writing.FILE).suffix:
         if split != "train":

@@ -75,6 +75,8 @@ class Trainer:
         loss: indices of sequences [M] -> mean loss over their tokens.
         draw: step -> indices of the sequences of that step [batch_size].
         step_context: what to hold around all microbatches of a step (the step cache).
+        passes: forwards and backwards of the whole batch in a step, whose mean is the loss.
+        enter: called with the step and the number of the pass before each.
         weight: indices of sequences [M] -> what their mean loss counts for in that of the batch (their tokens); default: M.
     """
 
@@ -86,12 +88,15 @@ class Trainer:
         draw: Callable[[int], Tensor],
         step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         weight: Callable[[Tensor], int] = len,
+        passes: int = 1,
+        enter: Callable[[int, int], None] = lambda step, number: None,
     ) -> None:
         from accelerate import Accelerator
 
         # The device is the model's business; accelerate moves nothing here.
         self.accelerator = Accelerator(cpu=not any(p.is_cuda for group in groups for p in group["params"].values()))
         self.recipe, self.loss, self.draw, self.step_context, self.weight = recipe, loss, draw, step_context, weight
+        self.passes, self.enter = passes, enter
         self.parameters: dict[str, nn.Parameter] = {name: p for group in groups for name, p in group["params"].items()}
         plain = [group | {"params": list(group["params"].values())} for group in groups]
         self.optimizer = torch.optim.AdamW(plain, fused=True)
@@ -129,11 +134,13 @@ class Trainer:
         mine = batch[accelerator.process_index :: accelerator.num_processes]
         whole = self.weight(batch)
         total = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        with self.step_context():
-            for micro in mine.split(self.recipe.microbatch):
-                loss = self.loss(micro) * (self.weight(micro) / whole)
-                accelerator.backward(loss)
-                total += loss.detach()
+        for number in range(self.passes):
+            self.enter(step, number)
+            with self.step_context():
+                for micro in mine.split(self.recipe.microbatch):
+                    loss = self.loss(micro) * (self.weight(micro) / (whole * self.passes))
+                    accelerator.backward(loss)
+                    total += loss.detach()
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
             for parameter in self.parameters.values():

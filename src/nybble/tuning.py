@@ -35,6 +35,7 @@ class Course:
         steps_per_epoch: optimizer steps between validations.
         tokens: in a step, for the rate that people see.
         draw, loss, weight: see Trainer.
+        passes, enter: see Trainer.
         validate: measures on held-out text; what must fall is under `criterion`.
         describe: what was measured -> words.
     """
@@ -47,14 +48,17 @@ class Course:
     validate: Callable[[], dict[str, float]]
     criterion: str
     describe: Callable[[dict[str, float]], str]
+    passes: int = 1
+    enter: Callable[[int, int], None] = lambda step, number: None
 
 
-def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int) -> Any:
+def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int, length: int) -> Any:
     """Fill in cache and microbatch, print the estimate, refuse a disk that is too small, and warn of memory.
 
     Args:
         rank: of the adapters.
         states: tokens whose teacher states are kept on the disk.
+        length: tokens in the longest sequence that is trained on.
 
     Returns: the options.
     """
@@ -70,12 +74,12 @@ def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequenc
     available = stages.free_memory(loaded)
     cache = options.cache
     if cache == "auto":
-        cache = "step" if estimate.memory(*sizes, options.seq_len, CHUNK, True) < 0.7 * available else "recompute"
+        cache = "step" if estimate.memory(*sizes, length, CHUNK, True) < 0.7 * available else "recompute"
     microbatch = options.microbatch or estimate.pick_microbatch(
-        *sizes, options.seq_len, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
+        *sizes, length, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
     )
     calibration = stages.check_calibration(options, options.start, sequences)
-    memory = estimate.memory(*sizes, microbatch * options.seq_len, CHUNK, cache == "step")
+    memory = estimate.memory(*sizes, microbatch * length, CHUNK, cache == "step")
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
@@ -104,6 +108,8 @@ def train(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear],
         course.draw,
         partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext,
         course.weight,
+        course.passes,
+        course.enter,
     )
     last, best = run.path / "last.safetensors", run.path / "best.safetensors"
     if last.exists():

@@ -1,0 +1,290 @@
+"""The flow of `nybble tune`: a 4-bit model learns a downstream task, with adapters of elastic rank; then the best ranks are chosen.
+
+load -> rows of the task -> compress -> insert -> train, a random configuration a step -> choose on held-out rows -> absorb -> save -> export -> measure
+
+What is chosen (epoch, configuration) is chosen on held-out rows; the test rows are scored once. `--select_on test` is the exception, and is called so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble import absorb, checkpoint, data, evaluate, models, questions, ranks, report, stages, tuning
+from nybble.config import TuneOptions
+from nybble.console import bar, console
+from nybble.data import Rows
+from nybble.errors import RunError
+from nybble.layers import FakeQuantizedLoRALinear
+from nybble.losses import Head
+from nybble.questions import Question, Score, Task
+from nybble.ranks import Configuration
+from nybble.stages import NO_ROWS, Job, Sequences
+from nybble.tuning import Course
+
+log = logging.getLogger("nybble")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a task gives to a run.
+
+    Attributes:
+        task: rows.
+        texts: encoded training texts.
+        held_out: the rows that are chosen by.
+        space: ranks.
+        count: decoder layers.
+    """
+
+    task: Task
+    texts: Sequence[tuple[list[int], int]]
+    held_out: Sequence[Question]
+    space: tuple[int, ...]
+    count: int
+
+
+def tune(options: TuneOptions) -> Path:
+    """Run the whole flow, or with --eval_only its last step; returns the run folder. Raises NybbleError for whatever a person can repair."""
+    options.check()
+    space = ranks.space_of(options.lora_rank_space)
+    options = replace(options, lora_rank_space=space)
+    if not options.task.endswith(".jsonl"):
+        options = replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
+    if options.eval_only and not (options.folder / "best.safetensors").is_file():
+        raise RunError(f"--eval_only needs a trained run in {options.folder}; there is no best.safetensors; train first")
+    custom = options.custom_rank_config
+    if options.eval_only:  # a trial leaves the run's own options alone
+        options = replace(options, custom_rank_config=())
+    lessons: list[Lesson] = []
+
+    def cut(loaded: models.LoadedModel) -> Sequences:
+        lessons.append(_prepare(options, loaded, space, custom))
+        return _sequences(options, loaded, lessons[0])
+
+    def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> TuneOptions:
+        return _resolve(options, loaded, plan, sequences, lessons[0])
+
+    with stages.opened(options, options.start, "--start", cut, resolve) as job:
+        job = replace(job, score=_own_score(job, lessons[0]))
+        _test_one(job, lessons[0], custom) if options.eval_only else _run(job, lessons[0])
+        return job.run.path
+
+
+# --- before training ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int, ...], custom: Configuration) -> Lesson:
+    task = questions.load_task(options.task, options.data_dir, options.seed, options.train_rows)
+    count = len(set(ranks.decoder_layers(list(models.plan(loaded.model).int4)).values()))
+    if custom:
+        ranks.check_configuration(custom, space, count)
+    texts = questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
+    order = data.order(len(task.held_out), len(task.held_out), options.seed)[: options.select_rows or None]
+    held_out = [task.held_out[i] for i in order.tolist()]
+    log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out), task.metric)
+    return Lesson(task, texts, held_out, space, count)
+
+
+def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
+    """Right answers as running text, for calibration and for perplexity and KL beside the task's own measure."""
+    tokenizer, length = loaded.tokenizer, min(options.seq_len, 256)
+
+    def joined(texts: Sequence[tuple[list[int], int]], what: str, least: int) -> torch.Tensor:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        tokens = torch.tensor([token for ids, _ in texts for token in (*ids, *end)], dtype=torch.int64)
+        rows = data.cut(tokens, length)
+        if len(rows) < least:
+            raise data.too_few(what, least, length, len(rows), len(tokens))
+        return rows[data.order(len(rows), len(rows), options.seed)]
+
+    calibration = joined(lesson.texts, "training", 1)[: options.calib_samples]
+    test = joined(questions.encode_gold(tokenizer, lesson.task.held_out, options.seq_len), "held-out", 1)[: options.test_samples or None]
+    return Sequences(NO_ROWS, calibration, NO_ROWS, Rows.of(test), f"held-out rows of {lesson.task.name} with their right answers")
+
+
+def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, lesson: Lesson) -> TuneOptions:
+    steps = _steps_per_epoch(options, lesson)
+    log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
+             " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
+    longest = max(len(ids) for ids, _ in lesson.texts)
+    return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), sequences.test.ids.numel(), longest)  # type: ignore[no-any-return]
+
+
+def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
+    return max(1, len(lesson.texts) // options.batch_size)
+
+
+def _own_score(job: Job, lesson: Lesson) -> Any:
+    """A task of one's own is scored here, not by lm-eval."""
+    scored, name = lesson.task.scored, Path(lesson.task.name).stem
+
+    def score(model: Any, tokenizer: Any) -> dict[str, float]:
+        if not scored:
+            return {}
+        found = questions.score(model, Head.of(model), tokenizer, scored, lesson.task.by_length, job.options.seq_len)
+        measured = {f"task:{name} log_likelihood": found.log_likelihood}
+        return measured if found.accuracy is None else {f"task:{name} acc": found.accuracy} | measured
+
+    return score
+
+
+# --- the flow -----------------------------------------------------------------------------------------------------------------
+
+
+def _run(job: Job, lesson: Lesson) -> None:
+    run, options, loaded = job.run, job.options, job.loaded
+    run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
+    states = stages.teach(job, {"test": job.sequences.test}, 1)
+    reference = evaluate.logits_from_states(job.head, states["test"])
+    stages.measure_16bit(job, reference)
+    if not job.quantized.exists():
+        starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
+        compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
+        with tuning.fixed_weights(options, layers):
+            stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
+        tuning.train(run, options, layers, _course(job, lesson, layers))
+        chosen = options.custom_rank_config or _choose(job, lesson, layers)
+        ranks.activate(layers, chosen)
+        run.results["configuration"] = list(chosen)
+        with run.stage("absorb"):
+            tuned = absorb.absorb(loaded.model, layers)
+            run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
+            run.save_results()
+            checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
+    stages.measure_saved(job, reference, "tuned")
+    stages.finish(run, _judge(job, lesson))
+
+
+def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int) -> Configuration:
+    """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other."""
+    if options.sampling == "sandwich" and number < 2:
+        return ranks.uniform((max, min)[number](lesson.space), lesson.count)
+    return ranks.sample(lesson.space, lesson.count, options.seed, step)
+
+
+def _course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
+    """Cross-entropy of the answers; validated by their log-likelihood at the middle configuration."""
+    options, model, texts = job.options, job.loaded.model, lesson.texts
+    head, everything = Head.of(model), options.loss_on == "all"
+    steps = _steps_per_epoch(options, lesson)
+    order = data.order(len(texts), steps * options.epochs * options.batch_size, options.seed)
+
+    def batch(indices: torch.Tensor) -> questions.Batch:
+        return questions.pad([texts[i] for i in indices.tolist()], everything)
+
+    def validate() -> dict[str, float]:
+        ranks.activate(layers, ranks.middle(lesson.space, lesson.count))
+        found = _score(job, lesson)
+        return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
+
+    return Course(
+        steps_per_epoch=steps,
+        tokens=options.batch_size * sum(len(ids) for ids, _ in texts) // len(texts),
+        draw=lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
+        loss=lambda indices: batch(indices).losses(model, head).mean(),
+        weight=lambda indices: int(batch(indices).counted.sum()),
+        validate=validate,
+        criterion="loss",
+        describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
+        passes=3 if options.sampling == "sandwich" else 1,
+        enter=lambda step, number: ranks.activate(layers, _configuration(options, lesson, step, number)),
+    )
+
+
+def _score(job: Job, lesson: Lesson) -> Score:
+    model = job.loaded.model
+    return questions.score(model, Head.of(model), job.loaded.tokenizer, lesson.held_out, lesson.task.by_length, job.options.seq_len)
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------------------
+
+
+def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
+    """Configuration -> why it is one: the middle of the space, what was trained most often, the least losses of training; the largest."""
+    options, training = job.options, job.run.results["training"]
+    if len(lesson.space) == 1:
+        return {ranks.uniform(lesson.space[0], lesson.count): "the only one"}
+    seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
+    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.most_frequent(seen): "most frequent"}
+    for i, configuration in enumerate(ranks.least_loss(seen, [row["loss"] for row in training], options.num_min_loss_configs)):
+        found.setdefault(configuration, f"least loss {i + 1}")
+    return found
+
+
+def _choose(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Configuration:
+    """The candidate with the best score on held-out rows; what each scored goes into the results."""
+    run, options, found = job.run, job.options, candidates(job, lesson)
+    on_test = options.select_on == "test"
+    rows: list[dict[str, Any]] = []
+    scores: list[Score] = []
+    with run.stage("choose"), bar("choose", len(found), "best") as advance:
+        for configuration, why in found.items():
+            ranks.activate(layers, configuration)
+            with _for_measuring(options, layers):
+                score = _score(job, lesson)
+                row = {"why": why, "configuration": list(configuration), "log_likelihood": score.log_likelihood, "accuracy": score.accuracy}
+                if on_test:
+                    row["test"] = _test_metric(job, lesson)
+            rows.append(row)
+            scores.append(score)
+            advance(1, best=f"{max(row['log_likelihood'] for row in rows):.4f}")
+    best = max(range(len(rows)), key=lambda i: rows[i]["test"] if on_test else rows[i]["log_likelihood"])
+    for row, score in zip(rows, scores, strict=True):
+        row["behind"], row["error"] = scores[best].better_by(score)
+    run.results["candidates"], run.results["selected_on"] = rows, options.select_on
+    log.info("of %d candidates the best on %s rows: %s, %s", len(rows), "test" if on_test else "held-out", rows[best]["why"],
+             " ".join(map(str, rows[best]["configuration"])))  # fmt: skip
+    return tuple(rows[best]["configuration"])
+
+
+def _for_measuring(options: TuneOptions, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Any:
+    """Weights quantized once, with --fast_eval or where training does so too."""
+    return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
+
+
+def _test_metric(job: Job, lesson: Lesson) -> float:
+    """The task's own figure on its test rows."""
+    options, model, tokenizer = job.options, job.loaded.model, job.loaded.tokenizer
+    if lesson.task.scored:
+        return next(iter(job.score(model, tokenizer).values()))
+    measured = evaluate.run_tasks(model, tokenizer, [options.task], options.eval_batch_size, options.task_limit, options.data_dir)
+    return float(measured[options.task][lesson.task.metric])
+
+
+def _test_one(job: Job, lesson: Lesson, custom: Configuration) -> None:
+    """--eval_only: measure one configuration of a trained run on the task's test rows."""
+    run, options = job.run, job.options
+    chosen = custom or tuple(run.results.get("configuration", ())) or ranks.middle(lesson.space, lesson.count)
+    _, _, layers = tuning.insert_layers(job, max(lesson.space))
+    tensors, _ = checkpoint.load_tensors(run.path / "best.safetensors")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            layer, leaf = name.rsplit(".", 1)
+            getattr(layers[layer], leaf).copy_(tensor)
+    ranks.activate(layers, chosen)
+    with run.stage("test"), _for_measuring(options, layers):
+        value = _test_metric(job, lesson)
+    tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": options.fast_eval}
+    run.results.setdefault("tested", []).append(tested)
+    run.save_results()
+    console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
+
+
+def _judge(job: Job, lesson: Lesson) -> list[str]:
+    """Warnings in plain words."""
+    results, warnings = job.run.results, []
+    if results.get("best_step") == 0:
+        warnings.append("no epoch of tuning was better on held-out rows than the compressed start, so the start was kept; use more rows or another --lr")
+    if results.get("selected_on") == "test":
+        warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
+    column = f"task:{Path(lesson.task.name).stem} {lesson.task.metric}"
+    before, after = (results["models"].get(row, {}).get(column) for row in ("compressed", "tuned"))
+    if before is not None and after is not None and after < before:
+        warnings.append(f"tuning made {report.heading(column)} on the test rows worse: {before:.4f} before, {after:.4f} after")
+    return warnings

@@ -1,0 +1,83 @@
+"""Questions are what lm-eval asks, and their scores what lm-eval finds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import evaluate, questions
+from nybble.losses import Head
+from nybble.questions import Question, Score
+
+from .tiny import make_model, make_tokenizer
+
+
+@pytest.mark.parametrize("name", ["openbookqa", pytest.param("winogrande", marks=pytest.mark.slow), pytest.param("arc_easy", marks=pytest.mark.slow)])
+def test_scores_are_lm_evals(name: str, shared_data: Path) -> None:
+    model, tokenizer, count = make_model("smollm", max_position_embeddings=512), make_tokenizer(begin=True), 12
+    task = evaluate.open_task(name, str(shared_data))
+    rows = list(task.test_docs() if task.has_test_docs() else task.validation_docs())[:count]
+    asked = [questions._rendered(task, row) for row in rows]
+    found = questions.score(model, Head.of(model), tokenizer, asked, evaluate.metric_of(task) == "acc_norm", 512)
+    theirs = evaluate.run_tasks(model, tokenizer, [name], 4, count, str(shared_data))[name][evaluate.metric_of(task)]
+    assert found.accuracy == pytest.approx(theirs)
+    assert 0 < theirs < 1, "a score at the end of the scale would say little"
+
+
+def test_pairs_are_encoded_as_lm_eval_does() -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    for begin in (False, True):
+        tokenizer = make_tokenizer(begin)
+        theirs = HFLM(pretrained=make_model("smollm"), tokenizer=tokenizer)
+        for prompt, answer in (("a b", " c"), ("a b ", "c"), ("a b\n", " c d")):
+            ids, count = questions.encode(tokenizer, prompt, answer)
+            assert (ids[:count], ids[count:]) == tuple(theirs._encode_pair(prompt, answer))
+
+
+def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None:
+    model, tokenizer = make_model("llama", dtype=torch.float64), make_tokenizer()
+    question = Question((("ask", " yes"), ("ask", " no, never")), 1, (3, 9))
+    sums = []
+    for prompt, answer in question.pairs:
+        ids = torch.tensor([tokenizer(prompt + answer).input_ids])
+        log_q = model(ids).logits[0].log_softmax(-1)
+        sums.append(sum(float(log_q[t - 1, ids[0, t]]) for t in range(3, ids.shape[1])))
+    for by_length, values in ((False, sums), (True, [sums[0] / 3, sums[1] / 9])):
+        expected = float(torch.tensor(values, dtype=torch.float64).log_softmax(0)[1])
+        found = questions.score(model, Head.of(model), tokenizer, [question] * 3, by_length, 64)
+        assert found.log_likelihoods == pytest.approx([expected] * 3, abs=1e-5)
+        assert found.correct == (values[1] > values[0],) * 3
+    (alone,) = questions.score(model, Head.of(model), tokenizer, [Question((("ask", " yes"),), 0)], False, 64).log_likelihoods
+    assert alone == pytest.approx(sums[0] / 4, abs=1e-5)  # of 4 tokens
+
+
+def test_padding_changes_nothing() -> None:
+    model, tokenizer = make_model("gemma2"), make_tokenizer(begin=True)
+    head = Head.of(model)
+    texts = [questions.encode(tokenizer, "p" * n, " answer") for n in (1, 20, 7)]
+    together = questions.pad(texts)
+    apart = [questions.pad([text]) for text in texts]
+    with torch.no_grad():
+        sums = together.sums(together.losses(model, head))
+        torch.testing.assert_close(sums, torch.cat([batch.sums(batch.losses(model, head)) for batch in apart]), rtol=1e-5, atol=1e-4)
+    assert together.counted.sum(1).tolist() == [7, 7, 7]
+    everything = questions.pad(texts, everything=True)
+    assert everything.counted.sum(1).tolist() == [len(ids) - 1 for ids, _ in texts]
+
+
+def test_candidates_are_compared_row_by_row() -> None:
+    one, other = Score((-1.0, -2.0, -3.0), (True, False, True)), Score((-1.5, -2.5, -3.5), ())
+    assert one.better_by(other) == (0.5, 0.0)
+    assert one.accuracy == pytest.approx(2 / 3)
+    assert other.accuracy is None
+    assert one.log_likelihood == -2.0
+
+
+def test_held_out_rows_come_from_validation_or_are_kept_from_training(shared_data: Path) -> None:
+    arc = questions.load_task("arc_challenge", str(shared_data), 0, most=50)
+    assert (len(arc.train), len(arc.held_out), arc.metric) == (50, 299, "acc_norm")
+    maths = questions.load_task("gsm8k", str(shared_data), 0, most=100)
+    assert (len(maths.train), len(maths.held_out), maths.metric) == (100, 500, "exact_match,strict-match")
+    assert not {q.pairs for q in maths.train} & {q.pairs for q in maths.held_out}
+    assert [q.pairs for q in questions.load_task("gsm8k", str(shared_data), 1, most=100).train] != [q.pairs for q in maths.train]

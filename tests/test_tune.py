@@ -1,0 +1,185 @@
+"""The flow on a task: what is chosen and by which rows, interruption, one configuration tested, fast and slow measuring alike, bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble import checkpoint, ranks
+from nybble.cli import main
+from nybble.config import TuneOptions
+from nybble.tune import tune
+
+from .test_families import interrupt_after
+from .tiny import save_model
+
+
+def write_task(path: Path, rows: int = 60) -> Path:
+    """Which letter follows: three choices."""
+    with path.open("w") as file:
+        for i in range(rows):
+            letters = [chr(97 + (i + k) % 6) for k in range(4)]
+            row = {"prompt": " ".join(letters[:3]), "choices": [letters[3], "0", "#"], "answer": 0}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def options(folder: Path, **changes: Any) -> TuneOptions:
+    model = folder / "model"
+    if not model.exists():
+        save_model(model, "smollm")
+    task = folder / "letters.jsonl"
+    if not task.exists():
+        write_task(task)
+    base: dict[str, Any] = {
+        "pretrained": str(model), "output_dir": str(folder / "run"), "task": str(task), "seq_len": 32, "epochs": 2, "batch_size": 8,
+        "microbatch": 4, "lr": 1e-2, "lora_rank_space": (8, 4, 2), "num_min_loss_configs": 2, "export": (), "start": "rtn",
+        "save_every": 2, "tensorboard": False, "test_samples": 2,
+    }  # fmt: skip
+    return TuneOptions(**base | changes)
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+def codes(run: Path) -> bytes:
+    return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
+
+
+def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
+    tune(options(tmp_path, epochs=6))
+    found = results(tmp_path / "run")
+    losses = [row["loss"] for row in found["training"]]
+    assert len(losses) == 6 * (48 // 8)
+    assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
+    assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
+    candidates = found["candidates"]
+    assert [row["why"] for row in candidates[:1]] == ["median"]
+    assert 3 <= len(candidates) <= 4  # median, most frequent, two of the least loss; equal ones are one
+    best = max(candidates, key=lambda row: row["log_likelihood"])
+    assert found["configuration"] == best["configuration"]
+    assert best["behind"] == 0
+    assert all(row["behind"] >= 0 for row in candidates)
+    assert found["selected_on"] == "held_out"
+
+
+def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(options(tmp_path, output_dir=str(tmp_path / "undisturbed")))
+    with monkeypatch.context() as patch:
+        interrupt_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(options(tmp_path))
+    assert not (tmp_path / "run" / "quantized").exists()
+    tune(options(tmp_path, resume=True))
+    assert codes(tmp_path / "run") == codes(tmp_path / "undisturbed")
+    assert results(tmp_path / "run")["configuration"] == results(tmp_path / "undisturbed")["configuration"]
+
+
+@pytest.mark.parametrize("start", ["rtn", "se"])
+def test_one_configuration_is_measured_alike_fast_and_slow(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(options(tmp_path, start=start, cache="recompute"))
+    before = codes(tmp_path / "run")
+    for fast in (False, True):
+        tune(options(tmp_path, start=start, resume=True, eval_only=True, fast_eval=fast, custom_rank_config=(8, 2)))
+    tune(options(tmp_path, start=start, resume=True, eval_only=True))
+    found = results(tmp_path / "run")
+    slow, fast_, chosen = found["tested"]
+    assert slow["configuration"] == fast_["configuration"] == [8, 2]
+    assert slow["acc"] == fast_["acc"]
+    assert chosen["configuration"] == found["configuration"]
+    assert chosen["acc"] == found["models"]["tuned"]["task:letters acc"], "the adapters in place and the absorbed model are the same"
+    assert codes(tmp_path / "run") == before
+    assert "letters.jsonl at ranks 8 2: acc" in capsys.readouterr().out
+
+
+def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
+    tune(options(tmp_path, lora_rank_space=(4,)))
+    found = results(tmp_path / "run")
+    assert [row["why"] for row in found["candidates"]] == ["the only one"]
+    assert found["configuration"] == [4, 4]
+
+
+def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = ranks.activate
+
+    def spy(layers: Any, configuration: Any) -> None:
+        seen.append(configuration)
+        original(layers, configuration)
+
+    monkeypatch.setattr(ranks, "activate", spy)
+    tune(options(tmp_path, sampling="sandwich", epochs=1))
+    first_step = seen[1:4]  # after the validation of the start
+    assert first_step[:2] == [(8, 8), (2, 2)]
+    assert first_step[2] == ranks.sample((8, 4, 2), 2, 0, 0)
+
+
+def test_choosing_on_test_is_called_so(tmp_path: Path) -> None:
+    tune(options(tmp_path, select_on="test"))
+    found = results(tmp_path / "run")
+    assert found["selected_on"] == "test"
+    assert "chosen on the test rows" in " ".join(found["warnings"])
+    assert all("test" in row for row in found["candidates"])
+
+
+def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
+    from nybble.questions import load_task
+
+    task = load_task(str(write_task(tmp_path / "letters.jsonl")), None, 0)
+    prompts = [{question.pairs[0][0] + str(i // 6) for i, question in enumerate(part)} for part in (task.train, task.held_out, task.scored)]
+    assert [len(part) for part in (task.train, task.held_out, task.scored)] == [48, 6, 6]
+    assert all(prompts)
+
+
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, task: str | None = None) -> str:
+    base = options(tmp_path)
+    arguments = ["tune", "--pretrained", base.pretrained, "--output_dir", str(tmp_path / "new"), "--task", task or base.task, "--export", *flags]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert not (tmp_path / "new" / "results.json").exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--lora_rank_space must be one or more ranks of at least 1" in refused(tmp_path, capsys, "--lora_rank_space")
+    assert "one rank for each of the 2 decoder layers; got 3" in refused(tmp_path, capsys, "--custom_rank_config", "32", "24", "16")
+    assert "from the space 32 24 16; got 5" in refused(tmp_path, capsys, "--custom_rank_config", "32", "5")
+    assert "--eval_only needs --resume" in refused(tmp_path, capsys, "--eval_only")
+    assert "there is no best.safetensors; train first" in refused(tmp_path, capsys, "--eval_only", "--resume")
+    assert "--tasks must name lm-eval tasks; got arc_esy; did you mean arc_easy" in refused(tmp_path, capsys, task="arc_esy")
+    assert "must be a file with one JSON object a line" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')
+    assert "row 1 must have prompt, choices" in refused(tmp_path, capsys, task=str(tmp_path / "wrong.jsonl"))
+    assert "an answer must have tokens within --seq_len 8" in refused(tmp_path, capsys, "--seq_len", "8", task=str(write_long(tmp_path)))
+    assert main(["tune", "--pretrained", "x"]) == 2
+    assert "--task is required" in capsys.readouterr().err
+
+
+def write_long(folder: Path) -> Path:
+    (folder / "long.jsonl").write_text('{"prompt": "a prompt of many tokens", "completion": "and words"}\n' * 20)
+    return folder / "long.jsonl"
+
+
+def test_another_space_or_task_on_resume_is_refused(tmp_path: Path) -> None:
+    from nybble.errors import RunError
+
+    tune(options(tmp_path, epochs=1))
+    with pytest.raises(RunError, match="--lora_rank_space was"):
+        tune(options(tmp_path, epochs=1, resume=True, lora_rank_space=(8, 4)))
+    with pytest.raises(RunError, match="--task was"):
+        tune(options(tmp_path, epochs=1, resume=True, task=str(write_task(tmp_path / "other.jsonl"))))
+
+
+def test_answers_of_ones_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2))
+    tune(options(tmp_path, task=str(path), epochs=3))
+    found = results(tmp_path / "run")
+    models = found["models"]
+    assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
+    assert found["candidates"][0]["accuracy"] is None
+    assert torch.isfinite(torch.tensor([row["log_likelihood"] for row in found["candidates"]])).all()
