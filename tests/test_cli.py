@@ -89,7 +89,7 @@ def test_the_recipes_are_valid() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("distil", "unknown command distil; did you mean distill?; the commands are distill, tune, compress, export, eval, inspect, report, env"),
+        ("distil", "unknown command distil; did you mean distill?; the commands are distill, tune, search, compress, export, eval, inspect, report, env"),
         ("distill --pretraind m", "unknown flag --pretraind of nybble distill; did you mean --pretrained?; see nybble distill --help"),
         ("distill --batch_sizes 3", "unknown flag --batch_sizes of nybble distill; did you mean --batch_size?; see nybble distill --help"),
         ("distill", "--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2"),

@@ -209,6 +209,11 @@ class Run:
         write_text(self.path / RESULTS, json.dumps(self.results, indent=2) + "\n")
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of a run; {} where there is none."""
+    return json.loads((path / RESULTS).read_text()) if (path / RESULTS).is_file() else {}
+
+
 def read_options(path: Path) -> dict[str, Any]:
     """Values in the config.toml of a run; RunError if this is not a run folder."""
     import tomllib

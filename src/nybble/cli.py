@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, ReportOptions, TuneOptions, from_toml
+from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, ReportOptions, SearchOptions, TuneOptions, from_toml
 from nybble.errors import NybbleError, OptionError
 
 
@@ -32,6 +32,12 @@ def _tune(options: TuneOptions) -> None:
     from nybble.tune import tune
 
     tune(options)
+
+
+def _search(options: SearchOptions) -> None:
+    from nybble.search import search
+
+    search(options)
 
 
 def _compress(options: CompressOptions) -> None:
@@ -70,6 +76,7 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "distill": (DistillOptions, _distill),
     "tune": (TuneOptions, _tune),
+    "search": (SearchOptions, _search),
     "compress": (CompressOptions, _compress),
     "export": (ExportOptions, _export),
     "eval": (EvalOptions, _eval),
@@ -81,6 +88,7 @@ USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model 
 
   nybble distill --pretrained MODEL     distil the 16-bit model into its own 4-bit self, export, measure
   nybble tune --pretrained MODEL --task T   tune it in 4 bits on a downstream task, adapters of elastic rank; export, measure
+  nybble search RUN                     search for better ranks after tune, and compare with random draws
   nybble compress --pretrained MODEL    compress it without training: rtn, awq, se, gptq, blockwise; export, measure
   nybble export RUN --to openvino       export a finished run again
   nybble eval MODEL_OR_RUN              perplexity, KL to a teacher, lm-eval tasks

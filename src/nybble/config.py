@@ -228,6 +228,22 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Search for better ranks after nybble tune, and compare what is found with tune's own choice and with random draws."""
+
+    run: Positional[str]  # Folder of a finished run of nybble tune.
+    trials: int = 50  # Configurations to try, counting those of earlier sittings.
+    sampler: Literal["nsga2", "tpe", "hill", "random"] = "tpe"  # How the next one is proposed.
+    random_draws: bool = True  # As many random draws besides, to compare with.
+    seed: int = 0  # Of the search.
+    apply: bool = False  # Put the best in place of tune's choice: absorb, save, export, measure.
+
+    def check(self) -> None:
+        """Raise OptionError for impossible values."""
+        _require(self, ("trials",), lambda value: value >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Export a finished run to other runtimes."""
 

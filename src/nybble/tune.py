@@ -8,7 +8,8 @@ What is chosen (epoch, configuration) is chosen on held-out rows; the test rows 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nybble.data import Rows
 from nybble.errors import RunError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head
+from nybble.quantized import QuantizedWeight
 from nybble.questions import Question, Score, Task
 from nybble.ranks import Configuration
 from nybble.stages import NO_ROWS, Job, Sequences
@@ -38,6 +40,7 @@ class Lesson:
         task: rows.
         texts: encoded training texts.
         held_out: the rows that are chosen by.
+        fresh: held-out rows that nothing is chosen by.
         space: ranks.
         count: decoder layers.
     """
@@ -45,22 +48,62 @@ class Lesson:
     task: Task
     texts: Sequence[tuple[list[int], int]]
     held_out: Sequence[Question]
+    fresh: Sequence[Question]
     space: tuple[int, ...]
     count: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run, opened again: its layers hold the adapters of the best epoch.
+
+    Attributes:
+        compressed: what the run started from, 8-bit weights included.
+    """
+
+    job: Job
+    lesson: Lesson
+    layers: dict[str, FakeQuantizedLoRALinear]
+    compressed: dict[str, QuantizedWeight]
+
+    def score(self, configuration: Configuration, rows: Sequence[Question]) -> Score:
+        """Of one configuration on held-out rows."""
+        ranks.activate(self.layers, configuration)
+        with _for_measuring(self.job.options, self.layers):
+            return _score(self.job, self.lesson, rows)
 
 
 def tune(options: TuneOptions) -> Path:
     """Run the whole flow, or with --eval_only its last step; returns the run folder. Raises NybbleError for whatever a person can repair."""
     options.check()
+    custom = options.custom_rank_config
+    if options.eval_only:
+        _check_trained(options.folder)
+        options = replace(options, custom_rank_config=())  # a trial leaves the run's own options alone
+    with _opened(options, custom) as (job, lesson):
+        _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson)
+        return job.run.path
+
+
+@contextmanager
+def reopened(options: TuneOptions) -> Iterator[Trained]:
+    """A run that was trained, with the options that it was trained with."""
+    _check_trained(options.folder)
+    with _opened(options, ()) as (job, lesson):
+        yield _trained(job, lesson)
+
+
+def _check_trained(path: Path) -> None:
+    if not (path / "best.safetensors").is_file():
+        raise RunError(f"{path} must be a run that was trained; there is no best.safetensors; train first")
+
+
+@contextmanager
+def _opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, Lesson]]:
     space = ranks.space_of(options.lora_rank_space)
     options = replace(options, lora_rank_space=space)
     if not options.task.endswith(".jsonl"):
         options = replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
-    if options.eval_only and not (options.folder / "best.safetensors").is_file():
-        raise RunError(f"--eval_only needs a trained run in {options.folder}; there is no best.safetensors; train first")
-    custom = options.custom_rank_config
-    if options.eval_only:  # a trial leaves the run's own options alone
-        options = replace(options, custom_rank_config=())
     lessons: list[Lesson] = []
 
     def cut(loaded: models.LoadedModel) -> Sequences:
@@ -71,9 +114,7 @@ def tune(options: TuneOptions) -> Path:
         return _resolve(options, loaded, plan, sequences, lessons[0])
 
     with stages.opened(options, options.start, "--start", cut, resolve) as job:
-        job = replace(job, score=_own_score(job, lessons[0]))
-        _test_one(job, lessons[0], custom) if options.eval_only else _run(job, lessons[0])
-        return job.run.path
+        yield replace(job, score=_own_score(job, lessons[0])), lessons[0]
 
 
 # --- before training ----------------------------------------------------------------------------------------------------------
@@ -85,10 +126,11 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
     if custom:
         ranks.check_configuration(custom, space, count)
     texts = questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
-    order = data.order(len(task.held_out), len(task.held_out), options.seed)[: options.select_rows or None]
+    order = data.order(len(task.held_out), len(task.held_out), options.seed)
     held_out = [task.held_out[i] for i in order.tolist()]
-    log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out), task.metric)
-    return Lesson(task, texts, held_out, space, count)
+    count_held = options.select_rows or len(held_out)
+    log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out[:count_held]), task.metric)
+    return Lesson(task, texts, held_out[:count_held], held_out[count_held:], space, count)
 
 
 def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
@@ -151,12 +193,7 @@ def _run(job: Job, lesson: Lesson) -> None:
         tuning.train(run, options, layers, _course(job, lesson, layers))
         chosen = options.custom_rank_config or _choose(job, lesson, layers)
         ranks.activate(layers, chosen)
-        run.results["configuration"] = list(chosen)
-        with run.stage("absorb"):
-            tuned = absorb.absorb(loaded.model, layers)
-            run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
-            run.save_results()
-            checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
+        _absorb(Trained(job, lesson, layers, compressed), chosen)
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
 
@@ -180,7 +217,7 @@ def _course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALine
 
     def validate() -> dict[str, float]:
         ranks.activate(layers, ranks.middle(lesson.space, lesson.count))
-        found = _score(job, lesson)
+        found = _score(job, lesson, lesson.held_out)
         return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     return Course(
@@ -197,9 +234,9 @@ def _course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALine
     )
 
 
-def _score(job: Job, lesson: Lesson) -> Score:
+def _score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
     model = job.loaded.model
-    return questions.score(model, Head.of(model), job.loaded.tokenizer, lesson.held_out, lesson.task.by_length, job.options.seq_len)
+    return questions.score(model, Head.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------------------
@@ -227,7 +264,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALine
         for configuration, why in found.items():
             ranks.activate(layers, configuration)
             with _for_measuring(options, layers):
-                score = _score(job, lesson)
+                score = _score(job, lesson, lesson.held_out)
                 row = {"why": why, "configuration": list(configuration), "log_likelihood": score.log_likelihood, "accuracy": score.accuracy}
                 if on_test:
                     row["test"] = _test_metric(job, lesson)
@@ -257,23 +294,52 @@ def _test_metric(job: Job, lesson: Lesson) -> float:
     return float(measured[options.task][lesson.task.metric])
 
 
-def _test_one(job: Job, lesson: Lesson, custom: Configuration) -> None:
-    """--eval_only: measure one configuration of a trained run on the task's test rows."""
-    run, options = job.run, job.options
-    chosen = custom or tuple(run.results.get("configuration", ())) or ranks.middle(lesson.space, lesson.count)
-    _, _, layers = tuning.insert_layers(job, max(lesson.space))
-    tensors, _ = checkpoint.load_tensors(run.path / "best.safetensors")
+def _trained(job: Job, lesson: Lesson) -> Trained:
+    """Compress again (from the blocks that the run kept), and load the adapters."""
+    starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
+    compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
+    tensors, _ = checkpoint.load_tensors(job.run.path / "best.safetensors")
     with torch.no_grad():
         for name, tensor in tensors.items():
             layer, leaf = name.rsplit(".", 1)
             getattr(layers[layer], leaf).copy_(tensor)
-    ranks.activate(layers, chosen)
-    with run.stage("test"), _for_measuring(options, layers):
+    return Trained(job, lesson, layers, compressed)
+
+
+def _test_one(trained: Trained, custom: Configuration) -> None:
+    """--eval_only: measure one configuration of a trained run on the task's test rows."""
+    job, lesson, results = trained.job, trained.lesson, trained.job.run.results
+    chosen = custom or tuple(results.get("configuration", ())) or ranks.middle(lesson.space, lesson.count)
+    ranks.activate(trained.layers, chosen)
+    with job.run.stage("test"), _for_measuring(job.options, trained.layers):
         value = _test_metric(job, lesson)
-    tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": options.fast_eval}
-    run.results.setdefault("tested", []).append(tested)
-    run.save_results()
+    tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": job.options.fast_eval}
+    results.setdefault("tested", []).append(tested)
+    job.run.save_results()
     console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
+
+
+def put_in_place(trained: Trained, chosen: Configuration) -> None:
+    """Absorb another configuration than before; save, export and measure it."""
+    job, results = trained.job, trained.job.run.results
+    ranks.activate(trained.layers, chosen)
+    for row in ("tuned", *results.get("exports", {})):
+        results["models"].pop(row, None)
+    _absorb(trained, chosen)
+    states = stages.teach(job, {"test": job.sequences.test}, 1)
+    stages.measure_saved(job, evaluate.logits_from_states(job.head, states["test"]), "tuned")
+    stages.finish(job.run, _judge(job, trained.lesson))
+
+
+def _absorb(trained: Trained, chosen: Configuration) -> None:
+    """The layers, with the chosen ranks active, become the run's 4-bit model."""
+    job, results = trained.job, trained.job.run.results
+    results["configuration"] = list(chosen)
+    with job.run.stage("absorb"):
+        tuned = absorb.absorb(job.loaded.model, trained.layers)
+        results["codes_changed"], results["layer_codes_changed"] = absorb.codes_changed(trained.compressed, tuned)
+        job.run.save_results()
+        checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, trained.compressed | tuned)
 
 
 def _judge(job: Job, lesson: Lesson) -> list[str]:

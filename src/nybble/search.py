@@ -1,0 +1,193 @@
+"""`nybble search RUN`: a stronger search for ranks after `nybble tune`, over the same space, by optuna.
+
+A trial is one configuration, scored by the log-likelihood of the right answers on the rows that `tune` chose by. Samplers:
+
+    nsga2    two aims, likelihood and a small sum of ranks: NSGA-II
+    tpe      likelihood alone: tree-structured Parzen estimator
+    hill     likelihood alone: the best so far with one decoder layer moved to a neighbouring rank (SQFT, arXiv 2410.03750)
+    random   uniform draws, what every search has to beat
+
+All but nsga2 give up on a configuration whose first quarter, then half, of the rows are worse than most others' (successive halving). Trials are kept in
+RUN/search.db, so a search goes on where it stopped. The best of many trials is partly luck: the winners, and what `tune` had chosen, are scored again on
+held-out rows that nothing was chosen by, where the task has some left, and that is the figure to compare.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from nybble import checkpoint, ranks, tune
+from nybble.config import SearchOptions, TuneOptions, from_toml
+from nybble.console import bar, console
+from nybble.errors import MissingExtraError, RunError
+from nybble.ranks import Configuration
+from nybble.tune import Trained
+
+log = logging.getLogger("nybble")
+
+FILE = "search.db"
+# Shares of the rows after which a trial may be given up.
+_RUNGS = (0.25, 0.5)
+
+
+def search(options: SearchOptions) -> None:
+    """Search, compare, and with --apply put the winner in place of what `tune` had chosen."""
+    options.check()
+    if importlib.util.find_spec("optuna") is None:
+        raise MissingExtraError("search", "nybble search")
+    path = Path(options.run)
+    if not (path / "best.safetensors").is_file() or checkpoint.read_results(path).get("kind") != "tune":
+        raise RunError(f"{path} must be a finished run of nybble tune; it is none")
+    values = from_toml(TuneOptions, path / checkpoint.CONFIG)
+    with tune.reopened(TuneOptions(**values | {"output_dir": str(path), "resume": True})) as trained:
+        if len(trained.lesson.space) == 1:
+            raise RunError(f"{path} has the single rank {trained.lesson.space[0]}; there is nothing to search")
+        _search(trained, options, path)
+
+
+def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
+    lesson, run = trained.lesson, trained.job.run
+    known = {tuple(row["configuration"]): row["why"] for row in run.results["candidates"]}
+    chosen: Configuration = tuple(run.results["configuration"])
+    winners: dict[str, Configuration] = {"heuristics (tune)": chosen}
+    with run.stage("search"):
+        for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
+            winners[sampler] = _run_study(trained, options, path, sampler, list(known))
+        compared = _compare(trained, winners)
+    run.results["search"] = {"trials": options.trials, "winners": compared}
+    run.save_results()
+    table = Table("found by", "on the rows searched", "behind the best", "accuracy", "on fresh rows", "sum of ranks", "ranks")
+    for row in compared:
+        fresh = "-" if row["fresh"] is None else f"{row['fresh']:.4f}"
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        behind = f"{row['behind']:.4f} +- {row['error']:.4f}"
+        table.add_row(row["by"], f"{row['log_likelihood']:.4f}", behind, accuracy, fresh, str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
+    console.print(table)
+    judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
+    best = max(compared, key=lambda row: row[judged])
+    rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
+    console.print(f"Best on {rows}: {best['by']}. Log-likelihood of the right answer among the choices; higher is better.", highlight=False)
+    if options.apply:
+        tune.put_in_place(trained, tuple(best["configuration"]))
+    else:
+        text = " ".join(map(str, best["configuration"]))
+        console.print(f"To use it: --apply, or nybble tune ... --resume --eval_only --custom_rank_config {text}", highlight=False)
+
+
+def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, known: list[Configuration]) -> Configuration:
+    """Trials of one sampler up to the number wanted, counting those of earlier sittings. Returns the configuration with the best score on all rows."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lesson = trained.lesson
+    names = [f"layer{i}" for i in range(lesson.count)]
+    study = optuna.create_study(
+        storage=f"sqlite:///{path / FILE}",
+        study_name=f"{sampler}-{options.seed}",
+        load_if_exists=True,
+        directions=["maximize", "minimize"] if sampler == "nsga2" else ["maximize"],
+        sampler=_sampler(sampler, options.seed + 1_000_003 * _done(path, sampler, options.seed)),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+    )
+    done = len([trial for trial in study.trials if trial.state.is_finished()])
+    if not done and sampler in ("hill", "tpe", "nsga2"):
+        for configuration in known:  # searches begin with what tune's heuristics proposed; random draws do not
+            study.enqueue_trial(dict(zip(names, configuration, strict=True)))
+
+    with bar(f"search ({sampler})", options.trials, "best") as advance:
+        advance(done)
+        for _ in range(done, options.trials):
+            if sampler == "hill" and _complete(study) and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+                study.enqueue_trial(_neighbour(study, lesson.space, names, options.seed))
+            trial = study.ask()
+            configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
+            likelihood = _score_unless_hopeless(trained, configuration, None if sampler == "nsga2" else trial)
+            if likelihood is None:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                study.tell(trial, [likelihood, ranks.rank_sum(configuration)] if sampler == "nsga2" else likelihood)
+            advance(1, best=f"{_best(study).values[0]:.4f}" if _complete(study) else "")
+    if not _complete(study):
+        raise RunError(f"no trial of {sampler} was finished; give more --trials")
+    best = _best(study)
+    return tuple(int(best.params[name]) for name in names)
+
+
+def _done(path: Path, sampler: str, seed: int) -> int:
+    """Trials of earlier sittings: a sampler that begins anew must not draw the same again."""
+    import optuna
+
+    if not (path / FILE).exists():
+        return 0
+    storage = f"sqlite:///{path / FILE}"
+    names = optuna.get_all_study_names(storage)
+    return len(optuna.load_study(study_name=f"{sampler}-{seed}", storage=storage).trials) if f"{sampler}-{seed}" in names else 0
+
+
+def _sampler(name: str, seed: int) -> Any:
+    import optuna
+
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    return optuna.samplers.TPESampler(seed=seed) if name == "tpe" else optuna.samplers.RandomSampler(seed=seed)
+
+
+def _neighbour(study: Any, space: Sequence[int], names: Sequence[str], seed: int) -> dict[str, int]:
+    """The best configuration so far, with one layer moved by one place in the space."""
+    best = _best(study).params
+    generator = random.Random(f"{seed} {len(study.trials)}")
+    name = generator.choice(list(names))
+    place = space.index(int(best[name]))
+    return {**best, name: space[generator.choice([i for i in (place - 1, place + 1) if 0 <= i < len(space)])]}
+
+
+def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any) -> float | None:
+    """Log-likelihood on all rows; None where `trial` has given up on the way."""
+    rows = list(trained.lesson.held_out)
+    for step, share in enumerate(_RUNGS if trial is not None else (), 1):
+        trial.report(trained.score(configuration, rows[: max(1, int(len(rows) * share))]).log_likelihood, step)
+        if trial.should_prune():
+            return None
+    return trained.score(configuration, rows).log_likelihood
+
+
+def _complete(study: Any) -> list[Any]:
+    import optuna
+
+    return [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+
+
+def _best(study: Any) -> Any:
+    return max(_complete(study), key=lambda trial: trial.values[0])
+
+
+def _compare(trained: Trained, winners: dict[str, Configuration]) -> list[dict[str, Any]]:
+    """Score each winner on the rows searched and on fresh ones."""
+    lesson = trained.lesson
+    scores = {by: trained.score(configuration, lesson.held_out) for by, configuration in winners.items()}
+    fresh = {by: trained.score(configuration, lesson.fresh) for by, configuration in winners.items()} if lesson.fresh else {}
+    judged = fresh or scores
+    best = max(judged, key=lambda by: judged[by].log_likelihood)
+    rows = []
+    for by, configuration in winners.items():
+        behind, error = judged[best].better_by(judged[by])
+        rows.append(
+            {
+                "by": by,
+                "configuration": list(configuration),
+                "rank_sum": ranks.rank_sum(configuration),
+                "log_likelihood": scores[by].log_likelihood,
+                "accuracy": judged[by].accuracy,
+                "fresh": fresh[by].log_likelihood if fresh else None,
+                "behind": behind,
+                "error": error,
+            }
+        )
+    return rows

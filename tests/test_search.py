@@ -1,0 +1,91 @@
+"""Searching ranks: it goes on where it stopped, is compared with random draws, and judges on rows that it did not search on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from nybble import search as searching
+from nybble.cli import main
+from nybble.config import SearchOptions
+from nybble.errors import RunError
+from nybble.search import search
+from nybble.tune import tune
+
+from .test_tune import codes, options, results, write_task
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    write_task(folder / "letters.jsonl", 120)  # 12 held out
+    tune(options(folder, epochs=3, select_rows=8))
+    return folder / "run"
+
+
+def study(run: Path, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{run / 'search.db'}")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "hill"])
+def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
+    search(SearchOptions(run=str(trained), sampler=sampler, trials=3, random_draws=False))
+    search(SearchOptions(run=str(trained), sampler=sampler, trials=7))
+    assert len(study(trained, f"{sampler}-0").trials) == 7
+    assert len(study(trained, "random-0").trials) == 7
+    found = results(trained)["search"]["winners"]
+    assert [row["by"] for row in found] == ["heuristics (tune)", sampler, "random"]
+    assert found[0]["configuration"] == results(trained)["configuration"]
+    likelihoods = {row["by"]: row["log_likelihood"] for row in found}
+    assert likelihoods[sampler] >= likelihoods["heuristics (tune)"], "the heuristics' candidates are the first trials of every search"
+    assert all(row["fresh"] is not None for row in found)
+    assert min(row["behind"] for row in found) == 0
+    assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
+
+
+def test_hill_climbing_moves_one_layer_by_one_place(trained: Path) -> None:
+    search(SearchOptions(run=str(trained), sampler="hill", trials=12, random_draws=False, seed=5))
+    trials = study(trained, "hill-5").trials
+    space, first = [8, 4, 2], len({tuple(row["configuration"]) for row in results(trained)["candidates"]})
+    best: dict[str, Any] = {}
+    for trial in trials:
+        if trial.number >= first:
+            moved = [name for name in trial.params if trial.params[name] != best["params"][name]]
+            assert len(moved) == 1
+            assert abs(space.index(trial.params[moved[0]]) - space.index(best["params"][moved[0]])) == 1
+        if trial.state == optuna.trial.TrialState.COMPLETE and (not best or trial.values[0] > best["value"]):
+            best = {"params": trial.params, "value": trial.values[0]}
+
+
+def test_the_winner_is_put_in_place(tmp_path: Path) -> None:
+    write_task(tmp_path / "letters.jsonl", 120)
+    tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1)))
+    before = codes(tmp_path / "run")
+    results_ = results(tmp_path / "run")
+    search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
+    found = results(tmp_path / "run")
+    best = max(found["search"]["winners"], key=lambda row: row["log_likelihood"])  # all held-out rows were searched: none are fresh
+    assert found["configuration"] == best["configuration"]
+    assert (codes(tmp_path / "run") == before) == (best["configuration"] == results_["configuration"])
+    assert found["models"]["tuned"]["tokens"] == results_["models"]["tuned"]["tokens"]
+
+
+def test_sampled_configurations_differ_between_sittings(trained: Path) -> None:
+    search(SearchOptions(run=str(trained), sampler="random", trials=4, seed=9))
+    search(SearchOptions(run=str(trained), sampler="random", trials=8, seed=9))
+    drawn = [tuple(trial.params.values()) for trial in study(trained, "random-9").trials]
+    assert drawn[:4] != drawn[4:]
+    assert searching._done(trained, "random", 9) == 8
+
+
+def test_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(tmp_path)]) == 2
+    assert "must be a finished run of nybble tune; it is none" in capsys.readouterr().err
+    assert main(["search", str(trained), "--trials", "0"]) == 2
+    assert "--trials must be at least 1" in capsys.readouterr().err
+    tune(options(tmp_path, epochs=1, lora_rank_space=(4,)))
+    with pytest.raises(RunError, match="has the single rank 4; there is nothing to search"):
+        search(SearchOptions(run=str(tmp_path / "run")))
+    assert json.loads((tmp_path / "run" / "results.json").read_text()).get("search") is None
