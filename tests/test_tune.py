@@ -154,7 +154,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be a file with one JSON object a line" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')
     assert "row 1 must have prompt, choices" in refused(tmp_path, capsys, task=str(tmp_path / "wrong.jsonl"))
-    assert "an answer must have tokens within --seq_len 8" in refused(tmp_path, capsys, "--seq_len", "8", task=str(write_long(tmp_path)))
+    assert "answers must have tokens within --seq_len 8; none of 16 has; the shortest prompt has" in refused(
+        tmp_path, capsys, "--seq_len", "8", task=str(write_long(tmp_path))
+    )
     assert main(["tune", "--pretrained", "x"]) == 2
     assert "--task is required" in capsys.readouterr().err
 

@@ -29,9 +29,10 @@ def _distill(options: DistillOptions) -> None:
 
 
 def _tune(options: TuneOptions) -> None:
+    from nybble.compare import compare
     from nybble.tune import tune
 
-    tune(options)
+    (compare if options.compare else tune)(options)
 
 
 def _search(options: SearchOptions) -> None:

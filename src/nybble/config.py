@@ -184,6 +184,9 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     KIND: ClassVar[str] = "tune"
 
     task: str = ""  # gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, any lm-eval task with a training split, or a .jsonl file of one's own.
+    compare: tuple[
+        str, ...
+    ] = ()  # Tasks: instead of one run, the five columns of published tables for each (BF16, + LoRA, LoRA + PTWC, QAT + LoRA, QAT + NLS).
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     train_rows: int = 0  # At most so many training rows, chosen at random; 0 = all.
     seq_len: int = 512  # At most so many tokens of a prompt and its answer.
@@ -209,7 +212,9 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     def check(self) -> None:
         """Raise OptionError for impossible values."""
         _require_pretrained(self.pretrained)
-        if not self.task:
+        if self.task and self.compare:
+            raise OptionError("--task and --compare contradict each other; give one of them")
+        if not (self.task or self.compare):
             raise OptionError("--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file")
         self.check_compression()
         self.check_run()

@@ -49,7 +49,7 @@ def _run(job: Job) -> None:
         compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
-        tuning.train(run, options, layers, _course(job, states))
+        tuning.train_layers(run, options, layers, _course(job, states))
         with run.stage("absorb"):
             tuned = absorb.absorb(loaded.model, layers)
             run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)

@@ -99,14 +99,17 @@ def _explained(tasks: Sequence[str]) -> Iterator[None]:
 
 
 def columns(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
-    """lm-eval's results as columns of a table: word_perplexity of wikitext, and "task:NAME METRIC" for all else but standard errors."""
+    """lm-eval's results as columns of a table: word_perplexity of wikitext, and "task:NAME METRIC" for all else but standard errors; beside them
+    "documents:NAME", the number of documents."""
     found = {}
     for task, metrics in tasks.items():
         for metric, value in metrics.items():
             if task == "wikitext":
                 if metric == "word_perplexity":
                     found[metric] = value
-            elif "stderr" not in metric and metric != "sample_len":
+            elif metric == "sample_len":
+                found[f"documents:{task}"] = value
+            elif "stderr" not in metric:
                 found[f"task:{task} {metric}"] = value
     return found
 

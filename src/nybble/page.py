@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -32,8 +33,6 @@ def page(comparisons: Sequence[Comparison]) -> str:
     """
     if not available():
         raise MissingExtraError("report", "drawing the charts of a report")
-    from jinja2 import Environment
-
     sections = [
         {
             "title": comparison.model,
@@ -44,10 +43,20 @@ def page(comparisons: Sequence[Comparison]) -> str:
         }
         for comparison in comparisons
     ]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        resources.files("nybble").joinpath("page.html").read_text("utf-8")
-    )
-    return template.render(sections=sections)
+    return _render(sections)
+
+
+def tasks_page(title: str, table: Any, note: str, figures: Mapping[str, Mapping[str, tuple[float, float]]], runs: Mapping[str, dict[str, Any]]) -> str:
+    """The page of a comparison over tasks. Args: task -> column -> value and standard error; name -> results of the tuned runs."""
+    chart, details = _draw(_tasks, figures), [_run(name, found) for name, found in runs.items()]
+    return _render([{"title": title, "table": table, "explained": note, "stages": chart, "runs": details}])
+
+
+def _render(sections: Sequence[dict[str, Any]]) -> str:
+    from jinja2 import Environment
+
+    source = resources.files("nybble").joinpath("page.html").read_text("utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections)
 
 
 def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +64,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     errors = results.get("layer_errors", {})
     charts = [
         ("Loss and validation", _draw(_curves, results) if results.get("training") or results.get("validation") else ""),
+        ("Ranks", _draw(_ranks, results) if len(results.get("candidates", [])) > 1 else ""),
         ("Layers", _draw(_layers, results) if errors else ""),
         ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
         ("Time", _draw(_times, results)),
@@ -198,3 +208,34 @@ def _times(figure: Any, results: dict[str, Any]) -> None:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("seconds")
     axes.legend(frameon=False, ncols=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _tasks(figure: Any, figures: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    """A group of bars per task, with standard errors."""
+    figure.set_size_inches(10, 3.2)
+    axes, columns = figure.subplots(), list(next(iter(figures.values())))
+    shades = ["#8a8f98", "#555b64", "#d98c3f", "#8fb4dc", "#2f6db5"]
+    for i, column in enumerate(columns):
+        places = [task + (i - len(columns) / 2 + 0.5) * 0.16 for task in range(len(figures))]
+        values, errors = zip(*(found[column] for found in figures.values()), strict=True)
+        axes.bar(places, values, 0.15, yerr=errors, color=shades[i % len(shades)], label=column, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(figures)), list(figures))
+    axes.set_ylabel("test rows right")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _ranks(figure: Any, results: dict[str, Any]) -> None:
+    """The rank of every decoder layer, a row per candidate, best first; beside it their scores."""
+    candidates = sorted(results["candidates"], key=lambda row: -row["log_likelihood"])
+    figure.set_size_inches(10, 0.8 + 0.28 * len(candidates))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    labels = [row["why"] + (" (chosen)" if row["configuration"] == results["configuration"] else "") for row in candidates]
+    image = left.imshow([row["configuration"] for row in candidates], aspect="auto", cmap="viridis")
+    left.set_yticks(range(len(labels)), labels)
+    left.set_xlabel("decoder layer")
+    figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
+    errors = [0.0 if math.isinf(row["error"]) else row["error"] for row in candidates]
+    right.errorbar([row["log_likelihood"] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
+    right.invert_yaxis()
+    right.set_yticks([])
+    right.set_xlabel("held-out log-likelihood (bars: error of the difference)")

@@ -15,6 +15,7 @@ The score of held-out rows is the log-likelihood of the right answer among the c
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from torch import Tensor
 from nybble import data, evaluate
 from nybble.errors import DataError, OptionError
 from nybble.losses import Head, cross_entropy, last_hidden
+
+log = logging.getLogger("nybble")
 
 # Rows of the training split held out to choose by, where the task has no other; at most a tenth.
 HELD_OUT = 500
@@ -185,18 +188,17 @@ def pad(texts: Sequence[tuple[list[int], int]], everything: bool = False) -> Bat
 
 
 def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[tuple[list[int], int]]:
-    """The training texts: prompt and right answer, cut off at `length` tokens.
+    """The training texts: prompt and right answer, cut off at `length` tokens. Those of whose answer nothing is left are left out, and counted.
 
     Raises:
-        DataError: an answer of which nothing is left, or that is empty.
+        DataError: nothing is left of any.
     """
-    texts = []
-    for question in questions:
-        ids, prompt = encode(tokenizer, *question.pairs[question.gold])
-        if min(len(ids), length) <= max(prompt, 1):
-            why = "is empty" if len(ids) <= prompt else f"begins after {prompt} tokens"
-            raise DataError(f"an answer must have tokens within --seq_len {length}; that of {question.pairs[question.gold][0][-60:]!r} {why}")
-        texts.append((ids[:length], prompt))
+    encoded = [encode(tokenizer, *question.pairs[question.gold]) for question in questions]
+    texts = [(ids[:length], prompt) for ids, prompt in encoded if min(len(ids), length) > max(prompt, 1)]
+    if not texts:
+        raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min(p for _, p in encoded)}")
+    if len(texts) < len(encoded):
+        log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
     return texts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.table import Table
 # Rows in this order; key in results["models"] -> what people read.
 ROWS = {
     "16bit": "16 bit",
+    "lora16": "16 bit + LoRA",
     "compressed": "4 bit, compressed",
     "tuned": "4 bit, tuned (torch)",
     "openvino": "4 bit, tuned (OpenVINO)",
@@ -109,10 +111,15 @@ def sentence(results: dict[str, Any]) -> str:
     return f"{text}, in {minutes:.1f} minutes of training; {models[last]['bytes'] / 1e6:.0f} MB, {ratio:.1f} times smaller than 16 bit."
 
 
+def task_column(results: dict[str, Any]) -> str:
+    """Where the figure of the task that was tuned on stands among what was measured."""
+    return f"task:{Path(results['task']['name']).stem} {results['task']['metric']}"
+
+
 def _task_sentence(results: dict[str, Any]) -> str:
-    models, task = results["models"], results["task"]
+    models = results["models"]
     last = "openvino" if "openvino" in models else "tuned"
-    column = f"task:{task['name'].rsplit('/')[-1].removesuffix('.jsonl')} {task['metric']}"
+    column = task_column(results)
     values = [models.get(row, {}).get(column) for row in ("16bit", "compressed", last)]
     if any(value is None for value in values):
         return f"{results['model']}: the run is not finished; go on with --resume."
@@ -225,6 +232,7 @@ class Entry:
         method: how it was compressed, before any tuning.
         values: what was measured.
         run: name of the run that measured it.
+        tuned: whether it was trained, rather than only compressed.
     """
 
     label: str
@@ -232,10 +240,7 @@ class Entry:
     method: str
     values: Mapping[str, Any]
     run: str
-
-    @property
-    def tuned(self) -> bool:
-        return self.label.startswith("4 bit, distilled")
+    tuned: bool
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,10 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What the models are compared by: word perplexity where all have it."""
+        """What the models are compared by: the task that was tuned on; else word perplexity where all have it."""
+        tasks = {task_column(results) for results in self.runs.values() if "task" in results}
+        if len(tasks) == 1 and all(tasks <= entry.values.keys() for entry in self.entries):
+            return tasks.pop()
         return "word_perplexity" if all("word_perplexity" in entry.values for entry in self.entries) else "token_perplexity"
 
     def value(self, entry: Entry) -> float:
@@ -269,18 +277,21 @@ class Comparison:
     def improvement(self, entry: Entry) -> float | None:
         """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""
         full, baseline = self.entries[0], self.baseline
-        if baseline is None or full.kind != "16bit" or self.value(baseline) <= self.value(full):
+        if not self.metric.endswith("perplexity") or baseline is None or full.kind != "16bit" or self.value(baseline) <= self.value(full):
             return None
         return (self.value(baseline) - self.value(entry)) / (self.value(baseline) - self.value(full))
 
 
 def _entry_label(results: dict[str, Any], row: str) -> str:
     method = results.get("method", "rtn")
-    if row == "16bit":
+    if row in ("16bit", "lora16"):
         return ROWS[row]
     if not tunes(results):
         return f"4 bit, {method}" + (" (OpenVINO)" if row == "openvino" else "")
-    return {"compressed": f"4 bit, {method} (start)", "tuned": f"4 bit, distilled from {method}", "openvino": f"4 bit, distilled from {method} (OpenVINO)"}[row]
+    if row == "compressed":
+        return f"4 bit, {method} (start)"
+    made = f"tuned on {Path(results['task']['name']).stem}" if "task" in results else "distilled"
+    return f"4 bit, {made} from {method}" + (" (OpenVINO)" if row == "openvino" else "")
 
 
 def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
@@ -295,7 +306,14 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
         found.sort(key=lambda item: item[2] != "16bit")
         counts = Counter(_entry_label(results, row) for _, results, row in found)
         entries = [
-            Entry(label if counts[label] == 1 else f"{label}, {name}", row, results.get("method", "rtn"), results["models"][row], name)
+            Entry(
+                label if counts[label] == 1 else f"{label}, {name}",
+                row,
+                results.get("method", "rtn"),
+                results["models"][row],
+                name,
+                row not in ("16bit", "compressed") and tunes(results),
+            )
             for name, results, row in found
             for label in [_entry_label(results, row)]
         ]
@@ -364,6 +382,6 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
 def explained(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
     text = f"Perplexity and KL on {comparison.test}."
-    if comparison.baseline is not None:
+    if comparison.baseline is not None and comparison.metric.endswith("perplexity"):
         text += f" Repaired = share of the damage to {heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
     return text

@@ -80,7 +80,7 @@ def tune(options: TuneOptions) -> Path:
     if options.eval_only:
         _check_trained(options.folder)
         options = replace(options, custom_rank_config=())  # a trial leaves the run's own options alone
-    with _opened(options, custom) as (job, lesson):
+    with opened(options, custom) as (job, lesson):
         _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson)
         return job.run.path
 
@@ -89,7 +89,7 @@ def tune(options: TuneOptions) -> Path:
 def reopened(options: TuneOptions) -> Iterator[Trained]:
     """A run that was trained, with the options that it was trained with."""
     _check_trained(options.folder)
-    with _opened(options, ()) as (job, lesson):
+    with opened(options, ()) as (job, lesson):
         yield _trained(job, lesson)
 
 
@@ -99,7 +99,8 @@ def _check_trained(path: Path) -> None:
 
 
 @contextmanager
-def _opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, Lesson]]:
+def opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, Lesson]]:
+    """The run's folder, model and rows; checks everything first. `custom`: a configuration to check too, or ()."""
     space = ranks.space_of(options.lora_rank_space)
     options = replace(options, lora_rank_space=space)
     if not options.task.endswith(".jsonl"):
@@ -170,7 +171,7 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
         if not scored:
             return {}
         found = questions.score(model, Head.of(model), tokenizer, scored, lesson.task.by_length, job.options.seq_len)
-        measured = {f"task:{name} log_likelihood": found.log_likelihood}
+        measured = {f"task:{name} log_likelihood": found.log_likelihood, f"documents:{name}": len(scored)}
         return measured if found.accuracy is None else {f"task:{name} acc": found.accuracy} | measured
 
     return score
@@ -190,7 +191,7 @@ def _run(job: Job, lesson: Lesson) -> None:
         compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
-        tuning.train(run, options, layers, _course(job, lesson, layers))
+        tuning.train_layers(run, options, layers, course(job, lesson, layers))
         chosen = options.custom_rank_config or _choose(job, lesson, layers)
         ranks.activate(layers, chosen)
         _absorb(Trained(job, lesson, layers, compressed), chosen)
@@ -205,7 +206,7 @@ def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int)
     return ranks.sample(lesson.space, lesson.count, options.seed, step)
 
 
-def _course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
+def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
     """Cross-entropy of the answers; validated by their log-likelihood at the middle configuration."""
     options, model, texts = job.options, job.loaded.model, lesson.texts
     head, everything = Head.of(model), options.loss_on == "all"
@@ -349,7 +350,7 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
         warnings.append("no epoch of tuning was better on held-out rows than the compressed start, so the start was kept; use more rows or another --lr")
     if results.get("selected_on") == "test":
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
-    column = f"task:{Path(lesson.task.name).stem} {lesson.task.metric}"
+    column = report.task_column(results)
     before, after = (results["models"].get(row, {}).get(column) for row in ("compressed", "tuned"))
     if before is not None and after is not None and after < before:
         warnings.append(f"tuning made {report.heading(column)} on the test rows worse: {before:.4f} before, {after:.4f} after")

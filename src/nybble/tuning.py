@@ -98,15 +98,33 @@ def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantize
     return compressed.starts, rows, layers
 
 
-def train(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course) -> Progress:
+def train_layers(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course) -> None:
     """Train adapters and scales; afterwards the layers hold the weights that were best on held-out text."""
+    step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
+    train(run, options, _groups(options, layers), course, step, lambda: fixed_weights(options, layers))
+
+
+def train(
+    run: Run,
+    options: Any,
+    groups: list[dict[str, Any]],
+    course: Course,
+    during_step: Callable[[], AbstractContextManager[None]] = nullcontext,
+    during_validation: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Train parameters; afterwards they are those that were best on held-out text.
+
+    Args:
+        groups: see Trainer.
+        during_step, during_validation: what to hold around each.
+    """
     steps = course.steps_per_epoch * options.epochs
     trainer = Trainer(
-        _groups(options, layers),
+        groups,
         Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm),
         course.loss,
         course.draw,
-        partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext,
+        during_step,
         course.weight,
         course.passes,
         course.enter,
@@ -120,7 +138,7 @@ def train(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear],
     progress = trainer.progress
 
     def validate() -> None:
-        with fixed_weights(options, layers):
+        with during_validation():
             measured = course.validate()
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
@@ -158,7 +176,6 @@ def train(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear],
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(tensors[name])
-    return progress
 
 
 def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list[dict[str, Any]]:

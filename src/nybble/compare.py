@@ -1,0 +1,192 @@
+"""`nybble tune --compare TASK...`: what tuning in 4 bits is worth, in the five columns in which it is published.
+
+    BF16                    the model as it came
+    BF16 + LoRA             tuned in 16 bit by the peft library: same places, rows, epochs, batch and choice of the epoch
+    INT4, LoRA + PTWC       that model, merged, then compressed by --start without further training
+    INT4, QAT + LoRA        nybble tune with the largest rank of the space alone
+    INT4, QAT + NLS         nybble tune with the whole space
+
+Each is a run folder of its own in OUTPUT/TASK, so a comparison goes on where it stopped. Figures are lm-eval's on the task's test rows, with the
+standard error of their mean, sqrt(p (1 - p) / (n - 1)); that of the mean over tasks is the root of the summed squares over the number of tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble import checkpoint, evaluate, models, page, post_training, report, stages, tune, tuning
+from nybble.config import CompressOptions, TuneOptions
+from nybble.console import console
+from nybble.errors import MissingExtraError, OptionError
+from nybble.stages import Job
+from nybble.tune import Lesson
+
+log = logging.getLogger("nybble")
+
+COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A task's metric on `documents` test rows."""
+
+    value: float
+    documents: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of a mean of zeros and ones."""
+        return math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
+
+
+def compare(options: TuneOptions) -> Path:
+    """Make all five for every task, as far as earlier sittings did not; returns the folder."""
+    options.check()
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("compare", "the column BF16 + LoRA")
+    own = [task for task in options.compare if task.endswith(".jsonl")]
+    if own:
+        raise OptionError(
+            f"--compare takes tasks that lm-eval knows, for one of the columns is compressed and scored without this file; got {own[0]}; use --task"
+        )
+    if len(options.lora_rank_space) < 2:
+        raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
+    folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
+    figures: dict[str, dict[str, Figure]] = {}
+    for task in options.compare:
+        figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
+        _write(figures, folder, options)
+    return folder
+
+
+def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
+    """The five figures of one task."""
+
+    def run(name: str, **changes: Any) -> TuneOptions:
+        path = folder / name
+        return replace(options, output_dir=str(path), resume=path.exists() and not options.overwrite, **changes)
+
+    largest = max(options.lora_rank_space)
+    nls, lora = run("qat-nls"), run("qat-lora", lora_rank_space=(largest,))
+    for each in (nls, lora):
+        _unless_done(each, tune.tune)
+    full = run("lora", lora_rank_space=(largest,), export=())
+    _unless_done(full, tune_16bit)
+    compressed = CompressOptions(
+        pretrained=str(folder / "lora" / "merged"), trust_remote_code=options.trust_remote_code, device=options.device, dtype=options.dtype,
+        data=(str(folder / "lora" / "texts.jsonl"),), data_dir=options.data_dir, seq_len=min(options.seq_len, 256), method=options.start,
+        group_size=options.group_size, calib_samples=options.calib_samples, output_dir=str(folder / "ptwc"), seed=options.seed,
+        test_samples=options.test_samples, tasks=(task,), task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
+        resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
+    )  # fmt: skip
+    _unless_done(compressed, post_training.compress)
+    shipped = options.export[0] if options.export else None
+    return {
+        "BF16": _figure(folder / "qat-nls", "16bit"),
+        "BF16 + LoRA": _figure(folder / "lora", "lora16"),
+        "INT4, LoRA + PTWC": _figure(folder / "ptwc", shipped or "compressed", folder / "qat-nls"),
+        "INT4, QAT + LoRA": _figure(folder / "qat-lora", shipped or "tuned"),
+        "INT4, QAT + NLS": _figure(folder / "qat-nls", shipped or "tuned"),
+    }
+
+
+def _unless_done(options: Any, flow: Any) -> None:
+    """A run whose last row is measured is not opened again."""
+    kind = "lora16" if flow is tune_16bit else (*(("compressed",) if flow is post_training.compress else ("tuned",)), *options.export)[-1]
+    if options.overwrite or kind not in checkpoint.read_results(options.folder).get("models", {}):
+        log.info("%s", options.folder)
+        flow(options)
+
+
+def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:
+    """A run's figure; the metric's name is that of the tuned run, where another kind of run does not say it."""
+    column = report.task_column(checkpoint.read_results(named_by or run))
+    measured, task = checkpoint.read_results(run)["models"][row], column.removeprefix("task:").split()[0]
+    return Figure(measured[column], int(measured[f"documents:{task}"]))
+
+
+# --- 16-bit LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def tune_16bit(options: TuneOptions) -> Path:
+    """The same tuning of the 16-bit model, by peft; the merged model is written to the run's folder `merged`."""
+    with tune.opened(options, ()) as (job, lesson):
+        run = job.run
+        run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
+        states = stages.teach(job, {"test": job.sequences.test}, 1)
+        merged = run.path / "merged"
+        if not merged.exists():
+            _train_lora(job, lesson)
+            texts = [json.dumps({"text": "".join(question.pairs[question.gold])}) + "\n" for question in lesson.task.train]
+            checkpoint.write_text(run.path / "texts.jsonl", "".join(texts))
+            with checkpoint.whole_folder(merged) as temporary:
+                job.loaded.model.save_pretrained(temporary)
+                job.loaded.tokenizer.save_pretrained(temporary)
+        loaded = models.load(str(merged), job.loaded.model.dtype, models.pick_device(options.device), options.trust_remote_code)
+        size = 2 * sum(p.numel() for p in loaded.model.parameters())
+        stages.measure(job, evaluate.logits_from_states(job.head, states["test"]), "lora16", loaded.model, loaded.tokenizer, size)
+        run.save_results()
+        return run.path
+
+
+def _train_lora(job: Job, lesson: Lesson) -> None:
+    """Adapters of peft on every layer that would get 4 bits, trained and merged, in place."""
+    import peft
+
+    rank, model = max(lesson.space), job.loaded.model
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(job.plan.int4), bias="none")
+    torch.manual_seed(job.options.seed)
+    wrapped = peft.get_peft_model(model, config)  # puts its layers into `model` itself
+    adapters: dict[str, nn.Parameter] = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    log.info("16-bit LoRA by peft: %d adapters of rank %d, scaled by 2", len(adapters) // 2, rank)
+    groups = [{"params": adapters, "lr": job.options.lr, "weight_decay": job.options.weight_decay}]
+    tuning.train(job.run, job.options, groups, tune.course(job, lesson, {}))
+    wrapped.merge_and_unload()
+
+
+# --- what people read ---------------------------------------------------------------------------------------------------------
+
+
+def rows(figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: a task each, then the mean."""
+    lines = [[task, *(f"{100 * found[column].value:.1f} +- {100 * found[column].error:.1f}" for column in COLUMNS)] for task, found in figures.items()]
+    if len(figures) > 1:
+        means = [mean([found[column] for found in figures.values()]) for column in COLUMNS]
+        lines.append(["mean", *(f"{100 * value:.1f} +- {100 * error:.1f}" for value, error in means)])
+    return ["task", *COLUMNS], lines
+
+
+def mean(figures: Sequence[Figure]) -> tuple[float, float]:
+    """Mean of the values, and its standard error."""
+    return sum(figure.value for figure in figures) / len(figures), math.sqrt(sum(figure.error**2 for figure in figures)) / len(figures)
+
+
+def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: TuneOptions) -> None:
+    headings, lines = rows(figures)
+    runs = {f"{task}/{name}": checkpoint.read_results(folder / task / name) for task in figures for name in ("qat-nls", "qat-lora")}
+    tables = report.as_markdown(headings, lines)
+    honest = options.select_on == "held_out"
+    note = (
+        "Percent of the test rows, and the standard error of that mean. Epochs and ranks were chosen on "
+        + ("held-out rows." if honest else "the TEST rows, as published results do: these are not figures on unseen rows.")
+        + f" Compression: {options.start}. Seed {options.seed}."
+    )
+    values = {task: {column: [figure.value, figure.documents] for column, figure in found.items()} for task, found in figures.items()}
+    checkpoint.write_text(folder / "compare.json", json.dumps(values, indent=2) + "\n")
+    checkpoint.write_text(folder / "compare.md", f"# {options.pretrained}\n\n{tables}\n\n{note}\n")
+    if page.available():
+        bars = {task: {column: (figure.value, figure.error) for column, figure in found.items()} for task, found in figures.items()}
+        checkpoint.write_text(folder / "compare.html", page.tasks_page(options.pretrained, (headings, lines), note, bars, runs))
+    console.print(report.as_table(headings, lines))
+    console.print(note, highlight=False)
+    console.print(f"{folder}/compare.md, compare.json" + (", compare.html" if page.available() else ""), highlight=False)

@@ -1,0 +1,77 @@
+"""Five columns: each a run of its own, gone on with where the last sitting stopped; errors; what people read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nybble import compare as comparing
+from nybble.cli import main
+from nybble.compare import COLUMNS, Figure, compare, mean, rows
+from nybble.config import TuneOptions
+from nybble.errors import OptionError
+
+from .tiny import save_model
+
+
+def options(folder: Path, data: Path, **changes: object) -> TuneOptions:
+    base: dict[str, object] = {
+        "pretrained": str(folder / "model"), "output_dir": str(folder / "runs"), "compare": ("openbookqa",), "data_dir": str(data), "train_rows": 48,
+        "epochs": 1, "batch_size": 8, "microbatch": 4, "lora_rank_space": (4, 2), "select_rows": 10, "task_limit": 12,
+        "export": (), "start": "se", "tensorboard": False, "test_samples": 1, "num_min_loss_configs": 1, "seq_len": 128, "fast_eval": True,
+    }  # fmt: skip
+    return TuneOptions(**base | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", "smollm", max_position_embeddings=512)
+    original = comparing.tune_16bit
+
+    def stop(given: TuneOptions) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "tune_16bit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(options(tmp_path, shared_data))
+    before = (tmp_path / "runs" / "openbookqa" / "qat-nls" / "results.json").stat().st_mtime_ns
+    monkeypatch.setattr(comparing, "tune_16bit", original)
+    folder = compare(options(tmp_path, shared_data))
+    assert (folder / "openbookqa" / "qat-nls" / "results.json").stat().st_mtime_ns == before, "what is finished is not made again"
+    values = json.loads((folder / "compare.json").read_text())["openbookqa"]
+    assert list(values) == list(COLUMNS)
+    assert all(documents == 12 for _, documents in values.values())
+    found = {name: json.loads((folder / "openbookqa" / name / "results.json").read_text()) for name in ("qat-nls", "qat-lora", "lora", "ptwc")}
+    assert values["BF16"][0] == found["qat-lora"]["models"]["16bit"]["task:openbookqa acc_norm"]
+    assert values["BF16 + LoRA"][0] == found["lora"]["models"]["lora16"]["task:openbookqa acc_norm"]
+    assert values["INT4, LoRA + PTWC"][0] == found["ptwc"]["models"]["compressed"]["task:openbookqa acc_norm"]
+    assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"][0], "what is compressed is the merged model"
+    assert found["lora"]["training"][-1]["loss"] != found["qat-lora"]["training"][-1]["loss"]
+    text = (folder / "compare.md").read_text()
+    assert "| openbookqa |" in text
+    assert "held-out rows" in text
+    html = (folder / "compare.html").read_text()
+    assert "INT4, QAT + NLS" in html
+    assert "decoder layer" in html
+    assert "openbookqa" in capsys.readouterr().out
+
+
+def test_errors_and_mean() -> None:
+    half = Figure(0.5, 101)
+    assert half.error == pytest.approx(0.05)
+    assert mean([half, Figure(1.0, 101)]) == (0.75, pytest.approx(0.025))
+    headings, lines = rows({"one": dict.fromkeys(COLUMNS, half), "two": dict.fromkeys(COLUMNS, Figure(1.0, 101))})
+    assert headings == ["task", *COLUMNS]
+    assert [line[0] for line in lines] == ["one", "two", "mean"]
+    assert lines[0][1] == "50.0 +- 5.0"
+    assert lines[2][5] == "75.0 +- 2.5"
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OptionError, match="two or more ranks"):
+        compare(options(tmp_path, tmp_path, lora_rank_space=(4,)))
+    with pytest.raises(OptionError, match="takes tasks that lm-eval knows"):
+        compare(options(tmp_path, tmp_path, compare=("own.jsonl",)))
+    assert main(["tune", "--pretrained", "x", "--task", "arc_easy", "--compare", "arc_easy"]) == 2
+    assert "--task and --compare contradict each other" in capsys.readouterr().err
