@@ -202,6 +202,15 @@ def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: p
     assert results["models"]["tuned"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-6)
 
 
+def test_the_same_sequences_in_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "smollm")
+    arguments = [*command(model, tmp_path / "run")[3:], "--epochs", "2"]
+    assert cli.main(arguments) == 0
+    assert "4 steps of 4 x 32 tokens = 0.00 M tokens, 1.00 times the 16 training sequences" in capsys.readouterr().out
+    assert cli.main([*arguments, "--same_samples", "--overwrite"]) == 0
+    assert "4 steps of 4 x 32 tokens = 0.00 M tokens, 2.00 times the 8 training sequences" in capsys.readouterr().out
+
+
 def test_training_stops_early_where_that_is_wanted(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     distill(options(model, tmp_path / "run", lr=10.0, scale_lr=1.0, epochs=5, patience=2))

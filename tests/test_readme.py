@@ -33,6 +33,13 @@ def test_flags_in_the_text_exist() -> None:
         assert flag in known or flag.removeprefix("no_") in known, flag
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_options_of_a_command(recipe: Path) -> None:
+    command = "tune --task arc_easy" if recipe.stem.startswith("tune") else "distill"
+    options, _ = cli.parse([*command.split(), "--pretrained", "m", "--config", str(recipe)])
+    options.check()
+
+
 def test_python_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert blocks

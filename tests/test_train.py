@@ -38,6 +38,7 @@ def test_schedule_rises_then_falls_to_zero() -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[9:]))
     assert 0 < rates[-1] < 1e-3
     assert rate(0, 1, 0.0) == 1.0
+    assert [rate(step, 10, 0.2, "constant") for step in range(10)] == [0.5] + [1.0] * 9
 
 
 def test_groups_have_their_own_rates() -> None:

@@ -121,8 +121,9 @@ class TrainingOptions:
     lr: float = 5e-4  # Peak learning rate of the adapters.
     scale_lr: float = 1e-3  # Peak relative learning rate of the scales: 1e-3 moves a scale by about 0.1 % a step.
     weight_decay: float = 0.0  # Of the adapters (decoupled).
-    warmup: float = 0.05  # Share of the steps with a rising rate; a cosine to zero follows.
-    max_grad_norm: float = 1.0  # Gradients are scaled down to this norm.
+    warmup: float = 0.05  # Share of the steps with a rising rate.
+    schedule: Literal["cosine", "constant"] = "cosine"  # Of the rate after that: falling to zero, or as it is.
+    max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf = never.
     start: str = "rtn"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
@@ -149,6 +150,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
     KIND: ClassVar[str] = "distill"
 
     samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
+    same_samples: bool = False  # Train on the same sequences in every epoch instead.
     lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 
@@ -204,7 +206,7 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     batch_size: int = 16  # Rows in an optimizer step.
     lr: float = 1e-4  # Peak learning rate of the adapters.
     scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
-    warmup: float = 0.1  # Share of the steps with a rising rate; a cosine to zero follows.
+    warmup: float = 0.1  # Share of the steps with a rising rate.
     start: str = "awq+se"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
     tasks: tuple[str, ...] = ()  # More lm-eval tasks to measure; needs the extra eval.
     test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL.

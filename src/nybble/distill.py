@@ -29,7 +29,8 @@ def distill(options: DistillOptions) -> Path:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
 
     def cut(loaded: models.LoadedModel) -> Sequences:
-        return stages.sequences_of(options, loaded, options.start, options.samples * options.epochs, options.batch_size, options.valid_samples)
+        wanted = options.samples * (1 if options.same_samples else options.epochs)
+        return stages.sequences_of(options, loaded, options.start, wanted, options.batch_size, options.valid_samples)
 
     with stages.opened(options, options.start, "--start", cut, _resolve) as job:
         _run(job)

@@ -31,6 +31,7 @@ class Recipe:
         microbatch: sequences in one forward and backward of one process.
         warmup: share of the steps with a rising rate.
         max_grad_norm: gradients are scaled down to this norm.
+        schedule: see `rate`.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Recipe:
     microbatch: int
     warmup: float
     max_grad_norm: float
+    schedule: str = "cosine"
 
 
 @dataclass
@@ -58,11 +60,13 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0."""
+def rate(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0 or, with "constant", 1."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
 
 
@@ -109,7 +113,7 @@ class Trainer:
             started = time.perf_counter()
             step = self.progress.step
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * rate(step, self.recipe.steps, self.recipe.warmup)
+                group["lr"] = peak * rate(step, self.recipe.steps, self.recipe.warmup, self.recipe.schedule)
             loss = self._gradients(step)
             norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):

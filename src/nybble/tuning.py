@@ -121,7 +121,7 @@ def train(
     steps = course.steps_per_epoch * options.epochs
     trainer = Trainer(
         groups,
-        Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm),
+        Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm, options.schedule),
         course.loss,
         course.draw,
         during_step,
