@@ -73,7 +73,9 @@ def as_openvino(model: Any, ids: torch.Tensor) -> Any:
             self.model = model
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=input_ids, use_cache=False).logits
+            length = input_ids.shape[1]
+            hidden = torch.triu(torch.full((length, length), torch.finfo(torch.float32).min), 1)[None, None]  # what transformers would make cannot be traced
+            return self.model(input_ids=input_ids, attention_mask=hidden, position_ids=torch.arange(length)[None], use_cache=False).logits
 
     model.set_attn_implementation("eager")
     with torch.no_grad(), contextlib.redirect_stdout(None):

@@ -79,13 +79,6 @@ def test_eval_takes_its_target_by_position() -> None:
     assert options == EvalOptions(target="runs/demo", tasks=("wikitext",), data_dir="data")
 
 
-def test_the_recipes_are_valid() -> None:
-    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-    assert recipes
-    for recipe in recipes:
-        DistillOptions(**{"pretrained": "m"} | from_toml(DistillOptions, recipe)).check()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

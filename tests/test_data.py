@@ -161,6 +161,10 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
     texts = data.load_texts(str(path))
     assert texts.train[0] == talk
     assert [len(texts[split]) for split in data.SPLITS] == [16, 2, 2]
+    with pytest.raises(DataError, match="--data_column must be a column of.*got body; it has messages"):
+        data.load_texts(str(path), column="body")
+    with pytest.raises(DataError, match="it has 1 texts beside conversations; name them as two sources"):
+        data.sequences(make_tokenizer(), [talk, "text"], 64, "training")
     path.write_text(json.dumps({"messages": [{"role": "user"}]}))
     with pytest.raises(DataError, match="row 1, column messages must be a list of messages"):
         data.load_texts(str(path))

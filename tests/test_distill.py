@@ -58,10 +58,8 @@ def codes(run: Path) -> bytes:
     return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
 
 
-_slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize("when", [pytest.param("teacher", marks=_slow), "first checkpoint", pytest.param("late", marks=_slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["teacher", "first checkpoint", "late"])
 def test_kill_9_and_resume_end_with_the_same_bits(when: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "smollm")
     undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3)

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from nybble import evaluate, questions
+from nybble.errors import OptionError
 from nybble.losses import Head
 from nybble.questions import Question, Score
 
 from .tiny import make_model, make_tokenizer
 
 
-@pytest.mark.parametrize("name", ["openbookqa", pytest.param("winogrande", marks=pytest.mark.slow), pytest.param("arc_easy", marks=pytest.mark.slow)])
+@pytest.mark.slow  # reading lm-eval's index takes a quarter of a minute
+@pytest.mark.parametrize("name", ["openbookqa", "winogrande", "arc_easy"])
 def test_scores_are_lm_evals(name: str, shared_data: Path) -> None:
     model, tokenizer, count = make_model("smollm", max_position_embeddings=512), make_tokenizer(begin=True), 12
     task = evaluate.open_task(name, str(shared_data))
@@ -66,6 +68,48 @@ def test_padding_changes_nothing() -> None:
     assert everything.counted.sum(1).tolist() == [len(ids) - 1 for ids, _ in texts]
 
 
+class FakeTask:
+    """What lm-eval's tasks answer to; `target` may be anything that they allow."""
+
+    multiple_input = False
+
+    def __init__(self, target: object, kind: str = "generate_until", choices: list[str] | None = None) -> None:
+        from types import SimpleNamespace
+
+        self.OUTPUT_TYPE, self.target, self.choices = kind, target, choices
+        self.config = SimpleNamespace(target_delimiter=" ", doc_to_choice=choices, task="fake")
+
+    def fewshot_context(self, row: object, count: int, gen_prefix: str | None) -> str:
+        assert count == 0
+        return f"ask {gen_prefix}"
+
+    def doc_to_prefix(self, row: object) -> str:
+        return "it is"
+
+    def doc_to_target(self, row: object) -> object:
+        return self.target
+
+    def doc_to_choice(self, row: object) -> list[str] | None:
+        return self.choices
+
+    def construct_requests(self, row: object, prompt: str) -> list[object]:
+        return []
+
+
+def test_targets_are_rendered_as_lm_eval_does() -> None:
+    assert questions._rendered(FakeTask(["one", "two"]), {}).pairs == (("ask it is", " one"),)
+    assert questions._rendered(FakeTask(1, choices=["no", "yes"]), {}).pairs == (("ask it is", " yes"),)
+    with pytest.raises(OptionError, match="must have one right answer a row"):
+        questions._rendered(FakeTask([0, 1], "multiple_choice", ["a", "b"]), {})
+
+
+def test_answers_in_the_models_own_words_end() -> None:
+    tokenizer = make_tokenizer()
+    alone, chosen = Question((("ask", " yes"),), 0), Question((("ask", " yes"), ("ask", " no")), 0, (3, 2))
+    (own, _), (gold, _) = questions.encode_gold(tokenizer, [alone, chosen], 64)
+    assert own == [*gold, tokenizer.eos_token_id]
+
+
 def test_candidates_are_compared_row_by_row() -> None:
     one, other = Score((-1.0, -2.0, -3.0), (True, False, True)), Score((-1.5, -2.5, -3.5), ())
     assert one.better_by(other) == (0.5, 0.0)
@@ -74,6 +118,7 @@ def test_candidates_are_compared_row_by_row() -> None:
     assert one.log_likelihood == -2.0
 
 
+@pytest.mark.slow
 def test_held_out_rows_come_from_validation_or_are_kept_from_training(shared_data: Path) -> None:
     arc = questions.load_task("arc_challenge", str(shared_data), 0, most=50)
     assert (len(arc.train), len(arc.held_out), arc.metric) == (50, 299, "acc_norm")

@@ -105,6 +105,17 @@ def test_equal_labels_are_told_apart_by_the_run() -> None:
     assert labels == ["16 bit", "4 bit, awq+se, one", "4 bit, awq+se, two"]
 
 
+def test_the_best_of_a_task_is_the_highest() -> None:
+    def tuned(score: float) -> dict[str, Any]:
+        models = {"16bit": {"task:arc acc": 0.5, "bytes": 1}, "compressed": {"task:arc acc": 0.4, "bytes": 1}, "tuned": {"task:arc acc": score, "bytes": 1}}
+        return COMPRESSED | {"kind": "tune", "task": {"name": "arc", "metric": "acc", "space": [4]}, "models": models}
+
+    runs = report.compare({"low": tuned(0.55), "high": tuned(0.65)})
+    assert runs[0].metric == "task:arc acc"
+    assert [line[1:3] for line in report.published_rows(runs)[1]] == [["16 bit", "0.500"], ["INT4, best PTWC (awq+se)", "0.400"], ["INT4, QAT + LoRA", "0.650"]]
+    assert [entry.label for entry in runs[0].entries if entry.tuned] == ["4 bit, tuned on arc from awq+se, low", "4 bit, tuned on arc from awq+se, high"]
+
+
 def test_published_table() -> None:
     headings, lines = report.published_rows(report.compare({"tuned": RESULTS, "awq": COMPRESSED, "other": RESULTS | {"model": "Large"}}))
     assert headings == ["model", "precision", "token perplexity", "improvement"]

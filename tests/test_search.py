@@ -69,7 +69,20 @@ def test_the_winner_is_put_in_place(tmp_path: Path) -> None:
     best = max(found["search"]["winners"], key=lambda row: row["log_likelihood"])  # all held-out rows were searched: none are fresh
     assert found["configuration"] == best["configuration"]
     assert (codes(tmp_path / "run") == before) == (best["configuration"] == results_["configuration"])
-    assert found["models"]["tuned"]["tokens"] == results_["models"]["tuned"]["tokens"]
+    kl = found["models"]["tuned"]["kl_to_teacher"]
+    assert kl > 0.3 * results_["models"]["tuned"]["kl_to_teacher"], "compared with the 16-bit model, not with itself"
+    assert found["models"]["tuned"]["task:letters acc"] is not None
+
+
+def test_a_run_without_a_choice_is_told(tmp_path: Path) -> None:
+    tune(options(tmp_path, epochs=1, custom_rank_config=(8, 2)))
+    search(SearchOptions(run=str(tmp_path / "run"), sampler="hill", trials=3, random_draws=False))
+    assert results(tmp_path / "run")["search"]["winners"][0]["configuration"] == [8, 2]
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    del saved["configuration"]  # as it is before the end of training
+    (tmp_path / "run" / "results.json").write_text(json.dumps(saved))
+    with pytest.raises(RunError, match="must be a finished run of nybble tune"):
+        search(SearchOptions(run=str(tmp_path / "run")))
 
 
 def test_sampled_configurations_differ_between_sittings(trained: Path) -> None:

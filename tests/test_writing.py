@@ -55,6 +55,20 @@ def test_samples_follow_the_models_distribution(tmp_path: Path) -> None:
     assert counts[~often].sum() > 0  # the tail is there
 
 
+def test_writing_goes_on_after_an_end_of_text(tmp_path: Path) -> None:
+    model, tokenizer = make_model("smollm"), make_tokenizer(begin=True)
+    end = model.generation_config.eos_token_id = 65  # one that this model writes often
+    model.generation_config.repetition_penalty = 100.0
+    with torch.no_grad():
+        model.get_input_embeddings().weight[end] *= 3
+    ids = writing.write(tmp_path / "ids", model, tokenizer, 60, 24, 0, 60)
+    assert model.generation_config.eos_token_id == 65
+    after = [row[row.index(end) + 1 :] for row in ids.tolist() if end in row[:-4]]
+    assert len(after) > 3, "otherwise nothing is tested"
+    assert all(any(token != 0 for token in rest) for rest in after)
+    assert any(end in rest for rest in after), "a penalty of 100 would forbid it"
+
+
 def test_first_tokens_are_random_ordinary_ones_where_nothing_begins_a_text() -> None:
     first = writing.first_tokens(make_model("smollm"), make_tokenizer(), 500, torch.Generator().manual_seed(0))
     assert not {256, 257} & set(first.flatten().tolist())  # <s> and </s>

@@ -4,7 +4,7 @@ config.toml          the options, resolved
 log.txt              what the console said since the folder exists, with times
 results.json         measurements and seconds per stage, growing; report.md is the same for people
 teacher/             the teacher's hidden states (train states are deleted when training is done)
-compress/            finished blocks of the compression (deleted when the 4-bit model is saved)
+compress/            finished blocks of the compression (deleted when the 4-bit model is saved; kept by nybble tune, whose adapters can be tried at other ranks)
 last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
 best.safetensors     adapters and scales with the lowest validation loss
 quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
@@ -169,7 +169,8 @@ class Run:
             run._check_same(options)
             if (path / RESULTS).exists():
                 run.results = json.loads((path / RESULTS).read_text())
-        write_text(path / CONFIG, to_toml(options))
+        if not getattr(options, "eval_only", False):  # a trial leaves the run's own options alone
+            write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         if run.results.setdefault("command", command) != command:
             run.results.setdefault("resumed_by", []).append(command)

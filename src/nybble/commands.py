@@ -88,9 +88,7 @@ def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> data.Rows
     for name in mixture.names:
         texts = data.load_texts(name, options.data_column, options.data_dir)[options.split]
         parts.append(data.sequences(opened.tokenizer, texts, options.seq_len, options.split, assistant_only=options.loss_on == "assistant"))
-    if mixture.weights is None:
-        return data.Rows.cat(parts)[: options.samples or None]
-    return mixture.mix(parts, options.samples or sum(map(len, parts)), 0)
+    return mixture.mix(parts, options.samples or sum(map(len, parts)), 0) if len(parts) > 1 else parts[0][: options.samples or None]
 
 
 def inspect(options: InspectOptions) -> None:

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from nybble import checkpoint, evaluate, models, page, post_training, report, stages, tune, tuning
-from nybble.config import CompressOptions, TuneOptions
+from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
 from nybble.errors import MissingExtraError, OptionError
 from nybble.stages import Job
@@ -61,12 +61,24 @@ def compare(options: TuneOptions) -> Path:
         )
     if len(options.lora_rank_space) < 2:
         raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
+    for task in options.compare:
+        _check_task(task, options.data_dir)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
     figures: dict[str, dict[str, Figure]] = {}
     for task in options.compare:
         figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
         _write(figures, folder, options)
     return folder
+
+
+def _check_task(name: str, data_dir: str | None) -> None:
+    """Raise now what would be raised after hours."""
+    task = evaluate.open_task(name, data_dir)
+    metric = evaluate.metric_of(task)
+    if not task.has_training_docs():
+        raise OptionError(f"--compare takes tasks with a training split; {name} has none")
+    if not metric.startswith(("acc", "exact_match")):
+        raise OptionError(f"--compare takes tasks that are scored by the share of right answers; {name} is scored by {metric}")
 
 
 def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
@@ -82,11 +94,12 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
         _unless_done(each, tune.tune)
     full = run("lora", lora_rank_space=(largest,), export=())
     _unless_done(full, tune_16bit)
+    same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
     compressed = CompressOptions(
-        pretrained=str(folder / "lora" / "merged"), trust_remote_code=options.trust_remote_code, device=options.device, dtype=options.dtype,
-        data=(str(folder / "lora" / "texts.jsonl"),), data_dir=options.data_dir, seq_len=min(options.seq_len, 256), method=options.start,
-        group_size=options.group_size, calib_samples=options.calib_samples, output_dir=str(folder / "ptwc"), seed=options.seed,
-        test_samples=options.test_samples, tasks=(task,), task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
+        **same | {"pretrained": str(folder / "lora" / "merged")},
+        data=(str(folder / "lora" / "texts"),), data_dir=options.data_dir, seq_len=checkpoint.read_results(folder / "lora")["text_length"],
+        method=options.start, output_dir=str(folder / "ptwc"), seed=options.seed, test_samples=options.test_samples, tasks=(task,),
+        task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
     _unless_done(compressed, post_training.compress)
@@ -123,19 +136,25 @@ def tune_16bit(options: TuneOptions) -> Path:
     with tune.opened(options, ()) as (job, lesson):
         run = job.run
         run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
-        states = stages.teach(job, {"test": job.sequences.test}, 1)
+        run.results["text_length"] = job.sequences.test.ids.shape[1]
+        reference = evaluate.logits_from_states(job.head, stages.teach(job, {"test": job.sequences.test}, 1)["test"])
+        stages.measure_16bit(job, reference)
         merged = run.path / "merged"
         if not merged.exists():
             _train_lora(job, lesson)
-            texts = [json.dumps({"text": "".join(question.pairs[question.gold])}) + "\n" for question in lesson.task.train]
-            checkpoint.write_text(run.path / "texts.jsonl", "".join(texts))
+            with checkpoint.whole_folder(run.path / "texts") as temporary:
+                for split, questions in (("train", lesson.task.train), ("validation", lesson.task.held_out), ("test", lesson.task.held_out)):
+                    texts = [json.dumps({"text": "".join(question.pairs[question.gold])}) + "\n" for question in questions]
+                    checkpoint.write_text(temporary / f"{split}.jsonl", "".join(texts))
             with checkpoint.whole_folder(merged) as temporary:
                 job.loaded.model.save_pretrained(temporary)
                 job.loaded.tokenizer.save_pretrained(temporary)
-        loaded = models.load(str(merged), job.loaded.model.dtype, models.pick_device(options.device), options.trust_remote_code)
+        dtype = job.loaded.model.dtype
+        job.loaded.model.to("meta")  # frees the weights
+        loaded = models.load(str(merged), dtype, models.pick_device(options.device), options.trust_remote_code)
         size = 2 * sum(p.numel() for p in loaded.model.parameters())
-        stages.measure(job, evaluate.logits_from_states(job.head, states["test"]), "lora16", loaded.model, loaded.tokenizer, size)
-        run.save_results()
+        stages.measure(job, reference, "lora16", loaded.model, loaded.tokenizer, size)
+        stages.finish(run, [])
         return run.path
 
 
@@ -177,9 +196,9 @@ def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: T
     tables = report.as_markdown(headings, lines)
     honest = options.select_on == "held_out"
     note = (
-        "Percent of the test rows, and the standard error of that mean. Epochs and ranks were chosen on "
-        + ("held-out rows." if honest else "the TEST rows, as published results do: these are not figures on unseen rows.")
-        + f" Compression: {options.start}. Seed {options.seed}."
+        "Percent of the test rows that were right, and its standard error. Epochs were chosen on held-out rows, ranks "
+        + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
+        + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. Seed {options.seed}."
     )
     values = {task: {column: [figure.value, figure.documents] for column, figure in found.items()} for task, found in figures.items()}
     checkpoint.write_text(folder / "compare.json", json.dumps(values, indent=2) + "\n")

@@ -216,6 +216,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
         _require_pretrained(self.pretrained)
         if self.task and self.compare:
             raise OptionError("--task and --compare contradict each other; give one of them")
+        if self.compare and (self.custom_rank_config or self.eval_only):
+            raise OptionError("--compare makes all its runs itself; leave --custom_rank_config and --eval_only out")
         if not (self.task or self.compare):
             raise OptionError("--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file")
         self.check_compression()

@@ -168,7 +168,7 @@ def _from_hub(data: str, column: str) -> Texts:
 
 
 def _column(rows: Any, column: str, source: str) -> Sequence[Document]:
-    if column not in rows.column_names and _MESSAGES in rows.column_names:
+    if column == "text" and column not in rows.column_names and _MESSAGES in rows.column_names:  # unless another one was asked for
         column = _MESSAGES
     if column in rows.column_names and len(rows) and isinstance(rows[0][column], list):
         return [chat.check_messages(value, f"{source}: row {i + 1}, column {column}") for i, value in enumerate(rows[column])]
@@ -239,6 +239,8 @@ def sequences(tokenizer: Any, documents: Sequence[Document], length: int, what: 
         DataError: fewer than `minimum` sequences; see chat.py for conversations.
     """
     texts = [document for document in documents if isinstance(document, str)]
+    if texts and len(texts) < len(documents):
+        raise DataError(f"the {what} data must be plain text or conversations; it has {len(texts)} texts beside conversations; name them as two sources")
     if len(texts) < len(documents):
         rows, size = _conversations(tokenizer, [document for document in documents if not isinstance(document, str)], length, what, assistant_only)
     elif assistant_only:

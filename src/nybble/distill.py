@@ -16,6 +16,7 @@ from nybble import absorb, checkpoint, data, evaluate, models, report, stages, t
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
 from nybble.errors import OptionError
+from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
 from nybble.stages import Job, Sequences
 from nybble.tuning import Course
@@ -50,7 +51,7 @@ def _run(job: Job) -> None:
         compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
-        tuning.train_layers(run, options, layers, _course(job, states))
+        tuning.train_layers(run, options, layers, _course(job, states, layers))
         with run.stage("absorb"):
             tuned = absorb.absorb(loaded.model, layers)
             run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
@@ -74,7 +75,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
 
 
-def _course(job: Job, states: Mapping[str, Tensor]) -> Course:
+def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
     """KL to the teacher, on text for training and on text for validation."""
     options, model, sequences = job.options, job.loaded.model, job.sequences
     student, device = Head.of(model), model.device
@@ -89,7 +90,8 @@ def _course(job: Job, states: Mapping[str, Tensor]) -> Course:
     def validate() -> dict[str, float]:
         held = sequences.validation
         teacher = evaluate.logits_from_states(job.head, states["validation"])
-        return evaluate.measure(evaluate.logits_of(model, held.ids), held.ids, teacher, counted=held.counted)
+        with tuning.fixed_weights(options, layers):
+            return evaluate.measure(evaluate.logits_of(model, held.ids), held.ids, teacher, counted=held.counted)
 
     return Course(
         steps_per_epoch=options.steps_per_epoch,

@@ -143,6 +143,9 @@ def open_task(name: str, data_dir: str | None) -> Any:
         OptionError: unknown. DataError: no data.
     """
     check_tasks([name], data_dir)
+    index = _task_manager().task_index
+    if index[name].yaml_path is None or str(index[name].kind).lower().endswith(("group", "tag")):
+        raise OptionError(f"a single task is needed; {name} is a group of tasks; name one of its parts")
     from lm_eval.tasks import get_task_dict
 
     chosen: list[Any] = [name] if data_dir is None else _local_tasks([name], Path(data_dir))

@@ -1,4 +1,4 @@
-"""Questions with answers: what a downstream task trains on, chooses by, and is scored on. Prompt and answers are rendered by lm-eval, as when it measures.
+"""Questions with answers: what a downstream task trains on, chooses by, and is scored on. Rendered by lm-eval, but without examples before them.
 
 A task is one that lm-eval knows (with a training split), or a .jsonl file of one's own with rows {"prompt", "choices", "answer" (its number, from 0)} or
 {"prompt", "completion"}.
@@ -97,18 +97,28 @@ def _known_task(name: str, data_dir: str | None, seed: int, most: int) -> Task:
         held_out = [_rendered(task, row) for row in task.validation_docs()]
     else:
         count = min(HELD_OUT, len(rows) // 10)
+        if not count:
+            raise DataError(
+                f"--task {name} has no validation split, so a tenth of its training rows is held out; it must have at least 10, and has {len(rows)}"
+            )
         held_out, order = [_rendered(task, rows[i]) for i in order[:count]], order[count:]
     return Task(name, metric, [_rendered(task, rows[i]) for i in order[: most or None]], held_out)
 
 
 def _rendered(task: Any, row: dict[str, Any]) -> Question:
     """Prompt and answers, from lm-eval's own requests without examples before them."""
-    prompt = task.fewshot_context(row, 0)
+    prompt = task.fewshot_context(row, 0, gen_prefix=task.doc_to_prefix(row))
     if task.OUTPUT_TYPE == "generate_until":
-        return Question(((prompt, f"{task.config.target_delimiter}{task.doc_to_target(row)}"),), 0)
+        target = task.doc_to_target(row)
+        if task.config.doc_to_choice is not None:
+            target = task.doc_to_choice(row)[target]
+        target = target[0] if isinstance(target, list) else target
+        return Question(((prompt, f"{task.config.target_delimiter}{target}"),), 0)
     choices = task.doc_to_choice(row)
     requests = task.construct_requests(row, prompt)[: len(choices)]
     gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    if isinstance(gold, list):
+        raise OptionError(f"--task must have one right answer a row; {task.config.task} has rows with several")
     pairs = tuple((str(request.args[0]), str(request.args[1])) for request in requests)
     return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(map(len, choices)))
 
@@ -131,7 +141,7 @@ def _own_task(path: Path, seed: int, most: int) -> Task:
 
 
 def _own_question(row: Any, where: str) -> Question:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
         prompt, choices, answer = row["prompt"], row.get("choices"), row.get("answer")
         if isinstance(choices, list) and len(choices) > 1 and isinstance(answer, int) and 0 <= answer < len(choices):
             return Question(tuple((prompt, _spaced(prompt, str(choice))) for choice in choices), answer, tuple(len(str(choice)) for choice in choices))
@@ -165,8 +175,11 @@ class Batch:
     ids: Tensor
     counted: Tensor
 
-    def losses(self, model: Any, head: Head) -> Tensor:
-        """-log q of every counted token, in order: float32 [N]."""
+    def losses(self, model: Any, head: Head | None) -> Tensor:
+        """-log q of every counted token, in order: float32 [N]. Without a head, from the model's own logits (exported models)."""
+        if head is None:
+            logits = model(input_ids=self.ids).logits.float()
+            return F.cross_entropy(logits[self.counted], self.ids.roll(-1, 1)[self.counted], reduction="none")
         device = model.device
         counted, targets = self.counted.to(device), self.ids.roll(-1, 1).to(device)
         return cross_entropy(last_hidden(model, self.ids.to(device))[counted], targets[counted], head)
@@ -188,12 +201,15 @@ def pad(texts: Sequence[tuple[list[int], int]], everything: bool = False) -> Bat
 
 
 def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[tuple[list[int], int]]:
-    """The training texts: prompt and right answer, cut off at `length` tokens. Those of whose answer nothing is left are left out, and counted.
+    """The training texts: prompt and right answer, cut off at `length` tokens; an answer in the model's own words ends with the end-of-text token.
+    Those of whose answer nothing is left are left out, and counted.
 
     Raises:
         DataError: nothing is left of any.
     """
     encoded = [encode(tokenizer, *question.pairs[question.gold]) for question in questions]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = [(ids + end, prompt) if len(q.pairs) == 1 else (ids, prompt) for q, (ids, prompt) in zip(questions, encoded, strict=True)]
     texts = [(ids[:length], prompt) for ids, prompt in encoded if min(len(ids), length) > max(prompt, 1)]
     if not texts:
         raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min(p for _, p in encoded)}")
@@ -223,14 +239,20 @@ class Score:
         return sum(self.correct) / len(self.correct) if self.correct else None
 
     def better_by(self, other: Score) -> tuple[float, float]:
-        """Mean difference of the log-likelihoods, question by question, and its standard error."""
+        """Mean difference of the log-likelihoods, question by question, and its standard error (0 for a single question)."""
         differences = torch.tensor([a - b for a, b in zip(self.log_likelihoods, other.log_likelihoods, strict=True)], dtype=torch.float64)
-        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.inf
+        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
 
 @torch.no_grad()
 def score(
-    model: Any, head: Head, tokenizer: Any, questions: Sequence[Question], by_length: bool, length: int, advance: Callable[[int], None] = lambda count: None
+    model: Any,
+    head: Head | None,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    by_length: bool,
+    length: int,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Score:
     """Score a model on questions; texts of like length go through it together. Prompts are cut off at their beginnings to fit `length` tokens."""
     texts = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,11 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for key in ROWS:
         if key in models:
             line = [label(results, key), *(_cell(c, models[key].get(c)) for c in columns)]
-            if tunes(results):
+            if tunes(results) and "task" not in results:
                 repaired = improvement(models, key) if key in ("tuned", "openvino") else None
                 line.append("-" if repaired is None else f"{repaired:.0%}")
             table.append(line)
-    return ["model", *map(heading, columns), *(["repaired"] if tunes(results) else [])], table
+    return ["model", *map(heading, columns), *(["repaired"] if tunes(results) and "task" not in results else [])], table
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -119,6 +119,9 @@ def task_column(results: dict[str, Any]) -> str:
 def _task_sentence(results: dict[str, Any]) -> str:
     models = results["models"]
     last = "openvino" if "openvino" in models else "tuned"
+    if "lora16" in models:
+        column = task_column(results)
+        return f"{results['model']} tuned in 16 bit by LoRA: {heading(column)} {models['lora16'][column]:.4f}, against {models['16bit'][column]:.4f} before."
     column = task_column(results)
     values = [models.get(row, {}).get(column) for row in ("16bit", "compressed", last)]
     if any(value is None for value in values):
@@ -196,7 +199,7 @@ def markdown(results: dict[str, Any]) -> str:
         sentence(results),
         as_markdown(*rows(results)),
         f"Perplexity and KL on {results.get('test', 'the test split')}."
-        + (" Repaired = (perplexity compressed - tuned) / (compressed - 16 bit)." if tunes(results) else ""),
+        + (" Repaired = (perplexity compressed - tuned) / (compressed - 16 bit)." if tunes(results) and "task" not in results else ""),
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
@@ -269,10 +272,14 @@ class Comparison:
     def value(self, entry: Entry) -> float:
         return float(entry.values[self.metric])
 
+    def best(self, entries: Iterable[Entry]) -> Entry | None:
+        """The one with the lowest perplexity, or the highest score of a task."""
+        return (min if self.metric.endswith("perplexity") else max)(entries, key=self.value, default=None)
+
     @property
     def baseline(self) -> Entry | None:
         """The best model compressed without any training, block-wise or end to end; None where there is none."""
-        return min((entry for entry in self.entries if entry.kind == "compressed" and "blockwise" not in entry.method), key=self.value, default=None)
+        return self.best(entry for entry in self.entries if entry.kind == "compressed" and "blockwise" not in entry.method)
 
     def improvement(self, entry: Entry) -> float | None:
         """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""
@@ -339,7 +346,7 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
     for comparison in comparisons:
         exported = {entry.run for entry in comparison.entries if entry.kind == "openvino"}
         tuned = [entry for entry in comparison.entries if entry.tuned and (entry.kind == "openvino" or entry.run not in exported)]
-        best = min(tuned, key=comparison.value, default=None)
+        best = comparison.best(tuned)
         rows = [(comparison.entries[0], "16 bit")]
         if comparison.baseline is not None:
             rows.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
@@ -352,7 +359,7 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
     if improvements:
         lines.append(["mean", "", "", f"{sum(improvements) / len(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}
-    return ["model", "precision", heading(metrics.pop()) if len(metrics) == 1 else "perplexity", "improvement"], lines
+    return ["model", "precision", heading(metrics.pop()) if len(metrics) == 1 else "measure", "improvement"], lines
 
 
 def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:

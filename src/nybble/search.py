@@ -43,7 +43,8 @@ def search(options: SearchOptions) -> None:
     if importlib.util.find_spec("optuna") is None:
         raise MissingExtraError("search", "nybble search")
     path = Path(options.run)
-    if not (path / "best.safetensors").is_file() or checkpoint.read_results(path).get("kind") != "tune":
+    found = checkpoint.read_results(path)
+    if found.get("kind") != "tune" or "configuration" not in found:
         raise RunError(f"{path} must be a finished run of nybble tune; it is none")
     values = from_toml(TuneOptions, path / checkpoint.CONFIG)
     with tune.reopened(TuneOptions(**values | {"output_dir": str(path), "resume": True})) as trained:
@@ -54,7 +55,7 @@ def search(options: SearchOptions) -> None:
 
 def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     lesson, run = trained.lesson, trained.job.run
-    known = {tuple(row["configuration"]): row["why"] for row in run.results["candidates"]}
+    known = {tuple(row["configuration"]): row["why"] for row in run.results.get("candidates", [])}
     chosen: Configuration = tuple(run.results["configuration"])
     winners: dict[str, Configuration] = {"heuristics (tune)": chosen}
     with run.stage("search"):
@@ -78,7 +79,7 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
         tune.put_in_place(trained, tuple(best["configuration"]))
     else:
         text = " ".join(map(str, best["configuration"]))
-        console.print(f"To use it: --apply, or nybble tune ... --resume --eval_only --custom_rank_config {text}", highlight=False)
+        console.print(f"--apply ships it; nybble tune ... --resume --eval_only --custom_rank_config {text} scores it on the test rows.", highlight=False)
 
 
 def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, known: list[Configuration]) -> Configuration:

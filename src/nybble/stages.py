@@ -124,6 +124,7 @@ def opened(
         with log_to(path / "log.txt"):
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
             run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": method, "machine": checkpoint.machine()}
+            run.results["dtype"] = str(dtype).removeprefix("torch.")
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
             yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
@@ -145,7 +146,7 @@ def check_calibration(options: Options, method: str, sequences: Sequences) -> in
         return 0
     count = len(sequences.calibration)
     short = "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})"
-    log.info("calibration: %d x %d tokens of the training text%s", count, options.seq_len, short)
+    log.info("calibration: %d x %d tokens of the training text%s", count, sequences.calibration.shape[1], short)
     return count
 
 
@@ -312,7 +313,7 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
 
     def held(split: str, count: int) -> Rows:
         parts = [_rows(options, loaded, name, split, split) for name in evaluated.names]
-        return evaluated.mix(parts, count, options.seed) if evaluated.weights and count else Rows.cat(parts)[: count or None]
+        return evaluated.mix(parts, count or sum(map(len, parts)), options.seed) if len(parts) > 1 else parts[0][: count or None]
 
     validated = held("validation", validation) if validation else NO_ROWS
     source = f"the test split of {' + '.join(_evaluated(options))}"

@@ -20,7 +20,7 @@ from nybble import absorb, checkpoint, data, evaluate, models, questions, ranks,
 from nybble.config import TuneOptions
 from nybble.console import bar, console
 from nybble.data import Rows
-from nybble.errors import RunError
+from nybble.errors import DataError, RunError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
@@ -59,12 +59,14 @@ class Trained:
 
     Attributes:
         compressed: what the run started from, 8-bit weights included.
+        reference: the 16-bit model's logits on the test sequences.
     """
 
     job: Job
     lesson: Lesson
     layers: dict[str, FakeQuantizedLoRALinear]
     compressed: dict[str, QuantizedWeight]
+    reference: evaluate.Logits
 
     def score(self, configuration: Configuration, rows: Sequence[Question]) -> Score:
         """Of one configuration on held-out rows."""
@@ -79,7 +81,7 @@ def tune(options: TuneOptions) -> Path:
     custom = options.custom_rank_config
     if options.eval_only:
         _check_trained(options.folder)
-        options = replace(options, custom_rank_config=())  # a trial leaves the run's own options alone
+        options = replace(options, custom_rank_config=())
     with opened(options, custom) as (job, lesson):
         _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson)
         return job.run.path
@@ -136,19 +138,33 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
 
 def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
     """Right answers as running text, for calibration and for perplexity and KL beside the task's own measure."""
-    tokenizer, length = loaded.tokenizer, min(options.seq_len, 256)
+    tokenizer = loaded.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def joined(texts: Sequence[tuple[list[int], int]], what: str, least: int) -> torch.Tensor:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        tokens = torch.tensor([token for ids, _ in texts for token in (*ids, *end)], dtype=torch.int64)
-        rows = data.cut(tokens, length)
-        if len(rows) < least:
-            raise data.too_few(what, least, length, len(rows), len(tokens))
-        return rows[data.order(len(rows), len(rows), options.seed)]
+    def joined(texts: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+        return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
 
-    calibration = joined(lesson.texts, "training", 1)[: options.calib_samples]
-    test = joined(questions.encode_gold(tokenizer, lesson.task.held_out, options.seq_len), "held-out", 1)[: options.test_samples or None]
-    return Sequences(NO_ROWS, calibration, NO_ROWS, Rows.of(test), f"held-out rows of {lesson.task.name} with their right answers")
+    train, held_out = joined(lesson.texts), joined(questions.encode_gold(tokenizer, lesson.task.held_out, options.seq_len))
+    length = text_length(options, len(train), len(held_out))
+    calibration, test = (data.cut(tokens, length, data.begin_tokens(tokenizer)) for tokens in (train, held_out))
+    calibration = calibration[data.order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
+    return Sequences(
+        NO_ROWS, calibration, NO_ROWS, Rows.of(test[: options.test_samples or None]), f"held-out rows of {lesson.task.name} with their right answers"
+    )
+
+
+def text_length(options: TuneOptions, train: int, held_out: int) -> int:
+    """Tokens in a sequence of running text: 256, or less where there are too few to calibrate with 8 sequences and measure on one.
+
+    Raises:
+        DataError: fewer than 8 sequences of 16 tokens.
+    """
+    length = 256
+    while length > 16 and (length > options.seq_len or train < 9 * length or held_out < 2 * length):
+        length //= 2
+    if train < 9 * length or held_out < length + 1:
+        raise DataError(f"the rows of --task must have at least {9 * length} tokens to train on and {length + 1} held out; got {train} and {held_out}")
+    return length
 
 
 def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, lesson: Lesson) -> TuneOptions:
@@ -170,7 +186,8 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
     def score(model: Any, tokenizer: Any) -> dict[str, float]:
         if not scored:
             return {}
-        found = questions.score(model, Head.of(model), tokenizer, scored, lesson.task.by_length, job.options.seq_len)
+        head = Head.of(model) if model.get_output_embeddings() is not None else None  # exported models have none
+        found = questions.score(model, head, tokenizer, scored, lesson.task.by_length, job.options.seq_len)
         measured = {f"task:{name} log_likelihood": found.log_likelihood, f"documents:{name}": len(scored)}
         return measured if found.accuracy is None else {f"task:{name} acc": found.accuracy} | measured
 
@@ -189,12 +206,14 @@ def _run(job: Job, lesson: Lesson) -> None:
     if not job.quantized.exists():
         starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
         compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
-        with tuning.fixed_weights(options, layers):
+        with _for_measuring(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
         tuning.train_layers(run, options, layers, course(job, lesson, layers))
-        chosen = options.custom_rank_config or _choose(job, lesson, layers)
+        chosen = options.custom_rank_config or tuple(run.results.get("applied", ())) or _choose(job, lesson, layers)
         ranks.activate(layers, chosen)
-        _absorb(Trained(job, lesson, layers, compressed), chosen)
+        _absorb(Trained(job, lesson, layers, compressed, reference), chosen)
+    elif options.custom_rank_config and list(options.custom_rank_config) != run.results["configuration"]:
+        raise RunError(f"{run.path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
 
@@ -217,8 +236,9 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
         return questions.pad([texts[i] for i in indices.tolist()], everything)
 
     def validate() -> dict[str, float]:
-        ranks.activate(layers, ranks.middle(lesson.space, lesson.count))
-        found = _score(job, lesson, lesson.held_out)
+        ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
+        with _for_measuring(options, layers):
+            found = _score(job, lesson, lesson.held_out)
         return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     return Course(
@@ -230,7 +250,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
         validate=validate,
         criterion="loss",
         describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
-        passes=3 if options.sampling == "sandwich" else 1,
+        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 else 1,
         enter=lambda step, number: ranks.activate(layers, _configuration(options, lesson, step, number)),
     )
 
@@ -244,7 +264,7 @@ def _score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
 
 
 def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
-    """Configuration -> why it is one: the middle of the space, what was trained most often, the least losses of training; the largest."""
+    """Configuration -> why it is one: the middle of the space, what was trained most often, the least losses of training."""
     options, training = job.options, job.run.results["training"]
     if len(lesson.space) == 1:
         return {ranks.uniform(lesson.space[0], lesson.count): "the only one"}
@@ -297,6 +317,7 @@ def _test_metric(job: Job, lesson: Lesson) -> float:
 
 def _trained(job: Job, lesson: Lesson) -> Trained:
     """Compress again (from the blocks that the run kept), and load the adapters."""
+    states = stages.teach(job, {"test": job.sequences.test}, 1)  # of the 16-bit model, which is gone afterwards
     starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
     compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
     tensors, _ = checkpoint.load_tensors(job.run.path / "best.safetensors")
@@ -304,7 +325,7 @@ def _trained(job: Job, lesson: Lesson) -> Trained:
         for name, tensor in tensors.items():
             layer, leaf = name.rsplit(".", 1)
             getattr(layers[layer], leaf).copy_(tensor)
-    return Trained(job, lesson, layers, compressed)
+    return Trained(job, lesson, layers, compressed, evaluate.logits_from_states(job.head, states["test"]))
 
 
 def _test_one(trained: Trained, custom: Configuration) -> None:
@@ -321,14 +342,18 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
 
 
 def put_in_place(trained: Trained, chosen: Configuration) -> None:
-    """Absorb another configuration than before; save, export and measure it."""
+    """Absorb another configuration than before; save, export and measure it. Killed in between, `nybble tune --resume` ends with the same."""
     job, results = trained.job, trained.job.run.results
-    ranks.activate(trained.layers, chosen)
-    for row in ("tuned", *results.get("exports", {})):
+    kinds = list(results.pop("exports", {}))
+    for row in ("tuned", *kinds):
         results["models"].pop(row, None)
+    results["applied"] = list(chosen)
+    job.run.save_results()
+    for name in (*kinds, job.quantized.name):
+        checkpoint.remove_folder(job.run.path / name)
+    ranks.activate(trained.layers, chosen)
     _absorb(trained, chosen)
-    states = stages.teach(job, {"test": job.sequences.test}, 1)
-    stages.measure_saved(job, evaluate.logits_from_states(job.head, states["test"]), "tuned")
+    stages.measure_saved(job, trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
 
 

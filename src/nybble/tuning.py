@@ -36,7 +36,7 @@ class Course:
         tokens: in a step, for the rate that people see.
         draw, loss, weight: see Trainer.
         passes, enter: see Trainer.
-        validate: measures on held-out text; what must fall is under `criterion`.
+        validate: measures on held-out text, the weights being those of that moment; what must fall is under `criterion`.
         describe: what was measured -> words.
     """
 
@@ -101,7 +101,7 @@ def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantize
 def train_layers(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course) -> None:
     """Train adapters and scales; afterwards the layers hold the weights that were best on held-out text."""
     step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
-    train(run, options, _groups(options, layers), course, step, lambda: fixed_weights(options, layers))
+    train(run, options, _groups(options, layers), course, step)
 
 
 def train(
@@ -110,13 +110,12 @@ def train(
     groups: list[dict[str, Any]],
     course: Course,
     during_step: Callable[[], AbstractContextManager[None]] = nullcontext,
-    during_validation: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Train parameters; afterwards they are those that were best on held-out text.
 
     Args:
         groups: see Trainer.
-        during_step, during_validation: what to hold around each.
+        during_step: what to hold around all microbatches of a step.
     """
     steps = course.steps_per_epoch * options.epochs
     trainer = Trainer(
@@ -138,8 +137,7 @@ def train(
     progress = trainer.progress
 
     def validate() -> None:
-        with during_validation():
-            measured = course.validate()
+        measured = course.validate()
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
         if measured[course.criterion] < progress.best_loss:

@@ -116,7 +116,12 @@ def _sample(model: Any, tokenizer: Any, batch: int, length: int, seed: int) -> T
     first = first_tokens(model, tokenizer, batch, torch.Generator().manual_seed(seed)).to(model.device)
     # After an end-of-text token the model goes on with another text, as in packed training text.
     config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        ids = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
-    return torch.as_tensor(ids).cpu()
+    its_own, model.generation_config = model.generation_config, GenerationConfig()  # what is None above would be taken from there: end token, penalties
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            ids = torch.as_tensor(model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)).cpu()
+    finally:
+        model.generation_config = its_own
+    assert ids.shape == (batch, length), f"asked for {batch} x {length} tokens, got {tuple(ids.shape)}"
+    return ids
