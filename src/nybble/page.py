@@ -118,7 +118,7 @@ def _stages(figure: Any, comparison: Comparison) -> None:
     low, high = min(values), max(values)
     spread = high - low or high
     left.set_xlim(max(0.0, low - 0.3 * spread), high + 0.2 * spread)
-    left.set_xlabel(f"{comparison.metric.replace('_', ' ')} (axis cut)" if low > 0.3 * spread else comparison.metric.replace("_", " "))
+    left.set_xlabel(report.heading(comparison.metric) + (" (axis cut)" if low > 0.3 * spread else ""))
     divergences = [entry.values.get("kl_to_teacher", 0.0) for entry in entries]
     bars = right.barh(labels, divergences, color=colors)
     right.bar_label(bars, [f"{value:.4f}" for value in divergences], padding=3)
@@ -181,7 +181,7 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         image = axes.imshow(lines, aspect="auto", cmap="viridis", norm=shared if "error" in title else None)
         axes.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
         axes.set(title=title, xlabel="block")
-        figure.colorbar(image, ax=axes, format=lambda value, position: f"{value:.2%}")
+        figure.colorbar(image, ax=axes, format=lambda value, position: f"{value:.2%}").minorticks_off()
     for axes in all_axes[len(maps) :]:
         axes.set_axis_off()
 

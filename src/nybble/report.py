@@ -332,11 +332,13 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of text."""
     columns = _columns({entry.label: dict(entry.values) for entry in comparison.entries})
+    repairs = comparison.metric.endswith("perplexity")  # of a task there is nothing to repair
     lines = []
     for entry in comparison.entries:
         repaired = comparison.improvement(entry) if entry.kind != "16bit" and entry is not comparison.baseline else None
-        lines.append([entry.label, *(_cell(c, entry.values.get(c)) for c in columns), "-" if repaired is None else f"{repaired:.0%}"])
-    return ["model", *map(heading, columns), "repaired"], lines
+        line = [entry.label, *(_cell(c, entry.values.get(c)) for c in columns)]
+        lines.append([*line, "-" if repaired is None else f"{repaired:.0%}"] if repairs else line)
+    return ["model", *map(heading, columns), *(["repaired"] if repairs else [])], lines
 
 
 def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
