@@ -119,7 +119,7 @@ def test_eval_measures_the_run_and_the_export_by_the_same_call(run: Path, shared
         arguments = ["eval", str(target), "--data", "python-docs", "--seq_len", "128", "--samples", "4", "--strict", "--dtype", "float32"]
         assert cli.main([*arguments, "--tasks", "arc_easy", "--task_limit", "8", "--data_dir", str(shared_data)]) == 0
         values.append(json.loads(capsys.readouterr().out.split("┘")[-1].split("┛")[-1]))
-    assert values[0].keys() == values[1].keys() == {"token_perplexity", "tokens", "task:arc_easy acc", "task:arc_easy acc_norm"}
+    assert values[0].keys() == values[1].keys() == {"token_perplexity", "tokens", "documents:arc_easy", "task:arc_easy acc", "task:arc_easy acc_norm"}
     assert values[1]["token_perplexity"] == pytest.approx(values[0]["token_perplexity"], rel=1e-4)
     assert values[1]["task:arc_easy acc_norm"] == values[0]["task:arc_easy acc_norm"]
 
