@@ -84,24 +84,32 @@ def table(results: dict[str, list[dict[str, Any]]], texts: list[str]) -> Table:
     """Medians over seeds, and in brackets the smallest and the largest."""
     made = Table("job", "seeds", "seconds", "peak GB", *(f"{text} {what}" for text in texts for what in ("ppl", "KL")))
 
-    def cell(values: list[float], digits: int) -> str:
-        middle = f"{statistics.median(values):.{digits}f}"
-        return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
     for job, rows in results.items():
         numbers = [cell([row[text][key] for row in rows], digits) for text in texts for key, digits in (("perplexity", 2), ("kl", 4))]
         made.add_row(job, str(len(rows)), cell([row["seconds"] for row in rows], 0), cell([row["peak_gigabytes"] for row in rows], 2), *numbers)
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def cell(values: list[float], digits: int) -> str:
+    """Median over seeds, and in brackets the smallest and the largest."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What both comparisons take."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
     parser.add_argument("--folder", type=Path, default=Path("build/compress_vs_nncf"))
     parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", nargs="+", default=JOBS)
     parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--jobs", nargs="+", default=JOBS)
     options = parser.parse_args()
     prepare(options.folder, options.text, options.texts)
     results: dict[str, list[dict[str, Any]]] = {}

@@ -1,10 +1,10 @@
 """Distillation of the built-in model beside NNCF's: the same tokens, passes, rank and batch; each in a process of its own, one after the other.
 
-make bench-nncf-distill     or     python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256]
+python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256]
 
 NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences; everything after -- is
 given to it. Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading
-and measuring. Finished jobs are not run again. The training part of both needs torch and transformers alone, so it runs on a bare GPU machine as well.
+and measuring. Finished jobs are not run again.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress_vs_nncf import HERE, prepare
+from compress_vs_nncf import HERE, arguments, cell, prepare
 from compress_worker import calibration, evaluate
 from rich.table import Table
 from safetensors.torch import load_file
@@ -91,17 +91,12 @@ def call(command: list[Any], log: Path, environment: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
-    parser.add_argument("--folder", type=Path, default=Path("build/compress_vs_nncf"))
-    parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--microbatch", type=int, default=2, help="of NNCF; nybble chooses its own")
-    parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
     parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble"), default=["nncf", "nybble"])
     parser.add_argument("flags", nargs="*", help="for nybble distill")
     options = parser.parse_args()
@@ -112,10 +107,6 @@ def main() -> None:
             results.setdefault(peer, []).append({"nncf": by_nncf, "nybble": by_nybble}[peer](seed, options))
     table = Table("peer", "seconds", "of that start", "step", "peak GB", *(f"{text} {what}" for text in options.texts for what in ("ppl", "KL")))
     for peer, rows in results.items():
-
-        def cell(values: list[float], digits: int) -> str:
-            return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
         numbers = [cell([row[text][key] for row in rows], digits) for text in options.texts for key, digits in (("perplexity", 2), ("kl", 4))]
         steps = [statistics.median(row["step_seconds"]) for row in rows]
         times = [cell([row[key] for row in rows], 0) for key in ("seconds", "start_seconds")]

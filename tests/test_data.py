@@ -135,16 +135,16 @@ def test_mixture_gives_every_source_its_share() -> None:
     assert (drawn[:20] >= 1000).any(), "mixed, not one after the other"
     assert torch.equal(drawn, mixture.mix([many, few], 40, 0).ids[:, 0])
     plain = data.Mixture.parse(["a", "b"]).mix([many, few], 1000, 0).ids[:, 0]
-    assert sorted(plain.tolist()) == [*range(100), *range(1000, 1004)], "without weights nothing is used twice"
+    assert sorted(plain.tolist()) == [*range(100), *range(1000, 1004)], "without shares nothing is used twice"
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["a=0.5", "b"], "NAME=WEIGHT for every source"),
-        (["a=x", "b=1"], "NAME=WEIGHT for every source"),
-        (["a=0", "b=1"], "weights above 0"),
-        (["a=inf"], "weights above 0"),
+        (["a=0.5", "b"], "NAME=SHARE for every source"),
+        (["a=x", "b=1"], "NAME=SHARE for every source"),
+        (["a=0", "b=1"], "shares above 0"),
+        (["a=inf"], "shares above 0"),
         (["a=1", "a=2"], "got a more than once"),
         ([], "at least one source"),
     ],

@@ -39,3 +39,12 @@ def test_compression_grows_with_the_text_until_it_goes_to_the_disk() -> None:
     assert sizes[2] == sizes[3]
     assert estimate.blocks_disk(SHAPES, 0) == 0
     assert estimate.blocks_disk(SHAPES, 50) == SHAPES.parameters * 4 + 2 * 50 * 64 * 4
+
+
+def test_writing_takes_as_many_sequences_as_fit_into_a_gibibyte() -> None:
+    from types import SimpleNamespace
+
+    eight_b = SimpleNamespace(num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=4096)
+    assert estimate.writing_batch(eight_b, 1024, 2) == (1 << 30) // (2 * 32 * 8 * 128 * 1024 * 2) == 8
+    assert estimate.writing_batch(eight_b, 1 << 20, 2) == 1
+    assert estimate.writing_batch(eight_b, 8, 2) == 128

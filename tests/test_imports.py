@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 ORDER = [
     "errors", "config", "grid", "quantized", "families", "models", "chat", "data",
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
-    "layers", "insert", "ranks", "losses", "teacher", "train", "absorb", "checkpoint", "writing", "estimate",
+    "layers", "insert", "losses", "teacher", "train", "ranks", "absorb", "checkpoint", "writing", "estimate",
     "export", "export.openvino", "evaluate", "questions", "report", "page", "console",
     "stages", "post_training", "tuning", "distill", "tune", "search", "compare", "commands", "cli",
     "", "__main__",

@@ -28,7 +28,7 @@ def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Ten
     groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
     trainer = Trainer(groups, Recipe(steps, 4, microbatch, 0.25, 1.0), loss, lambda step: torch.arange(step, step + 4) % 32)
     if weights is not None:
-        trainer.weight = lambda indices: int(weights[indices].sum())
+        trainer.tokens = lambda indices: int(weights[indices].sum())
     return trainer, parameters
 
 

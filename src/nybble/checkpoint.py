@@ -169,8 +169,7 @@ class Run:
             run._check_same(options)
             if (path / RESULTS).exists():
                 run.results = json.loads((path / RESULTS).read_text())
-        if not getattr(options, "eval_only", False):  # a trial leaves the run's own options alone
-            write_text(path / CONFIG, to_toml(options))
+        write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         if run.results.setdefault("command", command) != command:
             run.results.setdefault("resumed_by", []).append(command)

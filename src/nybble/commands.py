@@ -95,7 +95,7 @@ def inspect(options: InspectOptions) -> None:
     """Print every quantized layer of a run or of a folder in it as a table."""
     path = Path(options.target)
     run = next((folder for folder in (path, path.parent) if (folder / checkpoint.RESULTS).is_file()), None)
-    results = {} if run is None else json.loads((run / checkpoint.RESULTS).read_text())
+    results = {} if run is None else checkpoint.read_results(run)
     weights = _quantized_weights(path)
     errors = results.get("layer_errors", {})
     tuned = report.tunes(results) and "tuned" in results.get("models", {})
@@ -120,9 +120,9 @@ def make_report(options: ReportOptions) -> None:
         raise OptionError("nybble report needs one or more run folders")
     runs: dict[str, dict[str, Any]] = {}
     for folder in map(Path, options.runs):
-        if not (folder / checkpoint.RESULTS).is_file():
+        results = checkpoint.read_results(folder)
+        if not results:
             raise RunError(f"{folder} must be a run folder; it has no {checkpoint.RESULTS}")
-        results = json.loads((folder / checkpoint.RESULTS).read_text())
         if "16bit" not in results.get("models", {}):
             raise RunError(f"{folder} has measured nothing yet; finish it with --resume")
         runs[folder.resolve().name if folder.resolve().name not in runs else str(folder)] = results

@@ -91,9 +91,9 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     largest = max(options.lora_rank_space)
     nls, lora = run("qat-nls"), run("qat-lora", lora_rank_space=(largest,))
     for each in (nls, lora):
-        _unless_done(each, tune.tune)
+        _unless_done(each, tune.tune, ("tuned", *options.export)[-1])
     full = run("lora", lora_rank_space=(largest,), export=())
-    _unless_done(full, tune_16bit)
+    _unless_done(full, tune_16bit, "lora16")
     same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
     compressed = CompressOptions(
         **same | {"pretrained": str(folder / "lora" / "merged")},
@@ -102,7 +102,7 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
         task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
-    _unless_done(compressed, post_training.compress)
+    _unless_done(compressed, post_training.compress, ("compressed", *options.export)[-1])
     shipped = options.export[0] if options.export else None
     return {
         "BF16": _figure(folder / "qat-nls", "16bit"),
@@ -113,10 +113,9 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     }
 
 
-def _unless_done(options: Any, flow: Any) -> None:
+def _unless_done(options: Any, flow: Any, last: str) -> None:
     """A run whose last row is measured is not opened again."""
-    kind = "lora16" if flow is tune_16bit else (*(("compressed",) if flow is post_training.compress else ("tuned",)), *options.export)[-1]
-    if options.overwrite or kind not in checkpoint.read_results(options.folder).get("models", {}):
+    if options.overwrite or last not in checkpoint.read_results(options.folder).get("models", {}):
         log.info("%s", options.folder)
         flow(options)
 

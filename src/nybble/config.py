@@ -35,7 +35,7 @@ class DataOptions:
     """Which text."""
 
     # wikitext2, python-docs, self (the model writes it), a text / jsonl / csv / parquet file, a folder with a file a split, a hub data set; or several of
-    # them, NAME=WEIGHT each.
+    # them, NAME=SHARE each.
     data: tuple[str, ...] = ("wikitext2",)
     data_column: str = "text"  # Column with the text, for row-wise data.
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
@@ -186,9 +186,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     KIND: ClassVar[str] = "tune"
 
     task: str = ""  # gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, any lm-eval task with a training split, or a .jsonl file of one's own.
-    compare: tuple[
-        str, ...
-    ] = ()  # Tasks: instead of one run, the five columns of published tables for each (BF16, + LoRA, LoRA + PTWC, QAT + LoRA, QAT + NLS).
+    # Tasks: instead of one run, the five columns of published tables for each (BF16, BF16 + LoRA, LoRA + PTWC, QAT + LoRA, QAT + NLS).
+    compare: tuple[str, ...] = ()
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     train_rows: int = 0  # At most so many training rows, chosen at random; 0 = all.
     seq_len: int = 512  # At most so many tokens of a prompt and its answer.
@@ -200,7 +199,7 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.
     custom_rank_config: tuple[int, ...] = ()  # One rank for each decoder layer, to be used instead of choosing.
     eval_only: bool = False  # Only measure: the run's adapters, as chosen or with --custom_rank_config; needs --resume.
-    fast_eval: bool = False  # Measure on weights quantized once, rather than through the fake-quantized layers: the same numbers, faster.
+    fast_eval: bool = False  # Measure on weights quantized once, rather than again in every forward: the same numbers.
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.

@@ -7,7 +7,7 @@
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
 - a folder with one file a split (names that contain train, valid or dev, test);
 - any hub data set id (`--data_column` names the text);
-- several of these, which are mixed: NAME=WEIGHT each, or no weights at all, and every sequence counts the same.
+- several of these, which are mixed: NAME=SHARE each, or no shares at all, and every sequence counts the same.
 Rows with a column `messages` and no text column are conversations (chat.py).
 
 A source without validation or test split gives up every 10th document (or block of lines) for each.
@@ -277,14 +277,14 @@ def _conversations(tokenizer: Any, conversations: Sequence[list[chat.Message]], 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What `--data` names: sources, and their weights or None.
+    """What `--data` names: sources, and their shares or None.
 
     Raises:
-        OptionError: a weight that is not a positive number, on some sources only, or a source named twice.
+        OptionError: a share that is not a positive number, on some sources only, or a source named twice.
     """
 
     names: Sequence[str]
-    weights: Sequence[float] | None = None
+    shares: Sequence[float] | None = None
 
     @staticmethod
     def parse(entries: Sequence[str]) -> Mixture:
@@ -292,30 +292,30 @@ class Mixture:
         if not entries:
             raise OptionError("--data must name at least one source")
         parts = [entry.rpartition("=") if "=" in entry and not Path(entry).exists() else (entry, "", "") for entry in entries]
-        names, weights = [part[0] for part in parts], [part[2] for part in parts]
+        names, shares = [part[0] for part in parts], [part[2] for part in parts]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise OptionError(f"--data must name every source once; got {twice[0]} more than once")
-        if not any(weights):
+        if not any(shares):
             return Mixture(names)
         try:
-            numbers = [float(weight) for weight in weights]
+            numbers = [float(share) for share in shares]
         except ValueError:
             numbers = []
         if not numbers or not all(0 < number < float("inf") for number in numbers):
-            raise OptionError(f"--data must be NAME=WEIGHT for every source, with weights above 0, or no weights at all; got {' '.join(entries)}")
+            raise OptionError(f"--data must be NAME=SHARE for every source, with shares above 0, or no shares at all; got {' '.join(entries)}")
         return Mixture(names, numbers)
 
     def mix(self, parts: Sequence[Rows], wanted: int, seed: int) -> Rows:
-        """Draw `wanted` rows at random: by weight (a part with too few gives some again), or without weights from all alike (never again)."""
-        if self.weights is None:
+        """Draw `wanted` rows at random: by share (a part with too few gives some again), or without shares from all alike (never again)."""
+        if self.shares is None:
             rows = Rows.cat(parts)
             return rows[order(len(rows), min(len(rows), wanted), seed)]
-        shares = [wanted * weight / sum(self.weights) for weight in self.weights]
-        counts = [int(sum(shares[: i + 1]) + 0.5) - int(sum(shares[:i]) + 0.5) for i in range(len(shares))]
+        exact = [wanted * share / sum(self.shares) for share in self.shares]
+        counts = [int(sum(exact[: i + 1]) + 0.5) - int(sum(exact[:i]) + 0.5) for i in range(len(exact))]
         for name, part, count in zip(self.names, parts, counts, strict=True):
             if count > len(part):
-                log.warning("--data %s has %d sequences and its weight asks for %d of them; some are used again", name, len(part), count)
+                log.warning("--data %s has %d sequences and its share asks for %d of them; some are used again", name, len(part), count)
         drawn = Rows.cat([part[order(len(part), count, seed)] for part, count in zip(parts, counts, strict=True) if count])
         return drawn[order(len(drawn), len(drawn), seed)]
 

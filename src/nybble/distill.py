@@ -95,10 +95,9 @@ def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, FakeQua
 
     return Course(
         steps_per_epoch=options.steps_per_epoch,
-        tokens=options.batch_size * options.seq_len,
         draw=lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
         loss=loss,
-        weight=lambda indices: int(sequences.train.counted[indices].sum()),
+        tokens=lambda indices: int(sequences.train.counted[indices].sum()),
         validate=validate,
         criterion="kl_to_teacher",
         describe=lambda measured: f"validation KL {measured['kl_to_teacher']:.4f}, token perplexity {measured['token_perplexity']:.3f}",

@@ -143,8 +143,7 @@ def open_task(name: str, data_dir: str | None) -> Any:
         OptionError: unknown. DataError: no data.
     """
     check_tasks([name], data_dir)
-    index = _task_manager().task_index
-    if index[name].yaml_path is None or str(index[name].kind).lower().endswith(("group", "tag")):
+    if _is_group(name):
         raise OptionError(f"a single task is needed; {name} is a group of tasks; name one of its parts")
     from lm_eval.tasks import get_task_dict
 
@@ -188,13 +187,18 @@ def run_tasks(
     }
 
 
+def _is_group(name: str) -> bool:
+    entry = _task_manager().task_index[name]
+    return entry.yaml_path is None or str(entry.kind).lower().endswith(("group", "tag"))
+
+
 def _local_tasks(tasks: Sequence[str], data_dir: Path) -> list[dict[str, Any]]:
     """lm-eval's own configurations with the data source replaced by local files."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     index, configs = _task_manager().task_index, []
     for task in tasks:
-        if index[task].yaml_path is None or str(index[task].kind).lower().endswith(("group", "tag")):
+        if _is_group(task):
             raise OptionError(f"--tasks with --data_dir must name single tasks; {task} is a group of tasks; name its parts")
         config = load_yaml(index[task].yaml_path)
         source, subset = config.pop("dataset_path", task), config.pop("dataset_name", None)

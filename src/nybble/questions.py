@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,6 @@ def score(
     questions: Sequence[Question],
     by_length: bool,
     length: int,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> Score:
     """Score a model on questions; texts of like length go through it together. Prompts are cut off at their beginnings to fit `length` tokens."""
     texts = []
@@ -272,7 +271,6 @@ def score(
             alone = len(questions[i].pairs) == 1
             sums[i][c] = -total / (len(ids) - max(prompt, 1) if alone else size)
         start += count
-        advance(len(part))
     likely, correct = [], []
     for question, values in zip(questions, sums, strict=True):
         if len(values) == 1:

@@ -292,7 +292,7 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
 
     Raises:
         DataError: the training text gives fewer than `least`, or too few to calibrate with.
-        OptionError: sources or weights that contradict each other.
+        OptionError: sources or shares that contradict each other.
     """
     mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
     calibrate = options.calib_samples if compress.parse(method) else 0

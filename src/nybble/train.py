@@ -81,7 +81,7 @@ class Trainer:
         step_context: what to hold around all microbatches of a step (the step cache).
         passes: forwards and backwards of the whole batch in a step, whose mean is the loss.
         enter: called with the step and the number of the pass before each.
-        weight: indices of sequences [M] -> what their mean loss counts for in that of the batch (their tokens); default: M.
+        tokens: indices of sequences [M] -> how many tokens their mean loss is of, by which it counts in that of the batch; default: M.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
         loss: Callable[[Tensor], Tensor],
         draw: Callable[[int], Tensor],
         step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
-        weight: Callable[[Tensor], int] = len,
+        tokens: Callable[[Tensor], int] = len,
         passes: int = 1,
         enter: Callable[[int, int], None] = lambda step, number: None,
     ) -> None:
@@ -99,7 +99,7 @@ class Trainer:
 
         # The device is the model's business; accelerate moves nothing here.
         self.accelerator = Accelerator(cpu=not any(p.is_cuda for group in groups for p in group["params"].values()))
-        self.recipe, self.loss, self.draw, self.step_context, self.weight = recipe, loss, draw, step_context, weight
+        self.recipe, self.loss, self.draw, self.step_context, self.tokens = recipe, loss, draw, step_context, tokens
         self.passes, self.enter = passes, enter
         self.parameters: dict[str, nn.Parameter] = {name: p for group in groups for name, p in group["params"].items()}
         plain = [group | {"params": list(group["params"].values())} for group in groups]
@@ -136,13 +136,13 @@ class Trainer:
         """Fill the gradients of one step; returns its mean loss over all processes."""
         accelerator, batch = self.accelerator, self.draw(step)
         mine = batch[accelerator.process_index :: accelerator.num_processes]
-        whole = self.weight(batch)
+        whole = self.tokens(batch)
         total = torch.zeros((), device=next(iter(self.parameters.values())).device)
         for number in range(self.passes):
             self.enter(step, number)
             with self.step_context():
                 for micro in mine.split(self.recipe.microbatch):
-                    loss = self.loss(micro) * (self.weight(micro) / (whole * self.passes))
+                    loss = self.loss(micro) * (self.tokens(micro) / (whole * self.passes))
                     accelerator.backward(loss)
                     total += loss.detach()
         if accelerator.num_processes > 1:

@@ -81,7 +81,8 @@ def tune(options: TuneOptions) -> Path:
     custom = options.custom_rank_config
     if options.eval_only:
         _check_trained(options.folder)
-        options = replace(options, custom_rank_config=())
+        saved = checkpoint.read_options(options.folder).get("custom_rank_config", ())  # a trial leaves the run's own options alone
+        options = replace(options, custom_rank_config=tuple(saved))
     with opened(options, custom) as (job, lesson):
         _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson)
         return job.run.path
@@ -232,8 +233,10 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
     steps = _steps_per_epoch(options, lesson)
     order = data.order(len(texts), steps * options.epochs * options.batch_size, options.seed)
 
-    def batch(indices: torch.Tensor) -> questions.Batch:
-        return questions.pad([texts[i] for i in indices.tolist()], everything)
+    learnt = torch.tensor([len(ids) - (1 if everything else max(prompt, 1)) for ids, prompt in texts])
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        return questions.pad([texts[i] for i in indices.tolist()], everything).losses(model, head).mean()
 
     def validate() -> dict[str, float]:
         ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
@@ -243,10 +246,9 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
 
     return Course(
         steps_per_epoch=steps,
-        tokens=options.batch_size * sum(len(ids) for ids, _ in texts) // len(texts),
         draw=lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
-        loss=lambda indices: batch(indices).losses(model, head).mean(),
-        weight=lambda indices: int(batch(indices).counted.sum()),
+        loss=loss,
+        tokens=lambda indices: int(learnt[indices].sum()),
         validate=validate,
         criterion="loss",
         describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),

@@ -33,18 +33,16 @@ class Course:
 
     Attributes:
         steps_per_epoch: optimizer steps between validations.
-        tokens: in a step, for the rate that people see.
-        draw, loss, weight: see Trainer.
+        draw, loss, tokens: see Trainer.
         passes, enter: see Trainer.
         validate: measures on held-out text, the weights being those of that moment; what must fall is under `criterion`.
         describe: what was measured -> words.
     """
 
     steps_per_epoch: int
-    tokens: int
     draw: Callable[[int], Tensor]
     loss: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor], int]
+    tokens: Callable[[Tensor], int]
     validate: Callable[[], dict[str, float]]
     criterion: str
     describe: Callable[[dict[str, float]], str]
@@ -124,7 +122,7 @@ def train(
         course.loss,
         course.draw,
         during_step,
-        course.weight,
+        course.tokens,
         course.passes,
         course.enter,
     )
@@ -155,7 +153,7 @@ def train(
             for record in () if stale() else trainer.run():
                 progress.curve.append(record)
                 curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
-                advance(1, loss=f"loss {record['loss']:.4f}, {course.tokens / record['seconds']:.0f} tokens/s")
+                advance(1, loss=f"loss {record['loss']:.4f}, {course.tokens(course.draw(progress.step - 1)) / record['seconds']:.0f} tokens/s")
                 if progress.step % course.steps_per_epoch == 0:
                     validate()
                     curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
