@@ -25,6 +25,7 @@ def test_equals_the_slow_loops(seed: int, spread: float, offset: float, which: i
     scale, zero = g.min_max(weight, grid)
     codes = g.quantize(weight, scale, zero, grid)
     back = g.dequantize(codes, scale, zero)
+    assert torch.equal(g.quantize_dequantize(weight, scale, zero, grid), back)
     width = 64 // scale.shape[1]
     for o in range(3):
         for k in range(scale.shape[1]):

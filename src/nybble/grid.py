@@ -119,15 +119,25 @@ def round_zero(zero: Tensor, grid: Grid) -> Tensor:
 
 def quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:
     """Codes [O, I] uint8 of the weights. scale_OG must be on the scale grid, zero_OG whole."""
+    return _codes(weight_OI, scale_OG, zero_OG, grid).flatten(-2).to(torch.uint8)
+
+
+def _codes(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:
+    """Codes [O, G, K] as floats."""
     codes_OGK = group(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
-    codes_OGK = codes_OGK.round_().add_(zero_OG[..., None]).clamp_(0, grid.max_code)
-    return codes_OGK.flatten(-2).to(torch.uint8)
+    return codes_OGK.round_().add_(zero_OG[..., None]).clamp_(0, grid.max_code)
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
     """Weights [O, I] = scale * (codes - zero), in the dtype of scale."""
     w_OGK = group(codes_OI, scale_OG.shape[-1]).to(scale_OG.dtype)
     return w_OGK.sub_(zero_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)
+
+
+def quantize_dequantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:
+    """dequantize(quantize(weight)), without the detour over integers: the same bits."""
+    codes_OGK = _codes(weight_OI, scale_OG, zero_OG, grid)
+    return codes_OGK.sub_(zero_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)
 
 
 class _RoundScale(torch.autograd.Function):
@@ -165,7 +175,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.save_for_backward(weight_OI, scale_OG, zero_OG)
         ctx.grid = grid
-        return dequantize(quantize(weight_OI, scale_OG, zero_OG, grid), scale_OG, zero_OG)
+        return quantize_dequantize(weight_OI, scale_OG, zero_OG, grid)
 
     @staticmethod
     def backward(ctx, grad_OI: Tensor):  # type: ignore[no-untyped-def,override]

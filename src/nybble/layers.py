@@ -87,7 +87,7 @@ class FakeQuantizedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:
-        """The codes of W_q: the adapters are gone. Calls the functions that the forward calls."""
+        """The codes of W_q: the adapters are gone. Made from the same sum, by the same rounding as in the forward."""
         scale_OG = self.scale_OG()
         codes_OI = g.quantize(self.merged_OI(), scale_OG, self.zero, self.grid)
         return QuantizedWeight(codes_OI, scale_OG, self.zero.to(torch.uint8), self.grid)

@@ -28,7 +28,7 @@ from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import Quadratic
 from nybble.compress.start import Start
 from nybble.errors import OptionError
-from nybble.grid import Grid, dequantize, min_max, quantize, wide
+from nybble.grid import Grid, min_max, quantize, quantize_dequantize, wide
 
 METHODS = ("awq", "se", "gptq", "blockwise")
 # Tokens in one forward of a block.
@@ -189,7 +189,7 @@ def _compress_block(
         starts: dict[str, Start] = {}
         errors: dict[str, LayerError] = {}
         statistics = blocks.observe(i)
-        nearest = {name: _nearest_error(linear(block, name).weight, grid, shared.gram_II) for shared in statistics for name in shared.layers}
+        nearest = {name: _Nearest.of(linear(block, name).weight, grid, shared.gram_II) for shared in statistics for name in shared.layers}
         if "awq" in steps and not awq.fold(block, statistics, blocks.model.config, grid):
             log.warning("%s: awq folded nothing, no layers read what families.py says they do", prefix[:-1])
         for shared in statistics:
@@ -281,24 +281,29 @@ def _weight_error(weight_OI: Tensor, start: Start, grid: Grid) -> LayerError:
     return LayerError(None, None, error, float(outside.float().mean()))
 
 
+@dataclass(frozen=True)
+class _Nearest:
+    """What the outputs of a layer are like: their mean square, which folding does not change, and the share of it that rounding to nearest gets wrong."""
+
+    square: float
+    error: float
+
+    @staticmethod
+    @torch.no_grad()
+    def of(weight_OI: Tensor, grid: Grid, gram_II: Tensor) -> _Nearest:
+        weight_OI = wide(weight_OI)
+        square = float(scale_estimation.output_error(weight_OI, gram_II).sum()) or 1.0
+        scale_OG, zero_OG = min_max(weight_OI, grid)
+        made_OI = quantize_dequantize(weight_OI, scale_OG, zero_OG, grid)
+        return _Nearest(square, float(scale_estimation.output_error(made_OI - weight_OI, gram_II).sum()) / square)
+
+
 @torch.no_grad()
-def _nearest_error(weight_OI: Tensor, grid: Grid, gram_II: Tensor) -> float:
-    """Relative output error of rounding to nearest."""
-    weight_OI = wide(weight_OI)
-    scale_OG, zero_OG = min_max(weight_OI, grid)
-    return _relative_error(dequantize(quantize(weight_OI, scale_OG, zero_OG, grid), scale_OG, zero_OG), weight_OI, gram_II)
-
-
-def _relative_error(made_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
-    whole = float(scale_estimation.output_error(weight_OI, gram_II).sum()) or 1.0
-    return float(scale_estimation.output_error(made_OI - weight_OI, gram_II).sum()) / whole
-
-
-@torch.no_grad()
-def _layer_error(weight_OI: Tensor, start: Start, grid: Grid, gram_II: Tensor, nearest: float) -> LayerError:
+def _layer_error(weight_OI: Tensor, start: Start, grid: Grid, gram_II: Tensor, nearest: _Nearest) -> LayerError:
     """weight_OI is the 16-bit weight, folded where that was asked for, and gram_II belongs to it."""
     known, weight_OI = _weight_error(weight_OI, start, grid), wide(weight_OI)
-    return LayerError(nearest, _relative_error(start.quantized(grid).dequantize(), weight_OI, gram_II), known.weight, known.clipped)
+    error = float(scale_estimation.output_error(start.quantized(grid).dequantize() - weight_OI, gram_II).sum())
+    return LayerError(nearest.error, error / nearest.square, known.weight, known.clipped)
 
 
 __all__ = ["METHODS", "Calibration", "Compressed", "LayerError", "Start", "Store", "check_model", "compress", "parse"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nybble.compress.blocks import Statistics, linear
 from nybble.errors import OptionError
 from nybble.families import FAMILIES, family_of
-from nybble.grid import Grid, dequantize, min_max, quantize, wide
+from nybble.grid import Grid, min_max, quantize_dequantize, wide
 
 ALPHAS = tuple(i / 10 for i in range(11))
 
@@ -50,7 +50,7 @@ def search(weight_OI: Tensor, gram_II: Tensor, grid: Grid, share: tuple[int, int
         s_I = factors(gram_II, alpha, share)
         scaled_OI = weight_OI * s_I
         scale_OG, zero_OG = min_max(scaled_OI, grid)
-        difference_OI = dequantize(quantize(scaled_OI, scale_OG, zero_OG, grid), scale_OG, zero_OG).sub_(scaled_OI)
+        difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_OG, grid).sub_(scaled_OI)
         error = float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
         if error < best:
             best, found_I = error, s_I

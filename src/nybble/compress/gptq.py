@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.grid import Grid, dequantize, quantize
+from nybble.grid import Grid, dequantize, quantize, quantize_dequantize
 
 log = logging.getLogger("nybble")
 
@@ -116,7 +116,7 @@ def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find, acti
             g = order[j] // size
             scale_O1, zero_O1 = scales[g][:, None], zeros[g][:, None]
             column_O1 = running_IO[j][:, None]
-            rounded_O1 = dequantize(quantize(column_O1, scale_O1, zero_O1, grid), scale_O1, zero_O1)
+            rounded_O1 = quantize_dequantize(column_O1, scale_O1, zero_O1, grid)
             torch.div((column_O1 - rounded_O1)[:, 0], upper_II[j, j], out=errors_KO[j - start])
             running_IO[j + 1 : end].addr_(upper_II[j, j + 1 : end], errors_KO[j - start], alpha=-1)
         running_IO[end:].addmm_(upper_II[start:end, end:].T, errors_KO, alpha=-1)
@@ -144,7 +144,7 @@ def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tens
         moves_KO = torch.empty_like(made_IO[start:end])
         for j in range(start, end):
             wanted_O1 = (made_IO[j] - slope_IO[j] / hessian_II[j, j])[:, None]
-            best_O1 = dequantize(quantize(wanted_O1, scale_O1, zero_O1, grid), scale_O1, zero_O1)
+            best_O1 = quantize_dequantize(wanted_O1, scale_O1, zero_O1, grid)
             torch.sub(best_O1[:, 0], made_IO[j], out=moves_KO[j - start])
             slope_IO[j + 1 : end].addr_(hessian_II[j, j + 1 : end], moves_KO[j - start])
         made_IO[start:end] += moves_KO

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.grid import Grid, dequantize, from_range, group, min_max, quantize, round_scale
+from nybble.grid import Grid, from_range, group, min_max, quantize, quantize_dequantize, round_scale
 
 # Shares of the full range that are tried.
 SHRINKS = tuple(1 - 0.04 * i for i in range(11))
@@ -37,7 +37,7 @@ def search(weight_OI: Tensor, importance_I: Tensor, grid: Grid) -> tuple[Tensor,
     scale_OG, zero_OG = min_max(weight_OI, grid)
     for shrink in SHRINKS:
         scale, zero = from_range(low_OG * shrink, high_OG * shrink, grid)
-        error_OGK = group(dequantize(quantize(weight_OI, scale, zero, grid), scale, zero), groups).sub_(w_OGK).square_()
+        error_OGK = group(quantize_dequantize(weight_OI, scale, zero, grid), groups).sub_(w_OGK).square_()
         error_OG = error_OGK.mul_(importance_GK).sum(-1)
         better = error_OG < best_OG
         best_OG = torch.where(better, error_OG, best_OG)
