@@ -48,31 +48,9 @@ def by_nybble(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, options.samples, options.length)
         checkpoint.save_tensors(tokens, {"ids": ids}, {"length": options.length, "tokenizer": writing.fingerprint(loaded.tokenizer)})
         command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--data", tokens, "--seq_len", options.length]
-        command += [
-            "--samples",
-            options.samples,
-            "--epochs",
-            1,
-            "--batch_size",
-            options.batch,
-            "--lora_rank",
-            options.rank,
-            "--seed",
-            seed,
-            "--test_samples",
-            4,
-        ]
-        command += [
-            "--test_samples",
-            4,
-            "--valid_samples",
-            8,
-            "--tasks",
-            "--export",
-            "--output_dir",
-            run,
-            "--resume" if (run / "config.toml").exists() else "--no-resume",
-        ]
+        command += ["--samples", options.samples, "--epochs", 1, "--batch_size", options.batch, "--lora_rank", options.rank, "--seed", seed]
+        command += ["--test_samples", 4, "--valid_samples", 8, "--tasks", "--export", "--output_dir", run]
+        command += ["--resume"] if (run / "config.toml").exists() else []
         call([*command, *options.flags], out.with_suffix(".log"), {})
         results = json.loads((run / "results.json").read_text())
         head = Head.of(loaded.model, copy=True)

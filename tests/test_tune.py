@@ -222,3 +222,55 @@ def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
     assert found["candidates"][0]["accuracy"] is None
     assert torch.isfinite(torch.tensor([row["log_likelihood"] for row in found["candidates"]])).all()
+
+
+def taught(folder: Path) -> Path:
+    """A 16-bit model that has learnt the letters, in plain torch."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = options(folder)
+    model = AutoModelForCausalLM.from_pretrained(run.pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(run.pretrained)
+    rows = [json.loads(line) for line in Path(run.task).read_text().splitlines()]
+    ids = torch.tensor([tokenizer(f"{row['prompt']} {row['choices'][0]}").input_ids for row in rows[:6]])  # the letters come round after six
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "taught")
+    tokenizer.save_pretrained(folder / "taught")
+    return folder / "taught"
+
+
+def test_a_teacher_is_followed(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from nybble import data, questions
+    from nybble.losses import Head, kl_to_teacher, last_hidden
+
+    path = taught(tmp_path)
+    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0))
+    found = results(tmp_path / "run")
+    losses = [row["loss"] for row in found["training"]]
+    assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
+    assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
+
+    # The first loss is the KL of the compressed model to the teacher on the answers of the first batch.
+    teacher = AutoModelForCausalLM.from_pretrained(path)
+    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=0.0, scale_lr=0.0)
+    tune(compressed)
+    student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "other" / "quantized", torch.float32)
+    task = questions.load_task(compressed.task, None, 0)
+    texts = questions.encode_gold(tokenizer, task.train, compressed.seq_len)
+    batch = questions.pad([texts[i] for i in data.order(len(texts), 8, 0).tolist()])
+    with torch.no_grad():
+        states = [last_hidden(model, batch.ids)[batch.counted] for model in (student, teacher)]
+        expected = kl_to_teacher(*states, Head.of(student), Head.of(teacher))
+    assert losses[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_teacher_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "wider", "smollm", vocab_size=300)
+    assert "--teacher must have the vocabulary of --pretrained, 260 tokens;" in refused(tmp_path, capsys, "--teacher", str(tmp_path / "wider"))
+    assert f"--teacher {tmp_path}/nowhere must be a model folder" in refused(tmp_path, capsys, "--teacher", f"{tmp_path}/nowhere")

@@ -192,6 +192,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     train_rows: int = 0  # At most so many training rows, chosen at random; 0 = all.
     seq_len: int = 512  # At most so many tokens of a prompt and its answer.
     loss_on: Literal["answer", "all"] = "answer"  # Tokens that are learnt: the answer's, or the prompt's too.
+    # 16-bit model tuned on the task, same vocabulary, whose predictions are learnt instead of the right answers (--compare leaves one in TASK/lora/merged).
+    teacher: str | None = None
     lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
     sampling: Literal["random", "sandwich"] = "random"  # A step trains one random configuration; or the largest, the smallest and a random one.
     num_min_loss_configs: int = 5  # Configurations with the least training loss that are candidates afterwards.
@@ -215,8 +217,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
         _require_pretrained(self.pretrained)
         if self.task and self.compare:
             raise OptionError("--task and --compare contradict each other; give one of them")
-        if self.compare and (self.custom_rank_config or self.eval_only):
-            raise OptionError("--compare makes all its runs itself; leave --custom_rank_config and --eval_only out")
+        if self.compare and (self.custom_rank_config or self.eval_only or self.teacher):
+            raise OptionError("--compare makes all its runs itself; leave --custom_rank_config, --eval_only and --teacher out")
         if not (self.task or self.compare):
             raise OptionError("--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file")
         self.check_compression()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nybble import data, evaluate
 from nybble.errors import DataError, OptionError
-from nybble.losses import Head, cross_entropy, last_hidden
+from nybble.losses import Head, cross_entropy, kl_to_teacher, last_hidden
 
 log = logging.getLogger("nybble")
 
@@ -183,6 +183,13 @@ class Batch:
         device = model.device
         counted, targets = self.counted.to(device), self.ids.roll(-1, 1).to(device)
         return cross_entropy(last_hidden(model, self.ids.to(device))[counted], targets[counted], head)
+
+    def divergence(self, model: Any, head: Head, teacher: Any, teacher_head: Head) -> Tensor:
+        """Mean over the counted tokens of KL(teacher || model)."""
+        ids, counted = self.ids.to(model.device), self.counted.to(model.device)
+        with torch.no_grad():
+            taught = last_hidden(teacher, ids)[counted]
+        return kl_to_teacher(last_hidden(model, ids)[counted], taught, head, teacher_head)
 
     def sums(self, losses: Tensor) -> Tensor:
         """Sums of `losses` by text: [B]."""

@@ -20,7 +20,7 @@ from nybble import absorb, checkpoint, data, evaluate, models, questions, ranks,
 from nybble.config import TuneOptions
 from nybble.console import bar, console
 from nybble.data import Rows
-from nybble.errors import DataError, RunError
+from nybble.errors import DataError, ModelError, RunError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
@@ -43,6 +43,7 @@ class Lesson:
         fresh: held-out rows that nothing is chosen by.
         space: ranks.
         count: decoder layers.
+        teacher: of --teacher, as long as there is training to be done.
     """
 
     task: Task
@@ -51,6 +52,7 @@ class Lesson:
     fresh: Sequence[Question]
     space: tuple[int, ...]
     count: int
+    teacher: Any = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,21 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
     held_out = [task.held_out[i] for i in order.tolist()]
     count_held = options.select_rows or len(held_out)
     log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out[:count_held]), task.metric)
-    return Lesson(task, texts, held_out[:count_held], held_out[count_held:], space, count)
+    return Lesson(task, texts, held_out[:count_held], held_out[count_held:], space, count, _teacher(options, loaded))
+
+
+def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
+    """The model of --teacher; None without, or where training is over."""
+    if not options.teacher or (options.folder / "quantized").exists():
+        return None
+    try:
+        model = models.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
+    except ModelError as error:
+        raise ModelError(str(error).replace("--pretrained", "--teacher")) from error
+    theirs, ours = (loaded.get_output_embeddings().weight.shape[0] for loaded in (model, student.model))
+    if theirs != ours:
+        raise ModelError(f"--teacher must have the vocabulary of --pretrained, {ours} tokens; {options.teacher} has {theirs}; tune --pretrained itself for it")
+    return model
 
 
 def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
@@ -227,16 +243,18 @@ def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int)
 
 
 def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
-    """Cross-entropy of the answers; validated by their log-likelihood at the middle configuration."""
+    """Cross-entropy of the answers, or KL to a teacher on them; validated by their log-likelihood at the middle configuration."""
     options, model, texts = job.options, job.loaded.model, lesson.texts
     head, everything = Head.of(model), options.loss_on == "all"
+    teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
     steps = _steps_per_epoch(options, lesson)
     order = data.order(len(texts), steps * options.epochs * options.batch_size, options.seed)
 
     learnt = torch.tensor([len(ids) - (1 if everything else max(prompt, 1)) for ids, prompt in texts])
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
-        return questions.pad([texts[i] for i in indices.tolist()], everything).losses(model, head).mean()
+        batch = questions.pad([texts[i] for i in indices.tolist()], everything)
+        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
 
     def validate() -> dict[str, float]:
         ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
