@@ -130,6 +130,24 @@ def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
     assert models["openvino"]["task:letters log_likelihood"] == pytest.approx(models["tuned"]["task:letters log_likelihood"], abs=0.2)
 
 
+def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble import questions
+
+    path = tmp_path / "long-and-short.jsonl"
+    rows = [{"prompt": "a b " * (1 + i * 7 % 5), "choices": ["a", "b"], "answer": i % 2} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    padded: list[list[int]] = []
+    original = questions.pad
+    monkeypatch.setattr(questions, "pad", lambda texts, *rest: padded.append([len(ids) for ids, _ in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(questions, "score", lambda *arguments: questions.Score((-1.0,), (True,)))  # it pads too
+    tune(options(tmp_path, task=str(path), microbatch=0, epochs=1))
+    assert len(padded) == 12  # 48 rows
+    assert {len(lengths) for lengths in padded} == {4}
+    for first, second in zip(padded[::2], padded[1::2], strict=True):
+        assert first + second == sorted(first + second)
+        assert len(set(first + second)) > 1
+
+
 def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
     tune(options(tmp_path, lora_rank_space=(4,)))
     found = results(tmp_path / "run")

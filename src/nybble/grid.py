@@ -186,14 +186,14 @@ class _FakeQuantize(torch.autograd.Function):
         offset_OGK = steps_OGK.round()
         low_OG1, high_OG1 = -zero_OG[..., None], (ctx.grid.max_code - zero_OG)[..., None]
         clamped_OGK = offset_OGK.clamp(low_OG1, high_OG1)
-        inside_OGK = clamped_OGK == offset_OGK
+        inside_OGK = offset_OGK.eq_(clamped_OGK)  # 1.0 or 0.0: booleans are slow to multiply with
         need_weight, need_scale, need_zero, _ = ctx.needs_input_grad
         grad_weight = (grad_OGK * inside_OGK).flatten(-2) if need_weight else None
         grad_scale = grad_zero = None
         if need_scale:
-            grad_scale = torch.linalg.vecdot(grad_OGK, clamped_OGK.sub_(steps_OGK.mul_(inside_OGK)))
+            grad_scale = clamped_OGK.sub_(steps_OGK.mul_(inside_OGK)).mul_(grad_OGK).sum(-1)
         if need_zero:
-            grad_zero = -scale_OG * (grad_OGK * ~inside_OGK).sum(-1)
+            grad_zero = -scale_OG * (grad_OGK * (1 - inside_OGK)).sum(-1)
         return grad_weight, grad_scale, grad_zero, None
 
 

@@ -50,13 +50,16 @@ class Course:
     enter: Callable[[int, int], None] = lambda step, number: None
 
 
-def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int, length: int) -> Any:
+def resolve(
+    options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int, length: int, rows: int | None = None
+) -> Any:
     """Fill in cache and microbatch, print the estimate, refuse a disk that is too small, and warn of memory.
 
     Args:
         rank: of the adapters.
         states: tokens whose teacher states are kept on the disk.
         length: tokens in the longest sequence that is trained on.
+        rows: at most so many in an automatic microbatch; None = what memory allows.
 
     Returns: the options.
     """
@@ -73,8 +76,9 @@ def resolve(options: Any, loaded: models.LoadedModel, plan: models.Plan, sequenc
     cache = options.cache
     if cache == "auto":
         cache = "step" if estimate.memory(*sizes, length, CHUNK, True) < 0.7 * available else "recompute"
+    most = min(options.batch_size, rows or options.batch_size)
     microbatch = options.microbatch or estimate.pick_microbatch(
-        *sizes, length, options.batch_size, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
+        *sizes, length, most, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
     )
     calibration = stages.check_calibration(options, options.start, sequences)
     memory = estimate.memory(*sizes, microbatch * length, CHUNK, cache == "step")
