@@ -159,6 +159,14 @@ def test_limit_blocks_leaves_the_rest_to_rtn() -> None:
     assert results[1].errors["model.layers.0.mlp.up_proj"].start is not None
 
 
+def test_a_block_without_4_bit_layers_is_passed_through() -> None:
+    model = make_model("llama")
+    names = [name for name in models.plan(model).int4 if ".1." in name]
+    result = compress.compress(model, names, Grid(group_size=32), "blockwise", Calibration(torch.randint(0, 255, (16, 16))))
+    assert list(result.starts) == names
+    assert list(result.blocks) == ["model.layers.1"]
+
+
 def test_the_model_holds_the_weights_of_the_starts_without_a_copy() -> None:
     model = make_model("llama", dtype=torch.bfloat16)
     names = models.plan(model).int4

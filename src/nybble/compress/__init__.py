@@ -199,7 +199,7 @@ def _compress_block(
                 errors[name] = _layer_error(linear(block, name).weight, start, grid, shared.gram_II, nearest[name])
                 advance(1, f"{prefix}{name}: output error {errors[name].rtn:.2%} -> {errors[name].start:.2%}")
         losses: list[float] | None = None
-        if "blockwise" in steps:
+        if "blockwise" in steps and starts:
             starts, *losses = blockwise.train(blocks, i, starts, grid, calibration.recipe, calibration.seed, lambda text: advance(0, prefix[:-1] + ": " + text))
             for shared in statistics:
                 for name in shared.layers:
