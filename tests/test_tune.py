@@ -155,6 +155,14 @@ def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
     assert found["configuration"] == [4, 4]
 
 
+def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
+    tune(options(tmp_path, lr=1e-12, scale_lr=1e-12, epochs=1))
+    found = results(tmp_path / "run")
+    assert found["best_step"] == 0
+    assert [row["why"] for row in found["candidates"]] == ["median"]
+    assert found["configuration"] == [4, 4]
+
+
 def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate

@@ -100,6 +100,7 @@ def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, FakeQua
         tokens=lambda indices: int(sequences.train.counted[indices].sum()),
         validate=validate,
         criterion="kl_to_teacher",
+        pace=lambda step, seconds: f"{options.batch_size * sequences.train.ids.shape[1] / seconds:.0f} tokens/s",
         describe=lambda measured: f"validation KL {measured['kl_to_teacher']:.4f}, token perplexity {measured['token_perplexity']:.3f}",
     )
 

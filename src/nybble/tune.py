@@ -279,6 +279,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
         tokens=lambda indices: int(learnt[indices].sum()),
         validate=validate,
         criterion="loss",
+        pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
         describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
         passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 else 1,
         enter=lambda step, number: ranks.activate(layers, _configuration(options, lesson, step, number)),
@@ -298,6 +299,8 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
     options, training = job.options, job.run.results["training"]
     if len(lesson.space) == 1:
         return {ranks.uniform(lesson.space[0], lesson.count): "the only one"}
+    if job.run.results["best_step"] == 0:  # the start was kept: its adapters add nothing at any rank
+        return {ranks.middle(lesson.space, lesson.count): "median"}
     seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
     found = {ranks.middle(lesson.space, lesson.count): "median", ranks.most_frequent(seen): "most frequent"}
     for i, configuration in enumerate(ranks.least_loss(seen, [row["loss"] for row in training], options.num_min_loss_configs)):

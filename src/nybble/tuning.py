@@ -37,6 +37,7 @@ class Course:
         passes, enter: see Trainer.
         validate: measures on held-out text, the weights being those of that moment; what must fall is under `criterion`.
         describe: what was measured -> words.
+        pace: a step and its seconds -> words.
     """
 
     steps_per_epoch: int
@@ -46,6 +47,7 @@ class Course:
     validate: Callable[[], dict[str, float]]
     criterion: str
     describe: Callable[[dict[str, float]], str]
+    pace: Callable[[int, float], str]
     passes: int = 1
     enter: Callable[[int, int], None] = lambda step, number: None
 
@@ -157,7 +159,7 @@ def train(
             for record in () if stale() else trainer.run():
                 progress.curve.append(record)
                 curves(progress.step, {key: record[key] for key in ("loss", "grad_norm", "lr")})
-                advance(1, loss=f"loss {record['loss']:.4f}, {course.tokens(course.draw(progress.step - 1)) / record['seconds']:.0f} tokens/s")
+                advance(1, loss=f"loss {record['loss']:.4f}, {course.pace(progress.step, record['seconds'])}")
                 if progress.step % course.steps_per_epoch == 0:
                     validate()
                     curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
