@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nybble import checkpoint, cli
+from nybble import checkpoint, cli, insert
 from nybble.distill import distill
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
 from tests.test_chat import TEMPLATE
 from tests.test_families import options
-from tests.tiny import save_model
+from tests.tiny import make_model, save_model
 
 FLAGS = [
     "--data",
@@ -35,6 +35,8 @@ FLAGS = [
     "--lr",
     "1e-2",
     "--scale_lr",
+    "1e-2",
+    "--norm_lr",
     "1e-2",
     "--lora_rank",
     "4",
@@ -89,6 +91,42 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
     after = json.loads((tmp_path / "run" / "results.json").read_text())
     assert codes(tmp_path / "run") == before
     assert after["models"] == results["models"]
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gemma2", "float32"), ("llama", "bfloat16")])
+def test_without_adapters_the_codes_stay_and_scales_and_norms_are_trained(family: str, dtype: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", family)
+    changes = {"lora_rank": 0, "dtype": dtype, "norm_lr": 3e-2, "scale_lr": 1e-2, "epochs": 8, "tensorboard": False}
+    distill(options(model, tmp_path / "run", **changes))
+    distill(options(model, tmp_path / "start", **(changes | {"norm_lr": 0.0, "scale_lr": 0.0, "epochs": 1})))
+    (tuned, others), (start, before) = (checkpoint.load_weights(tmp_path / name / "quantized") for name in ("run", "start"))
+    for name, weight in tuned.items():
+        assert torch.equal(weight.codes_OI, start[name].codes_OI)
+        assert torch.equal(weight.scale_OG, start[name].scale_OG) == (weight.grid.bits == 8)
+    assert others.keys() == before.keys()
+    norms = [key for key in others if "norm" in key]
+    assert norms
+    for key, tensor in others.items():
+        assert tensor.dtype == before[key].dtype
+        assert torch.equal(tensor, before[key]) == (key not in norms), key
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["codes_changed"] == 0
+    assert results["models"]["tuned"]["kl_to_teacher"] < 0.95 * results["models"]["compressed"]["kl_to_teacher"]
+
+
+def test_norms_learn_at_a_relative_rate() -> None:
+    model = make_model("gemma2")  # its norms multiply with 1 + weight
+    trained = insert.train_norms(model)
+    assert len(trained) == 2 * 4 + 1
+    norm = model.model.norm
+    before = norm.weight.clone()
+    with torch.no_grad():
+        trained["model.norm.shift"].fill_(0.01)
+    torch.testing.assert_close(norm.weight, before + 0.01 * (1 + before).abs().mean())
+    expected = norm.weight.clone()
+    insert.settle_norms(model)
+    assert torch.equal(norm.weight, expected)
+    assert "model.norm.weight" in model.state_dict()
 
 
 def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,9 +80,11 @@ def test_untrained_layer_is_the_compressed_weight() -> None:
 def reference_gradients(layer: FakeQuantizedLoRALinear, inputs: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     """float64 autograd of the formula at the head of layers.py."""
     a, b, shift = (p.detach().double().requires_grad_() for p in (layer.lora_a, layer.lora_b, layer.log_scale_shift))
-    exact = layer.start_scale.double() * shift.exp()
+    start = layer.start_scale.double()
+    exact = start * shift.exp()
     scale = exact + (layer.scale_OG().detach().double() - exact).detach()
-    weight = slow.fake_quantize(layer.weight.double() + b[:, : layer.active_rank] @ a[: layer.active_rank], scale, layer.zero.double(), 4)
+    rounded = slow.fake_quantize(layer.weight.double() + b[:, : layer.active_rank] @ a[: layer.active_rank], start, layer.zero.double(), 4)
+    weight = (rounded.unflatten(1, (start.shape[1], -1)) * (scale / start)[..., None]).flatten(1)
     (F.linear(inputs.double(), weight) * upstream.double()).sum().backward()
     return {"lora_a": a.grad, "lora_b": b.grad, "log_scale_shift": shift.grad}
 
@@ -104,6 +106,17 @@ def test_gradients_equal_the_float64_reference(active: int, cached: bool) -> Non
         grad = torch.zeros_like(expected) if grad is None else grad.double()
         # float32 sums of 7 * 64 products
         torch.testing.assert_close(grad, torch.zeros_like(expected) if expected is None else expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_scale_moves_no_code() -> None:
+    layer = make()
+    before = layer.absorb()
+    with torch.no_grad():
+        layer.log_scale_shift.add_(0.3)
+    after = layer.absorb()
+    assert torch.equal(after.codes_OI, before.codes_OI)
+    assert (after.scale_OG > before.scale_OG).all()
+    assert torch.equal(layer.quantized_OI(), after.dequantize())
 
 
 def test_sliced_ranks_get_no_gradient() -> None:

@@ -151,7 +151,8 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
 
     samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
     same_samples: bool = False  # Train on the same sequences in every epoch instead.
-    lora_rank: int = 64  # Rank of the adapters; clamped in narrower layers.
+    lora_rank: int = 64  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes stay, scales and norms are trained.
+    norm_lr: float = 0.0  # Peak relative learning rate of the weights of norms; 0 = they stay.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 
     def check(self) -> None:
@@ -161,8 +162,8 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
         self.check_run()
         _require(self, ("samples", "valid_samples"), lambda value: value >= 1, "at least 1")
         self.check_training()
-        if self.lora_rank < 1:
-            raise OptionError(f"--lora_rank must be at least 1; got {self.lora_rank}; 16 to 128 are usual")
+        _require(self, ("lora_rank",), lambda value: value >= 0, "0 (no adapters) or more")
+        _require(self, ("norm_lr",), lambda value: value >= 0, "0 or more")
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
             raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")

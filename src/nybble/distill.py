@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nybble import absorb, checkpoint, data, evaluate, models, report, stages, tuning
+from nybble import absorb, checkpoint, data, evaluate, insert, models, report, stages, tuning
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
 from nybble.errors import OptionError
@@ -51,8 +51,10 @@ def _run(job: Job) -> None:
         compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
-        tuning.train_layers(run, options, layers, _course(job, states, layers))
+        norms = insert.train_norms(loaded.model) if options.norm_lr else {}
+        tuning.train_layers(run, options, layers, _course(job, states, layers), norms)
         with run.stage("absorb"):
+            insert.settle_norms(loaded.model)
             tuned = absorb.absorb(loaded.model, layers)
             run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
             run.save_results()

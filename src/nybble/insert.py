@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nybble.compress import Start
+from nybble.families import family_of
 from nybble.grid import INT8_ROW, Grid, min_max
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import FakeQuantizedLoRALinear, ShiftedWeight
 from nybble.quantized import QuantizedWeight
 
 
@@ -43,6 +46,34 @@ def quantize_rows(model: Any, names: Iterable[str]) -> dict[str, QuantizedWeight
         quantized[name] = Start(weight, *min_max(weight, INT8_ROW)).quantized(INT8_ROW)
         weight.copy_(quantized[name].dequantize())
     return quantized
+
+
+def _norms(model: Any) -> dict[str, Any]:
+    """Modules that normalise and then multiply with a vector."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
+    }
+
+
+def train_norms(model: Any) -> dict[str, nn.Parameter]:
+    """Make the weights of all norms trainable, in place. Returns: name -> what is trained, see ShiftedWeight."""
+    offset, trained = family_of(model.config).norm_offset, {}
+    for name, norm in _norms(model).items():
+        shifted = ShiftedWeight(norm.weight.detach(), offset)
+        norm.weight.requires_grad_(False)
+        parametrize.register_parametrization(norm, "weight", shifted)
+        trained[f"{name}.shift"] = shifted.shift
+    return trained
+
+
+def settle_norms(model: Any) -> None:
+    """Make the trained weights of norms plain ones again, in place."""
+    for norm in _norms(model).values():
+        if parametrize.is_parametrized(norm, "weight"):
+            parametrize.remove_parametrizations(norm, "weight", leave_parametrized=True)
+            norm.weight.requires_grad_(False)
 
 
 @contextmanager

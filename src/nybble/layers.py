@@ -1,10 +1,12 @@
 """The fake-quantized LoRA layer: a frozen weight whose low-rank update is inside the rounding, so that it vanishes into the codes.
 
+    codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / start_scale) + zero, 0, 15)            r = active_rank
     scale  = round7(start_scale * exp(log_scale_shift))
-    W_q    = fake_quantize(weight + lora_b[:, :r] @ lora_a[:r], scale, zero)            r = active_rank
+    W_q    = scale * (codes - zero)
     output = input @ W_q.T + bias
 
-lora_b and log_scale_shift start at zero: the untrained layer is exactly the compressed one. The shift is the logarithm of
+lora_b and log_scale_shift start at zero: the untrained layer is exactly the compressed one. Codes are made with the scales of
+the start, so a trained scale moves no code: only the adapters do, and at rank 0 nothing does. The shift is the logarithm of
 what the scale is multiplied with, so its learning rate is a relative one: 1e-4 a step moves a scale by about 0.01 %.
 
 The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
@@ -35,7 +37,7 @@ class FakeQuantizedLoRALinear(nn.Module):
         scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
         grid: of the codes.
         bias: [O] or None, frozen.
-        rank: of the adapters, clamped to min(O, I); 0 trains scales only.
+        rank: of the adapters, clamped to min(O, I); 0 keeps the codes and trains scales only.
         dtype: of inputs and outputs; the weight is cast to it just before the matrix product.
         generator: for the random start of lora_a.
     """
@@ -83,14 +85,14 @@ class FakeQuantizedLoRALinear(nn.Module):
 
     def quantized_OI(self) -> Tensor:
         """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
-        return g.fake_quantize(self.merged_OI(), self.scale_OG(), self.zero, self.grid)
+        offsets_OGK = g.offsets(self.merged_OI(), self.start_scale, self.zero, self.grid)
+        return (offsets_OGK * self.scale_OG()[..., None]).flatten(-2)
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:
         """The codes of W_q: the adapters are gone. Made from the same sum, by the same rounding as in the forward."""
-        scale_OG = self.scale_OG()
-        codes_OI = g.quantize(self.merged_OI(), scale_OG, self.zero, self.grid)
-        return QuantizedWeight(codes_OI, scale_OG, self.zero.to(torch.uint8), self.grid)
+        codes_OI = g.quantize(self.merged_OI(), self.start_scale, self.zero, self.grid)
+        return QuantizedWeight(codes_OI, self.scale_OG(), self.zero.to(torch.uint8), self.grid)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.step_weight is not None:
@@ -120,3 +122,22 @@ class FakeQuantizedLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"
+
+
+class ShiftedWeight(nn.Module):
+    """Parametrization of a norm's weight while it is trained: weight + size * shift, with size the mean factor that the norm multiplies with.
+
+    So the learning rate of the shift is relative, like that of a scale. The shift is float32 whatever the model's dtype is, and starts at zero.
+
+    Args:
+        weight_I: the weight of the start.
+        offset: what the norm adds to its weight before multiplying (families.py: norm_offset).
+    """
+
+    def __init__(self, weight_I: Tensor, offset: float) -> None:
+        super().__init__()
+        self.size = float((weight_I.float() + offset).abs().mean())
+        self.shift = nn.Parameter(torch.zeros_like(weight_I, dtype=torch.float32))
+
+    def forward(self, weight_I: Tensor) -> Tensor:
+        return torch.add(weight_I.float(), self.shift, alpha=self.size).to(weight_I.dtype)

@@ -102,10 +102,15 @@ def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantize
     return compressed.starts, rows, layers
 
 
-def train_layers(run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course) -> None:
-    """Train adapters and scales; afterwards the layers hold the weights that were best on held-out text."""
+def train_layers(
+    run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course, norms: Mapping[str, torch.nn.Parameter] | None = None
+) -> None:
+    """Train adapters, scales and `norms` (insert.train_norms); afterwards the model holds what was best on held-out text."""
     step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
-    train(run, options, _groups(options, layers), course, step)
+    groups = _groups(options, layers)
+    if norms:
+        groups.append({"params": dict(norms), "lr": options.norm_lr, "weight_decay": 0.0})
+    train(run, options, groups, course, step)
 
 
 def train(
@@ -183,10 +188,12 @@ def train(
 def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list[dict[str, Any]]:
     adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() for leaf in ("lora_a", "lora_b")}
     scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items()}
-    return [
+    adapters = {name: parameter for name, parameter in adapters.items() if parameter.numel()}  # none at rank 0
+    groups = [
         {"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay},
         {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def fixed_weights(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> AbstractContextManager[None]:
