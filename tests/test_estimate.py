@@ -14,16 +14,16 @@ def test_shapes_are_those_of_the_model() -> None:
 
 
 def test_cache_costs_a_weight_and_a_gradient_copy() -> None:
-    with_cache, without = (estimate.memory(SHAPES, 8, 64, 256, 64, cache) for cache in (True, False))
+    with_cache, without = (estimate.memory(SHAPES, 8, 64, 256, 64, copies) for copies in (2, 0))
     assert with_cache - without == 2 * SHAPES.int4 * 4
 
 
 def test_microbatch_grows_with_memory_and_stops_at_the_batch() -> None:
-    picks = [estimate.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, True, available=int(available), most=10**9) for available in (1e6, 1.5e9, 3e9, 1e12)]
+    picks = [estimate.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, 2, available=int(available), most=10**9) for available in (1e6, 1.5e9, 3e9, 1e12)]
     assert picks[0] == 1
     assert picks == sorted(picks)
     assert picks[-1] == 32
-    assert estimate.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, True, available=10**12, most=4096) == 4
+    assert estimate.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, 2, available=10**12, most=4096) == 4
 
 
 def test_compression_of_large_models_fits_where_the_issue_wants_it() -> None:

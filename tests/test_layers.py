@@ -1,5 +1,7 @@
 """The layer: absorption bit for bit, gradients against float64, both ways of computing a step."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,56 @@ def test_gradients_equal_the_float64_reference(active: int, cached: bool) -> Non
         grad = torch.zeros_like(expected) if grad is None else grad.double()
         # float32 sums of 7 * 64 products
         torch.testing.assert_close(grad, torch.zeros_like(expected) if expected is None else expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [8, 3, 0])
+@pytest.mark.parametrize("cached", [True, False])
+def test_thin_gradients_are_those_of_the_unrounded_weight(active: int, cached: bool) -> None:
+    layer = make()
+    layer.active_rank = active
+    layer.log_scale_shift.requires_grad_(False)
+    inputs, upstream = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 24)
+    with step_cache([layer]) if cached else contextlib.nullcontext():
+        for part in range(2):  # two microbatches
+            (layer(inputs[part]) * upstream[part]).sum().backward()
+    a, b = (p.detach().double().requires_grad_() for p in (layer.lora_a, layer.lora_b))
+    weight = layer.weight.double() + b[:, :active] @ a[:active]
+    (F.linear(inputs.detach().double(), weight) * upstream.double()).sum().backward()
+    for parameter, expected in ((layer.lora_a, a.grad), (layer.lora_b, b.grad)):
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.grad, upstream @ layer.quantized_OI().detach())
+
+
+def test_thin_gradients_are_the_full_ones_where_no_code_is_clipped() -> None:
+    full, thin = make(rank=8, tuned=False), make(rank=8, tuned=False)
+    inputs, upstream = torch.randn(7, 64), torch.randn(7, 24)
+    thin.log_scale_shift.requires_grad_(False)
+    for layer in (full, thin):
+        with torch.no_grad():
+            layer.start_scale.mul_(2)  # every code is far within its range
+            layer.lora_b.normal_(0, 1e-4, generator=torch.Generator().manual_seed(1))
+        with step_cache([layer]):
+            (layer(inputs) * upstream).sum().backward()
+    torch.testing.assert_close(thin.lora_a.grad, full.lora_a.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(thin.lora_b.grad, full.lora_b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_thin_gradients_keep_nothing_of_the_size_of_a_weight() -> None:
+    layer, sizes = make(64, 128), []
+    layer.log_scale_shift.requires_grad_(False)
+    inputs = torch.randn(2, 128, requires_grad=True)
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(inputs)
+    assert max(sizes) <= layer.rank * 128
+    with step_cache([layer]):
+        layer(inputs).sum().backward()
+        assert layer.step_weight is not None
+        assert layer.step_weight.grad is None
 
 
 def test_a_trained_scale_moves_no_code() -> None:

@@ -164,6 +164,10 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
         self.check_training()
         _require(self, ("lora_rank",), lambda value: value >= 0, "0 (no adapters) or more")
         _require(self, ("norm_lr",), lambda value: value >= 0, "0 or more")
+        if not (self.lora_rank or self.scale_lr or self.norm_lr):
+            raise OptionError(
+                "--lora_rank, --scale_lr or --norm_lr must be above 0; all are 0 and leave nothing to train; nybble compress makes a model without training"
+            )
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
             raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")

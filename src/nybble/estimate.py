@@ -59,15 +59,15 @@ class Shapes:
         )
 
 
-def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, cache: bool) -> int:
-    """Peak of training with `tokens` a microbatch; `cache` keeps one weight and one gradient copy (the step cache)."""
+def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int) -> int:
+    """Peak of training with `tokens` a microbatch; `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient."""
     model = shapes.parameters * shapes.itemsize + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
-    copies = 2 * shapes.int4 * shapes.itemsize if cache else 0
+    kept = copies * shapes.int4 * shapes.itemsize
     one_layer = 6 * shapes.largest * _FLOAT32
     trained = _ADAM * (shapes.features * rank + shapes.int4 // group_size)
     activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
     logits = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
-    return _OVERHEAD + model + copies + one_layer + trained + activations + logits
+    return _OVERHEAD + model + kept + one_layer + trained + activations + logits
 
 
 def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
@@ -101,10 +101,10 @@ def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:
     return tokens * shapes.hidden * shapes.itemsize + (2 * 3 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
 
 
-def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, cache: bool, available: int, most: int) -> int:
+def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, copies: int, available: int, most: int) -> int:
     """Largest power of two of sequences that fits 70 % of `available` memory and at most `most` tokens; at least 1."""
     size = 1
-    while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, cache) < 0.7 * available:
+    while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, copies) < 0.7 * available:
         size *= 2
     return size
 

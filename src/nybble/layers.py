@@ -13,6 +13,12 @@ The weights do not change within an optimizer step, which gives two ways to comp
 - recompute: W_q is made in every forward and again in every backward; nothing is kept.
 - step cache: `fill_step_cache` makes W_q once as a leaf; all microbatches run on it and add up its gradient;
   `push_step_cache` sends that gradient through the quantizer and the adapters once. Costs one weight and one gradient copy.
+
+Where scales are not trained (log_scale_shift.requires_grad is False), no gradient of the size of a weight is made at all: with D = grad_output,
+
+    grad lora_a = (D @ lora_b).T @ input        grad lora_b = D.T @ (input @ lora_a.T)
+
+two thin products in place of a third full one, and nothing to push. They pass clipped codes too, which the full gradient leaves out.
 """
 
 from __future__ import annotations
@@ -27,6 +33,25 @@ from torch.utils.checkpoint import checkpoint
 from nybble import grid as g
 from nybble.grid import Grid
 from nybble.quantized import QuantizedWeight
+
+
+class _ThinGradient(torch.autograd.Function):
+    """input @ W_q.T + bias, whose gradient reaches the adapters as if nothing were rounded; W_q is the layer's cache, or made again in the backward."""
+
+    @staticmethod
+    def forward(ctx, layer: FakeQuantizedLoRALinear, inputs: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.layer = layer
+        ctx.save_for_backward(inputs, a_RI, b_OR)
+        return F.linear(inputs, layer.weight_of_step(), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        inputs, a_RI, b_OR = ctx.saved_tensors
+        grad_inputs = grad @ ctx.layer.weight_of_step() if ctx.needs_input_grad[1] else None
+        x, d = inputs.flatten(0, -2), grad.flatten(0, -2)
+        grad_a = (d @ b_OR.to(d.dtype)).T @ x
+        grad_b = d.T @ (x @ a_RI.to(x.dtype).T)
+        return None, grad_inputs, grad_a.to(a_RI.dtype), grad_b.to(b_OR.dtype)
 
 
 class FakeQuantizedLoRALinear(nn.Module):
@@ -95,6 +120,9 @@ class FakeQuantizedLoRALinear(nn.Module):
         return QuantizedWeight(codes_OI, self.scale_OG(), self.zero.to(torch.uint8), self.grid)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self.log_scale_shift.requires_grad:
+            r = self.active_rank
+            return _ThinGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
         if self.step_weight is not None:
             return F.linear(inputs, self.step_weight, self.bias)
         if not torch.is_grad_enabled():
@@ -105,9 +133,14 @@ class FakeQuantizedLoRALinear(nn.Module):
         return F.linear(inputs, self.quantized_OI().to(self.dtype), self.bias)
 
     @torch.no_grad()
+    def weight_of_step(self) -> Tensor:
+        """W_q in `dtype`: the step cache, or made anew."""
+        return self.quantized_OI().to(self.dtype) if self.step_weight is None else self.step_weight
+
+    @torch.no_grad()
     def fill_step_cache(self) -> None:
-        """Make W_q once, as a leaf that collects gradients, for all microbatches until `push_step_cache`."""
-        self.step_weight = self.quantized_OI().to(self.dtype).requires_grad_()
+        """Make W_q once for all microbatches until `push_step_cache`; where scales are trained, as a leaf that collects gradients."""
+        self.step_weight = self.quantized_OI().to(self.dtype).requires_grad_(self.log_scale_shift.requires_grad)
 
     def push_step_cache(self) -> None:
         """Send the collected gradient of W_q to the adapters and the scales, and drop the cache."""

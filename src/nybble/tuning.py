@@ -75,15 +75,16 @@ def resolve(
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, rank, options.group_size)
     available = stages.free_memory(loaded)
-    cache = options.cache
+    cache, of_step = options.cache, 2 if options.scale_lr else 1  # copies of the weights
     if cache == "auto":
-        cache = "step" if estimate.memory(*sizes, length, CHUNK, True) < 0.7 * available else "recompute"
+        cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step) < 0.7 * available else "recompute"
+    copies = of_step if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
     microbatch = options.microbatch or estimate.pick_microbatch(
-        *sizes, length, most, CHUNK, cache == "step", available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
+        *sizes, length, most, CHUNK, copies, available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
     )
     calibration = stages.check_calibration(options, options.start, sequences)
-    memory = estimate.memory(*sizes, microbatch * length, CHUNK, cache == "step")
+    memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
@@ -186,14 +187,12 @@ def train(
 
 
 def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list[dict[str, Any]]:
-    adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() for leaf in ("lora_a", "lora_b")}
+    adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() if layer.rank for leaf in ("lora_a", "lora_b")}
     scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items()}
-    adapters = {name: parameter for name, parameter in adapters.items() if parameter.numel()}  # none at rank 0
-    groups = [
-        {"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay},
-        {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    for shift in scales.values():
+        shift.requires_grad_(options.scale_lr > 0)  # without, the layers need no gradient of the size of a weight
+    groups = [{"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay}] if adapters else []
+    return [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}] if options.scale_lr else groups
 
 
 def fixed_weights(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> AbstractContextManager[None]:
