@@ -142,18 +142,19 @@ def test_thin_gradients_are_the_full_ones_where_no_code_is_clipped() -> None:
     torch.testing.assert_close(thin.lora_b.grad, full.lora_b.grad, rtol=1e-4, atol=1e-5)
 
 
+def saved_for_backward(layer: FakeQuantizedLoRALinear, inputs: Tensor) -> list[int]:
+    """Sizes of the tensors that a forward keeps."""
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor):  # type: ignore[func-returns-value]
+        layer(inputs)
+    return sizes
+
+
 def test_thin_gradients_keep_nothing_of_the_size_of_a_weight() -> None:
-    layer, sizes = make(64, 128), []
+    layer = make(64, 128)
     layer.log_scale_shift.requires_grad_(False)
     inputs = torch.randn(2, 128, requires_grad=True)
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(inputs)
-    assert max(sizes) <= layer.rank * 128
+    assert max(saved_for_backward(layer, inputs)) <= layer.rank * 128
     with step_cache([layer]):
         layer(inputs).sum().backward()
         assert layer.step_weight is not None
@@ -188,16 +189,9 @@ def test_input_gradient_is_that_of_the_quantized_weight() -> None:
 
 def test_recompute_keeps_no_weight_for_backward() -> None:
     """Between forward and backward nothing of the size of the weight may be saved."""
-    layer, sizes = make(64, 128), []
+    layer = make(64, 128)
     inputs = torch.randn(2, 128, requires_grad=True)
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(inputs)
-    assert max(sizes, default=0) <= inputs.numel()
+    assert max(saved_for_backward(layer, inputs), default=0) <= inputs.numel()
 
 
 def test_adapters_and_scales_stay_in_float32_whatever_the_weights_are() -> None:

@@ -209,14 +209,14 @@ def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Gr
     return _FakeQuantize.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
 
 
-class _Offsets(torch.autograd.Function):
+class _CenteredCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:  # type: ignore[no-untyped-def,override]
         rounded_OGK = (group(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]).round_()
-        offsets_OGK = (rounded_OGK + zero_OG[..., None]).clamp_(0, grid.max_code).sub_(zero_OG[..., None])
+        centered_OGK = (rounded_OGK + zero_OG[..., None]).clamp_(0, grid.max_code).sub_(zero_OG[..., None])
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(rounded_OGK.eq_(offsets_OGK), scale_OG)  # 1.0 where the code is not clipped
-        return offsets_OGK
+            ctx.save_for_backward(rounded_OGK.eq_(centered_OGK), scale_OG)  # 1.0 where the code is not clipped
+        return centered_OGK
 
     @staticmethod
     def backward(ctx, grad_OGK: Tensor):  # type: ignore[no-untyped-def,override]
@@ -224,9 +224,9 @@ class _Offsets(torch.autograd.Function):
         return (grad_OGK * inside_OGK).div_(scale_OG[..., None]).flatten(-2), None, None, None
 
 
-def offsets(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:
+def centered_codes(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid) -> Tensor:
     """code - zero, with a straight-through gradient to the weight: 1 / scale where the code is not clipped, else 0.
 
     Args: as `quantize`. Returns: [O, G, K] in the dtype of weight and scale, which must agree.
     """
-    return _Offsets.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
+    return _CenteredCodes.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]

@@ -110,8 +110,8 @@ class FakeQuantizedLoRALinear(nn.Module):
 
     def quantized_OI(self) -> Tensor:
         """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
-        offsets_OGK = g.offsets(self.merged_OI(), self.start_scale, self.zero, self.grid)
-        return (offsets_OGK * self.scale_OG()[..., None]).flatten(-2)
+        centered_OGK = g.centered_codes(self.merged_OI(), self.start_scale, self.zero, self.grid)
+        return (centered_OGK * self.scale_OG()[..., None]).flatten(-2)
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:

@@ -192,7 +192,7 @@ def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan
     log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
              " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
     longest = max(len(ids) for ids, _ in lesson.texts)
-    rows = MOST_ROWS.get(loaded.model.device.type, options.batch_size)
+    rows = MOST_ROWS.get(loaded.model.device.type)
     return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), sequences.test.ids.numel(), longest, rows)  # type: ignore[no-any-return]
 
 
