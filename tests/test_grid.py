@@ -61,6 +61,17 @@ def test_scale_weight_and_minimum_are_exact_in_fp16() -> None:
     assert torch.equal(products.half().double(), products)
 
 
+def test_shifts_within_a_cell_change_no_scale_and_fill_the_cell() -> None:
+    scale = g.round_scale(torch.cat([torch.logspace(-4, 2, 20_000), 2.0 ** torch.arange(-12, 8), torch.tensor([0.0])]))
+    shift = g.shift_within_cell(scale, torch.Generator().manual_seed(0))
+    assert torch.equal(g.round_scale(scale * shift.exp()), scale)
+    place = scale * shift.exp().sub(1) * 2.0**g.SCALE_BITS / torch.exp2(torch.frexp(scale).exponent)  # -0.5 to 0.5 of a cell
+    share = torch.histc(place, bins=10, min=-0.5, max=0.5) / len(place)
+    assert share.min() > 0.08
+    assert share.max() < 0.12
+    assert torch.equal(shift, g.shift_within_cell(scale, torch.Generator().manual_seed(0)))
+
+
 def test_zero_weights_give_zero_and_a_valid_scale() -> None:
     scale, zero = g.min_max(torch.zeros(2, 64), Grid())
     assert torch.equal(g.dequantize(g.quantize(torch.zeros(2, 64), scale, zero, Grid()), scale, zero), torch.zeros(2, 64))

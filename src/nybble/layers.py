@@ -5,9 +5,10 @@
     W_q    = scale * (codes - zero)
     output = input @ W_q.T + bias
 
-lora_b and log_scale_shift start at zero: the untrained layer is exactly the compressed one. Codes are made with the scales of
-the start, so a trained scale moves no code: only the adapters do, and at rank 0 nothing does. The shift is the logarithm of
-what the scale is multiplied with, so its learning rate is a relative one: 1e-4 a step moves a scale by about 0.01 %.
+lora_b starts at zero, log_scale_shift somewhere in what rounds to the start: the untrained layer is exactly the compressed one.
+Codes are made with the scales of the start, so a trained scale moves no code: only the adapters do, and at rank 0 nothing does.
+The shift is the logarithm of what the scale is multiplied with, so its learning rate is a relative one: 1e-4 a step moves a
+scale by about 0.01 %.
 
 The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
 - recompute: W_q is made in every forward and again in every backward; nothing is kept.
@@ -64,7 +65,7 @@ class FakeQuantizedLoRALinear(nn.Module):
         bias: [O] or None, frozen.
         rank: of the adapters, clamped to min(O, I); 0 keeps the codes and trains scales only.
         dtype: of inputs and outputs; the weight is cast to it just before the matrix product.
-        generator: for the random start of lora_a.
+        generator: for the random starts of lora_a and log_scale_shift.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class FakeQuantizedLoRALinear(nn.Module):
         self.zero: Tensor
         self.register_buffer("start_scale", scale_OG.to(device, torch.float32))
         self.register_buffer("zero", zero_OG.to(device, torch.float32))
-        self.log_scale_shift = nn.Parameter(torch.zeros_like(self.start_scale))
         # Uniform with variance 1 / I, the start of peft's lora_A; drawn on the CPU so that every device starts alike.
         bound = math.sqrt(3 / self.in_features)
         lora_a = (torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1) * bound
         self.lora_a = nn.Parameter(lora_a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, self.rank, device=device))
+        self.log_scale_shift = nn.Parameter(g.shift_within_cell(self.start_scale, generator))
         self.step_weight: Tensor | None = None
 
     def scale_OG(self) -> Tensor:
