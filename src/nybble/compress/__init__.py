@@ -33,7 +33,7 @@ from nybble.grid import Grid, min_max, quantize, quantize_dequantize, wide
 METHODS = ("awq", "se", "gptq", "blockwise")
 # Tokens in one forward of a block.
 TOKENS = 2048
-# Numbers in the equations of scale estimation that exist at a time, where gptq goes through all columns once for every part of the rows.
+# Numbers in the equations of scale estimation that exist at a time.
 _EQUATIONS = 16 << 20
 
 
@@ -229,8 +229,8 @@ def _compress_block(
 
 @torch.no_grad()
 def _round(block: nn.Module, shared: Statistics, grid: Grid, steps: tuple[str, ...], calibration: Calibration, prefix: str) -> dict[str, Start]:
-    """Scales, zeros and codes of the layers that share an input. Their rows are stacked, and worked off so many at a time that what is made of
-    them, G x G numbers a row in scale estimation, stays small."""
+    """Scales, zeros and codes of the layers that share an input. Their rows are stacked, and worked off so many at a time that the
+    equations of scale estimation, G x G numbers a row, stay small."""
     linears = {name: linear(block, name) for name in shared.layers}
     weight_OI, gram_II = torch.cat([wide(layer.weight) for layer in linears.values()]), shared.gram_II
     hessian = Hessian.of(gram_II, calibration.damping, prefix + shared.layers[0]) if "gptq" in steps else None
@@ -246,7 +246,7 @@ def _round(block: nn.Module, shared: Statistics, grid: Grid, steps: tuple[str, .
         scale_OG, zero_OG = scale_estimation.estimate(weight_OI, gram_II, grid) if "se" in steps else min_max(weight_OI, grid)
         return quantize(weight_OI, scale_OG, zero_OG, grid), weight_OI, scale_OG, zero_OG
 
-    rows = scale_estimation.ROWS if hessian is None else max(1, _EQUATIONS // grid.groups(weight_OI.shape[-1]) ** 2)
+    rows = max(1, _EQUATIONS // grid.groups(weight_OI.shape[-1]) ** 2)
     parts = [torch.cat(tensors) for tensors in zip(*(rounded(part) for part in weight_OI.split(rows)), strict=True)]
     sizes = [len(layer.weight) for layer in linears.values()]
     by_layer = zip(*(tensor.split(sizes) for tensor in parts), strict=True)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from nybble.compress.blocks import Statistics, linear
-from nybble.compress.scale_estimation import ROWS
 from nybble.errors import OptionError
 from nybble.families import FAMILIES, family_of
 from nybble.grid import Grid, min_max, quantize_dequantize, wide
@@ -49,11 +48,10 @@ def search(weight_OI: Tensor, gram_II: Tensor, grid: Grid, share: tuple[int, int
     importance_I, best, found_I = gram_II.diagonal(), torch.inf, torch.ones_like(weight_OI[0])
     for alpha in ALPHAS:
         s_I = factors(gram_II, alpha, share)
-        squares_I = torch.zeros_like(s_I)
-        for rows_OI in weight_OI.split(ROWS):
-            scaled_OI = rows_OI * s_I
-            squares_I += quantize_dequantize(scaled_OI, *min_max(scaled_OI, grid), grid).sub_(scaled_OI).square_().sum(0)
-        error = float(squares_I @ (importance_I / s_I**2))
+        scaled_OI = weight_OI * s_I
+        scale_OG, zero_OG = min_max(scaled_OI, grid)
+        difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_OG, grid).sub_(scaled_OI)
+        error = float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
         if error < best:
             best, found_I = error, s_I
     return found_I

@@ -20,8 +20,6 @@ from nybble.grid import Grid, from_range, group, min_max, quantize, quantize_deq
 # Shares of the full range that are tried.
 SHRINKS = tuple(1 - 0.04 * i for i in range(11))
 TURNS = 4
-# Rows that are worked off at a time: more do not stay in the caches of a CPU, fewer are slow to multiply (docs/log.md).
-ROWS = 512
 
 
 def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
