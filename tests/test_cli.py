@@ -93,7 +93,10 @@ def test_eval_takes_its_target_by_position() -> None:
         ("distill --pretrained m --lr -1", "--lr must be 0 or more; got -1.0"),
         ("distill --pretrained m --warmup 2", "--warmup must be from 0 to 1; got 2.0"),
         ("distill --pretrained m --seq_len 0", "--seq_len must be at least 8; got 0"),
-        ("distill --pretrained m --start best", "--start must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got best"),
+        (
+            "distill --pretrained m --start best",
+            "--start, where it is not the folder of a run, must be rtn, or one or more of awq, se, gptq, blockwise in this order",
+        ),
         ("compress --pretrained m --method gptq+awq", "one or more of awq, se, gptq, blockwise in this order, joined by +; got gptq+awq; awq+se+gptq,"),
         ("compress --pretrained m --method se+se", "--method must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got se+se"),
         ("compress --pretrained m --gptq_damping 0", "--gptq_damping must be more than 0 and at most 1; got 0"),

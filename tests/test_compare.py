@@ -73,5 +73,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         compare(options(tmp_path, tmp_path, lora_rank_space=(4,)))
     with pytest.raises(OptionError, match="takes tasks that lm-eval knows"):
         compare(options(tmp_path, tmp_path, compare=("own.jsonl",)))
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(OptionError, match="--start must be rtn, or one or more of"):
+        compare(options(tmp_path, tmp_path, start=str(tmp_path)))
     assert main(["tune", "--pretrained", "x", "--task", "arc_easy", "--compare", "arc_easy"]) == 2
     assert "--task and --compare contradict each other" in capsys.readouterr().err

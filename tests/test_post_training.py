@@ -225,6 +225,44 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     assert untrained["models"]["compressed"]["kl_to_teacher"] < before
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_finished_run_is_a_start(dtype: str, tmp_path: Path) -> None:
+    """Codes, scales, zeros and folded norms are those of the run; the teacher is the 16-bit model."""
+    model, first, second = save_model(tmp_path / "model", "qwen2"), tmp_path / "first", tmp_path / "second"
+    compress_flow(options(model, first, method="awq+se", dtype=dtype))
+    distill(test_families.options(model, second, start=str(first), group_size=32, lora_rank=0, scale_lr=0.0, norm_lr=1e-9, dtype=dtype))
+    made, started = (json.loads((run / "results.json").read_text()) for run in (first, second))
+    assert started["models"]["compressed"]["kl_to_teacher"] == pytest.approx(made["models"]["compressed"]["kl_to_teacher"], rel=1e-5)
+    assert (started["method"], started["layer_errors"]) == (f"awq+se ({first})", made["layer_errors"])
+    assert started["codes_changed"] == 0.0
+    (before, rest), (after, others) = (checkpoint.load_weights(run / "quantized") for run in (first, second))
+    for name, weight in before.items():
+        assert torch.equal(after[name].codes_OI, weight.codes_OI)
+        assert torch.equal(after[name].scale_OG, weight.scale_OG)
+        assert torch.equal(after[name].zero_OG, weight.zero_OG)
+    assert all(torch.allclose(others[key], tensor, rtol=1e-2) for key, tensor in rest.items())
+
+
+def test_a_run_that_cannot_be_a_start_is_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, start, run = save_model(tmp_path / "model", "llama"), tmp_path / "start", tmp_path / "run"
+    compress_flow(options(model, start, method="rtn"))
+    other = save_model(tmp_path / "other", "llama", num_hidden_layers=1)
+    flags = ["--data", "python-docs", "--seq_len", "32", "--samples", "8", "--batch_size", "4", "--tasks", "--export", "--output_dir", str(run)]
+
+    def refused(model: Path, *more: str) -> str:
+        assert cli.main(["distill", "--pretrained", str(model), *flags, *more]) == 2
+        assert not run.exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    assert f"--start {start} must have groups of 64 weights; it has groups of 32; add --group_size 32" in refused(model, "--start", str(start))
+    assert "must be of a model like other; it is of model, whose layers are others" in refused(other, "--start", str(start), "--group_size", "32")
+    shutil.rmtree(start / "quantized")
+    assert f"--start {start} must be a finished run; it has no folder quantized" in refused(model, "--start", str(start), "--group_size", "32")
+    assert "--start, where it is not the folder of a run, must be rtn, or one or more of awq, se, gptq, blockwise" in refused(model, "--start", "runs/none")
+    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", str(start)]) == 2
+    assert "--method must be rtn, or one or more of" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_distillation_resumes_on_the_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "llama")

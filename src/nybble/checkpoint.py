@@ -313,6 +313,13 @@ def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Te
     return quantized, tensors
 
 
+def scale_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape [O, G] of the scales of every layer that `save_quantized` wrote; reads no weights."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        end = ".weight.scale"
+        return {key.removesuffix(end): tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(end)}  # noqa: SIM118
+
+
 def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
     """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

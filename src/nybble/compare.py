@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble import checkpoint, evaluate, models, page, post_training, report, stages, tune, tuning
+from nybble import checkpoint, compress, evaluate, models, page, post_training, report, stages, tune, tuning
 from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
 from nybble.errors import MissingExtraError, OptionError
@@ -61,6 +61,7 @@ def compare(options: TuneOptions) -> Path:
         )
     if len(options.lora_rank_space) < 2:
         raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
+    compress.parse(options.start, "--start")  # one of the columns is compressed by it, so a run will not do
     for task in options.compare:
         _check_task(task, options.data_dir)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")

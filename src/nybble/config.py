@@ -124,7 +124,8 @@ class TrainingOptions:
     warmup: float = 0.05  # Share of the steps with a rising rate.
     schedule: Literal["cosine", "constant"] = "cosine"  # Of the rate after that: falling to zero, or as it is.
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf = never.
-    start: str = "rtn"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
+    # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
+    start: str = "rtn"
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
     save_every: int = 10  # Optimizer steps between checkpoints.
@@ -213,7 +214,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     lr: float = 1e-4  # Peak learning rate of the adapters.
     scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
     warmup: float = 0.1  # Share of the steps with a rising rate.
-    start: str = "awq+se"  # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +.
+    # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
+    start: str = "awq+se"
     tasks: tuple[str, ...] = ()  # More lm-eval tasks to measure; needs the extra eval.
     test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL.
 

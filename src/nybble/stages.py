@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher, writing
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
+from nybble.compress.start import Start
 from nybble.config import CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
@@ -90,7 +91,7 @@ def opened(
         resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
     """
     options.check()
-    steps = compress.parse(method, flag)
+    steps = steps_of(method, flag)
     export.check_formats(options.export)
     evaluate.check_tasks(options.tasks, options.data_dir)
     path = options.folder
@@ -103,6 +104,8 @@ def opened(
     plan = models.plan(loaded.model)
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
+    if flag == "--start" and (start := start_run(method)):
+        _check_start(start, loaded, plan, options.group_size)
     sequences = cut(loaded)
     probe_T = sequences.test.ids[0, :32]
     compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps)
@@ -123,7 +126,7 @@ def opened(
     try:
         with log_to(path / "log.txt"):
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
-            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": method, "machine": checkpoint.machine()}
+            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": _described(method), "machine": checkpoint.machine()}
             run.results["dtype"] = str(dtype).removeprefix("torch.")
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
@@ -142,7 +145,7 @@ def free_memory(loaded: models.LoadedModel) -> int:
 
 def check_calibration(options: Options, method: str, sequences: Sequences) -> int:
     """Number of calibration sequences; says where there are fewer than wanted. The training text has been checked for the least that will do."""
-    if not compress.parse(method):
+    if not steps_of(method):
         return 0
     count = len(sequences.calibration)
     short = "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})"
@@ -163,11 +166,15 @@ def teach(job: Job, splits: dict[str, Rows], batch: int) -> dict[str, Tensor]:
 def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, QuantizedWeight]]:
     """Compress in place, embedding and head to 8 bits; block by block where the method has data, going on with the blocks of an earlier sitting.
 
+    Where `method` is a run, its 4-bit weights take the place of the model's instead.
+
     Returns: starts and errors; and the 8-bit weights.
     """
+    if run := start_run(method):
+        return _take_over(job, run)
     options, model = job.options, job.loaded.model
     calibration = store = None
-    if compress.parse(method):
+    if steps_of(method):
         recipe = blockwise.Recipe(epochs=options.blockwise_epochs)
         ids = job.sequences.calibration
         calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path)
@@ -183,6 +190,60 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
         log.info(line)
     job.run.save_results()
     return compressed, rows
+
+
+def start_run(start: str) -> Path | None:
+    """The folder of the run that --start names; None where it names a method."""
+    return Path(start) if (Path(start) / checkpoint.CONFIG).is_file() else None
+
+
+def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
+    """Steps of the compression that is to be done; none where a finished run has done it (--start only)."""
+    run = start_run(start) if flag == "--start" else None
+    if run is None:
+        return compress.parse(start, "--start, where it is not the folder of a run," if flag == "--start" else flag)
+    if not (run / "quantized").exists():
+        raise OptionError(f"--start {run} must be a finished run; it has no folder quantized; finish it with --resume")
+    return ()
+
+
+def _check_start(run: Path, loaded: models.LoadedModel, plan: models.Plan, group_size: int) -> None:
+    """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
+    sizes = checkpoint.scale_shapes(run / "quantized")
+    layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*plan.int4, *plan.int8)}
+    other = checkpoint.read_results(run).get("model")
+    if sizes.keys() != layers.keys() or any(sizes[name][0] != shape[0] for name, shape in layers.items()):
+        raise OptionError(f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others")
+    for name in plan.int4:
+        found = layers[name][1] // sizes[name][1]
+        if found != group_size:
+            raise OptionError(f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}")
+    if other != loaded.name:
+        log.warning("--start %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+
+
+def _described(start: str) -> str:
+    """ "awq+se", or "awq+se (runs/compressed)" for a run."""
+    run = start_run(start)
+    return start if run is None else f"{checkpoint.read_results(run).get('method', 'rtn')} ({run})"
+
+
+def _take_over(job: Job, run: Path) -> tuple[Compressed, dict[str, QuantizedWeight]]:
+    """Starts and 8-bit weights with exactly the codes, scales and zeros of a finished run, and the model with what else it has (folded norms)."""
+    model, plan, results = job.loaded.model, job.plan, checkpoint.read_results(run)
+    with job.run.stage("compress"):
+        taken, _, quantized = checkpoint.load_quantized(run / "quantized", model.dtype, job.options.trust_remote_code)
+        model.load_state_dict(taken.state_dict())
+        starts = {}
+        for name in plan.int4:
+            weight = quantized[name]
+            scale_OG, zero_OG = (tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_OG))
+            starts[name] = Start(model.get_submodule(name).weight.detach(), scale_OG, zero_OG)
+    if results.get("kind") == "compress":
+        job.run.results |= {key: results[key] for key in ("layer_errors", "block_losses") if key in results}
+    log.info("start: the 4-bit weights of %s, %d layers", run, len(starts))
+    job.run.save_results()
+    return Compressed(starts), {name: quantized[name] for name in plan.int8}
 
 
 def error_lines(compressed: Compressed) -> list[str]:
@@ -295,7 +356,7 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
         OptionError: sources or shares that contradict each other.
     """
     mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
-    calibrate = options.calib_samples if compress.parse(method) else 0
+    calibrate = options.calib_samples if steps_of(method) else 0
     wanted = max(train, calibrate)
     if data.SELF in mixture.names:
         if len(mixture.names) > 1:
