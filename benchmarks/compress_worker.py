@@ -97,11 +97,12 @@ class OpenVINO:
 
 
 def evaluate(model: Any, head: Head, folder: Path, texts: list[str]) -> dict[str, Any]:
-    """Token perplexity and KL to the 16-bit model on each text that was prepared."""
+    """Token perplexity and KL to the 16-bit model on each text that was prepared; model None = the 16-bit model, whose states were prepared too."""
     result = {}
     for text in texts:
         tensors = load_file(folder / f"{text}.safetensors")
-        measured = measure(logits_of(model, tensors["ids"]), tensors["ids"], logits_from_states(head, tensors["states"]))
+        teacher = logits_from_states(head, tensors["states"])
+        measured = measure(logits_of(model, tensors["ids"]) if model is not None else teacher, tensors["ids"], teacher)
         result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
     return result
 
@@ -123,7 +124,9 @@ def main() -> None:
     ids = calibration(load_file(options.folder / "train.safetensors")["ids"], options.seed, options.samples, options.length)
     result: dict[str, Any] = {key: getattr(options, key) for key in ("peer", "method", "seed", "samples", "length")}
     result["seconds"] = 0.0
-    if options.method != "16bit":
+    if options.method == "16bit":
+        model = None
+    else:
         model, result["seconds"] = (by_nybble if options.peer == "nybble" else by_nncf)(model, ids, options.method, options.seed)
     result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     result |= evaluate(model, head, options.folder, options.texts)
