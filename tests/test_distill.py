@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nybble import checkpoint, cli, insert
+from nybble.config import to_toml
 from nybble.distill import distill
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
@@ -19,41 +20,12 @@ from tests.test_chat import TEMPLATE
 from tests.test_families import options
 from tests.tiny import make_model, save_model
 
-FLAGS = [
-    "--data",
-    "python-docs",
-    "--seq_len",
-    "32",
-    "--samples",
-    "8",
-    "--epochs",
-    "10",
-    "--batch_size",
-    "4",
-    "--microbatch",
-    "2",
-    "--lr",
-    "5e-3",
-    "--scale_lr",
-    "5e-3",
-    "--norm_lr",
-    "2e-3",
-    "--lora_rank",
-    "4",
-    "--valid_samples",
-    "4",
-    "--test_samples",
-    "4",
-    "--save_every",
-    "3",
-    "--tasks",
-    "--export",
-    "--no_tensorboard",
-]
-
 
 def command(model: Path, run: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "nybble", "distill", "--pretrained", str(model), "--output_dir", str(run), *FLAGS, *more]
+    """The options of the families' test as a person would give them, with enough steps to be killed in."""
+    recipe = run.with_suffix(".toml")
+    recipe.write_text(to_toml(options(model, run, epochs=10, save_every=3)))
+    return [sys.executable, "-m", "nybble", "distill", "--config", str(recipe), *more]
 
 
 def codes(run: Path) -> bytes:
