@@ -21,7 +21,7 @@ STEPS = 4
 
 def options(model: Path, run: Path, **changes: object) -> DistillOptions:
     base = DistillOptions(
-        pretrained=str(model), output_dir=str(run), data=("python-docs",), seq_len=32, samples=8, epochs=2, batch_size=4, microbatch=2,
+        pretrained=str(model), output_dir=str(run), data=("python-docs",), start="rtn", seq_len=32, samples=8, epochs=2, batch_size=4, microbatch=2,
         lr=5e-3, scale_lr=5e-3, norm_lr=2e-3, lora_rank=4, valid_samples=4, test_samples=4, tasks=(), export=(), save_every=1, tensorboard=False,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)

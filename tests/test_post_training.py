@@ -225,6 +225,20 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     assert untrained["models"]["compressed"]["kl_to_teacher"] < before
 
 
+@pytest.mark.parametrize(("known", "expected"), [(True, "awq+se+blockwise"), (False, "se+blockwise")])
+def test_the_automatic_start_needs_no_row_of_the_family(known: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble import families
+
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    if not known:
+        monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
+    settings = {"start": "auto", "calib_samples": 8, "group_size": 32}
+    distill(test_families.options(model, run, **settings))
+    assert checkpoint.read_options(run)["start"] == checkpoint.read_results(run)["method"] == expected
+    assert len(checkpoint.read_results(run)["block_losses"]) == 2
+    distill(test_families.options(model, run, resume=True, **settings))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_finished_run_is_a_start(dtype: str, tmp_path: Path) -> None:
     """Codes, scales, zeros and folded norms are those of the run; the teacher is the 16-bit model."""

@@ -118,14 +118,15 @@ class TrainingOptions:
     epochs: int = 10  # Passes over what makes an epoch, each followed by a validation.
     batch_size: int = 32  # Sequences in an optimizer step.
     microbatch: int = 0  # Sequences in one forward; 0 = by the memory estimate.
-    lr: float = 5e-4  # Peak learning rate of the adapters.
+    lr: float = 1e-4  # Peak learning rate of the adapters.
     scale_lr: float = 1e-3  # Peak relative learning rate of the scales: 1e-3 moves a scale by about 0.1 % a step.
     weight_decay: float = 0.0  # Of the adapters (decoupled).
     warmup: float = 0.05  # Share of the steps with a rising rate.
     schedule: Literal["cosine", "constant"] = "cosine"  # Of the rate after that: falling to zero, or as it is.
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf = never.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
-    start: str = "rtn"
+    # auto: awq+se+blockwise, without awq for a family that it does not know.
+    start: str = "auto"
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
     save_every: int = 10  # Optimizer steps between checkpoints.
@@ -152,8 +153,8 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
 
     samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
     same_samples: bool = False  # Train on the same sequences in every epoch instead.
-    lora_rank: int = 64  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay.
-    norm_lr: float = 0.0  # Peak relative learning rate of the weights of norms; 0 = they stay.
+    lora_rank: int = 0  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay, scales (and norms) are trained.
+    norm_lr: float = 2e-3  # Peak relative learning rate of the weights of norms; 0 = they stay.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 
     def check(self) -> None:
@@ -211,7 +212,6 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
-    lr: float = 1e-4  # Peak learning rate of the adapters.
     scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
     warmup: float = 0.1  # Share of the steps with a rising rate.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.

@@ -29,7 +29,7 @@ def distill(options: DistillOptions) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
 
-    def cut(loaded: models.LoadedModel) -> Sequences:
+    def cut(options: DistillOptions, loaded: models.LoadedModel) -> Sequences:
         wanted = options.samples * (1 if options.same_samples else options.epochs)
         return stages.sequences_of(options, loaded, options.start, wanted, options.batch_size, options.valid_samples)
 

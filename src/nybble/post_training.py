@@ -19,7 +19,7 @@ log = logging.getLogger("nybble")
 def compress(options: CompressOptions) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
 
-    def cut(loaded: models.LoadedModel) -> Sequences:
+    def cut(options: CompressOptions, loaded: models.LoadedModel) -> Sequences:
         return stages.sequences_of(options, loaded, options.method, 0, 0, 0)
 
     with stages.opened(options, options.method, "--method", cut, _resolve) as job:

@@ -32,6 +32,8 @@ log = logging.getLogger("nybble")
 
 TextOptions = CompressOptions | DistillOptions
 Options = TextOptions | TuneOptions
+# --start that is chosen when the model is known.
+AUTO = "auto"
 # Fewer sequences than this are no calibration.
 _LEAST_CALIBRATION = 8
 
@@ -81,17 +83,18 @@ class Job:
 
 @contextmanager
 def opened(
-    options: Options, method: str, flag: str, cut: Callable[[models.LoadedModel], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]
+    options: Options, method: str, flag: str, cut: Callable[[Any, models.LoadedModel], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]
 ) -> Iterator[Job]:
     """Find everything that can be wrong with options, model and data before the run folder exists; then open the folder.
 
     Args:
         method, flag: of compression, and the option that names it.
-        cut: loaded model -> sequences.
+        cut: (options, loaded model) -> sequences.
         resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
     """
     options.check()
-    steps = steps_of(method, flag)
+    if method != AUTO:
+        steps_of(method, flag)
     export.check_formats(options.export)
     evaluate.check_tasks(options.tasks, options.data_dir)
     path = options.folder
@@ -104,11 +107,14 @@ def opened(
     plan = models.plan(loaded.model)
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
+    if method == AUTO:
+        method = compress.automatic(loaded.model.config)
+        options = replace(options, start=method)  # type: ignore[arg-type]
     if flag == "--start" and (start := start_run(method)):
         _check_start(start, loaded, plan, options.group_size)
-    sequences = cut(loaded)
+    sequences = cut(options, loaded)
     probe_T = sequences.test.ids[0, :32]
-    compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps)
+    compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps_of(method, flag))
     log.info(
         "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),

@@ -115,7 +115,7 @@ def opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, L
         options = replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
     lessons: list[Lesson] = []
 
-    def cut(loaded: models.LoadedModel) -> Sequences:
+    def cut(options: TuneOptions, loaded: models.LoadedModel) -> Sequences:
         lessons.append(_prepare(options, loaded, space, custom))
         return _sequences(options, loaded, lessons[0])
 

@@ -28,6 +28,7 @@ from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import Quadratic
 from nybble.compress.start import Start
 from nybble.errors import OptionError
+from nybble.families import family_of
 from nybble.grid import Grid, min_max, quantize, quantize_dequantize, wide
 
 METHODS = ("awq", "se", "gptq", "blockwise")
@@ -48,6 +49,11 @@ def parse(method: str, option: str = "--method") -> tuple[str, ...]:
     if any(part not in METHODS for part in parts) or parts != tuple(name for name in METHODS if name in parts):
         raise OptionError(f"{option} must be rtn, or one or more of {', '.join(METHODS)} in this order, joined by +; got {method}; awq+se+gptq, for example")
     return parts
+
+
+def automatic(config: Any) -> str:
+    """The method that the least KL was measured with (docs/log.md), as far as it can be applied to this family."""
+    return "awq+se+blockwise" if family_of(config).feeds else "se+blockwise"
 
 
 @dataclass(frozen=True)
