@@ -1,10 +1,11 @@
-"""Distillation of the built-in model beside NNCF's: the same tokens, passes, rank and batch; each in a process of its own, one after the other.
+"""Distillation of the built-in model beside NNCF's: the same tokens, passes and batch; each in a process of its own, one after the other.
 
 python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256]
 
-NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences; everything after -- is
-given to it. Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading
-and measuring. Finished jobs are not run again.
+NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences, as it comes;
+everything after -- is given to it. nybble-lora: the same kind of training as NNCF's, from awq+se, adapters of the same rank. Measured afterwards by the
+same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading and measuring. Finished jobs are not
+run again.
 """
 
 import argparse
@@ -38,9 +39,10 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"seconds": found["teacher_seconds"] + found["start_seconds"] + sum(found["step_seconds"])}
 
 
-def by_nybble(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def by_nybble(seed: int, options: argparse.Namespace, like_nncf: bool = False) -> dict[str, Any]:
     """The command line on the same sequences; then its 4-bit model is measured."""
-    name = f"nybble-distill-{options.samples}x{options.length}-{'_'.join(flag.strip('-') for flag in options.flags) or 'default'}-{seed}"
+    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if like_nncf else options.flags
+    name = f"nybble-distill-{options.samples}x{options.length}-{'_'.join(flag.strip('-') for flag in flags) or 'default'}-{seed}"
     out, run = options.folder / f"{name}.json", options.folder / name
     if not out.exists():
         loaded = models.load(str(options.folder / "model"), torch.float32, torch.device("cpu"))
@@ -48,10 +50,10 @@ def by_nybble(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, options.samples, options.length)
         checkpoint.save_tensors(tokens, {"ids": ids}, {"length": options.length, "tokenizer": writing.fingerprint(loaded.tokenizer)})
         command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--data", tokens, "--seq_len", options.length]
-        command += ["--samples", options.samples, "--epochs", 1, "--batch_size", options.batch, "--lora_rank", options.rank, "--seed", seed]
+        command += ["--samples", options.samples, "--epochs", 1, "--batch_size", options.batch, "--seed", seed]
         command += ["--test_samples", 4, "--valid_samples", 8, "--tasks", "--export", "--output_dir", run]
         command += ["--resume"] if (run / "config.toml").exists() else []
-        call([*command, *options.flags], out.with_suffix(".log"), {})
+        call([*command, *flags], out.with_suffix(".log"), {})
         results = json.loads((run / "results.json").read_text())
         head = Head.of(loaded.model, copy=True)
         model, _, _ = checkpoint.load_quantized(run / "quantized", torch.float32)
@@ -75,14 +77,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--microbatch", type=int, default=2, help="of NNCF; nybble chooses its own")
-    parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble"), default=["nncf", "nybble"])
+    parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble", "nybble-lora"), default=["nncf", "nybble"])
     parser.add_argument("flags", nargs="*", help="for nybble distill")
     options = parser.parse_args()
     prepare(options.folder, options.text, options.texts)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for peer in options.peers:
-            results.setdefault(peer, []).append({"nncf": by_nncf, "nybble": by_nybble}[peer](seed, options))
+            result = by_nncf(seed, options) if peer == "nncf" else by_nybble(seed, options, like_nncf=peer == "nybble-lora")
+            results.setdefault(peer, []).append(result)
     table = Table("peer", "seconds", "of that start", "step", "peak GB", *(f"{text} {what}" for text in options.texts for what in ("ppl", "KL")))
     for peer, rows in results.items():
         numbers = [cell([row[text][key] for row in rows], digits) for text in options.texts for key, digits in (("perplexity", 2), ("kl", 4))]

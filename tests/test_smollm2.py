@@ -69,7 +69,9 @@ def test_chat_template_and_special_tokens(tokenizer: object, llama_tokenize: obj
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very short distillation of the real model on CPython's documentation, exported."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    arguments = "distill --pretrained smollm2 --data python-docs --seq_len 128 --samples 32 --epochs 1 --batch_size 8 --start rtn --lora_rank 64 --lr 5e-4 --norm_lr 0"
+    arguments = (
+        "distill --pretrained smollm2 --data python-docs --seq_len 128 --samples 32 --epochs 1 --batch_size 8 --start rtn --lora_rank 64 --lr 5e-4 --norm_lr 0"
+    )
     arguments += f" --valid_samples 4 --test_samples 8 --tasks --output_dir {path}"
     assert cli.main(arguments.split()) == 0
     return path
