@@ -98,6 +98,7 @@ def test_eval_takes_its_target_by_position() -> None:
             "--start, where it is not the folder of a run, must be rtn, or one or more of awq, se, gptq, blockwise in this order",
         ),
         ("compress --pretrained m --method gptq+awq", "one or more of awq, se, gptq, blockwise in this order, joined by +; got gptq+awq; awq+se+gptq,"),
+        ("compress --pretrained m --method auto", "--method must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got auto"),
         ("compress --pretrained m --method se+se", "--method must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; got se+se"),
         ("compress --pretrained m --gptq_damping 0", "--gptq_damping must be more than 0 and at most 1; got 0"),
         ("compress --pretrained m --calib_samples 0", "--calib_samples must be at least 1; got 0"),

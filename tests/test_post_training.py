@@ -225,6 +225,12 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     assert untrained["models"]["compressed"]["kl_to_teacher"] < before
 
 
+def test_a_folder_called_like_a_method_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compress_flow(options(save_model(tmp_path / "model", "llama"), Path("se"), method="se"))
+    assert checkpoint.read_results(Path("se"))["method"] == "se"
+
+
 @pytest.mark.parametrize(("known", "expected"), [(True, "awq+se+blockwise"), (False, "se+blockwise")])
 def test_the_automatic_start_needs_no_row_of_the_family(known: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nybble import families

@@ -93,7 +93,8 @@ def opened(
         resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
     """
     options.check()
-    if method != AUTO:
+    automatic = (flag, method) == ("--start", AUTO)
+    if not automatic:
         steps_of(method, flag)
     export.check_formats(options.export)
     evaluate.check_tasks(options.tasks, options.data_dir)
@@ -107,7 +108,7 @@ def opened(
     plan = models.plan(loaded.model)
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
-    if method == AUTO:
+    if automatic:
         method = compress.automatic(loaded.model.config)
         options = replace(options, start=method)  # type: ignore[arg-type]
     if flag == "--start" and (start := start_run(method)):
@@ -199,8 +200,9 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
 
 
 def start_run(start: str) -> Path | None:
-    """The folder of the run that --start names; None where it names a method."""
-    return Path(start) if (Path(start) / checkpoint.CONFIG).is_file() else None
+    """The folder of the run that --start names; None where it names a method, also where a folder happens to be called like one."""
+    named = all(part in ("rtn", *compress.METHODS) for part in start.split("+"))
+    return Path(start) if not named and (Path(start) / checkpoint.CONFIG).is_file() else None
 
 
 def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
