@@ -31,10 +31,16 @@ def test_only_the_assistants_words_and_ends_of_turn_are_learnt() -> None:
     assert chat.encode(tokenizer, TALK, assistant_only=False) == (ids, [True] * len(ids))
 
 
+def test_a_first_turn_of_the_assistant_is_not_learnt() -> None:
+    tokenizer = make_chat_tokenizer()
+    ids, learnt = chat.encode(tokenizer, [{"role": "assistant", "content": "hello"}, *TALK], assistant_only=True)
+    assert learnt_text(tokenizer, ids, learnt) == "yes</s>a</s>"
+
+
 def test_rows_hold_whole_conversations_and_count_the_prediction_before_a_learnt_token() -> None:
     short = ([1, 2, 3], [False, True, True])
-    ids, counted = chat.pack([short, short, ([9] * 8, [True] * 8), short], 7, padding=0)
-    assert ids.tolist() == [[1, 2, 3, 1, 2, 3, 0], [1, 2, 3, 0, 0, 0, 0]]  # the one of 8 tokens does not fit into 7
+    ids, counted = chat.pack([short, short, ([9] * 8, [True] * 8), short], 7)
+    assert ids.tolist() == [[1, 2, 3, 1, 2, 3, 1], [1, 2, 3, 1, 2, 3, 1]]  # the one of 8 tokens does not fit into 7; rows are filled with the next one's
     assert counted.int().tolist() == [[1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
 
 

@@ -38,6 +38,22 @@ def test_a_foreign_folder_is_never_touched(overwrite: bool, tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize("settings", [b'baseURL = "https://example.org"\n', b"not toml", b"\xff\xfe"])
+def test_settings_of_another_program_are_not_taken_for_a_run(settings: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(settings)
+    (tmp_path / "post.md").write_text("keep me")
+    with pytest.raises(RunError, match="it holds other files"):
+        Run.open(tmp_path, OPTIONS, resume=False, overwrite=True)
+    assert (tmp_path / "post.md").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("text", [b'{"models": {}', b"[]", b'{"a": 1}', b"\xff\xfe"])
+def test_damaged_results_are_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(text)
+    with pytest.raises(RunError, match=r"results.json must be the results of a run; .*; repair it, or make the run again"):
+        checkpoint.read_results(tmp_path)
+
+
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
     with pytest.raises(RunError, match="is in use by another process"):

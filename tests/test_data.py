@@ -82,7 +82,7 @@ def test_files_give_the_same_documents(suffix: str, tmp_path: Path) -> None:
 
 
 def test_equal_documents_are_not_lost_to_each_other() -> None:
-    texts = data._held_out(["same"] * 20, "memory")
+    texts = data._held_out(["same"] * 20)
     assert (len(texts.train), len(texts.validation), len(texts.test)) == (16, 2, 2)
 
 
@@ -119,10 +119,61 @@ def test_unusable_files(name: str, content: str | bytes, words: str, tmp_path: P
 def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is nothing at this path"):
         data.load_texts("./nowhere.txt")
-    with pytest.raises(DataError, match="must hold a file whose name contains train"):
+    with pytest.raises(DataError, match="must hold a file with the word train in its name"):
         data.load_texts(str(tmp_path))
     with pytest.raises(DataError, match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"):
         data.load_texts("someone/some-data")
+
+
+def test_words_in_file_names_choose_the_split(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.txt", "my_valid.txt", "test.txt", "constraints.txt", "latest.txt", "devices.txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "train.txt").mkdir()
+    texts = data.load_texts(str(tmp_path))
+    assert (texts.train, texts.validation, texts.test) == (["train-00000-of-00001.txt\n"], ["my_valid.txt\n"], ["test.txt\n"])
+    (tmp_path / "test_of_training.txt").write_text("secret")
+    with pytest.raises(DataError, match=r"test_of_training.txt must speak of one split; it speaks of train and test"):
+        data.load_texts(str(tmp_path))
+
+
+def test_rows_without_text_are_left_out_and_other_things_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows: list[dict[str, object]] = [{"text": f"row {i}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"text": None}, *rows, {"other": 1}]))
+    with caplog.at_level("WARNING", "nybble"):
+        texts = data.load_texts(str(path))
+    assert sorted((*texts.train, *texts.validation, *texts.test)) == sorted(str(row["text"]) for row in rows)
+    assert "2 of 22 rows have nothing in column text and were left out" in caplog.text
+    path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(20)))
+    with pytest.raises(DataError, match=r"mine.jsonl: row 1, column text must be text; got 0; name another --data_column"):
+        data.load_texts(str(path))
+    talks = [{"messages": None}, *({"messages": [{"role": "user", "content": "hi"}]} for _ in range(20))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in talks))
+    assert all(isinstance(talk, list) for talk in data.load_texts(str(path)).train)
+
+
+def test_only_the_wanted_splits_must_have_text(tmp_path: Path) -> None:
+    path = tmp_path / "two.txt"
+    path.write_text("one line\n")
+    assert data.load_texts(str(path), wanted=["train"]).train
+    with pytest.raises(DataError, match="must have text in its validation split; it is empty"):
+        data.load_texts(str(path))
+    with pytest.raises(DataError, match="name a text to measure on"):
+        data.load_texts("self")
+
+
+def test_what_is_measured_is_never_used_twice() -> None:
+    many, few = (data.Rows.of(torch.arange(first, first + count)[:, None].expand(-1, 4)) for first, count in ((0, 100), (1000, 100)))
+    shared = data.Mixture.parse(["a=0.9", "b=0.1"])
+    every = shared.first([many, few], 0, 0).ids[:, 0].tolist()
+    assert (len(every), len(set(every)), sum(i >= 1000 for i in every)) == (111, 111, 11)
+    assert len(shared.first([many, few], 1000, 0)) == 111
+    assert len(shared.first([many, few], 20, 0)) == 20
+    assert len(data.Mixture.parse(["a", "b"]).first([many, few], 0, 0)) == 200
+    assert data.Mixture.parse(["a"]).first([many], 3, 0).ids[:, 0].tolist() == [0, 1, 2]
+    for nothing in ("", " ", "=0.5"):
+        with pytest.raises(OptionError, match="--data must name every source"):
+            data.Mixture.parse([nothing])
 
 
 def test_mixture_gives_every_source_its_share() -> None:

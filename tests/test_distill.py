@@ -246,6 +246,39 @@ def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, cap
     assert "it holds other files; choose another folder" in capsys.readouterr().err
 
 
+def test_overwrite_spares_what_the_run_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
+    distill(options(model, run))
+    before = codes(run)
+    for flags in (["--start", str(run)], ["--data", str(run / "self.safetensors"), "--eval_data", "python-docs"]):
+        (run / "self.safetensors").touch()
+        assert cli.main([*command(model, run)[3:], "--overwrite", *flags]) == 2
+        assert f"--overwrite would delete {flags[0]} {flags[1]}, which this run is to read" in capsys.readouterr().err
+    assert codes(run) == before
+
+
+def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, notes = save_model(tmp_path / "model", "smollm"), tmp_path / "notes.txt"
+    notes.write_text("".join(f"line {i} of the first text\n" for i in range(3000)))
+    arguments = [*command(model, tmp_path / "run")[3:], "--data", str(notes)]
+    assert cli.main(arguments) == 0
+    before = codes(tmp_path / "run")
+    notes.write_text("".join(f"line {i} of another text\n" for i in range(3000)))
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "the training text and the test text changed; bring them back, or start again (--overwrite)" in capsys.readouterr().err
+    assert codes(tmp_path / "run") == before
+
+
+def test_a_model_that_cannot_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("nybble.writing.LEAST_DIFFERENT", 1.1)
+    model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
+    assert cli.main([*command(model, run)[3:], "--data", "self"]) == 2
+    assert "needs a model that writes text" in capsys.readouterr().err
+    assert not run.exists()
+    assert cli.main([*command(model, run)[3:], "--data", "self", "--loss_on", "assistant"]) == 2
+    assert "plain text; use --loss_on all" in capsys.readouterr().err
+
+
 def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
     monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())

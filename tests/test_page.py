@@ -106,9 +106,19 @@ def test_command_writes_page_and_markdown(tmp_path: Path, capsys: pytest.Capture
     assert "| 4 bit, distilled from blockwise (OpenVINO) |" in (tmp_path / "both.md").read_text()
     assert main(["report", runs[0]]) == 0
     assert (tmp_path / "tuned" / "report.html").is_file()
+    (tmp_path / "tuned" / "report.md").write_text("the run's own")
+    assert main(["report", runs[0]]) == 0
+    assert (tmp_path / "tuned" / "report.md").read_text() == "the run's own"
+    (tmp_path / "notes.md").write_text("mine")
+    assert main(["report", *runs, "--out", str(tmp_path / "both.html")]) == 0
+    assert main(["report", *runs, "--out", str(tmp_path / "notes.html")]) == 2
+    assert (tmp_path / "notes.md").read_text() == "mine"
     capsys.readouterr()
     assert main(["report", *runs, "--table"]) == 0
     assert "| Small | INT4, QAT + LoRA | 12.000 | 20.0% |" in capsys.readouterr().out
+    assert main(["report", runs[0], "--table"]) == 0
+    assert "no model compressed without any training to compare with; name such a run too" in capsys.readouterr().out
+    assert main(["report", *runs, "--table", "--out", str(tmp_path / "t.html")]) == 2
 
 
 def test_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

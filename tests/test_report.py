@@ -100,6 +100,24 @@ def test_another_text_or_model_is_another_comparison() -> None:
     assert [(c.model, c.test) for c in report.compare(runs)] == [("Small", "the test split"), ("Small", "other"), ("Large", "the test split")]
 
 
+def test_a_tuned_start_is_no_baseline() -> None:
+    first = RESULTS | {"method": "rtn", "lora_rank": 0}
+    second = changed(compressed={"token_perplexity": 11.0}, tuned={"token_perplexity": 10.5}) | {"method": "rtn (runs/first)", "start_tuned": True}
+    (both,) = report.compare({"first": first, "second": second})
+    assert both.baseline is not None
+    assert (both.baseline.run, both.value(both.baseline)) == ("first", 14.0)
+    (alone,) = report.compare({"second": second})
+    assert alone.baseline is None
+    assert "4 bit, tuned before" in [row[0] for row in report.rows(second)[1]]
+    assert [row[1] for row in report.published_rows(report.compare({"first": first}))[1]][:3] == ["16 bit", "INT4, best PTWC (rtn)", "INT4, QAT"]
+
+
+def test_runs_whose_16_bit_models_disagree_are_not_compared() -> None:
+    close, far, fewer = (changed(_16bit=values) for values in ({"token_perplexity": 10.05}, {"token_perplexity": 12.0}, {"tokens": 7}))
+    comparisons = report.compare({"a": RESULTS, "close": close, "far": far, "fewer": fewer})
+    assert [list(comparison.runs) for comparison in comparisons] == [["a", "close"], ["far"], ["fewer"]]
+
+
 def test_equal_labels_are_told_apart_by_the_run() -> None:
     labels = [entry.label for entry in report.compare({"one": COMPRESSED, "two": COMPRESSED})[0].entries]
     assert labels == ["16 bit", "4 bit, awq+se, one", "4 bit, awq+se, two"]

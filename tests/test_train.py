@@ -26,7 +26,7 @@ def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Ten
         return value * math.nan if trainer.progress.step == poison_at else value
 
     groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
-    trainer = Trainer(groups, Recipe(steps, 4, microbatch, 0.25, 1.0), loss, lambda step: torch.arange(step, step + 4) % 32)
+    trainer = Trainer(groups, Recipe(steps, microbatch, 0.25, 1.0), loss, lambda step: torch.arange(step, step + 4) % 32)
     if weights is not None:
         trainer.tokens = lambda indices: int(weights[indices].sum())
     return trainer, parameters
@@ -93,9 +93,7 @@ def test_non_finite_loss_names_step_and_remedy_and_leaves_the_weights() -> None:
     for _ in range(3):
         next(run)
     before = parameters["a"].detach().clone()
-    with pytest.raises(
-        TrainingError, match=r"step 4 gave loss nan, .* start again \(--overwrite\) with a tenth of --lr and --scale_lr, or with --dtype float32"
-    ):
+    with pytest.raises(TrainingError, match=r"step 4 gave loss nan, .* start again \(--overwrite\) with learning rates of a tenth, or with --dtype float32"):
         next(run)
     assert torch.equal(parameters["a"], before)
 

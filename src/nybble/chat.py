@@ -1,12 +1,14 @@
 """Conversations -> token sequences, through the model's own chat template.
 
 A conversation is a list of {"role": ..., "content": ...}. Whole conversations are packed one after the other into rows of equal length; what stays free
-at the end of a row is padding, and does not count. With `assistant_only`, what counts is the prediction of the assistant's words (and of the token that
-ends its turn, where the template writes one), not that of the other roles' words.
+at the end of a row is filled with the beginning of the next conversation (so that calibration sees nothing but text), and does not count. With
+`assistant_only`, what counts is the prediction of the assistant's words and of what the template writes to end its turn, not that of the other roles'
+words, nor of a turn that nothing came before.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +40,7 @@ def encode(tokenizer: Any, messages: Sequence[Message], assistant_only: bool) ->
         return encoded.input_ids, [True] * len(encoded.input_ids)
     spans = []
     for k, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if k and message["role"] == "assistant":
             before, after = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[: k + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise DataError(
@@ -64,22 +66,22 @@ def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -
         ) from error
 
 
-def pack(conversations: Sequence[tuple[list[int], list[bool]]], length: int, padding: int) -> tuple[Tensor, Tensor]:
+def pack(conversations: Sequence[tuple[list[int], list[bool]]], length: int) -> tuple[Tensor, Tensor]:
     """Encoded conversations, in their order, into rows of `length` tokens; those that are longer are left out.
 
     Returns: ids [S, length] (int64), and counted [S, length] (bool): whether the prediction made at a position (of the token after it) counts.
     """
     rows: list[tuple[list[int], list[bool]]] = []
-    for ids, learnt in conversations:
-        if len(ids) > length:
-            continue
+    fitting = [(ids, learnt) for ids, learnt in conversations if len(ids) <= length]
+    for ids, learnt in fitting:
         if not rows or len(rows[-1][0]) + len(ids) > length:
             rows.append(([], []))
         rows[-1][0].extend(ids)
         rows[-1][1].extend(learnt)
-    ids_ST = torch.full((len(rows), length), padding, dtype=torch.int64)
+    ids_ST = torch.empty(len(rows), length, dtype=torch.int64)
     counted_ST = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, (ids, learnt) in enumerate(rows):
-        ids_ST[i, : len(ids)] = torch.tensor(ids)
+        following = itertools.cycle([*rows[(i + 1) % len(rows)][0], *ids])
+        ids_ST[i] = torch.tensor([*ids, *itertools.islice(following, length - len(ids))])
         counted_ST[i, : len(ids) - 1] = torch.tensor(learnt[1:], dtype=torch.bool)
     return ids_ST, counted_ST

@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.compress import Store
-from nybble.config import to_toml
-from nybble.errors import RunError
+from nybble.config import read_toml, to_toml
+from nybble.errors import OptionError, RunError
 from nybble.grid import Grid
 from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 
@@ -112,6 +112,14 @@ class BlockStore(Store):
         save_tensors(self._file(block), tensors, note | {"identity": self.identity})
 
 
+def is_run(path: Path) -> bool:
+    """Whether the folder has a config.toml that nybble wrote; other programs call their settings so too."""
+    try:
+        return {"pretrained", "seed"} <= read_toml(path / CONFIG).keys()
+    except OptionError:
+        return False
+
+
 def _lock(path: Path) -> IO[str]:
     """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
     try:
@@ -139,7 +147,7 @@ class Run:
     def check(path: Path, resume: bool, overwrite: bool) -> bool:
         """Whether there is a run already; RunError if it may not be touched, or if the folder holds something else."""
         used = path.exists() and (not path.is_dir() or any(entry.name not in _EMPTY for entry in path.iterdir()))
-        if used and not (path / CONFIG).is_file():
+        if used and not is_run(path):
             raise RunError(f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder")
         if used and not (resume or overwrite):
             raise RunError(f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it")
@@ -148,7 +156,7 @@ class Run:
     @staticmethod
     def reopen(path: Path) -> Run:
         """Open a finished run to add to it."""
-        return Run(path, _lock(path), json.loads((path / RESULTS).read_text()))
+        return Run(path, _lock(path), read_results(path))
 
     @staticmethod
     def open(path: Path, options: Any, resume: bool, overwrite: bool) -> Run:
@@ -167,8 +175,7 @@ class Run:
         run = Run(path, lock, {"seconds": {}, "models": {}})
         if used and resume:
             run._check_same(options)
-            if (path / RESULTS).exists():
-                run.results = json.loads((path / RESULTS).read_text())
+            run.results |= read_results(path)
         write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         if run.results.setdefault("command", command) != command:
@@ -182,7 +189,7 @@ class Run:
     def _check_same(self, options: Any) -> None:
         import tomllib
 
-        before, now = tomllib.loads((self.path / CONFIG).read_text()), tomllib.loads(to_toml(options))
+        before, now = read_options(self.path), tomllib.loads(to_toml(options))
         for key in sorted((before.keys() | now.keys()) - _FREE):
             if before.get(key) != now.get(key):
                 raise RunError(
@@ -210,17 +217,25 @@ class Run:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a run; {} where there is none."""
-    return json.loads((path / RESULTS).read_text()) if (path / RESULTS).is_file() else {}
+    """results.json of a run; {} where there is none, RunError where it is not what nybble wrote."""
+    file = path / RESULTS
+    if not file.is_file():
+        return {}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if "models" in results.keys():  # noqa: SIM118 (a list has no keys: AttributeError)
+            return results  # type: ignore[no-any-return]
+        problem = "it has no models"
+    except (OSError, ValueError, AttributeError) as error:
+        problem = f"it cannot be read ({error})"
+    raise RunError(f"{file} must be the results of a run; {problem}; repair it, or make the run again")
 
 
 def read_options(path: Path) -> dict[str, Any]:
     """Values in the config.toml of a run; RunError if this is not a run folder."""
-    import tomllib
-
-    if not (path / CONFIG).is_file():
-        raise RunError(f"{path} must be a run folder; it has no {CONFIG}")
-    return tomllib.loads((path / CONFIG).read_text())
+    if not is_run(path):
+        raise RunError(f"{path} must be a run folder; it has no {CONFIG} of nybble's")
+    return read_toml(path / CONFIG)
 
 
 def peak_memory() -> dict[str, int]:

@@ -127,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NybbleError as error:
         print(f"nybble: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder without permission, a name that is too long
+        print(f"nybble: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("nybble: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nybble import checkpoint, data, models, page, report
+from nybble import checkpoint, data, models, page, report, writing
 from nybble import evaluate as measuring
 from nybble.checkpoint import Run
 from nybble.config import EvalOptions, ExportOptions, InspectOptions, ReportOptions
@@ -21,15 +21,17 @@ from nybble.models import LoadedModel
 from nybble.quantized import QuantizedWeight
 from nybble.stages import export_run
 
+_REMEDY = "name such a run too (nybble compress --method awq+se or awq+se+gptq, same text)"
+
 
 def export(options: ExportOptions) -> None:
     """Export RUN/quantized to every format named."""
+    if not options.to:
+        raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
     check_formats(options.to)
     path = Path(options.run)
     values = checkpoint.read_options(path)
-    if not (path / "quantized").is_dir():
-        raise RunError(f"{path} must be a finished run; it has no folder quantized; finish it with --resume")
-    run = Run.reopen(path)
+    run = Run.reopen(_finished(path))
     try:
         for kind in options.to:
             export_run(run, kind, values.get("trust_remote_code", False))
@@ -37,11 +39,18 @@ def export(options: ExportOptions) -> None:
         run.close()
 
 
+def _finished(run: Path) -> Path:
+    """The folder, if it is that of a finished run; else RunError."""
+    if not (run / "quantized").is_dir():
+        raise RunError(f"{run} must be a finished run; it has no folder quantized; finish it with --resume")
+    return run
+
+
 def open_target(options: EvalOptions, target: str) -> LoadedModel:
     """Whatever can be measured: a run (its 4-bit model), a folder that a run made, or anything that --pretrained takes."""
     path = Path(target)
-    if (path / checkpoint.CONFIG).is_file() and (path / "quantized").is_dir():
-        path = path / "quantized"
+    if checkpoint.is_run(path):
+        path = _finished(path) / "quantized"
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
     if (path / checkpoint.WEIGHTS).is_file():
@@ -68,7 +77,7 @@ def evaluate(options: EvalOptions) -> None:
             rows = sequences_to_measure(options, opened)
             teacher = None
             if options.teacher is not None:
-                teacher = measuring.logits_of(open_target(options, options.teacher).model, rows.ids)
+                teacher = measuring.logits_of(_teacher(options, opened).model, rows.ids)
             with bar(f"{options.split} of {' + '.join(options.data)}", len(rows)) as advance:
                 results |= measuring.measure(measuring.logits_of(opened.model, rows.ids), rows.ids, teacher, advance, rows.counted)
         if options.tasks:
@@ -81,14 +90,24 @@ def evaluate(options: EvalOptions) -> None:
     console.print_json(json.dumps(results))
 
 
+def _teacher(options: EvalOptions, opened: LoadedModel) -> LoadedModel:
+    """The model to compare with; OptionError where its predictions are of other tokens."""
+    assert options.teacher is not None
+    teacher = open_target(options, options.teacher)
+    sizes = [model.config.get_text_config().vocab_size for model in (teacher.model, opened.model)]
+    if writing.fingerprint(teacher.tokenizer) != writing.fingerprint(opened.tokenizer) or sizes[0] != sizes[1]:
+        raise OptionError(f"--teacher must have the vocabulary of {opened.name}; {teacher.name} has another")
+    return teacher
+
+
 def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> data.Rows:
     """What `nybble eval` measures on."""
     mixture = data.Mixture.parse(options.data)
     parts = []
     for name in mixture.names:
-        texts = data.load_texts(name, options.data_column, options.data_dir)[options.split]
+        texts = data.load_texts(name, options.data_column, options.data_dir, (options.split,))[options.split]
         parts.append(data.sequences(opened.tokenizer, texts, options.seq_len, options.split, assistant_only=options.loss_on == "assistant"))
-    return mixture.mix(parts, options.samples or sum(map(len, parts)), 0) if len(parts) > 1 else parts[0][: options.samples or None]
+    return mixture.first(parts, options.samples, 0)
 
 
 def inspect(options: InspectOptions) -> None:
@@ -128,23 +147,33 @@ def make_report(options: ReportOptions) -> None:
         runs[folder.resolve().name if folder.resolve().name not in runs else str(folder)] = results
     comparisons = report.compare(runs)
     if options.table:
+        if options.out is not None:
+            raise OptionError("--table only prints, and --out names a page; give one of them")
         headings, lines = report.published_rows(comparisons)
         console.print(report.as_table(headings, lines))
         console.print(report.as_markdown(headings, lines), highlight=False, soft_wrap=True)
+        for comparison in comparisons:
+            if comparison.baseline is None:
+                console.print(f"{comparison.model}: no model compressed without any training to compare with; {_REMEDY}", highlight=False)
         return
     out = Path(options.out or (Path(options.runs[0]) / "report.html" if len(runs) == 1 else "report.html"))
     if out.suffix != ".html":
         raise OptionError(f"--out must be the name of a page, ending with .html; got {out}")
+    beside = out.with_suffix(".md")
+    own = beside.resolve() in {(Path(folder) / "report.md").resolve() for folder in options.runs}  # what a run wrote about itself stays
+    if not own and beside.is_file() and not beside.read_text(encoding="utf-8", errors="replace").startswith(report.MADE_HERE):
+        raise OptionError(f"--out {out} would replace {beside}, which nybble report did not write; choose another name")
     text = page.page(comparisons)
     try:
         checkpoint.write_text(out, text)
-        checkpoint.write_text(out.with_suffix(".md"), report.comparison_markdown(comparisons))
+        if not own:
+            checkpoint.write_text(beside, report.comparison_markdown(comparisons))
     except OSError as error:
         raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
     for comparison in comparisons:
         console.print(report.as_table(*report.comparison_rows(comparison), title=comparison.model))
         console.print(report.explained(comparison), highlight=False)
-    console.print(f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline) and {out.with_suffix('.md').name}", highlight=False)
+    console.print(f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline)" + (f" and {beside.name}" if beside.exists() else ""), highlight=False)
 
 
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:

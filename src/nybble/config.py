@@ -80,6 +80,7 @@ class RunOptions:
     def check_run(self) -> None:
         """Raise OptionError for impossible values."""
         _require(self, ("test_samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
+        _require(self, ("seed",), lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
@@ -305,6 +306,8 @@ class EvalOptions(DataOptions):
         """Raise OptionError for impossible values."""
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         _require(self, ("samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
+        if self.teacher is not None and not self.perplexity:
+            raise OptionError("--teacher is for the KL divergence, which --no_perplexity leaves out; give one of them")
 
 
 def _require_pretrained(pretrained: str) -> None:
@@ -328,7 +331,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"--config {path} must be a TOML file; it cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not UTF-8, not TOML
         raise OptionError(f"--config {path} is not valid TOML: {error}") from error
 
 

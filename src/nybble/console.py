@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
+console = Console(markup=False)  # paths may have brackets
 if not console.is_terminal:  # a file or a pipe: do not fold lines at 80
-    console = Console(width=160)
+    console = Console(width=160, markup=False)
 log = logging.getLogger("nybble")
 
 # Where the output is no terminal (a file, CI) a progress line is logged instead of drawn, this many seconds apart.

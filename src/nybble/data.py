@@ -5,7 +5,7 @@
 - `self`: what the model itself writes (writing.py);
 - `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
-- a folder with one file a split (names that contain train, valid or dev, test);
+- a folder with one file a split (names with the word train, validation, valid, val or dev, test);
 - any hub data set id (`--data_column` names the text);
 - several of these, which are mixed: NAME=SHARE each, or no shares at all, and every sequence counts the same.
 Rows with a column `messages` and no text column are conversations (chat.py).
@@ -20,6 +20,7 @@ with the begin-of-text token where the tokenizer puts one.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ WIKITEXT2 = "wikitext2"
 PYTHON_DOCS = "python-docs"
 SELF = "self"
 SPLITS = ("train", "validation", "test")
-SPLIT_WORDS = {"train": ("train",), "validation": ("valid", "dev"), "test": ("test",)}
+SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}
 # Column of conversations, where there is no text column.
 _MESSAGES = "messages"
 _PLAIN = (".raw", ".txt", ".md")
@@ -51,38 +52,39 @@ Document = str | list[chat.Message]
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents by split, and where they came from."""
+    """Documents by split."""
 
     train: Sequence[Document]
     validation: Sequence[Document]
     test: Sequence[Document]
-    source: str
 
     def __getitem__(self, split: str) -> Sequence[Document]:
         assert split in SPLITS, split
         return getattr(self, split)  # type: ignore[no-any-return]
 
 
-def load_texts(data: str, column: str = "text", data_dir: str | None = None) -> Texts:
-    """Read the three splits of a source (see the head of this file).
+def load_texts(data: str, column: str = "text", data_dir: str | None = None, wanted: Sequence[str] = SPLITS) -> Texts:
+    """Read the three splits of a source (see the head of this file), of which those `wanted` must not be empty.
 
     Raises:
         DataError: not found, no such column (the valid ones are named), empty.
     """
+    if data == SELF:
+        raise DataError("what the model writes itself is for training: --data self of distill and compress; name a text to measure on")
     local = Path(data_dir, "wikitext") if data_dir else None
     if data == PYTHON_DOCS:
-        texts = _held_out(_python_docs(), "pydoc_data.topics")
+        texts = _held_out(_python_docs())
     elif data == WIKITEXT2 and local is not None and local.is_dir():
         texts = _from_folder(local, column)
     elif Path(data).is_dir():
         texts = _from_folder(Path(data), column)
     elif Path(data).is_file():
-        texts = _held_out(_read_file(Path(data), column), data)
+        texts = _held_out(_read_file(Path(data), column))
     elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *_ROWS):
         raise DataError(f"--data {data} must be an existing file or folder, wikitext2, python-docs, or a hub data set; there is nothing at this path")
     else:
         texts = _from_hub(data, column)
-    for split in SPLITS:
+    for split in wanted:
         if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
             raise DataError(f"--data {data} must have text in its {split} split; it is empty")
     return texts
@@ -94,20 +96,20 @@ def _python_docs() -> list[Document]:
     return [text for _, text in sorted(topics.items())]
 
 
-def _held_out(documents: Sequence[Document], source: str) -> Texts:
+def _held_out(documents: Sequence[Document]) -> Texts:
     """Every 10th document for validation, every 10th for test; a single text is cut into blocks of 100 lines first."""
     if len(documents) < 10 and all(isinstance(document, str) for document in documents):
         lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     if len(documents) < 3:
-        return Texts(documents, (), (), source)
+        return Texts(documents, (), ())
     held = {i: "validation" if i % 10 == 5 else "test" for i in range(len(documents)) if i % 10 in (5, 9)}
     if len(held) < 2:
         held = {len(documents) - 2: "validation", len(documents) - 1: "test"}
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for i, document in enumerate(documents):
         parts[held.get(i, "train")].append(document)
-    return Texts(parts["train"], parts["validation"], parts["test"], source)
+    return Texts(parts["train"], parts["validation"], parts["test"])
 
 
 def _read_file(path: Path, column: str) -> Sequence[Document]:
@@ -129,18 +131,32 @@ def _read_file(path: Path, column: str) -> Sequence[Document]:
 
 def _from_folder(folder: Path, column: str) -> Texts:
     found: dict[str, Sequence[Document]] = {}
-    for split, words in SPLIT_WORDS.items():
+    for split in SPLITS:
         for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
-            files = sorted(p for p in folder.rglob(f"*{suffix}") if any(word in p.name for word in words))
+            files = sorted(file for file in folder.rglob(f"*{suffix}") if file.is_file() and split in splits_of(file))
             if files:
                 found[split] = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
                 break
     if "train" not in found:
-        raise DataError(f"--data {folder} must hold a file whose name contains train ({' '.join((*_PLAIN, *_ROWS))}); found none")
-    if "validation" in found and "test" in found:
-        return Texts(found["train"], found["validation"], found["test"], str(folder))
-    rest = _held_out(found["train"], str(folder))
-    return Texts(rest.train, found.get("validation", rest.validation), found.get("test", rest.test), str(folder))
+        raise DataError(f"--data {folder} must hold a file with the word train in its name ({' '.join((*_PLAIN, *_ROWS))}); found none")
+    return _filled(found)
+
+
+def splits_of(file: Path) -> list[str]:
+    """The splits that a file's name speaks of: none or one; DataError for more."""
+    words = set(re.split(r"[^a-z]+", file.name.lower()))
+    splits = [split for split, known in SPLIT_WORDS.items() if words & known]
+    if len(splits) > 1:
+        raise DataError(f"--data: the name of {file} must speak of one split; it speaks of {' and '.join(splits)}; rename it, or move it away")
+    return splits
+
+
+def _filled(found: dict[str, Sequence[Document]]) -> Texts:
+    """The splits of a source; those that it does not have are taken from its training split."""
+    if found.keys() >= set(SPLITS):
+        return Texts(found["train"], found["validation"], found["test"])
+    rest = _held_out(found["train"])
+    return Texts(rest.train, found.get("validation", rest.validation), found.get("test", rest.test))
 
 
 def _from_hub(data: str, column: str) -> Texts:
@@ -161,20 +177,23 @@ def _from_hub(data: str, column: str) -> Texts:
     documents = {split: _column(splits[split], column, data) for split in SPLITS if split in splits}
     if data == WIKITEXT2:  # its rows are lines
         documents = {split: ["".join(map(str, rows))] for split, rows in documents.items()}
-    if len(documents) == len(SPLITS):
-        return Texts(documents["train"], documents["validation"], documents["test"], data)
-    rest = _held_out(documents["train"], data)
-    return Texts(rest.train, documents.get("validation", rest.validation), documents.get("test", rest.test), data)
+    return _filled(documents)
 
 
 def _column(rows: Any, column: str, source: str) -> Sequence[Document]:
     if column == "text" and column not in rows.column_names and _MESSAGES in rows.column_names:  # unless another one was asked for
         column = _MESSAGES
-    if column in rows.column_names and len(rows) and isinstance(rows[0][column], list):
-        return [chat.check_messages(value, f"{source}: row {i + 1}, column {column}") for i, value in enumerate(rows[column])]
     if column not in rows.column_names:
         raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(rows.column_names)}")
-    return [str(text) for text in rows[column]]
+    filled = [(i, value) for i, value in enumerate(rows[column], 1) if value is not None]
+    if len(filled) < len(rows):
+        log.warning("%s: %d of %d rows have nothing in column %s and were left out", source, len(rows) - len(filled), len(rows), column)
+    if filled and isinstance(filled[0][1], list):
+        return [chat.check_messages(value, f"{source}: row {i}, column {column}") for i, value in filled]
+    odd = next((i for i, value in filled if not isinstance(value, str)), None)
+    if odd is not None:
+        raise DataError(f"{source}: row {odd}, column {column} must be text; got {str(rows[column][odd - 1])[:80]}; name another --data_column")
+    return [value for _, value in filled]
 
 
 def _cause(error: BaseException) -> str:
@@ -268,8 +287,7 @@ def _conversations(tokenizer: Any, conversations: Sequence[list[chat.Message]], 
         raise DataError(f"at least one conversation of the {what} data must fit into {length} tokens; the shortest has {shortest}; use a larger --seq_len")
     if long:
         log.warning("%s: %d of %d conversations are longer than %d tokens and were left out", what, long, len(encoded), length)
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    rows = Rows(*chat.pack(encoded, length, padding))
+    rows = Rows(*chat.pack(encoded, length))
     if not rows.counted.any():
         raise DataError(f"the {what} data must have assistant tokens to learn from; all {len(encoded)} conversations have none; use --loss_on all")
     return rows[rows.counted.any(1)], sum(len(ids) for ids, _ in encoded)
@@ -293,6 +311,8 @@ class Mixture:
             raise OptionError("--data must name at least one source")
         parts = [entry.rpartition("=") if "=" in entry and not Path(entry).exists() else (entry, "", "") for entry in entries]
         names, shares = [part[0] for part in parts], [part[2] for part in parts]
+        if not all(name.strip() for name in names):
+            raise OptionError(f"--data must name every source; got {' '.join(entries) or 'an empty name'}")
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise OptionError(f"--data must name every source once; got {twice[0]} more than once")
@@ -305,6 +325,16 @@ class Mixture:
         if not numbers or not all(0 < number < float("inf") for number in numbers):
             raise OptionError(f"--data must be NAME=SHARE for every source, with shares above 0, or no shares at all; got {' '.join(entries)}")
         return Mixture(names, numbers)
+
+    def most(self, parts: Sequence[Rows]) -> int:
+        """As many rows as `mix` can draw without giving any twice."""
+        if self.shares is None:
+            return sum(map(len, parts))
+        return int(min(len(part) * sum(self.shares) / share for part, share in zip(parts, self.shares, strict=True)))
+
+    def first(self, parts: Sequence[Rows], count: int, seed: int) -> Rows:
+        """`count` rows to measure on (0 = all), none of them twice: the first ones of a single source, of several drawn at random."""
+        return parts[0][: count or None] if len(parts) == 1 else self.mix(parts, min(count or self.most(parts), self.most(parts)), seed)
 
     def mix(self, parts: Sequence[Rows], wanted: int, seed: int) -> Rows:
         """Draw `wanted` rows at random: by share (a part with too few gives some again), or without shares from all alike (never again)."""

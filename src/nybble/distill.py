@@ -67,6 +67,8 @@ def _run(job: Job) -> None:
 
 
 def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> DistillOptions:
+    if not options.lora_rank and (options.lr, options.weight_decay) != (DistillOptions.lr, DistillOptions.weight_decay):
+        log.warning("--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them")
     steps = options.steps_per_epoch * options.epochs
     tokens, seen = steps * options.batch_size * options.seq_len, steps * options.batch_size / len(sequences.train)
     log.info(
@@ -116,7 +118,7 @@ def _judge(run: Run) -> list[str]:
     results["improvement"] = {row: report.improvement(results["models"], row) for row in ("tuned", "openvino") if row in results["models"]}
     warnings = []
     if results.get("best_step") == 0:
-        warnings.append("no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or another --lr")
+        warnings.append("no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or other rates")
     for metric in ("kl_to_teacher", "token_perplexity"):
         before, after = results["models"]["compressed"][metric], results["models"]["tuned"][metric]
         if after > before:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.data import SPLIT_WORDS
+from nybble.data import SPLITS, splits_of
 from nybble.errors import DataError, MissingExtraError, OptionError
 from nybble.losses import Head
 
@@ -227,8 +227,8 @@ def _local_folder(data_dir: Path, task: str, source: str, subset: str | None) ->
 
 def _split_files(folder: Path) -> dict[str, str]:
     files = {}
-    for split, words in SPLIT_WORDS.items():
-        found = sorted(f for suffix in ("jsonl", "parquet") for f in folder.glob(f"*.{suffix}") if any(word in f.name for word in words))
+    for split in SPLITS:
+        found = sorted(file for suffix in ("jsonl", "parquet") for file in folder.glob(f"*.{suffix}") if split in splits_of(file))
         if found:
             files[split] = str(found[0])
     return files

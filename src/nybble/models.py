@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from nybble.errors import MissingExtraError, ModelError
@@ -57,6 +58,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
+        if picked.type == "meta":
+            raise RuntimeError("it has no memory")
         torch.empty(0, device=picked)
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
@@ -105,7 +108,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
             _check_architecture(pretrained, options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_explain(pretrained, path.is_dir(), error)) from error
     check_supported(model, name)
     model.requires_grad_(False)

@@ -16,7 +16,15 @@ from nybble.report import Comparison
 
 # Of 16 bit, compressed, tuned: readable without telling red from green.
 COLORS = {"16bit": "#8a8f98", "compressed": "#d98c3f", "tuned": "#2f6db5"}
-_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "nybble", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+# Names of runs may have dollars in them: no mathematics.
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nybble",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
 _BLOCK = re.compile(r"\.(\d+)\.(.+)$")
 
 

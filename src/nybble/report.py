@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+# First line of the Markdown that `nybble report` writes: it replaces no other.
+MADE_HERE = "<!-- made by nybble report -->"
 # Rows in this order; key in results["models"] -> what people read.
 ROWS = {
     "16bit": "16 bit",
@@ -21,14 +24,21 @@ ROWS = {
 
 
 def label(results: dict[str, Any], row: str) -> str:
-    """What people read for a row; a run that only compresses has nothing tuned."""
+    """What people read for a row; a run that only compresses has nothing tuned, and one that goes on with a tuned model starts from that."""
     text = ROWS.get(row, row)
+    if row == "compressed" and starts_tuned(results):
+        return "4 bit, tuned before"
     return text if tunes(results) else text.replace("tuned", "compressed")
 
 
 def tunes(results: dict[str, Any]) -> bool:
     """Whether the run trains after compressing."""
     return bool(results.get("kind", "distill") != "compress")
+
+
+def starts_tuned(results: dict[str, Any]) -> bool:
+    """Whether the run goes on with a model that had been trained end to end."""
+    return bool(results.get("start_tuned", False))
 
 
 def improvement(models: dict[str, Any], tuned: str) -> float | None:
@@ -199,7 +209,7 @@ def markdown(results: dict[str, Any]) -> str:
         sentence(results),
         as_markdown(*rows(results)),
         f"Perplexity and KL on {results.get('test', 'the test split')}."
-        + (" Repaired = (perplexity compressed - tuned) / (compressed - 16 bit)." if tunes(results) and "task" not in results else ""),
+        + (" Repaired = (perplexity before tuning - after) / (before - 16 bit)." if tunes(results) and "task" not in results else ""),
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
@@ -235,7 +245,8 @@ class Entry:
         method: how it was compressed, before any tuning.
         values: what was measured.
         run: name of the run that measured it.
-        tuned: whether it was trained, rather than only compressed.
+        tuned: whether it was trained end to end, rather than only compressed.
+        training: how people call that training.
     """
 
     label: str
@@ -244,6 +255,7 @@ class Entry:
     values: Mapping[str, Any]
     run: str
     tuned: bool
+    training: str
 
 
 @dataclass(frozen=True)
@@ -279,7 +291,7 @@ class Comparison:
     @property
     def baseline(self) -> Entry | None:
         """The best model compressed without any training, block-wise or end to end; None where there is none."""
-        return self.best(entry for entry in self.entries if entry.kind == "compressed" and "blockwise" not in entry.method)
+        return self.best(entry for entry in self.entries if entry.kind == "compressed" and not entry.tuned and "blockwise" not in entry.method)
 
     def improvement(self, entry: Entry) -> float | None:
         """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""
@@ -296,18 +308,24 @@ def _entry_label(results: dict[str, Any], row: str) -> str:
     if not tunes(results):
         return f"4 bit, {method}" + (" (OpenVINO)" if row == "openvino" else "")
     if row == "compressed":
-        return f"4 bit, {method} (start)"
+        return f"4 bit, {method} ({'tuned before' if starts_tuned(results) else 'start'})"
     made = f"tuned on {Path(results['task']['name']).stem}" if "task" in results else "distilled"
     return f"4 bit, {made} from {method}" + (" (OpenVINO)" if row == "openvino" else "")
 
 
 def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
     """Group runs by model and test text. Args: name -> results.json."""
-    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    groups: list[dict[str, dict[str, Any]]] = []
     for name, results in runs.items():
-        groups.setdefault((results["model"], results.get("test", "the test split")), {})[name] = results
+        fitting = next((members for members in groups if _comparable(next(iter(members.values())), results)), None)
+        if fitting is None:
+            groups.append({name: results})
+        else:
+            fitting[name] = results
     comparisons = []
-    for (model, test), members in groups.items():
+    for members in groups:
+        first = next(iter(members.values()))
+        model, test = first["model"], first.get("test", "the test split")
         found = [(name, results, row) for name, results in members.items() for row in ROWS if row in results["models"]]
         found = [item for i, item in enumerate(found) if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])]
         found.sort(key=lambda item: item[2] != "16bit")
@@ -319,7 +337,8 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 results.get("method", "rtn"),
                 results["models"][row],
                 name,
-                row not in ("16bit", "compressed") and tunes(results),
+                row != "16bit" and (starts_tuned(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
+                _training(results),
             )
             for name, results, row in found
             for label in [_entry_label(results, row)]
@@ -327,6 +346,22 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
         if entries:
             comparisons.append(Comparison(model, test, entries, members))
     return comparisons
+
+
+def _comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs measured the same model on the same text: by name, and by what the 16-bit model scored there (up to 1 %: machines differ)."""
+    if any(one.get(key) != other.get(key) for key in ("model", "test")):
+        return False
+    a, b = (results["models"].get("16bit", {}) for results in (one, other))
+    values = a.get("token_perplexity"), b.get("token_perplexity")
+    return a.get("tokens") == b.get("tokens") and (None in values or math.isclose(*values, rel_tol=0.01))
+
+
+def _training(results: dict[str, Any]) -> str:
+    """How people call a run's training: QAT + LoRA, QAT + NLS, or QAT alone where only scales and norms are trained."""
+    if len(results.get("task", {}).get("space", ())) > 1:
+        return "QAT + NLS"
+    return "QAT + LoRA" if results.get("lora_rank", 1) else "QAT"
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -353,7 +388,7 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
         if comparison.baseline is not None:
             rows.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
         if best is not None:
-            rows.append((best, "INT4, QAT + LoRA"))
+            rows.append((best, f"INT4, {best.training}"))
         for entry, precision in rows:
             repaired = comparison.improvement(entry) if entry is best else None
             improvements += [] if repaired is None else [repaired]
@@ -381,7 +416,7 @@ def as_markdown(headings: list[str], lines: list[list[str]]) -> str:
 
 def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
     """All comparisons, then the report of each run."""
-    parts = []
+    parts = [MADE_HERE]
     for comparison in comparisons:
         parts += [f"# {comparison.model}: {len(comparison.runs)} runs", as_markdown(*comparison_rows(comparison)), explained(comparison)]
         parts += [markdown(results).replace("\n## ", "\n### ").replace("# ", f"## {name}: ", 1).rstrip() for name, results in comparison.runs.items()]

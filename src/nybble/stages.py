@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from nybble.compress.start import Start
 from nybble.config import CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
-from nybble.errors import OptionError
+from nybble.errors import DataError, OptionError, RunError
 from nybble.export import EXPORTERS
 from nybble.families import family_of
 from nybble.grid import Grid, check_group_size
@@ -100,6 +101,8 @@ def opened(
     evaluate.check_tasks(options.tasks, options.data_dir)
     path = options.folder
     Run.check(path, options.resume, options.overwrite)
+    if options.overwrite:
+        _keep_inputs(options, path)
     started = time.perf_counter()
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
@@ -114,6 +117,7 @@ def opened(
     if flag == "--start" and (start := start_run(method)):
         _check_start(start, loaded, plan, options.group_size)
     sequences = cut(options, loaded)
+    _check_tokens(loaded, sequences)
     probe_T = sequences.test.ids[0, :32]
     compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps_of(method, flag))
     log.info(
@@ -134,12 +138,48 @@ def opened(
         with log_to(path / "log.txt"):
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
             run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": _described(method), "machine": checkpoint.machine()}
+            run.results["start_tuned"] = _start_tuned(method)
             run.results["dtype"] = str(dtype).removeprefix("torch.")
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
+            _check_same(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences))
             yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
     finally:
         run.close()
+
+
+def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
+    """Raise where the text does not suit the model: DataError for tokens that it does not know; a warning where it is longer than the model has seen."""
+    known, length = loaded.model.get_input_embeddings().num_embeddings, sequences.test.ids.shape[1]
+    for rows in (sequences.train, sequences.validation, sequences.test):
+        if rows.ids.numel() and rows.ids.device.type != "meta" and int(rows.ids.max()) >= known:
+            raise DataError(f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(rows.ids.max())}; it must be the model's own tokenizer")
+    most = getattr(loaded.model.config, "max_position_embeddings", None) or length
+    if length > most:
+        log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
+
+
+def _fingerprints(sequences: Sequences) -> dict[str, str]:
+    """Of the text that is there before the run: split -> fingerprint."""
+    parts = {"training text": sequences.train.ids, "calibration text": sequences.calibration, "test text": sequences.test.ids}
+    return {what: teacher.fingerprint(ids, "") for what, ids in parts.items() if ids.device.type != "meta"}
+
+
+def _check_same(run: Run, now: dict[str, str]) -> None:
+    """Raise RunError where a run is gone on with, and what it reads has changed meanwhile."""
+    before = run.results.setdefault("fingerprints", now)
+    changed = [what for what in now if before.get(what, now[what]) != now[what]]
+    if changed:
+        raise RunError(f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring them back, or start again (--overwrite)")
+
+
+def _keep_inputs(options: Options, path: Path) -> None:
+    """Raise OptionError where --overwrite would delete what the run reads."""
+    for flag in ("pretrained", "start", "teacher", "data", "eval_data"):
+        value = getattr(options, flag, None)
+        for name in (value,) if isinstance(value, str) else data.Mixture.parse(value).names if value else ():
+            if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+                raise OptionError(f"--overwrite would delete --{flag} {name}, which this run is to read; choose another --output_dir")
 
 
 def free_memory(loaded: models.LoadedModel) -> int:
@@ -202,7 +242,7 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
 def start_run(start: str) -> Path | None:
     """The folder of the run that --start names; None where it names a method, also where a folder happens to be called like one."""
     named = all(part in ("rtn", *compress.METHODS) for part in start.split("+"))
-    return Path(start) if not named and (Path(start) / checkpoint.CONFIG).is_file() else None
+    return Path(start) if not named and checkpoint.is_run(Path(start)) else None
 
 
 def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
@@ -228,6 +268,12 @@ def _check_start(run: Path, loaded: models.LoadedModel, plan: models.Plan, group
             raise OptionError(f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}")
     if other != loaded.name:
         log.warning("--start %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+
+
+def _start_tuned(start: str) -> bool:
+    """Whether --start is a run that was trained end to end, itself or what it started from."""
+    results = {} if (run := start_run(start)) is None else checkpoint.read_results(run)
+    return bool(results) and (report.tunes(results) or report.starts_tuned(results))
 
 
 def _described(start: str) -> str:
@@ -326,8 +372,6 @@ class Exported:
 
 def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported:
     """Export the quantized folder of a run to RUN/kind, and open what was written."""
-    if kind not in EXPORTERS:
-        raise OptionError(f"formats to export to are {', '.join(EXPORTERS)}; got {kind}")
     exporter, folder = EXPORTERS[kind](), run.path / kind
     with run.stage(f"export {kind}"):
         model, tokenizer, quantized = checkpoint.load_quantized(run.path / "quantized", torch.float32, trust_remote_code)
@@ -364,25 +408,40 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
         OptionError: sources or shares that contradict each other.
     """
     mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
+    evaluated = data.Mixture.parse(_evaluated(options))
+
+    @functools.cache
+    def texts_of(name: str) -> data.Texts:
+        splits = ("train",) * (name in mixture.names) + ("validation", "test") * (name in evaluated.names)
+        return data.load_texts(name, options.data_column, options.data_dir, splits)
+
+    def rows_of(name: str, split: str, what: str) -> Rows:
+        """All sequences of a split of one source."""
+        if Path(name).suffix == Path(writing.FILE).suffix:
+            if split != "train":
+                raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
+            return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
+        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, assistant_only=options.loss_on == "assistant")
+
     calibrate = options.calib_samples if steps_of(method) else 0
     wanted = max(train, calibrate)
     if data.SELF in mixture.names:
         if len(mixture.names) > 1:
             raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
+        if options.loss_on == "assistant":
+            raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
         writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
         rows = Rows(
             *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
         )
     else:
         what, minimum = "training" if train else "calibration", max(least, min(_LEAST_CALIBRATION, calibrate))
-        rows = mixture.mix([_rows(options, loaded, name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
+        rows = mixture.mix([rows_of(name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
         if len(rows) < minimum:
             raise data.too_few(what, minimum, options.seq_len, len(rows))
-    evaluated = data.Mixture.parse(_evaluated(options))
 
     def held(split: str, count: int) -> Rows:
-        parts = [_rows(options, loaded, name, split, split) for name in evaluated.names]
-        return evaluated.mix(parts, count or sum(map(len, parts)), options.seed) if len(parts) > 1 else parts[0][: count or None]
+        return evaluated.first([rows_of(name, split, split) for name in evaluated.names], count, options.seed)
 
     validated = held("validation", validation) if validation else NO_ROWS
     source = f"the test split of {' + '.join(_evaluated(options))}"
@@ -398,24 +457,19 @@ def _evaluated(options: TextOptions) -> tuple[str, ...]:
     return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
 
 
-def _rows(options: TextOptions, loaded: models.LoadedModel, name: str, split: str, what: str) -> Rows:
-    """All sequences of a split of one source."""
-    if Path(name).suffix == Path(writing.FILE).suffix:
-        if split != "train":
-            raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
-        return Rows.of(writing.read(Path(name), loaded.tokenizer, options.seq_len))
-    texts = data.load_texts(name, options.data_column, options.data_dir)
-    return data.sequences(loaded.tokenizer, texts[split], options.seq_len, what, assistant_only=options.loss_on == "assistant")
-
-
 def _written(run: Run, options: Options, loaded: models.LoadedModel, sequences: Sequences) -> Sequences:
     """With --data self: let the model write what it is trained on."""
     count = max(len(sequences.train), len(sequences.calibration))
     if not count or sequences.calibration.device.type != "meta":
         return sequences
     batch = estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize)
-    with run.stage("write"), bar("write", count) as advance:
-        ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
+    try:
+        with run.stage("write"), bar("write", count) as advance:
+            ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
+    except DataError:  # the model cannot write, so there is no run
+        if not run.results["models"]:
+            checkpoint.remove_folder(run.path)
+        raise
     log.info("the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / writing.FILE)
     return replace(sequences, train=Rows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)])
 

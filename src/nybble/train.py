@@ -27,7 +27,6 @@ class Recipe:
 
     Attributes:
         steps: optimizer steps in all.
-        batch_size: sequences a step, over all processes.
         microbatch: sequences in one forward and backward of one process.
         warmup: share of the steps with a rising rate.
         max_grad_norm: gradients are scaled down to this norm.
@@ -35,7 +34,6 @@ class Recipe:
     """
 
     steps: int
-    batch_size: int
     microbatch: int
     warmup: float
     max_grad_norm: float
@@ -118,8 +116,8 @@ class Trainer:
             norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; start again (--overwrite) with a "
-                    "tenth of --lr and --scale_lr, or with --dtype float32"
+                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; start again (--overwrite) with "
+                    "learning rates of a tenth, or with --dtype float32"
                 )
             self.optimizer.step()
             self.optimizer.zero_grad()

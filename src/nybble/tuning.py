@@ -66,7 +66,7 @@ def resolve(
     Returns: the options.
     """
     path = options.folder
-    if options.resume and (path / checkpoint.CONFIG).is_file():
+    if options.resume and checkpoint.is_run(path):
         # What was chosen automatically when the run started stays: other microbatches would give other bits.
         saved = checkpoint.read_options(path)
         cache = saved["cache"] if options.cache == "auto" else options.cache
@@ -97,6 +97,7 @@ def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantize
     """Compress, and put trainable layers in place of the model's. Returns: 4-bit starts, 8-bit weights, layers."""
     compressed, rows = stages.compress_model(job, job.options.start)
     layers = insert.insert(job.loaded.model, compressed.starts, job.grid, rank, job.options.seed)
+    job.run.results["lora_rank"] = rank
     clamped = sum(layer.rank < rank for layer in layers.values())
     if clamped:
         log.info("rank %d clamped in %d layers that are narrower", rank, clamped)
@@ -130,7 +131,7 @@ def train(
     steps = course.steps_per_epoch * options.epochs
     trainer = Trainer(
         groups,
-        Recipe(steps, options.batch_size, options.microbatch, options.warmup, options.max_grad_norm, options.schedule),
+        Recipe(steps, options.microbatch, options.warmup, options.max_grad_norm, options.schedule),
         course.loss,
         course.draw,
         during_step,
@@ -179,6 +180,8 @@ def train(
             raise TrainingError(
                 "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
             ) from error
+    if not best.exists():
+        raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; it never was; try --dtype float32")
     run.results |= {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
     tensors, _ = checkpoint.load_tensors(best)
     with torch.no_grad():

@@ -45,10 +45,10 @@ def first_tokens(model: Any, tokenizer: Any, count: int, generator: torch.Genera
     Raises:
         ModelError: no begin-of-text token and no ordinary one.
     """
-    begin = begin_tokens(tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    begin = [i for i in begin_tokens(tokenizer) if i < known]
     if begin:
         return torch.tensor([begin[:1]]).expand(count, 1)
-    known = model.get_input_embeddings().num_embeddings
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i < known and i not in special]
     if not ordinary:
