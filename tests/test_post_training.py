@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nybble import checkpoint, cli, compress, models
 from nybble.compress import Calibration, blockwise
@@ -15,7 +16,7 @@ from nybble.distill import distill
 from nybble.grid import Grid
 from nybble.post_training import compress as compress_flow
 from tests import test_families
-from tests.tiny import make_model, save_model
+from tests.tiny import make_model, make_tokenizer, save_model
 
 METHODS = ("awq", "se", "gptq", "blockwise", "awq+se", "awq+se+gptq", "se+gptq+blockwise")
 
@@ -36,7 +37,7 @@ def saved(run: Path) -> bytes:
     return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
 
 
-def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model, run = save_model(tmp_path / "model", "qwen2"), tmp_path / "run"
     flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks"
     assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "awq+se+gptq", *flags.split()]) == 0
@@ -72,6 +73,59 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
         assert "14 x uint4 asymmetric group 32, 1 x uint8 symmetric per row" in table or "1 x uint8 symmetric per row, 14 x uint4 asymmetric group 32" in table
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "must be a finished run, or a folder quantized or openvino inside one; it is neither" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert cli.main(["inspect", str(run / "openvino")]) == 2
+    assert 'pip install "nybble[openvino]"' in capsys.readouterr().err
+    save_file({"a": torch.zeros(2)}, run / "quantized" / checkpoint.WEIGHTS)
+    assert cli.main(["inspect", str(run)]) == 2
+    assert "must be a 4-bit model that nybble wrote (nybble-1); it is something else" in capsys.readouterr().err
+    (run / "quantized" / checkpoint.WEIGHTS).write_bytes(b"cut")
+    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(tmp_path / "other"), *flags.split(), "--method", "rtn"]) == 0
+    assert cli.main(["distill", "--pretrained", str(model), "--output_dir", str(tmp_path / "third"), *flags.split(), "--start", str(run)]) == 2
+    assert "must be a readable safetensors file" in capsys.readouterr().err
+
+
+def test_a_model_that_is_broken_is_refused_before_there_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks --export"
+    for method, words in (("rtn", "the logits of llama must be finite numbers"), ("se", "the outputs of block 1 of llama must be finite")):
+        assert cli.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), "--method", method, *flags.split()]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_layers_that_folding_divides_are_those_of_their_own_outputs() -> None:
+    model = make_model("llama")
+    ids = torch.randint(0, 255, (16, 32), generator=torch.Generator().manual_seed(0))
+    values = model.model.layers[0].self_attn.v_proj
+    with torch.no_grad():
+        values.weight[:4] *= 30
+    seen: list[torch.Tensor] = []
+    handle = values.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    model(ids)
+    handle.remove()
+    before = values.weight.detach().clone()
+    result = compress.compress(model, models.plan(model).int4, Grid(group_size=32), "awq", Calibration(ids))
+    name = "model.layers.0.self_attn.v_proj"
+    factors = (before / values.weight).median(1).values[:, None]  # rows were divided; columns multiplied by what the norm was divided by
+    norm = (values.weight * factors / before).median(0).values
+    made = result.starts[name].quantized(Grid(group_size=32)).dequantize() * factors / norm
+    wanted = ((made - before) @ seen[0].T).square().mean() / (before @ seen[0].T).square().mean()
+    assert result.errors[name].start == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_options_for_steps_that_are_not_done_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    with caplog.at_level("WARNING", "nybble"):
+        compress_flow(options(model, tmp_path / "run", method="se", gptq_damping=0.5, blockwise_epochs=9.0))
+    assert "--gptq_damping is for gptq, which is not done here" in caplog.text
+    assert "--blockwise_epochs is for blockwise" in caplog.text
+    assert "--gptq_act_order" not in caplog.text
 
 
 class Killed(Exception):

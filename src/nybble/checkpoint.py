@@ -60,15 +60,26 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Write tensors and a JSON-able note (kept in the header) to one safetensors file, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, temporary, {"note": json.dumps(note)})
+    try:
+        save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, temporary, {"note": json.dumps(note)})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written; {error}; free some space, then go on with --resume") from error
     os.replace(temporary, path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU, and the note."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; RunError where it is none, or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RunError(f"{path} must be a readable safetensors file; {error}; delete it to start that stage again") from error
 
@@ -105,7 +116,7 @@ class BlockStore(Store):
         if not self._file(block).exists():
             return None
         tensors, note = load_tensors(self._file(block))
-        return (tensors, note) if note.pop("identity") == self.identity else None
+        return (tensors, note) if note.pop("identity", None) == self.identity else None
 
     def save(self, block: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         self.path.mkdir(exist_ok=True)
@@ -291,7 +302,7 @@ def check_disk(path: Path, needed: int) -> None:
 # --- the 4-bit model on disk ---------------------------------------------------------------------------------------------
 
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, FORMAT = "weights.safetensors", "nybble-1"
 
 
 def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str, QuantizedWeight]) -> None:
@@ -308,7 +319,7 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
         tensors[f"{name}.weight.codes"] = pack_nibbles(weight.codes_OI) if four else weight.codes_OI
         tensors[f"{name}.weight.scale"] = weight.scale_OG.half()
         tensors[f"{name}.weight.zero"] = weight.zero_OG
-    note = {"format": "nybble-1", "grids": {name: asdict(weight.grid) for name, weight in quantized.items()}}
+    note = {"format": FORMAT, "grids": {name: asdict(weight.grid) for name, weight in quantized.items()}}
     with whole_folder(folder) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, note)
         model.config.save_pretrained(temporary)
@@ -320,6 +331,8 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
 def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """The tensors that `save_quantized` wrote: name -> codes, and all others."""
     tensors, note = load_tensors(folder / WEIGHTS)
+    if note.get("format") != FORMAT:
+        raise RunError(f"{folder / WEIGHTS} must be a 4-bit model that nybble wrote ({FORMAT}); it is something else")
     quantized = {}
     for name, fields in note["grids"].items():
         grid = Grid(**fields)
@@ -330,8 +343,8 @@ def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Te
 
 def scale_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape [O, G] of the scales of every layer that `save_quantized` wrote; reads no weights."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        end = ".weight.scale"
+    end = ".weight.scale"
+    with _opened(folder / WEIGHTS) as file:
         return {key.removesuffix(end): tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(end)}  # noqa: SIM118
 
 
@@ -351,4 +364,4 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if set(missing) - tied or unknown:
         raise RunError(f"{folder} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, unknown {list(unknown)[:3]}")
-    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder), quantized
+    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), quantized

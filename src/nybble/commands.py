@@ -62,7 +62,8 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
             from transformers import AutoConfig, AutoTokenizer
 
             config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-            return LoadedModel(exporter().open_model(path, config, options.strict), AutoTokenizer.from_pretrained(path), str(path))
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+            return LoadedModel(exporter().open_model(path, config, options.strict), tokenizer, str(path))
     return models.load(target, dtype, device, options.trust_remote_code)
 
 
@@ -181,8 +182,9 @@ def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:
     folder = path / "quantized" if (path / "quantized").is_dir() else path
     if (folder / checkpoint.WEIGHTS).is_file():
         return checkpoint.load_weights(folder)[0]
-    for exporter in EXPORTERS.values():
+    for kind, exporter in EXPORTERS.items():
         if (path / exporter().MODEL_XML).is_file():
+            check_formats([kind])
             return dict(exporter().read_weights(path))
     raise RunError(f"{path} must be a finished run, or a folder quantized or openvino inside one; it is neither")
 

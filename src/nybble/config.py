@@ -43,6 +43,10 @@ class DataOptions:
     loss_on: Literal["all", "assistant"] = "all"  # Of conversations (rows with messages): all tokens, or only what the assistant says.
 
 
+# Fewer sequences than this are no calibration.
+LEAST_CALIBRATION = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressionOptions:
     """How weights are compressed before any tuning."""
@@ -56,9 +60,10 @@ class CompressionOptions:
 
     def check_compression(self) -> None:
         """Raise OptionError for impossible values."""
-        _require(self, ("group_size", "calib_samples"), lambda value: value >= 1, "at least 1")
+        _require(self, ("group_size",), lambda value: value >= 1, "at least 1")
+        _require(self, ("calib_samples",), lambda value: value >= LEAST_CALIBRATION, f"at least {LEAST_CALIBRATION}")
         _require(self, ("gptq_damping",), lambda value: 0 < value <= 1, "more than 0 and at most 1")
-        _require(self, ("blockwise_epochs",), lambda value: value > 0, "more than 0")
+        _require(self, ("blockwise_epochs",), lambda value: 0 < value < float("inf"), "more than 0")
         _require(self, ("limit_blocks",), lambda value: value is None or value >= 0, "0 or more")
 
 

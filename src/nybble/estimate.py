@@ -84,8 +84,9 @@ def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
     activations = max(length, TOKENS) * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
     at_hand = max(hessians + rows, trained) + activations
     if gpu:
-        # before the blocks, the whole model is there, and nothing else
-        return _OVERHEAD + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
+        # before the blocks, the whole model is there; the teacher's head all the time
+        head = shapes.vocabulary * shapes.hidden * shapes.itemsize
+        return _OVERHEAD + head + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
     stream = sequences * length * shapes.hidden * shapes.itemsize
     return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, IN_MEMORY) + at_hand
 

@@ -59,8 +59,11 @@ class Head:
         ours, its = self.logits(last_hidden(model, input_ids)), model(input_ids=input_ids, use_cache=False).logits.float()
         # Two bf16 roundings of the same sum may differ by 2**-7 of the largest logit.
         tolerance = its.abs().max().item() * (2**-6 if its.dtype != torch.float32 or self.weight_VD.dtype != torch.float32 else 1e-4)
+        if not bool(its.isfinite().all()):
+            remedy = "its weights are broken" if its.dtype == model.dtype else "use --dtype float32"
+            raise ModelError(f"the logits of {model.config.model_type} must be finite numbers; they are not on the first test sequence; {remedy}")
         difference = (ours - its).abs().max().item()
-        if difference > tolerance:
+        if not difference <= tolerance:
             raise ModelError(
                 f"the logits of {model.config.model_type} must be head(hidden states), scaled and soft-capped as families.py says; "
                 f"they differ by {difference:.3g} (allowed {tolerance:.3g}); this family needs a row in families.py"

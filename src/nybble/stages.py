@@ -19,7 +19,7 @@ from nybble import checkpoint, compress, data, estimate, evaluate, export, inser
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
 from nybble.compress.start import Start
-from nybble.config import CompressOptions, DistillOptions, TuneOptions
+from nybble.config import LEAST_CALIBRATION, CompressionOptions, CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
 from nybble.errors import DataError, OptionError, RunError
@@ -35,8 +35,6 @@ TextOptions = CompressOptions | DistillOptions
 Options = TextOptions | TuneOptions
 # --start that is chosen when the model is known.
 AUTO = "auto"
-# Fewer sequences than this are no calibration.
-_LEAST_CALIBRATION = 8
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,7 @@ def opened(
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
         " (tied)" if plan.tied else "",
     )  # fmt: skip
+    _say_what_is_not_used(options, steps_of(method, flag))
     options = resolve(options, loaded, plan, sequences)
     exported = family_of(loaded.model.config).exported
     if options.export and exported is not True:
@@ -146,6 +145,13 @@ def opened(
             yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
     finally:
         run.close()
+
+
+def _say_what_is_not_used(options: Options, steps: tuple[str, ...]) -> None:
+    """Warn of options for steps that the compression does not have."""
+    for name, step in (("gptq_damping", "gptq"), ("gptq_act_order", "gptq"), ("blockwise_epochs", "blockwise")):
+        if step not in steps and getattr(options, name) != getattr(CompressionOptions, name):
+            log.warning("--%s is for %s, which is not done here: nothing follows it", name, step)
 
 
 def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
@@ -412,16 +418,17 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
 
     @functools.cache
     def texts_of(name: str) -> data.Texts:
-        splits = ("train",) * (name in mixture.names) + ("validation", "test") * (name in evaluated.names)
+        held = ("validation", "test") if validation else ("test",)
+        splits = ("train",) * (name in mixture.names and wanted > 0) + held * (name in evaluated.names)
         return data.load_texts(name, options.data_column, options.data_dir, splits)
 
-    def rows_of(name: str, split: str, what: str) -> Rows:
+    def rows_of(name: str, split: str, what: str, minimum: int = 1) -> Rows:
         """All sequences of a split of one source."""
         if Path(name).suffix == Path(writing.FILE).suffix:
             if split != "train":
                 raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
             return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
-        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, assistant_only=options.loss_on == "assistant")
+        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
 
     calibrate = options.calib_samples if steps_of(method) else 0
     wanted = max(train, calibrate)
@@ -435,8 +442,9 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
             *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
         )
     else:
-        what, minimum = "training" if train else "calibration", max(least, min(_LEAST_CALIBRATION, calibrate))
-        rows = mixture.mix([rows_of(name, "train", what) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
+        what, minimum = "training" if train else "calibration", max(least, LEAST_CALIBRATION if calibrate else 0)
+        alone = minimum if len(mixture.names) == 1 else 1
+        rows = mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
         if len(rows) < minimum:
             raise data.too_few(what, minimum, options.seq_len, len(rows))
 

@@ -135,3 +135,21 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ModelError, match=r"Sequential must keep its decoder blocks in one nn\.ModuleList"):
         blocks_module._find(model, ["0"])
+
+
+def test_blocks_that_need_the_size_of_the_batch_are_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)).eval()
+    with pytest.raises(ModelError, match=r"the blocks of bloom must be a chain, .*; block 0 is not; use the method rtn"):
+        check_chain(model, models.plan(model).int4, IDS[:2])
+
+
+def test_outputs_of_a_block_that_are_not_finite_are_named() -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ModelError, match=r"the outputs of block 1 of llama must be finite; they are not on this text; the model's weights or this text are broken"
+    ):
+        check_chain(model, models.plan(model).int4, IDS[:2])

@@ -239,12 +239,12 @@ def _round(block: nn.Module, shared: Statistics, grid: Grid, steps: tuple[str, .
     equations of scale estimation, G x G numbers a row, stay small."""
     linears = {name: linear(block, name) for name in shared.layers}
     weight_OI, gram_II = torch.cat([wide(layer.weight) for layer in linears.values()]), shared.gram_II
-    hessian = Hessian.of(gram_II, calibration.damping, prefix + shared.layers[0]) if "gptq" in steps else None
+    hessian = Hessian.of(gram_II, calibration.damping, prefix + shared.layers[0], calibration.activation_order) if "gptq" in steps else None
 
     def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if hessian is not None:
             find = scale_estimation.search if "se" in steps else (lambda weight, importance, grid: min_max(weight, grid))
-            moved_OI, scale_OG, zero_OG = gptq.compensate(weight_OI, hessian, grid, find, calibration.activation_order)
+            moved_OI, scale_OG, zero_OG = gptq.compensate(weight_OI, hessian, grid, find)
             codes_OI = quantize(moved_OI, scale_OG, zero_OG, grid)
             if "se" in steps:
                 codes_OI, scale_OG = _polish(codes_OI, scale_OG, zero_OG, weight_OI, hessian.matrix_II, grid)
@@ -289,27 +289,30 @@ def _weight_error(weight_OI: Tensor, start: Start, grid: Grid) -> LayerError:
 
 @dataclass(frozen=True)
 class _Nearest:
-    """What the outputs of a layer are like: their mean square, which folding does not change, and the share of it that rounding to nearest gets wrong."""
+    """What the outputs of a layer are like: the mean square of each, and the share of their sum that rounding to nearest gets wrong."""
 
-    square: float
+    square_O: Tensor
     error: float
 
     @staticmethod
     @torch.no_grad()
     def of(weight_OI: Tensor, grid: Grid, gram_II: Tensor) -> _Nearest:
         weight_OI = wide(weight_OI)
-        square = float(scale_estimation.output_error(weight_OI, gram_II).sum()) or 1.0
+        square_O = scale_estimation.output_error(weight_OI, gram_II)
         scale_OG, zero_OG = min_max(weight_OI, grid)
         made_OI = quantize_dequantize(weight_OI, scale_OG, zero_OG, grid)
-        return _Nearest(square, float(scale_estimation.output_error(made_OI - weight_OI, gram_II).sum()) / square)
+        return _Nearest(square_O, float(scale_estimation.output_error(made_OI - weight_OI, gram_II).sum()) / (float(square_O.sum()) or 1.0))
 
 
 @torch.no_grad()
 def _layer_error(weight_OI: Tensor, start: Start, grid: Grid, gram_II: Tensor, nearest: _Nearest) -> LayerError:
-    """weight_OI is the 16-bit weight, folded where that was asked for, and gram_II belongs to it."""
+    """weight_OI is the 16-bit weight, folded where that was asked for, and gram_II belongs to it. Folding divides the outputs of what feeds other layers
+    (v_proj, up_proj): each counts as what it was before."""
     known, weight_OI = _weight_error(weight_OI, start, grid), wide(weight_OI)
-    error = float(scale_estimation.output_error(start.quantized(grid).dequantize() - weight_OI, gram_II).sum())
-    return LayerError(nearest.error, error / nearest.square, known.weight, known.clipped)
+    error_O = scale_estimation.output_error(start.quantized(grid).dequantize() - weight_OI, gram_II)
+    before_O, after_O = nearest.square_O, scale_estimation.output_error(weight_OI, gram_II)
+    error = float((error_O * torch.where(after_O > 0, before_O / after_O, 1.0)).sum())
+    return LayerError(nearest.error, error / (float(before_O.sum()) or 1.0), known.weight, known.clipped)
 
 
 __all__ = ["METHODS", "Calibration", "Compressed", "LayerError", "Start", "Store", "check_model", "compress", "parse"]

@@ -73,7 +73,7 @@ class Blocks:
         self.modules: list[nn.Module] = list(model.get_submodule(path))
         self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
         self.layers = [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes]
-        self._arguments = _record(model, self.modules, input_ids[:1].to(self.device))
+        self._arguments, _ = _record(model, self.modules, input_ids[:1].to(self.device))
         self.full = self._store(input_ids)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
@@ -163,8 +163,7 @@ class Blocks:
                 _add_lower(grams[layers], x_NI, 1 / tokens)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
-                remedy = "the model's weights or this text are broken" if self.dtype == torch.float32 else "use --dtype float32"
-                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {remedy}")
+                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {broken(self.dtype)}")
         return [Statistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
 
     @contextmanager
@@ -190,8 +189,9 @@ def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
 
 
 @torch.no_grad()
-def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> list[tuple[Any, Any]]:
-    """Everything but the hidden states that each block is called with, from one forward of the whole model; checks the chain."""
+def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
+    """Everything but the hidden states that each block is called with, and the hidden states before each and after the last, from one forward of the whole
+    model; checks the chain."""
     arguments: list[tuple[Any, Any]] = []
     states: list[Tensor] = []
 
@@ -208,13 +208,43 @@ def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> list
         for handle in handles:
             handle.remove()
     for i, (before, after) in enumerate(pairwise(states)):
-        args, kwargs = arguments[i]
-        difference = (_first(modules[i](before, *args, **kwargs)) - after).float().norm(dim=-1)
-        if bool((difference > 1e-2 * after.float().norm(dim=-1)).any()):  # of each token: some are a thousand times larger than others
+        if not bool(after.isfinite().all()):
+            where = _first_broken(modules[i], arguments[i], before) or "what it adds up"
+            raise ModelError(f"the outputs of block {i} ({where}) must be finite; they are not on this text; {broken(model.dtype)}")
+        if not _gives(modules[i], arguments[i], before, after):
             raise _no_chain(model, i)
-    return arguments
+    return arguments, states
 
 
+def _gives(block: nn.Module, arguments: tuple[Any, Any], before: Tensor, after: Tensor) -> bool:
+    """Whether a block makes these hidden states of those: each token of them, since some are a thousand times larger than others."""
+    args, kwargs = arguments
+    difference = (_first(block(before, *args, **kwargs)) - after).float().norm(dim=-1)
+    return bool((difference <= 1e-2 * after.float().norm(dim=-1)).all())
+
+
+def _first_broken(block: nn.Module, arguments: tuple[Any, Any], before: Tensor) -> str | None:
+    """The first module inside a block whose outputs are not finite."""
+    found: list[str] = []
+
+    def check(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: None if bool(_first(output).isfinite().all()) else found.append(name)
+
+    handles = [module.register_forward_hook(check(name)) for name, module in block.named_modules() if not list(module.children())]
+    try:
+        block(before, *arguments[0], **arguments[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def broken(dtype: torch.dtype) -> str:
+    """What to do about numbers that are not finite."""
+    return "the model's weights or this text are broken" if dtype == torch.float32 else "use --dtype float32"
+
+
+@torch.no_grad()
 def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
     """Raise ModelError, before the expensive part, unless the blocks are a chain that takes nothing from the tokens but hidden states.
 
@@ -223,8 +253,13 @@ def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
     """
     modules = list(model.get_submodule(_find(model, names)))
     one, two = (_record(model, modules, row[None].to(model.device)) for row in input_ids)
-    for i, (first, second) in enumerate(zip(one, two, strict=True)):
-        if not _equal(first, second):
+    for i, (first, second) in enumerate(zip(one[0], two[0], strict=True)):
+        before, after = (torch.cat([states[j] for _, states in (one, two)]) for j in (i, i + 1))
+        try:
+            chained = _equal(first, second) and _gives(modules[i], first, before, after)
+        except RuntimeError:  # what came with one sequence does not fit two
+            chained = False
+        if not chained:
             raise _no_chain(model, i)
 
 

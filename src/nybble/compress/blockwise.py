@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble import grid as g
-from nybble.compress.blocks import Blocks, linear
+from nybble.compress.blocks import Blocks, broken, linear
 from nybble.compress.start import Start
 from nybble.errors import ModelError
 from nybble.grid import Grid
@@ -136,8 +136,7 @@ def train(
         for name, original in plain.items():
             block.set_submodule(name, original)
     if not after < float("inf"):
-        remedy = "the model's weights or this text are broken" if blocks.dtype == torch.float32 else "use --dtype float32"
-        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; {remedy}")
+        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; {broken(blocks.dtype)}")
     if after >= before:
         return starts, before, before
     return {name: layer.result(layer.dtype) for name, layer in layers.items()}, before, after

@@ -38,14 +38,16 @@ class Hessian:
 
     Attributes:
         matrix_II: gram + damping * mean of its diagonal * 1.
-        upper_II: Cholesky factor U of its inverse, see the head of this file.
+        order_I: in which columns are rounded; None = as they come.
+        upper_II: Cholesky factor U of its inverse in that order, see the head of this file.
     """
 
     matrix_II: Tensor
+    order_I: Tensor | None
     upper_II: Tensor
 
     @staticmethod
-    def of(gram_II: Tensor, damping: float = DAMPING, name: str = "") -> Hessian:
+    def of(gram_II: Tensor, damping: float = DAMPING, name: str = "", activation_order: bool = False) -> Hessian:
         """Where it is not positive definite the damping is multiplied by 10, up to 1, and that is logged.
 
         Raises:
@@ -53,25 +55,19 @@ class Hessian:
         """
         eye_II = torch.eye(gram_II.shape[-1], dtype=gram_II.dtype, device=gram_II.device)
         mean, wanted = float(gram_II.diagonal().mean()) or 1.0, damping  # 1: a layer whose inputs are all zero
+        order_I = gram_II.diagonal().argsort(descending=True) if activation_order else None
         while True:
             matrix_II = gram_II + damping * mean * eye_II
-            upper_II = _upper(matrix_II)
+            upper_II = _upper(matrix_II if order_I is None else matrix_II[order_I][:, order_I])
             if upper_II is not None:
                 if damping > wanted:
                     log.warning("%s: the Hessian is not positive definite with damping %g; used %g", name, wanted, damping)
-                return Hessian(matrix_II, upper_II)
+                return Hessian(matrix_II, order_I, upper_II)
             if damping >= 1:
                 raise ModelError(
                     f"the Hessian of {name} must be positive definite; it is not, even with damping 1; check the calibration text, or leave gptq out"
                 )
             damping = min(1.0, 10 * damping)
-
-    def ordered(self, order_I: Tensor) -> Hessian:
-        """The same with its columns in another order."""
-        matrix_II = self.matrix_II[order_I][:, order_I]
-        upper_II = _upper(matrix_II)
-        assert upper_II is not None, "the order of the columns does not change whether a matrix is positive definite"
-        return Hessian(matrix_II, upper_II)
 
 
 def _upper(matrix_II: Tensor) -> Tensor | None:
@@ -82,7 +78,7 @@ def _upper(matrix_II: Tensor) -> Tensor | None:
     return None if bad else upper_II
 
 
-def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find, activation_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find) -> tuple[Tensor, Tensor, Tensor]:
     """Round all rows.
 
     Args:
@@ -94,20 +90,17 @@ def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find, acti
     groups = grid.groups(weight_OI.shape[-1])
     size = weight_OI.shape[-1] // groups
     one_group = Grid(grid.bits, None, grid.symmetric)
-    order_I = torch.arange(weight_OI.shape[-1], device=weight_OI.device)
+    order_I = torch.arange(weight_OI.shape[-1], device=weight_OI.device) if hessian.order_I is None else hessian.order_I
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
-    if activation_order:
-        importance_I = hessian.matrix_II.diagonal()
-        order_I = importance_I.argsort(descending=True)
-        scale_OG, zero_OG = find(weight_OI, importance_I, grid)
-        hessian = hessian.ordered(order_I)
+    if hessian.order_I is not None:
+        scale_OG, zero_OG = find(weight_OI, hessian.matrix_II.diagonal(), grid)
         scales, zeros = list(scale_OG.unbind(1)), list(zero_OG.unbind(1))
     upper_II, order = hessian.upper_II, order_I.tolist()
     running_IO = weight_OI.T[order_I].contiguous()
     for start in range(0, len(running_IO), size):
         end = start + size
-        if not activation_order:
+        if hessian.order_I is None:
             scale_O1, zero_O1 = find(running_IO[start:end].T.contiguous(), upper_II.diagonal()[start:end] ** -2, one_group)
             scales.append(scale_O1[:, 0])
             zeros.append(zero_O1[:, 0])

@@ -70,7 +70,7 @@ class Quadratic:
         return ((self.a_OGG @ scale_OG[..., None])[..., 0] * scale_OG - 2 * self.b_OG * scale_OG).sum(-1) + self.c_O
 
     def solve(self, scale_OG: Tensor) -> Tensor:
-        """The best scales, on the scale grid. A row whose equations have no positive solution keeps `scale_OG`, and so does one that rounding makes worse."""
+        """The best scales, on the scale grid. A group without a positive solution keeps `scale_OG`, and so does a row that rounding makes worse."""
         tiny_O11 = 1e-6 * self.a_OGG.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye_GG = torch.eye(scale_OG.shape[-1], dtype=scale_OG.dtype, device=scale_OG.device)
         solved_OG = torch.linalg.solve_ex(self.a_OGG + tiny_O11 * eye_GG, self.b_OG)[0]
