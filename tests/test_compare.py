@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from nybble import compare as comparing
 from nybble.cli import main
 from nybble.compare import COLUMNS, Figure, compare, mean, rows
 from nybble.config import TuneOptions
-from nybble.errors import OptionError
+from nybble.errors import OptionError, RunError
 
 from .tiny import save_model
 
@@ -28,7 +29,7 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     save_model(tmp_path / "model", "smollm", max_position_embeddings=512)
     original = comparing.tune_16bit
 
-    def stop(given: TuneOptions) -> Path:
+    def stop(given: TuneOptions, before: dict[str, Any]) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -37,6 +38,8 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
             compare(options(tmp_path, shared_data))
     before = (tmp_path / "runs" / "openbookqa" / "qat-nls" / "results.json").stat().st_mtime_ns
     monkeypatch.setattr(comparing, "tune_16bit", original)
+    with pytest.raises(RunError, match=r"qat-nls: --seed was 0, got 7"):
+        compare(options(tmp_path, shared_data, seed=7))
     folder = compare(options(tmp_path, shared_data))
     assert (folder / "openbookqa" / "qat-nls" / "results.json").stat().st_mtime_ns == before, "what is finished is not made again"
     values = json.loads((folder / "compare.json").read_text())["openbookqa"]

@@ -1,12 +1,13 @@
 """Questions are what lm-eval asks, and their scores what lm-eval finds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nybble import evaluate, questions
-from nybble.errors import OptionError
+from nybble.errors import DataError, OptionError
 from nybble.losses import Head
 from nybble.questions import Question, Score
 
@@ -19,7 +20,7 @@ def test_scores_are_lm_evals(name: str, shared_data: Path) -> None:
     model, tokenizer, count = make_model("smollm", max_position_embeddings=512), make_tokenizer(begin=True), 12
     task = evaluate.open_task(name, str(shared_data))
     rows = list(task.test_docs() if task.has_test_docs() else task.validation_docs())[:count]
-    asked = [questions._rendered(task, row) for row in rows]
+    asked = [questions._render(task, row) for row in rows]
     found = questions.score(model, Head.of(model), tokenizer, asked, evaluate.metric_of(task) == "acc_norm", 512)
     theirs = evaluate.run_tasks(model, tokenizer, [name], 4, count, str(shared_data))[name][evaluate.metric_of(task)]
     assert found.accuracy == pytest.approx(theirs)
@@ -97,10 +98,10 @@ class FakeTask:
 
 
 def test_targets_are_rendered_as_lm_eval_does() -> None:
-    assert questions._rendered(FakeTask(["one", "two"]), {}).pairs == (("ask it is", " one"),)
-    assert questions._rendered(FakeTask(1, choices=["no", "yes"]), {}).pairs == (("ask it is", " yes"),)
+    assert questions._render(FakeTask(["one", "two"]), {}).pairs == (("ask it is", " one"),)
+    assert questions._render(FakeTask(1, choices=["no", "yes"]), {}).pairs == (("ask it is", " yes"),)
     with pytest.raises(OptionError, match="must have one right answer a row"):
-        questions._rendered(FakeTask([0, 1], "multiple_choice", ["a", "b"]), {})
+        questions._render(FakeTask([0, 1], "multiple_choice", ["a", "b"]), {})
 
 
 def test_answers_in_the_models_own_words_end() -> None:
@@ -116,6 +117,46 @@ def test_candidates_are_compared_row_by_row() -> None:
     assert one.accuracy == pytest.approx(2 / 3)
     assert other.accuracy is None
     assert one.log_likelihood == -2.0
+
+
+def test_rows_that_nearly_repeat_are_found() -> None:
+    twins = questions.Twins([{"sentence": "The trophy does not fit into the suitcase because _ is too large.", "choices": {"text": ["a b c d"]}}])
+    assert twins.has({"sentence": "The trophy does not fit into the suitcase because _ is too small.", "other": 3})
+    assert not twins.has({"sentence": "The suitcase is too small for the trophy and its large box of gold."})
+    assert not questions.Twins([]).has({"sentence": "anything at all"})
+
+
+class Splits:
+    """What lm-eval makes of a task with these splits."""
+
+    OUTPUT_TYPE = "multiple_choice"
+
+    def __init__(self, **splits: str) -> None:
+        self.config = SimpleNamespace(**dict.fromkeys(("training_split", "validation_split", "test_split")) | splits)
+
+    def has_training_docs(self) -> bool:
+        return True
+
+    def training_docs(self) -> list[dict[str, str]]:
+        return [{"text": f"row {i}"} for i in range(100)]
+
+    validation_docs = training_docs
+
+
+def test_scored_rows_are_neither_trained_on_nor_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "metric_of", lambda task: "acc")
+    monkeypatch.setattr(questions, "_render", lambda task, row: Question(((row["text"], "a"),), 0))
+    for task in (Splits(training_split="train", validation_split="train"), Splits(training_split="test", test_split="test", validation_split="validation")):
+        monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir, task=task: task)
+        with pytest.raises(OptionError, match="must be scored on other rows than it trains on"):
+            questions.load_task("any", None, 0)
+    task = Splits(training_split="train", validation_split="validation", test_split="validation")
+    monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir: task)
+    found = questions.load_task("any", None, 0)
+    assert (len(found.train), len(found.held_out)) == (90, 10), "held out from training: validation is what is scored"
+    monkeypatch.setattr(questions, "_render", lambda task, row: row["no such column"])
+    with pytest.raises(DataError, match=r"a row of any is not what lm-eval expects \(KeyError: 'no such column'\)"):
+        questions.load_task("any", None, 0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Searching ranks: it goes on where it stopped, is compared with random draws, and judges on rows that it did not search on."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nybble.cli import main
 from nybble.config import SearchOptions
 from nybble.errors import RunError
 from nybble.search import search
-from nybble.tune import tune
+from nybble.tune import Trained, tune
 
 from .test_tune import codes, options, results, write_task
 
@@ -33,7 +34,9 @@ def study(run: Path, name: str) -> optuna.Study:
 def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     search(SearchOptions(run=str(trained), sampler=sampler, trials=3, random_draws=False))
     search(SearchOptions(run=str(trained), sampler=sampler, trials=7))
-    assert len(study(trained, f"{sampler}-0").trials) == 7
+    trials = study(trained, f"{sampler}-0").trials
+    assert len(trials) == 7 or sampler == "hill"  # which stops where every neighbour was tried
+    assert len(trials) > 3
     assert len(study(trained, "random-0").trials) == 7
     found = results(trained)["search"]["winners"]
     assert [row["by"] for row in found] == ["heuristics (tune)", sampler, "random"]
@@ -57,6 +60,22 @@ def test_hill_climbing_moves_one_layer_by_one_place(trained: Path) -> None:
             assert abs(space.index(trial.params[moved[0]]) - space.index(best["params"][moved[0]])) == 1
         if trial.state == optuna.trial.TrialState.COMPLETE and (not best or trial.values[0] > best["value"]):
             best = {"params": trial.params, "value": trial.values[0]}
+
+
+def test_no_row_is_scored_twice_for_a_configuration(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, original = Counter[tuple[Any, ...]](), Trained.score
+
+    def score(self: Trained, configuration: Any, rows: Any) -> Any:
+        counted.update((configuration, id(row)) for row in rows)
+        return original(self, configuration, rows)
+
+    monkeypatch.setattr(Trained, "score", score)
+    monkeypatch.setattr(searching, "_compare", lambda trained, winners: [])
+    with pytest.raises(IndexError):  # nothing is compared here
+        search(SearchOptions(run=str(trained), sampler="hill", trials=20, random_draws=False, seed=7))
+    assert set(counted.values()) == {1}
+    tried = [tuple(trial.params.values()) for trial in study(trained, "hill-7").trials]
+    assert len(tried) == len(set(tried)) <= 9, "of 3 x 3 configurations each once at most"
 
 
 def test_the_winner_is_put_in_place(tmp_path: Path) -> None:

@@ -198,6 +198,51 @@ def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
     assert len(train | held_out | scored) == 60
 
 
+def test_own_files_hold_one_kind_of_rows_and_any_letters(tmp_path: Path) -> None:
+    from nybble.errors import DataError
+    from nybble.questions import load_task
+
+    path, choice = tmp_path / "own.jsonl", {"prompt": "a line\u2028and a half\u0085", "choices": ["a", "b"], "answer": 0}
+    path.write_text("".join(json.dumps(choice, ensure_ascii=False) + "\n" for _ in range(20)), encoding="utf-8")
+    assert load_task(str(path), None, 0).train[0].pairs[0][0] == choice["prompt"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [choice] * 19 + [{"prompt": "x", "completion": "y"}]))
+    with pytest.raises(DataError, match="must have choices in all rows or in none"):
+        load_task(str(path), None, 0)
+
+
+def test_a_finished_run_keeps_its_ranks_and_its_rows(tmp_path: Path) -> None:
+    from nybble.errors import RunError
+
+    tune(options(tmp_path, epochs=1))
+    before = (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(RunError, match="is finished, with other ranks"):
+        tune(options(tmp_path, epochs=1, resume=True, custom_rank_config=(2, 4)))
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+    tune(options(tmp_path, epochs=1, resume=True))
+    task = tmp_path / "letters.jsonl"
+    task.write_text(task.read_text().replace('"#"', '"%"'))  # a wrong answer, which no training text holds
+    with pytest.raises(RunError, match="the rows of the task changed"):
+        tune(options(tmp_path, epochs=1, resume=True))
+
+
+def test_only_a_run_whose_training_ended_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.errors import RunError
+
+    interrupt_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        tune(options(tmp_path))
+    assert (tmp_path / "run" / "best.safetensors").exists()
+    with pytest.raises(RunError, match="its training did not end"):
+        tune(options(tmp_path, resume=True, eval_only=True))
+
+
+def test_sandwich_counts_the_largest_and_the_smallest_as_trained_most(tmp_path: Path) -> None:
+    tune(options(tmp_path, sampling="sandwich", epochs=1, lora_rank_space=(8, 4)))
+    found = results(tmp_path / "run")
+    assert found["candidates"][0]["configuration"] in ([8, 8], [4, 4])
+    assert all(row["last_pass"] != row["loss"] for row in found["training"][1:])  # at the start all ranks are the same
+
+
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, task: str | None = None) -> str:
     base = options(tmp_path)
     arguments = ["tune", "--pretrained", base.pretrained, "--output_dir", str(tmp_path / "new"), "--task", task or base.task, "--export", *flags]
@@ -213,7 +258,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one rank for each of the 2 decoder layers; got 3" in refused(tmp_path, capsys, "--custom_rank_config", "32", "24", "16")
     assert "from the space 32 24 16; got 5" in refused(tmp_path, capsys, "--custom_rank_config", "32", "5")
     assert "--eval_only needs --resume" in refused(tmp_path, capsys, "--eval_only")
-    assert "there is no best.safetensors; train first" in refused(tmp_path, capsys, "--eval_only", "--resume")
+    assert "must be a run of nybble tune that was trained; it is none, or its training did not end" in refused(tmp_path, capsys, "--eval_only", "--resume")
     assert "must be a file with one JSON object a line" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')
     assert "row 1 must have prompt, choices" in refused(tmp_path, capsys, task=str(tmp_path / "wrong.jsonl"))
@@ -281,6 +326,9 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
     losses = [row["loss"] for row in found["training"]]
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
+
+    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, overwrite=True))
+    assert [row["loss"] for row in results(tmp_path / "run")["training"]] == losses, "followed with --overwrite too"
 
     # The first loss is the KL of the compressed model to the teacher on the answers of the first batch.
     teacher = AutoModelForCausalLM.from_pretrained(path)

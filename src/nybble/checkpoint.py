@@ -185,7 +185,7 @@ class Run:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         run = Run(path, lock, {"seconds": {}, "models": {}})
         if used and resume:
-            run._check_same(options)
+            check_same(path, options)
             run.results |= read_results(path)
         write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -196,17 +196,6 @@ class Run:
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.close()
-
-    def _check_same(self, options: Any) -> None:
-        import tomllib
-
-        before, now = read_options(self.path), tomllib.loads(to_toml(options))
-        for key in sorted((before.keys() | now.keys()) - _FREE):
-            if before.get(key) != now.get(key):
-                raise RunError(
-                    f"--resume must use the options of the run: --{key} was {before.get(key)}, got {now.get(key)}; "
-                    "leave the option out to keep it, or choose another --output_dir"
-                )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -247,6 +236,19 @@ def read_options(path: Path) -> dict[str, Any]:
     if not is_run(path):
         raise RunError(f"{path} must be a run folder; it has no {CONFIG} of nybble's")
     return read_toml(path / CONFIG)
+
+
+def check_same(path: Path, options: Any) -> None:
+    """Raise RunError, naming the option, unless these are the options of the run, but for what may change on resume."""
+    import tomllib
+
+    before, now = read_options(path), tomllib.loads(to_toml(options))
+    for key in sorted((before.keys() | now.keys()) - _FREE):
+        if before.get(key) != now.get(key):
+            raise RunError(
+                f"--resume must use the options of the run {path}: --{key} was {before.get(key)}, got {now.get(key)}; "
+                "leave the option out to keep it, or choose another --output_dir"
+            )
 
 
 def peak_memory() -> dict[str, int]:

@@ -59,7 +59,7 @@ def compare(options: TuneOptions) -> Path:
         raise OptionError(
             f"--compare takes tasks that lm-eval knows, for one of the columns is compressed and scored without this file; got {own[0]}; use --task"
         )
-    if len(options.lora_rank_space) < 2:
+    if len(set(options.lora_rank_space)) < 2:
         raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
     compress.parse(options.start, "--start")  # one of the columns is compressed by it, so a run will not do
     for task in options.compare:
@@ -91,10 +91,12 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
 
     largest = max(options.lora_rank_space)
     nls, lora = run("qat-nls"), run("qat-lora", lora_rank_space=(largest,))
-    for each in (nls, lora):
-        _unless_done(each, tune.tune, ("tuned", *options.export)[-1])
+    last = ("tuned", *options.export)[-1]
+    _unless_done(nls, tune.tune, last)
+    before = {row: measured for row, measured in checkpoint.read_results(nls.folder)["models"].items() if row in ("16bit", "compressed")}
+    _unless_done(lora, lambda options: tune.tune(options, before), last)
     full = run("lora", lora_rank_space=(largest,), export=())
-    _unless_done(full, tune_16bit, "lora16")
+    _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")
     same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
     compressed = CompressOptions(
         **same | {"pretrained": str(folder / "lora" / "merged")},
@@ -115,10 +117,12 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
 
 
 def _unless_done(options: Any, flow: Any, last: str) -> None:
-    """A run whose last row is measured is not opened again."""
+    """A run whose last row is measured is not opened again; RunError if it was made with other options."""
     if options.overwrite or last not in checkpoint.read_results(options.folder).get("models", {}):
         log.info("%s", options.folder)
         flow(options)
+    else:
+        checkpoint.check_same(options.folder, tune.settled(options) if isinstance(options, TuneOptions) else options)
 
 
 def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:
@@ -131,14 +135,14 @@ def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:
 # --- 16-bit LoRA --------------------------------------------------------------------------------------------------------------
 
 
-def tune_16bit(options: TuneOptions) -> Path:
-    """The same tuning of the 16-bit model, by peft; the merged model is written to the run's folder `merged`."""
+def tune_16bit(options: TuneOptions, before: dict[str, Any]) -> Path:
+    """The same tuning of the 16-bit model, by peft; the merged model is written to the run's folder `merged`. `before`: what that model measured."""
     with tune.opened(options, ()) as (job, lesson):
         run = job.run
         run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
         run.results["text_length"] = job.sequences.test.ids.shape[1]
+        run.results["models"].setdefault("16bit", before)
         reference = evaluate.logits_from_states(job.head, stages.teach(job, {"test": job.sequences.test}, 1)["test"])
-        stages.measure_16bit(job, reference)
         merged = run.path / "merged"
         if not merged.exists():
             _train_lora(job, lesson)

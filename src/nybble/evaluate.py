@@ -93,7 +93,7 @@ def _explained(tasks: Sequence[str]) -> Iterator[None]:
         if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")):
             raise DataError(
                 f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
-                "give a folder with local copies by --data_dir, or leave the tasks out (--tasks)"
+                "give a folder with local copies by --data_dir (FOLDER/NAME or FOLDER/NAME/SUBSET with files named train, validation, test), or leave them out"
             ) from error
         raise
 
@@ -126,7 +126,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
     for task in tasks:
         if task not in known:
             near = get_close_matches(task, known, 3)
-            raise OptionError(f"--tasks must name lm-eval tasks; got {task}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+            raise OptionError(f"tasks must be ones that lm-eval knows; got {task}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     if data_dir is not None:
         _local_tasks(tasks, Path(data_dir))
     else:
@@ -238,4 +238,10 @@ def _dataset(files: dict[str, str]) -> Any:
     import datasets
 
     kind = "json" if next(iter(files.values())).endswith("jsonl") else "parquet"
-    return datasets.DatasetDict({split: datasets.load_dataset(kind, data_files=file, split="train") for split, file in files.items()})
+    found = datasets.DatasetDict()
+    for split, file in files.items():
+        try:
+            found[split] = datasets.load_dataset(kind, data_files=file, split="train")
+        except Exception as error:  # datasets wraps every reader's own errors
+            raise DataError(f"{file} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())[:200]}") from error
+    return found

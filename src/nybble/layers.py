@@ -90,7 +90,7 @@ class FakeQuantizedLoRALinear(nn.Module):
         self.zero: Tensor
         self.register_buffer("start_scale", scale_OG.to(device, torch.float32))
         self.register_buffer("zero", zero_OG.to(device, torch.float32))
-        # Uniform with variance 1 / I, the start of peft's lora_A; drawn on the CPU so that every device starts alike.
+        # Uniform with variance 1 / I (peft's lora_A: a third of it); drawn on the CPU so that every device starts alike.
         bound = math.sqrt(3 / self.in_features)
         lora_a = (torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1) * bound
         self.lora_a = nn.Parameter(lora_a.to(device))

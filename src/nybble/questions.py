@@ -4,7 +4,8 @@ A task is one that lm-eval knows (with a training split), or a .jsonl file of on
 {"prompt", "completion"}.
 
     train       lm-eval's training rows; where no held-out rows are left, without those below
-    held out    what ranks and epochs are chosen by: the validation split, or, where the task is scored on that, some rows of the training split
+    held out    what ranks and epochs are chosen by: the validation split, or, where the task is scored on that, some rows of the training split, which
+                then gives up those that nearly repeat them
     scored      lm-eval's own affair, on its test split (or validation): see evaluate.run_tasks
 
 The score of held-out rows is the log-likelihood of the right answer among the choices,
@@ -17,6 +18,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,9 @@ log = logging.getLogger("nybble")
 
 # Rows of the training split held out to choose by, where the task has no other; at most a tenth.
 HELD_OUT = 500
+# A training row is left out if more of its runs of three words are in one held-out row. (WinoGrande comes in twins: a sentence, one word changed, the other
+# answer.)
+MOST_SHARED = 0.3
 # Tokens, padding included, in one forward of scoring.
 _TOKENS = 2048
 
@@ -93,20 +99,70 @@ def _known_task(name: str, data_dir: str | None, seed: int, most: int) -> Task:
         raise OptionError(f"--task must ask for one of several answers or for one of its own words; {name} asks for {task.OUTPUT_TYPE}")
     rows, metric = task.training_docs(), evaluate.metric_of(task)
     order = data.order(len(rows), len(rows), seed).tolist()
-    if task.has_validation_docs() and task.has_test_docs():
-        held_out = [_rendered(task, row) for row in task.validation_docs()]
+    splits = task.config
+    scored_on = splits.test_split or splits.validation_split
+    if splits.training_split == scored_on:
+        raise OptionError(f"--task must be scored on other rows than it trains on; {name} has a single split, {scored_on}; name another task")
+    apart = Twins(())
+    if splits.validation_split and splits.validation_split not in (scored_on, splits.training_split):
+        held_out = [_rendered(task, row, name) for row in task.validation_docs()]
     else:
         count = min(HELD_OUT, len(rows) // 10)
         if not count:
             raise DataError(
                 f"--task {name} has no validation split, so a tenth of its training rows is held out; it must have at least 10, and has {len(rows)}"
             )
-        held_out, order = [_rendered(task, rows[i]) for i in order[:count]], order[count:]
-    return Task(name, metric, [_rendered(task, rows[i]) for i in order[: most or None]], held_out)
+        held_out, apart = [_rendered(task, rows[i], name) for i in order[:count]], Twins([rows[i] for i in order[:count]])
+        order = order[count:]
+    train, twins = [], 0
+    for i in order:
+        if apart.has(rows[i]):
+            twins += 1
+            continue
+        train.append(_rendered(task, rows[i], name))
+        if len(train) == most:
+            break
+    if twins:
+        log.info("%s: %d training rows left out, which nearly repeat held-out rows", name, twins)
+    return Task(name, metric, train, held_out)
 
 
-def _rendered(task: Any, row: dict[str, Any]) -> Question:
-    """Prompt and answers, from lm-eval's own requests without examples before them."""
+class Twins:
+    """Tells which rows nearly repeat one of those given: of their runs of three words, more than MOST_SHARED are in that one."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows_with: dict[tuple[str, ...], list[int]] = {}
+        for i, row in enumerate(rows):
+            for run in self._runs(row):
+                self._rows_with.setdefault(run, []).append(i)
+
+    def has(self, row: Any) -> bool:
+        runs = self._runs(row) if self._rows_with else set()
+        shared = Counter(i for run in runs for i in self._rows_with.get(run, ()))
+        return bool(shared) and max(shared.values()) > MOST_SHARED * len(runs)
+
+    def _runs(self, row: Any) -> set[tuple[str, ...]]:
+        """Runs of three words in all texts of a row."""
+        if isinstance(row, str):
+            words = re.findall(r"\w+", row.lower())
+            return set(zip(words, words[1:], words[2:], strict=False))
+        parts = row.values() if isinstance(row, dict) else row if isinstance(row, list) else ()
+        return set().union(*map(self._runs, parts))
+
+
+def _rendered(task: Any, row: dict[str, Any], name: str) -> Question:
+    """Prompt and answers, from lm-eval's own requests without examples before them; DataError for a row that it cannot make them of."""
+    try:
+        return _render(task, row)
+    except OptionError:
+        raise
+    except Exception as error:  # templates raise whatever they like
+        raise DataError(
+            f"a row of {name} is not what lm-eval expects ({type(error).__name__}: {' '.join(str(error).split())[:100]}): {str(row)[:100]}"
+        ) from error
+
+
+def _render(task: Any, row: dict[str, Any]) -> Question:
     prompt = task.fewshot_context(row, 0, gen_prefix=task.doc_to_prefix(row))
     if task.OUTPUT_TYPE == "generate_until":
         target = task.doc_to_target(row)
@@ -126,7 +182,7 @@ def _rendered(task: Any, row: dict[str, Any]) -> Question:
 def _own_task(path: Path, seed: int, most: int) -> Task:
     """A file: every 10th row to choose by, every 10th to score on."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"--task {path} must be a file with one JSON object a line; {error}") from error
     questions = [_own_question(row, f"--task {path}: row {i + 1}") for i, row in enumerate(rows)]
@@ -135,7 +191,10 @@ def _own_task(path: Path, seed: int, most: int) -> Task:
     parts: dict[int, list[Question]] = {0: [], 5: [], 9: []}
     for i, question in enumerate(questions):
         parts[i % 10 if i % 10 in (5, 9) else 0].append(question)
-    metric = "acc" if any(len(question.pairs) > 1 for question in questions) else "log_likelihood"
+    kinds = {len(question.pairs) > 1 for question in questions}
+    if len(kinds) > 1:
+        raise DataError(f"--task {path} must have choices in all rows or in none; it has rows of both kinds; make two files")
+    metric = "acc" if kinds == {True} else "log_likelihood"
     order = data.order(len(parts[0]), len(parts[0]), seed).tolist()
     return Task(str(path), metric, [parts[0][i] for i in order[: most or None]], parts[5], parts[9])
 

@@ -56,8 +56,8 @@ def search(options: SearchOptions) -> None:
 def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     lesson, run = trained.lesson, trained.job.run
     known = {tuple(row["configuration"]): row["why"] for row in run.results.get("candidates", [])}
-    chosen: Configuration = tuple(run.results["configuration"])
-    winners: dict[str, Configuration] = {"heuristics (tune)": chosen}
+    first = run.results.get("chosen", run.results["configuration"])  # --apply changes the latter
+    winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
     with run.stage("search"):
         for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
             winners[sampler] = _run_study(trained, options, path, sampler, list(known))
@@ -74,6 +74,8 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
+    if judged == "fresh" and "applied" in run.results:
+        rows += " (an earlier --apply has chosen by them)"
     console.print(f"Best on {rows}: {best['by']}. Log-likelihood of the right answer among the choices; higher is better.", highlight=False)
     if options.apply:
         tune.put_in_place(trained, tuple(best["configuration"]))
@@ -98,18 +100,23 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     )
     done = len([trial for trial in study.trials if trial.state.is_finished()])
-    if not done and sampler in ("hill", "tpe", "nsga2"):
+    if not study.trials and sampler in ("hill", "tpe", "nsga2"):
         for configuration in known:  # searches begin with what tune's heuristics proposed; random draws do not
             study.enqueue_trial(dict(zip(names, configuration, strict=True)))
 
+    scored: dict[Configuration, list[float]] = {}
     with bar(f"search ({sampler})", options.trials, "best") as advance:
         advance(done)
         for _ in range(done, options.trials):
             if sampler == "hill" and _complete(study) and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
-                study.enqueue_trial(_neighbour(study, lesson.space, names, options.seed))
+                neighbours = _neighbours(study, lesson.space, names)
+                if not neighbours:
+                    log.info("hill: every neighbour of the best was tried; stopped after %d of %d trials", len(study.trials), options.trials)
+                    break
+                study.enqueue_trial(random.Random(f"{options.seed} {len(study.trials)}").choice(neighbours))
             trial = study.ask()
             configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
-            likelihood = _score_unless_hopeless(trained, configuration, None if sampler == "nsga2" else trial)
+            likelihood = _score_unless_hopeless(trained, configuration, None if sampler == "nsga2" else trial, scored.setdefault(configuration, []))
             if likelihood is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
@@ -140,23 +147,28 @@ def _sampler(name: str, seed: int) -> Any:
     return optuna.samplers.TPESampler(seed=seed) if name == "tpe" else optuna.samplers.RandomSampler(seed=seed)
 
 
-def _neighbour(study: Any, space: Sequence[int], names: Sequence[str], seed: int) -> dict[str, int]:
-    """The best configuration so far, with one layer moved by one place in the space."""
-    best = _best(study).params
-    generator = random.Random(f"{seed} {len(study.trials)}")
-    name = generator.choice(list(names))
-    place = space.index(int(best[name]))
-    return {**best, name: space[generator.choice([i for i in (place - 1, place + 1) if 0 <= i < len(space)])]}
+def _neighbours(study: Any, space: Sequence[int], names: Sequence[str]) -> list[dict[str, int]]:
+    """The best configuration so far with one layer moved by one place in the space; those that were not tried."""
+    best, tried = _best(study).params, [trial.params for trial in study.trials]
+    places = [(name, space.index(int(best[name])) + move) for name in names for move in (-1, 1)]
+    moved = [{**best, name: space[place]} for name, place in places if 0 <= place < len(space)]
+    return [configuration for configuration in moved if configuration not in tried]
 
 
-def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any) -> float | None:
-    """Log-likelihood on all rows; None where `trial` has given up on the way."""
+def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any, scored: list[float]) -> float | None:
+    """Log-likelihood on all rows; None where `trial` has given up on the way. `scored` are the rows that were scored already; it grows."""
     rows = list(trained.lesson.held_out)
+
+    def mean_of(count: int) -> float:
+        if count > len(scored):
+            scored.extend(trained.score(configuration, rows[len(scored) : count]).log_likelihoods)
+        return sum(scored[:count]) / count
+
     for step, share in enumerate(_RUNGS if trial is not None else (), 1):
-        trial.report(trained.score(configuration, rows[: max(1, int(len(rows) * share))]).log_likelihood, step)
+        trial.report(mean_of(max(1, int(len(rows) * share))), step)
         if trial.should_prune():
             return None
-    return trained.score(configuration, rows).log_likelihood
+    return mean_of(len(rows))
 
 
 def _complete(study: Any) -> list[Any]:

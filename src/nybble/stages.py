@@ -41,7 +41,7 @@ AUTO = "auto"
 class Sequences:
     """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
 
-    `test_source` says in words what the test sequences are.
+    `test_source` says in words what the test sequences are; `others` is a fingerprint of what else the run reads.
     With --data self, those of the training text are on the device "meta", without values, until the model has written them.
     """
 
@@ -50,6 +50,7 @@ class Sequences:
     validation: Rows
     test: Rows
     test_source: str
+    others: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
 def _fingerprints(sequences: Sequences) -> dict[str, str]:
     """Of the text that is there before the run: split -> fingerprint."""
     parts = {"training text": sequences.train.ids, "calibration text": sequences.calibration, "test text": sequences.test.ids}
-    return {what: teacher.fingerprint(ids, "") for what, ids in parts.items() if ids.device.type != "meta"}
+    found = {what: teacher.fingerprint(ids, "") for what, ids in parts.items() if ids.device.type != "meta"}
+    return found | ({"rows of the task": sequences.others} if sequences.others else {})
 
 
 def _check_same(run: Run, now: dict[str, str]) -> None:

@@ -106,13 +106,13 @@ class Trainer:
         self.progress = Progress()
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train from the current step to the last; after each step yields step, loss, grad_norm, lr, seconds."""
+        """Train from the current step to the last; after each step yields step, loss, loss of the last pass, grad_norm, lr, seconds."""
         while self.progress.step < self.recipe.steps:
             started = time.perf_counter()
             step = self.progress.step
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * rate(step, self.recipe.steps, self.recipe.warmup, self.recipe.schedule)
-            loss = self._gradients(step)
+            loss, last = self._gradients(step)
             norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
@@ -125,29 +125,30 @@ class Trainer:
             yield {
                 "step": self.progress.step,
                 "loss": loss,
+                "last_pass": last,
                 "grad_norm": norm,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
             }
 
-    def _gradients(self, step: int) -> float:
-        """Fill the gradients of one step; returns its mean loss over all processes."""
+    def _gradients(self, step: int) -> tuple[float, float]:
+        """Fill the gradients of one step; returns its mean loss, and that of the last pass, over all processes."""
         accelerator, batch = self.accelerator, self.draw(step)
         mine = batch[accelerator.process_index :: accelerator.num_processes]
         whole = self.tokens(batch)
-        total = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        losses = torch.zeros(self.passes, device=next(iter(self.parameters.values())).device)
         for number in range(self.passes):
             self.enter(step, number)
             with self.step_context():
                 for micro in mine.split(self.recipe.microbatch):
                     loss = self.loss(micro) * (self.tokens(micro) / (whole * self.passes))
                     accelerator.backward(loss)
-                    total += loss.detach()
+                    losses[number] += loss.detach()
         if accelerator.num_processes > 1:
-            total = accelerator.reduce(total, "sum")
+            losses = accelerator.reduce(losses, "sum")
             for parameter in self.parameters.values():
                 parameter.grad = accelerator.reduce(parameter.grad, "sum")
-        return float(total)
+        return float(losses.sum()), float(losses[-1]) * self.passes
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer moments by name; what `load_state` takes."""
@@ -165,5 +166,5 @@ class Trainer:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
             if f"step:{name}" in tensors:
-                device = {"exp_avg": parameter.device, "exp_avg_sq": parameter.device, "step": parameter.device}
-                self.optimizer.state[parameter] = {m: tensors[f"{m}:{name}"].to(device[m]).clone() for m in device}
+                moments = ("exp_avg", "exp_avg_sq", "step")
+                self.optimizer.state[parameter] = {moment: tensors[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in moments}

@@ -7,6 +7,7 @@ What is chosen (epoch, configuration) is chosen on held-out rows; the test rows 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,17 +81,31 @@ class Trained:
             return _score(self.job, self.lesson, rows)
 
 
-def tune(options: TuneOptions) -> Path:
-    """Run the whole flow, or with --eval_only its last step; returns the run folder. Raises NybbleError for whatever a person can repair."""
+def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None) -> Path:
+    """Run the whole flow, or with --eval_only its last step; returns the run folder. Raises NybbleError for whatever a person can repair.
+
+    Args:
+        known: rows of the results that another run has measured on the same model and task.
+    """
     options.check()
-    custom = options.custom_rank_config
+    custom, path = options.custom_rank_config, options.folder
     if options.eval_only:
-        _check_trained(options.folder)
-        saved = checkpoint.read_options(options.folder).get("custom_rank_config", ())  # a trial leaves the run's own options alone
-        options = replace(options, custom_rank_config=tuple(saved))
+        _check_trained(path)
+    if options.resume and checkpoint.is_run(path):
+        saved = tuple(checkpoint.read_options(path).get("custom_rank_config", ()))
+        if options.eval_only:
+            options = replace(options, custom_rank_config=saved)  # a trial leaves the run's own options alone
+        elif custom != saved and (path / "quantized").exists():
+            raise RunError(f"{path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
     with opened(options, custom) as (job, lesson):
-        _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson)
+        _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson, known or {})
         return job.run.path
+
+
+def settled(options: TuneOptions) -> TuneOptions:
+    """Ranks in order, each once; the task among those that lm-eval measures."""
+    options = replace(options, lora_rank_space=ranks.space_of(options.lora_rank_space))
+    return options if options.task.endswith(".jsonl") else replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
 
 
 @contextmanager
@@ -102,21 +117,19 @@ def reopened(options: TuneOptions) -> Iterator[Trained]:
 
 
 def _check_trained(path: Path) -> None:
-    if not (path / "best.safetensors").is_file():
-        raise RunError(f"{path} must be a run that was trained; there is no best.safetensors; train first")
+    results = checkpoint.read_results(path)
+    if results.get("kind") != "tune" or not results.get("training") or "lora16" in results["models"]:
+        raise RunError(f"{path} must be a run of nybble tune that was trained; it is none, or its training did not end; train first (--resume)")
 
 
 @contextmanager
 def opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, Lesson]]:
     """The run's folder, model and rows; checks everything first. `custom`: a configuration to check too, or ()."""
-    space = ranks.space_of(options.lora_rank_space)
-    options = replace(options, lora_rank_space=space)
-    if not options.task.endswith(".jsonl"):
-        options = replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
+    options = settled(options)
     lessons: list[Lesson] = []
 
     def cut(options: TuneOptions, loaded: models.LoadedModel) -> Sequences:
-        lessons.append(_prepare(options, loaded, space, custom))
+        lessons.append(_prepare(options, loaded, options.lora_rank_space, custom))
         return _sequences(options, loaded, lessons[0])
 
     def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> TuneOptions:
@@ -144,7 +157,7 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
 
 def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
     """The model of --teacher; None without, or where training is over."""
-    if not options.teacher or (options.folder / "quantized").exists():
+    if not options.teacher or ((options.folder / "quantized").exists() and not options.overwrite):
         return None
     try:
         model = models.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
@@ -168,9 +181,11 @@ def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson)
     length = text_length(options, len(train), len(held_out))
     calibration, test = (data.cut(tokens, length, data.begin_tokens(tokenizer)) for tokens in (train, held_out))
     calibration = calibration[data.order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
+    rows = repr((lesson.texts, lesson.held_out, lesson.fresh, lesson.task.scored))
     return Sequences(
-        NO_ROWS, calibration, NO_ROWS, Rows.of(test[: options.test_samples or None]), f"held-out rows of {lesson.task.name} with their right answers"
-    )
+        NO_ROWS, calibration, NO_ROWS, Rows.of(test[: options.test_samples or None]), f"held-out rows of {lesson.task.name} with their right answers",
+        hashlib.sha256(rows.encode()).hexdigest()[:16],
+    )  # fmt: skip
 
 
 def text_length(options: TuneOptions, train: int, held_out: int) -> int:
@@ -218,8 +233,9 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
 # --- the flow -----------------------------------------------------------------------------------------------------------------
 
 
-def _run(job: Job, lesson: Lesson) -> None:
+def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     run, options, loaded = job.run, job.options, job.loaded
+    run.results["models"] = {**known, **run.results["models"]}
     run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
@@ -230,11 +246,9 @@ def _run(job: Job, lesson: Lesson) -> None:
         with _for_measuring(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
         tuning.train_layers(run, options, layers, course(job, lesson, layers))
-        chosen = options.custom_rank_config or tuple(run.results.get("applied", ())) or _choose(job, lesson, layers)
+        chosen = tuple(run.results.get("applied", ())) or options.custom_rank_config or _choose(job, lesson, layers)
         ranks.activate(layers, chosen)
         _absorb(Trained(job, lesson, layers, compressed, reference), chosen)
-    elif options.custom_rank_config and list(options.custom_rank_config) != run.results["configuration"]:
-        raise RunError(f"{run.path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
 
@@ -302,8 +316,10 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
     if job.run.results["best_step"] == 0:  # the start was kept: its adapters add nothing at any rank
         return {ranks.middle(lesson.space, lesson.count): "median"}
     seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
-    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.most_frequent(seen): "most frequent"}
-    for i, configuration in enumerate(ranks.least_loss(seen, [row["loss"] for row in training], options.num_min_loss_configs)):
+    uniform = [ranks.uniform(extreme(lesson.space), lesson.count) for extreme in (max, min)] if options.sampling == "sandwich" else []
+    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.most_frequent([*seen, *(uniform * len(seen))]): "most frequent"}
+    losses = [row["last_pass"] if uniform else row["loss"] for row in training]  # of the configuration in `seen`: it comes after the largest and the smallest
+    for i, configuration in enumerate(ranks.least_loss(seen, losses, options.num_min_loss_configs)):
         found.setdefault(configuration, f"least loss {i + 1}")
     return found
 
@@ -328,7 +344,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALine
     best = max(range(len(rows)), key=lambda i: rows[i]["test"] if on_test else rows[i]["log_likelihood"])
     for row, score in zip(rows, scores, strict=True):
         row["behind"], row["error"] = scores[best].better_by(score)
-    run.results["candidates"], run.results["selected_on"] = rows, options.select_on
+    run.results["candidates"], run.results["selected_on"], run.results["chosen"] = rows, options.select_on, rows[best]["configuration"]
     log.info("of %d candidates the best on %s rows: %s, %s", len(rows), "test" if on_test else "held-out", rows[best]["why"],
              " ".join(map(str, rows[best]["configuration"])))  # fmt: skip
     return tuple(rows[best]["configuration"])
@@ -377,7 +393,7 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
 def put_in_place(trained: Trained, chosen: Configuration) -> None:
     """Absorb another configuration than before; save, export and measure it. Killed in between, `nybble tune --resume` ends with the same."""
     job, results = trained.job, trained.job.run.results
-    kinds = list(results.pop("exports", {}))
+    kinds = list(dict.fromkeys((*results.pop("exports", {}), *job.options.export)))
     for row in ("tuned", *kinds):
         results["models"].pop(row, None)
     results["applied"] = list(chosen)
@@ -386,7 +402,7 @@ def put_in_place(trained: Trained, chosen: Configuration) -> None:
         checkpoint.remove_folder(job.run.path / name)
     ranks.activate(trained.layers, chosen)
     _absorb(trained, chosen)
-    stages.measure_saved(job, trained.reference, "tuned")
+    stages.measure_saved(replace(job, options=replace(job.options, export=tuple(kinds))), trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
 
 
