@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nybble.errors import DataError, OptionError
 from nybble.losses import Head
 from nybble.questions import Question, Score
 
-from .tiny import make_model, make_tokenizer
+from .tiny import FAMILIES, make_model, make_tokenizer
 
 
 @pytest.mark.slow  # reading lm-eval's index takes a quarter of a minute
@@ -55,6 +56,39 @@ def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None
     assert alone == pytest.approx(sums[0] / 4, abs=1e-5)  # of 4 tokens
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_choices_share_is_computed_once_and_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = make_model(family), make_tokenizer(begin=True)
+    asked = [
+        Question((("a question of some length:", " yes"), ("a question of some length:", " no, never")), 1, (3, 9)),
+        Question((("short", " a"), ("short", " b"), ("short", " cd")), 0, (1, 1, 2)),
+        Question((("x", " a"), ("y", " b")), 0, (1, 1)),  # nothing in common
+        Question((("the cat sat on the mat because the cat", " was tired"), ("the cat sat on the mat because the mat", " was tired")), 0, (3, 3)),
+        Question((("a question in the model's own", " words"),), 0),
+    ] * 3
+    shared = questions.score(model, Head.of(model), tokenizer, asked, True, 64)
+    plain = questions.score(model, None, tokenizer, asked, True, 64)  # from the model's own logits, all texts whole
+    assert shared.log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
+    assert shared.correct == plain.correct
+    assert len(shared.correct) == 12
+    monkeypatch.setattr(questions, "_TOKENS", 50)
+    assert questions.score(model, Head.of(model), tokenizer, asked, True, 64).log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
+
+    prompts, counted, base = [f"a question of {'very ' * (i % 3)}like length:" for i in range(40)], [0], model.base_model.forward
+    alike = [Question(tuple((prompt, answer) for answer in (" yes", " no", " it depends", " never")), 0, (3, 2, 10, 5)) for prompt in prompts]
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        counted[0] += kwargs["input_ids"].numel()
+        return base(*args, **kwargs)
+
+    monkeypatch.setattr(model.base_model, "forward", count)
+    monkeypatch.setattr(questions, "_TOKENS", 512)
+    questions.score(model, Head.of(model), tokenizer, alike, True, 64)
+    whole = sum(len(tokenizer(prompt + answer).input_ids) for question in alike for prompt, answer in question.pairs)
+    windowed = 0 < (getattr(model.config, "sliding_window", None) or 0) < 64
+    assert counted[0] > whole if windowed else counted[0] < 0.6 * whole, "a window shorter than a text: whole texts"
+
+
 def test_padding_changes_nothing() -> None:
     model, tokenizer = make_model("gemma2"), make_tokenizer(begin=True)
     head = Head.of(model)
@@ -75,7 +109,6 @@ class FakeTask:
     multiple_input = False
 
     def __init__(self, target: object, kind: str = "generate_until", choices: list[str] | None = None) -> None:
-        from types import SimpleNamespace
 
         self.OUTPUT_TYPE, self.target, self.choices = kind, target, choices
         self.config = SimpleNamespace(target_delimiter=" ", doc_to_choice=choices, task="fake")

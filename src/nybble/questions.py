@@ -15,12 +15,13 @@ The score of held-out rows is the log-likelihood of the right answer among the c
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,10 @@ class Score:
         return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
 
+# A text of a question: token ids, and how many are the prompt's.
+Text = tuple[list[int], int]
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -319,29 +324,81 @@ def score(
     by_length: bool,
     length: int,
 ) -> Score:
-    """Score a model on questions; texts of like length go through it together. Prompts are cut off at their beginnings to fit `length` tokens."""
-    texts = []
-    for i, question in enumerate(questions):
-        for c, pair in enumerate(question.pairs):
-            ids, prompt = encode(tokenizer, *pair)
-            over = max(0, len(ids) - length)
-            texts.append((i, c, (ids[over:], max(prompt - over, 0)), question.lengths[c] if by_length else 1))
-    sums = [[0.0] * len(question.pairs) for question in questions]
-    texts.sort(key=lambda text: -len(text[2][0]))
-    start = 0
-    while start < len(texts):
-        count = max(1, _TOKENS // len(texts[start][2][0]))
-        part = texts[start : start + count]
-        batch = pad([text for _, _, text, _ in part])
-        for (i, c, (ids, prompt), size), total in zip(part, batch.sums(batch.losses(model, head)).tolist(), strict=True):
-            alone = len(questions[i].pairs) == 1
-            sums[i][c] = -total / (len(ids) - max(prompt, 1) if alone else size)
-        start += count
-    likely, correct = [], []
-    for question, values in zip(questions, sums, strict=True):
-        if len(values) == 1:
-            likely.append(values[0])
-        else:
-            likely.append(float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[question.gold]))
-            correct.append(max(range(len(values)), key=values.__getitem__) == question.gold)
-    return Score(tuple(likely), tuple(correct))
+    """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together. Prompts are cut off
+    at their beginnings to fit `length` tokens."""
+    texts = [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+    likely, correct = {}, {}
+    for part in _parts(texts):
+        sums = iter(_sums(model, head, [texts[i] for i in part]))
+        for i in part:
+            values = [-next(sums) for _ in texts[i]]
+            if len(values) == 1:
+                ids, prompt = texts[i][0]
+                likely[i] = values[0] / (len(ids) - max(prompt, 1))
+            else:
+                values = [value / (size if by_length else 1) for value, size in zip(values, questions[i].lengths, strict=True)]
+                likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
+                correct[i] = max(range(len(values)), key=values.__getitem__) == questions[i].gold
+    return Score(tuple(likely[i] for i in range(len(questions))), tuple(correct[i] for i in range(len(questions)) if i in correct))
+
+
+def _fitted(text: Text, length: int) -> Text:
+    ids, prompt = text
+    over = max(0, len(ids) - length)
+    return ids[over:], max(prompt - over, 0)
+
+
+def _shared(texts: Sequence[Text]) -> int:
+    """How many tokens all texts of a question begin with, before the last one of the prompt: what is learnt of answers comes after them."""
+    if len(texts) == 1:
+        return 0
+    columns = list(zip(*(ids for ids, _ in texts), strict=False))
+    same = next((t for t, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    return max(0, min(same, min(prompt for _, prompt in texts) - 1))
+
+
+def _parts(texts: Sequence[Sequence[Text]]) -> Iterator[list[int]]:
+    """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one."""
+    part: list[int] = []
+    first = rest = rows = 0
+    for i in sorted(range(len(texts)), key=lambda i: (-_shared(texts[i]), -max(len(ids) for ids, _ in texts[i]))):
+        shared = _shared(texts[i])
+        wide, tall = max(rest, max(len(ids) for ids, _ in texts[i]) - shared), rows + len(texts[i])
+        if part and (len(part) + 1) * first + tall * wide > _TOKENS:
+            yield part
+            part, first, wide, tall = [], shared, max(len(ids) for ids, _ in texts[i]) - shared, len(texts[i])
+        part, first, rest, rows = [*part, i], max(first, shared), wide, tall
+    if part:
+        yield part
+
+
+def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]]) -> list[float]:
+    """-log p of the answer of every text, one after the other."""
+    flat = [text for texts in questions for text in texts]
+    begins = [_shared(texts) for texts in questions]
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if head is None or not max(begins) or (window and window < max(len(ids) for ids, _ in flat)):
+        batch = pad(flat)
+        return [float(value) for value in batch.sums(batch.losses(model, head))]
+    beginnings = pad([(texts[0][0][:begin] or texts[0][0][:1], 1) for texts, begin in zip(questions, begins, strict=True)])
+    kept = model.base_model(input_ids=beginnings.ids.to(model.device), use_cache=True).past_key_values
+    owners = [i for i, texts in enumerate(questions) for _ in texts]
+    ends = [(ids[begins[i] :], prompt - begins[i]) for (ids, prompt), i in zip(flat, owners, strict=True)]
+    sums = [0.0] * len(flat)
+    for part in torch.tensor([len(ids) for ids, _ in ends]).argsort(stable=True).split(2 * len(questions)):  # of like length
+        owner_N = torch.tensor([owners[i] for i in part.tolist()])
+        cache = copy.deepcopy(kept)
+        cache.reorder_cache(owner_N.to(model.device))
+        begin_N1, batch = torch.tensor(begins)[owner_N, None], pad([ends[i] for i in part.tolist()])
+        known_NP = torch.arange(beginnings.ids.shape[1]) < begin_N1  # what is behind a shorter beginning is padding
+        hidden = model.base_model(
+            input_ids=batch.ids.to(model.device),
+            attention_mask=torch.cat([known_NP, torch.ones_like(batch.counted)], 1).long().to(model.device),
+            position_ids=(begin_N1 + torch.arange(batch.ids.shape[1])).to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        counted, targets = batch.counted.to(model.device), batch.ids.roll(-1, 1).to(model.device)
+        for i, value in zip(part.tolist(), batch.sums(cross_entropy(hidden[counted], targets[counted], head)).tolist(), strict=True):
+            sums[i] = value
+    return sums
