@@ -77,7 +77,7 @@ class RunOptions:
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
     tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all models of the run; needs the extra eval.
     task_limit: int | None = None  # At most so many documents a task (for trying out).
-    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
+    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
     export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
     resume: bool = False  # Go on where the run in output_dir stopped.
     overwrite: bool = False  # Delete the run in output_dir first.
@@ -300,7 +300,7 @@ class EvalOptions(DataOptions):
     split: Literal["train", "validation", "test"] = "test"  # Split of the data for token perplexity.
     samples: int = 0  # Sequences of it; 0 = all.
     teacher: str | None = None  # Model to compare with: adds the KL divergence to it.
-    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as the size of the vocabulary allows.
+    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
     trust_remote_code: bool = False  # Run Python code that comes with the model.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Dtype = "auto"  # auto: bfloat16 where it is fast, else float32.

@@ -28,6 +28,8 @@ from nybble.losses import Head
 MAX_LENGTH = 2048
 # Bytes that the logits of one forward in lm-eval may take, with the copy that log_softmax makes.
 _LOGIT_BYTES = 2 << 30
+# Requests in a forward; more gain nothing (docs/log.md).
+_MOST_REQUESTS = 32
 
 # Index of a sequence -> its logits [T, V], float32.
 Logits = Callable[[int], Tensor]
@@ -166,7 +168,7 @@ def run_tasks(
     """lm-eval tasks on a transformers-like model.
 
     Args:
-        batch_size: requests in one forward; 0 = as many whole windows as `_LOGIT_BYTES` allow, at least 1.
+        batch_size: requests in one forward; 0 = as many of the longest one of the task as `_LOGIT_BYTES` and `_MOST_REQUESTS` allow, at least 1.
         data_dir: folder with local copies of the data sets in the hub's field names, instead of the hub.
 
     Returns: task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "acc_norm", "exact_match,strict-match", ...
@@ -175,8 +177,18 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
-    batch_size = batch_size or max(1, _LOGIT_BYTES // (2 * 4 * longest * model.config.vocab_size))
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+
+    def fitting(length: int) -> int:
+        return int(max(1, min(_MOST_REQUESTS, _LOGIT_BYTES // (2 * 4 * min(length, longest) * model.config.vocab_size))))
+
+    class Sized(HFLM):  # type: ignore[misc]
+        """lm-eval's own "auto" tries sizes until the memory is full; this one computes."""
+
+        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
+            self.batch_size_per_gpu = batch_size or fitting(max((len(context) + len(answer) for _, context, answer in requests), default=1))
+            return super()._loglikelihood_tokens(requests, *rest, **named)
+
+    wrapped = Sized(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest)
     chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
     with _explained(tasks):
         output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, task_manager=_task_manager())
