@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble import evaluate
+from nybble.cli import main
 from nybble.errors import DataError, OptionError
 from nybble.export import openvino
 from nybble.losses import Head, last_hidden
@@ -67,6 +68,11 @@ def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Pat
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation, test"):
         evaluate.check_tasks(["winogrande"], str(data_dir))
+
+
+def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--pretrained", "m", "--tasks", "arc_esy"]) == 2
+    assert "tasks must be ones that lm-eval knows; got arc_esy; did you mean arc_easy" in capsys.readouterr().err
 
 
 def test_groups_of_tasks_need_their_parts_named(data_dir: Path) -> None:

@@ -81,7 +81,6 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["inspect", str(run)]) == 2
     assert "must be a 4-bit model that nybble wrote (nybble-1); it is something else" in capsys.readouterr().err
     (run / "quantized" / checkpoint.WEIGHTS).write_bytes(b"cut")
-    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(tmp_path / "other"), *flags.split(), "--method", "rtn"]) == 0
     assert cli.main(["distill", "--pretrained", str(model), "--output_dir", str(tmp_path / "third"), *flags.split(), "--start", str(run)]) == 2
     assert "must be a readable safetensors file" in capsys.readouterr().err
 
