@@ -142,7 +142,7 @@ def opened(
             run.results["dtype"] = str(dtype).removeprefix("torch.")
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
-            _check_same(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences))
+            _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences))
             yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
     finally:
         run.close()
@@ -173,7 +173,7 @@ def _fingerprints(sequences: Sequences) -> dict[str, str]:
     return found | ({"rows of the task": sequences.others} if sequences.others else {})
 
 
-def _check_same(run: Run, now: dict[str, str]) -> None:
+def _check_unchanged(run: Run, now: dict[str, str]) -> None:
     """Raise RunError where a run is gone on with, and what it reads has changed meanwhile."""
     before = run.results.setdefault("fingerprints", now)
     changed = [what for what in now if before.get(what, now[what]) != now[what]]
