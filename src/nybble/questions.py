@@ -327,9 +327,12 @@ def score(
     """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together. Prompts are cut off
     at their beginnings to fit `length` tokens."""
     texts = [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    whole = head is None or (window and window < max(len(ids) for choices in texts for ids, _ in choices))  # exports; windows shorter than a text
+    begins = [0 if whole else _shared(choices) for choices in texts]
     likely, correct = {}, {}
-    for part in _parts(texts):
-        sums = iter(_sums(model, head, [texts[i] for i in part]))
+    for part in _parts(texts, begins):
+        sums = iter(_sums(model, head, [texts[i] for i in part], [begins[i] for i in part]))
         for i in part:
             values = [-next(sums) for _ in texts[i]]
             if len(values) == 1:
@@ -357,12 +360,12 @@ def _shared(texts: Sequence[Text]) -> int:
     return max(0, min(same, min(prompt for _, prompt in texts) - 1))
 
 
-def _parts(texts: Sequence[Sequence[Text]]) -> Iterator[list[int]]:
-    """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one."""
+def _parts(texts: Sequence[Sequence[Text]], begins: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one. `begins`: tokens that are shared."""
     part: list[int] = []
     first = rest = rows = 0
-    for i in sorted(range(len(texts)), key=lambda i: (-_shared(texts[i]), -max(len(ids) for ids, _ in texts[i]))):
-        shared = _shared(texts[i])
+    for i in sorted(range(len(texts)), key=lambda i: (-begins[i], -max(len(ids) for ids, _ in texts[i]))):
+        shared = begins[i]
         wide, tall = max(rest, max(len(ids) for ids, _ in texts[i]) - shared), rows + len(texts[i])
         if part and (len(part) + 1) * first + tall * wide > _TOKENS:
             yield part
@@ -372,12 +375,10 @@ def _parts(texts: Sequence[Sequence[Text]]) -> Iterator[list[int]]:
         yield part
 
 
-def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]]) -> list[float]:
-    """-log p of the answer of every text, one after the other."""
+def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]], begins: Sequence[int]) -> list[float]:
+    """-log p of the answer of every text, one after the other; of each question so many tokens are shared by all texts as `begins` says."""
     flat = [text for texts in questions for text in texts]
-    begins = [_shared(texts) for texts in questions]
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if head is None or not max(begins) or (window and window < max(len(ids) for ids, _ in flat)):
+    if head is None or not max(begins):
         batch = pad(flat)
         return [float(value) for value in batch.sums(batch.losses(model, head))]
     beginnings = pad([(texts[0][0][:begin] or texts[0][0][:1], 1) for texts, begin in zip(questions, begins, strict=True)])
