@@ -1,8 +1,9 @@
 """NNCF's published distillation (FQ_LORA), measured: its compressed start, then KL to the 16-bit model over given tokens. Run in NNCF's environment.
 
 As published: one pass over the sequences in random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr), no clipping, KL on
-all logits, gradients of microbatches summed. One thing is changed in its favour: its bfloat16 adapters are made float32, like the model, for CPUs
-without bfloat16 arithmetic take ten times as long over them (docs/log.md). `--steps` stops early, for timing alone.
+all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere in float32, and one thing is changed in its
+favour: its bfloat16 adapters are made float32, like the model, for CPUs without bfloat16 arithmetic take ten times as long over them (docs/log.md).
+`--steps` stops early, for timing alone.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from compress_worker import GROUP_SIZE, calibration, evaluate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nybble.families import has_bfloat16
 from nybble.losses import Head
 
 
@@ -52,8 +54,9 @@ def trainable(model: Any, lr: float) -> list[dict[str, Any]]:
         if getattr(quantizer, "num_bits", 0) == 4:
             quantizer.enable_gradients()
             own = quantizer.get_adapters()
-            for adapter in own.values():
-                adapter.data = adapter.data.float()
+            if model.dtype == torch.float32:
+                for adapter in own.values():
+                    adapter.data = adapter.data.float()
             adapters += own.values()
             ranges += [parameter for name, parameter in quantizer.get_trainable_params().items() if name not in own]
     return [{"params": adapters, "lr": lr}, {"params": ranges, "lr": lr / 10}]
@@ -70,13 +73,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--microbatch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--folder", type=Path, required=True, help="what compress_vs_nncf.py prepared")
     parser.add_argument("--texts", nargs="*", default=["wiki16", "wiki64", "docs16"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     tokens = load_file(options.folder / "train.safetensors")["ids"]
-    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    fast = has_bfloat16(torch.device("cpu"))
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" or (options.dtype == "auto" and fast) else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=dtype).eval().requires_grad_(False)
     head = Head.of(model, copy=True)
     rows = calibration(tokens, options.seed, options.samples, options.length)
     began = time.perf_counter()
@@ -91,7 +97,7 @@ def main() -> None:
     for batch in order.split(options.batch)[: options.steps]:
         stepped, total = time.perf_counter(), 0.0
         for micro in batch.split(options.microbatch):
-            q = F.log_softmax(model(rows[micro], use_cache=False).logits.flatten(0, 1), dim=-1)
+            q = F.log_softmax(model(rows[micro], use_cache=False).logits.flatten(0, 1).float(), dim=-1)
             with torch.no_grad():
                 p = F.log_softmax(head.logits(torch.stack([states[i] for i in micro]).flatten(0, 1)), dim=-1)
             loss = F.kl_div(q, p, log_target=True, reduction="batchmean") * len(micro) / len(batch)
@@ -103,6 +109,7 @@ def main() -> None:
         losses.append(total)
         print(f"step {len(losses)}: KL {total:.4f}, {seconds[-1]:.1f} s", flush=True)
     result: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "samples", "length", "rank", "lr", "batch", "microbatch", "steps")}
+    result["dtype"] = str(dtype).removeprefix("torch.")
     result |= {"teacher_seconds": taught - began, "start_seconds": compressed - taught, "step_seconds": seconds, "losses": losses}
     result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
