@@ -160,7 +160,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
     samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
     same_samples: bool = False  # Train on the same sequences in every epoch instead.
     lora_rank: int = 0  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay, scales (and norms) are trained.
-    norm_lr: float = 2e-3  # Peak relative learning rate of the weights of norms; 0 = they stay.
+    norm_lr: float = 5e-4  # Peak relative learning rate of the weights of norms; 0 = they stay.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 
     def check(self) -> None:

@@ -23,8 +23,13 @@ from nybble.train import Progress, Recipe, Trainer
 log = logging.getLogger("nybble")
 
 CHUNK = 256  # tokens whose logits exist at a time in the loss
-# More tokens than this in a microbatch gain nothing: the matrix products are already large (docs/log.md).
-MOST_TOKENS = {"cpu": {torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 4096}, "cuda": {}}
+
+
+def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """More tokens than this in a microbatch gain nothing: the matrix products are already large (docs/log.md)."""
+    if device.type == "cuda":
+        return 32768
+    return 4096 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1024
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,7 @@ def resolve(
         cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step) < 0.7 * available else "recompute"
     copies = of_step if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
-    microbatch = options.microbatch or estimate.pick_microbatch(
-        *sizes, length, most, CHUNK, copies, available, MOST_TOKENS[device.type].get(loaded.model.dtype, 32768)
-    )
+    microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, most_tokens(device, loaded.model.dtype))
     calibration = stages.check_calibration(options, options.start, sequences)
     memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
