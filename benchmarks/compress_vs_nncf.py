@@ -37,6 +37,7 @@ def prepare(folder: Path, text: Path, texts: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     loaded = models.load(models.SMOLLM2, torch.float32, torch.device("cpu"))
     loaded.model.save_pretrained(folder / "model")
+    loaded.tokenizer.save_pretrained(folder / "model")
 
     def tokens(*texts: str) -> torch.Tensor:
         return data.tokenize(loaded.tokenizer, texts)
