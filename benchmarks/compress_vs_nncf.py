@@ -30,7 +30,7 @@ JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se
 
 
 def prepare(folder: Path, text: Path, texts: list[str]) -> None:
-    """Write the 16-bit model, the tokens to train on and, per text to be measured, its tokens and the 16-bit model's hidden states."""
+    """Write the 16-bit model, the tokens to train on, held-out text and, per text to be measured, its tokens and the 16-bit model's hidden states."""
     missing = [name for name in texts if not (folder / f"{name}.safetensors").exists()]
     if not missing and (folder / "train.safetensors").exists():
         return
@@ -53,7 +53,12 @@ def prepare(folder: Path, text: Path, texts: list[str]) -> None:
             states = torch.cat([last_hidden(loaded.model, part) for part in rows.split(4)])
         save({"ids": rows, "states": states}, folder / f"{name}.safetensors")
     valid = read("wiki.valid.raw")
-    save({"ids": tokens(read("wiki.train*.raw"), valid[: valid.rfind("\n", 0, len(valid) * 3 // 4)])}, folder / "train.safetensors")
+    ends = [valid.rfind("\n", 0, len(valid) * eighths // 8) for eighths in (6, 7)]
+    held_out = folder / "held-out"  # for who validates while it trains
+    held_out.mkdir(exist_ok=True)
+    (held_out / "validation.txt").write_text(valid[ends[0] : ends[1]], encoding="utf-8")
+    (held_out / "test.txt").write_text(valid[ends[1] :], encoding="utf-8")
+    save({"ids": tokens(read("wiki.train*.raw"), valid[: ends[0]])}, folder / "train.safetensors")
 
 
 def count(text: str) -> int | None:

@@ -51,7 +51,7 @@ def by_nybble(seed: int, options: argparse.Namespace, like_nncf: bool = False) -
         checkpoint.save_tensors(tokens, {"ids": ids}, {"length": options.length, "tokenizer": writing.fingerprint(loaded.tokenizer)})
         command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--data", tokens, "--seq_len", options.length]
         command += ["--samples", options.samples, "--epochs", 1, "--batch_size", options.batch, "--seed", seed]
-        command += ["--test_samples", 4, "--valid_samples", 8, "--tasks", "--export", "--output_dir", run]
+        command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16, "--tasks", "--export", "--output_dir", run]
         command += ["--resume"] if (run / "config.toml").exists() else []
         call([*command, *flags], out.with_suffix(".log"), {})
         results = json.loads((run / "results.json").read_text())

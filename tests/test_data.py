@@ -125,6 +125,15 @@ def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
         data.load_texts("someone/some-data")
 
 
+def test_text_to_measure_on_needs_no_training_text(tmp_path: Path) -> None:
+    (tmp_path / "validation.txt").write_text("one\n")
+    texts = data.load_texts(str(tmp_path), wanted=("validation",))
+    assert (list(texts.train), list(texts.validation), list(texts.test)) == ([], ["one\n"], [])
+    for wanted, lacking in ((("validation", "test"), "test"), (data.SPLITS, "train")):
+        with pytest.raises(DataError, match=f"must hold a file with the word {lacking} in its name"):
+            data.load_texts(str(tmp_path), wanted=wanted)
+
+
 def test_words_in_file_names_choose_the_split(tmp_path: Path) -> None:
     for name in ("train-00000-of-00001.txt", "my_valid.txt", "test.txt", "constraints.txt", "latest.txt", "devices.txt"):
         (tmp_path / name).write_text(f"{name}\n")

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,15 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     if data == PYTHON_DOCS:
         texts = _held_out(_python_docs())
     elif data == WIKITEXT2 and local is not None and local.is_dir():
-        texts = _from_folder(local, column)
+        texts = _from_folder(local, column, wanted)
     elif Path(data).is_dir():
-        texts = _from_folder(Path(data), column)
+        texts = _from_folder(Path(data), column, wanted)
     elif Path(data).is_file():
         texts = _held_out(_read_file(Path(data), column))
     elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *_ROWS):
         raise DataError(f"--data {data} must be an existing file or folder, wikitext2, python-docs, or a hub data set; there is nothing at this path")
     else:
-        texts = _from_hub(data, column)
+        texts = _from_hub(data, column, wanted)
     for split in wanted:
         if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
             raise DataError(f"--data {data} must have text in its {split} split; it is empty")
@@ -129,7 +129,7 @@ def _read_file(path: Path, column: str) -> Sequence[Document]:
     return _column(rows, column, str(path))
 
 
-def _from_folder(folder: Path, column: str) -> Texts:
+def _from_folder(folder: Path, column: str, wanted: Sequence[str]) -> Texts:
     found: dict[str, Sequence[Document]] = {}
     for split in SPLITS:
         for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
@@ -137,8 +137,9 @@ def _from_folder(folder: Path, column: str) -> Texts:
             if files:
                 found[split] = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
                 break
-    if "train" not in found:
-        raise DataError(f"--data {folder} must hold a file with the word train in its name ({' '.join((*_PLAIN, *_ROWS))}); found none")
+    lacking = _lacking(found, wanted)
+    if lacking:
+        raise DataError(f"--data {folder} must hold a file with the word {lacking} in its name ({' '.join((*_PLAIN, *_ROWS))}); found none")
     return _filled(found)
 
 
@@ -151,15 +152,20 @@ def splits_of(file: Path) -> list[str]:
     return splits
 
 
+def _lacking(found: Collection[str], wanted: Sequence[str]) -> str | None:
+    """The split that is missing: one of those wanted, where there is no training split that it could be taken from."""
+    return None if "train" in found else next((split for split in wanted if split not in found), None)
+
+
 def _filled(found: dict[str, Sequence[Document]]) -> Texts:
-    """The splits of a source; those that it does not have are taken from its training split."""
+    """The splits of a source; those that it does not have are taken from its training split, where it has one."""
     if found.keys() >= set(SPLITS):
         return Texts(found["train"], found["validation"], found["test"])
-    rest = _held_out(found["train"])
+    rest = _held_out(found.get("train", ()))
     return Texts(rest.train, found.get("validation", rest.validation), found.get("test", rest.test))
 
 
-def _from_hub(data: str, column: str) -> Texts:
+def _from_hub(data: str, column: str, wanted: Sequence[str]) -> Texts:
     import datasets
 
     arguments = ("Salesforce/wikitext", "wikitext-2-raw-v1") if data == WIKITEXT2 else (data,)
@@ -172,8 +178,10 @@ def _from_hub(data: str, column: str) -> Texts:
             f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; name a local file or folder, "
             f"--data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"
         ) from error
-    if not isinstance(splits, datasets.DatasetDict) or "train" not in splits:
-        raise DataError(f"--data {data} must have a train split; it has {', '.join(splits) if isinstance(splits, datasets.DatasetDict) else 'none'}")
+    known = list(splits) if isinstance(splits, datasets.DatasetDict) else []
+    lacking = _lacking(known, wanted)
+    if lacking:
+        raise DataError(f"--data {data} must have a {lacking} split; it has {', '.join(known) or 'none'}")
     documents = {split: _column(splits[split], column, data) for split in SPLITS if split in splits}
     if data == WIKITEXT2:  # its rows are lines
         documents = {split: ["".join(map(str, rows))] for split, rows in documents.items()}
