@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _float32(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiny models compute in float32 on every machine, also where `--dtype auto` would take bfloat16; the real model computes as a user's would."""
-    if request.path.stem != "test_smollm2":
-        monkeypatch.setattr("nybble.models.has_bfloat16", lambda device: False)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_smollm2":
+            patch.setattr("nybble.models.has_bfloat16", lambda device: False)
+        yield
