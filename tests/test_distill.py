@@ -24,7 +24,7 @@ from tests.tiny import make_model, save_model
 def command(model: Path, run: Path, *more: str) -> list[str]:
     """The options of the families' test as a person would give them, with enough steps to be killed in."""
     recipe = run.with_suffix(".toml")
-    recipe.write_text(to_toml(options(model, run, epochs=10, save_every=3)))
+    recipe.write_text(to_toml(options(model, run, epochs=10, save_every=3, dtype="float32")))
     return [sys.executable, "-m", "nybble", "distill", "--config", str(recipe), *more]
 
 
@@ -36,7 +36,7 @@ def codes(run: Path) -> bytes:
 @pytest.mark.parametrize("when", ["teacher", "first checkpoint", "late"])
 def test_kill_9_and_resume_end_with_the_same_bits(when: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "smollm")
-    undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3)
+    undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3, dtype="float32")
     distill(undisturbed)
 
     run = tmp_path / "run"
