@@ -113,7 +113,9 @@ def main() -> None:
     result |= {"teacher_seconds": taught - began, "start_seconds": compressed - taught, "step_seconds": seconds, "losses": losses}
     result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
-    options.out.write_text(json.dumps(result | evaluate(model, head, options.folder, options.texts)))
+    # Measured in float32, like all: bfloat16 would add its own rounding to the KL.
+    head = Head.of(AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32), copy=True)
+    options.out.write_text(json.dumps(result | evaluate(model.float(), head, options.folder, options.texts)))
 
 
 if __name__ == "__main__":
