@@ -26,7 +26,7 @@ CHUNK = 256  # tokens whose logits exist at a time in the loss
 
 
 def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """More tokens than this in a microbatch gain nothing: the matrix products are already large (docs/log.md)."""
+    """More tokens than this in a microbatch gain little and cost memory: the matrix products are already large (docs/log.md)."""
     if device.type == "cuda":
         return 32768
     return 4096 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1024
