@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import nybble
 from nybble import cli, export
 from nybble import evaluate as measuring
 from nybble.config import DistillOptions, EvalOptions, from_toml, to_toml
@@ -49,13 +50,21 @@ def test_resume_finds_the_default_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert cli.parse(["distill", "--pretrained", "org/Model-1.5B", "--resume"])[0].lr == 0.125
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nybble {nybble.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('lr = "abc"', "lr must be float; got 'abc'"),
-        ("epochs = 1.5", "epochs must be int; got 1.5"),
-        ('cache = "bogus"', "cache must be typing.Literal['auto', 'step', 'recompute']; got 'bogus'"),
-        ("tasks = 3", "tasks must be tuple[str, ...]; got 3"),
+        ('lr = "abc"', "lr must be a number; got 'abc'"),
+        ("epochs = 1.5", "epochs must be a whole number; got 1.5"),
+        ('cache = "bogus"', "cache must be one of auto, step, recompute; got 'bogus'"),
+        ("tasks = 3", "tasks must be a list of texts; got 3"),
+        ("task_limit = 1.5", "task_limit must be a whole number; got 1.5"),
+        ("resume = 1", "resume must be true or false; got 1"),
+        ("data_dir = 1", "data_dir must be text; got 1"),
     ],
 )
 def test_values_of_the_wrong_type_in_a_file(line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

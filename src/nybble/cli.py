@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
+        elif arguments[0] == "--version":
+            print(f"nybble {metadata.version('nybble')}")
         elif arguments[0] == "env":
             from nybble.commands import environment
 

@@ -369,8 +369,18 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
         kinds = typing.get_args(hint) or (hint,)
         fits = type(value) in kinds
     if not fits:
-        raise OptionError(f"--config {path}: {key} must be {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}; got {value!r}")
+        raise OptionError(f"--config {path}: {key} must be {_words(hint)}; got {value!r}")
     return value
+
+
+def _words(hint: Any) -> str:
+    """A field's type, for people."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return {str: "a list of texts", int: "a list of whole numbers"}[typing.get_args(hint)[0]]
+    kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
 
 
 def to_toml(options: Any) -> str:
