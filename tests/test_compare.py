@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nybble import checkpoint, evaluate
 from nybble import compare as comparing
 from nybble.cli import main
 from nybble.compare import COLUMNS, Figure, compare, mean, rows
@@ -27,7 +28,8 @@ def options(folder: Path, data: Path, **changes: object) -> TuneOptions:
 @pytest.mark.slow
 def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "model", "smollm", max_position_embeddings=512)
-    original = comparing.tune_16bit
+    original, run_tasks, scored = comparing.tune_16bit, evaluate.run_tasks, []
+    monkeypatch.setattr(evaluate, "run_tasks", lambda *given: scored.append(given) or run_tasks(*given))
 
     def stop(given: TuneOptions, before: dict[str, Any]) -> Path:
         raise KeyboardInterrupt
@@ -49,7 +51,9 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert values["BF16"][0] == found["qat-lora"]["models"]["16bit"]["task:openbookqa acc_norm"]
     assert values["BF16 + LoRA"][0] == found["lora"]["models"]["lora16"]["task:openbookqa acc_norm"]
     assert values["INT4, LoRA + PTWC"][0] == found["ptwc"]["models"]["compressed"]["task:openbookqa acc_norm"]
-    assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"][0], "what is compressed is the merged model"
+    assert checkpoint.read_options(folder / "openbookqa" / "ptwc")["pretrained"] == str(folder / "openbookqa" / "lora" / "merged")
+    assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"][0]
+    assert len(scored) == 6, "one measurement for each column, and one of the start"
     assert found["lora"]["training"][-1]["loss"] != found["qat-lora"]["training"][-1]["loss"]
     text = (folder / "compare.md").read_text()
     assert "| openbookqa |" in text

@@ -105,7 +105,9 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
         task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
-    _unless_done(compressed, post_training.compress, ("compressed", *options.export)[-1])
+    merged = checkpoint.read_results(folder / "lora")["models"]["lora16"]
+    known = {column: value for column, value in merged.items() if column.startswith(("task:", "documents:"))}
+    _unless_done(compressed, lambda options: post_training.compress(options, known), ("compressed", *options.export)[-1])
     shipped = options.export[0] if options.export else None
     return {
         "BF16": _figure(folder / "qat-nls", "16bit"),

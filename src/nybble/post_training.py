@@ -6,6 +6,7 @@ load -> teacher states of the test text -> compress -> save -> export -> measure
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from nybble.stages import Job, Sequences
 log = logging.getLogger("nybble")
 
 
-def compress(options: CompressOptions) -> Path:
-    """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
+def compress(options: CompressOptions, known: Mapping[str, float] | None = None) -> Path:
+    """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair.
+
+    Args:
+        known: what another run has measured of the 16-bit model on the same tasks.
+    """
 
     def cut(options: CompressOptions, loaded: models.LoadedModel) -> Sequences:
         return stages.sequences_of(options, loaded, options.method, 0, 0, 0)
 
     with stages.opened(options, options.method, "--method", cut, _resolve) as job:
-        _run(job)
+        _run(job, known)
         return job.run.path
 
 
@@ -41,10 +46,10 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     return options
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, known: Mapping[str, float] | None) -> None:
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
-    stages.measure_16bit(job, reference)
+    stages.measure_16bit(job, reference, known)
     if not job.quantized.exists():
         _compress(job)
     checkpoint.remove_folder(job.run.path / "compress")

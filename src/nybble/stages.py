@@ -330,8 +330,8 @@ def size_of(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
     return sum(weights.values()) + rest
 
 
-def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int) -> None:
-    """Fill one row of the results, unless an earlier sitting did."""
+def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int, known: Mapping[str, float] | None = None) -> None:
+    """Fill one row of the results, unless an earlier sitting did. `known`: what the tasks gave for this model in another run; they are not measured again."""
     run, options, test = job.run, job.options, job.sequences.test
     if row in run.results["models"]:
         return
@@ -339,19 +339,19 @@ def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenize
     with run.stage("measure"), bar(f"measure {label}", len(test)) as advance:
         logits = reference if row == "16bit" else evaluate.logits_of(model, test.ids)
         measured: dict[str, Any] = dict(evaluate.measure(logits, test.ids, reference, advance, test.counted))
-        if options.tasks:
+        if options.tasks and known is None:
             log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
             tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
             measured |= evaluate.columns(tasks)
-        measured |= job.score(model, tokenizer)
+        measured |= job.score(model, tokenizer) if known is None else known
     run.results["models"][row] = measured | {"bytes": size}
     run.save_results()
     log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
 
 
-def measure_16bit(job: Job, reference: evaluate.Logits) -> None:
-    """The row of the model that was given."""
-    measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()))
+def measure_16bit(job: Job, reference: evaluate.Logits, known: Mapping[str, float] | None = None) -> None:
+    """The row of the model that was given. `known`: see `measure`."""
+    measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()), known)
 
 
 def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
