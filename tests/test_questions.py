@@ -1,5 +1,6 @@
 """Questions are what lm-eval asks, and their scores what lm-eval finds."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,30 @@ def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None
         assert found.correct == (values[1] > values[0],) * 3
     (alone,) = questions.score(model, Head.of(model), tokenizer, [Question((("ask", " yes"),), 0)], False, 64).log_likelihoods
     assert alone == pytest.approx(sums[0] / 4, abs=1e-5)  # of 4 tokens
+
+
+def test_choice_scores_tell_the_choices_apart_and_are_differentiable() -> None:
+    model, tokenizer = make_model("llama", dtype=torch.float64), make_tokenizer()
+    asked = [
+        Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)),
+        Question((("a longer question", " a"), ("another", " cd")), 0, (1, 2)),  # fewer choices, nothing in common
+    ]
+    texts = questions.encode_choices(tokenizer, asked, 64)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    for by_length in (False, True):
+        expected = torch.full((2, 3), -math.inf, dtype=torch.float64)
+        for i, question in enumerate(asked):
+            mean = sum(question.lengths) / len(question.lengths)
+            for c, (prompt, answer) in enumerate(question.pairs):
+                ids = torch.tensor([tokenizer(prompt + answer).input_ids])
+                log_q = model(ids).logits[0].log_softmax(-1)
+                total = sum(log_q[t - 1, ids[0, t]] for t in range(len(tokenizer(prompt).input_ids), ids.shape[1]))
+                expected[i, c] = total * mean / question.lengths[c] if by_length else total
+        found = questions.choice_scores(model, Head.of(model), asked, texts, by_length)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+        gold = torch.tensor([question.gold for question in asked])
+        grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)[0] for scores in (found, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -142,10 +142,46 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(questions, "score", lambda *arguments: questions.Score((-1.0,), (True,)))  # it pads too
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1))
     assert len(padded) == 12  # 48 rows
-    assert {len(lengths) for lengths in padded} == {4}
+    assert {len(lengths) for lengths in padded} == {8}  # 4 rows of two choices
     for first, second in zip(padded[::2], padded[1::2], strict=True):
         assert first + second == sorted(first + second)
         assert len(set(first + second)) > 1
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) -> None:
+    """The first loss is that of the compressed model on the first batch: -log of the right choice's share, or KL of the shares to the teacher's."""
+    from transformers import AutoModelForCausalLM
+
+    from nybble import data, questions
+    from nybble.losses import Head
+
+    path = str(taught(tmp_path)) if teacher else None
+    run = options(tmp_path, epochs=1, lr=0.0, scale_lr=0.0, lora_rank_space=(8,), microbatch=3, teacher=path)
+    tune(run)
+    found = results(tmp_path / "run")["training"][0]["loss"]
+    task = questions.load_task(run.task, None, 0)
+    student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    asked = [task.train[i] for i in data.order(len(task.train), 8, 0).tolist()]
+    models = [student, AutoModelForCausalLM.from_pretrained(path)] if path else [student]
+    texts = questions.encode_choices(tokenizer, asked, 32)
+    with torch.no_grad():
+        shares = [questions.choice_scores(model, Head.of(model), asked, texts, False).double().log_softmax(-1) for model in models]
+    expected = (shares[1].exp() * (shares[1] - shares[0])).sum(-1).mean() if path else -shares[0][:, 0].mean()  # the right one is always the first
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+    tune(options(tmp_path, epochs=6, teacher=path, overwrite=True))
+    before, after = (results(tmp_path / "run")["models"][row] for row in ("compressed", "tuned"))
+    assert after["task:letters log_likelihood"] > before["task:letters log_likelihood"] + 0.5
+    assert after["task:letters acc"] == 1.0
+
+
+def test_questions_with_more_and_fewer_choices_follow_a_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"prompt": f"pick {chr(97 + i % 6)}", "choices": ["a", "b", "c"][: 2 + i % 2], "answer": i % 2} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune(options(tmp_path, task=str(path), teacher=str(taught(tmp_path)), epochs=1))
+    assert all(0 <= row["loss"] < 10 for row in results(tmp_path / "run")["training"])
 
 
 def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
@@ -285,6 +321,8 @@ def test_another_space_or_task_on_resume_is_refused(tmp_path: Path) -> None:
 
 
 def test_answers_of_ones_own_words(tmp_path: Path) -> None:
+    from nybble.errors import OptionError
+
     path = tmp_path / "words.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2))
     tune(options(tmp_path, task=str(path), epochs=3))
@@ -293,6 +331,8 @@ def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
     assert found["candidates"][0]["accuracy"] is None
     assert torch.isfinite(torch.tensor([row["log_likelihood"] for row in found["candidates"]])).all()
+    with pytest.raises(OptionError, match="--loss_on choices needs a task with choices"):
+        tune(options(tmp_path, task=str(path), loss_on="choices", overwrite=True))
 
 
 def taught(folder: Path) -> Path:
@@ -321,18 +361,18 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
     from nybble.losses import Head, kl_to_teacher, last_hidden
 
     path = taught(tmp_path)
-    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0))
+    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer"))
     found = results(tmp_path / "run")
     losses = [row["loss"] for row in found["training"]]
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
 
-    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, overwrite=True))
+    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer", overwrite=True))
     assert [row["loss"] for row in results(tmp_path / "run")["training"]] == losses, "followed with --overwrite too"
 
     # The first loss is the KL of the compressed model to the teacher on the answers of the first batch.
     teacher = AutoModelForCausalLM.from_pretrained(path)
-    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=0.0, scale_lr=0.0)
+    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=0.0, scale_lr=0.0, loss_on="answer")
     tune(compressed)
     student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "other" / "quantized", torch.float32)
     task = questions.load_task(compressed.task, None, 0)

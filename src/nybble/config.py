@@ -204,7 +204,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     train_rows: int = 0  # At most so many training rows, chosen at random; 0 = all.
     seq_len: int = 512  # At most so many tokens of a prompt and its answer.
-    loss_on: Literal["answer", "all"] = "answer"  # Tokens that are learnt: the answer's, or the prompt's too.
+    # What is learnt: to prefer the right one of a question's choices; the right answer's tokens; the prompt's too. auto: choices, where the task has them.
+    loss_on: Literal["auto", "choices", "answer", "all"] = "auto"
     # 16-bit model tuned on the task, same vocabulary, whose predictions are learnt instead of the right answers (--compare leaves one in TASK/lora/merged).
     teacher: str | None = None
     lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.

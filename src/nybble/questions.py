@@ -324,9 +324,8 @@ def score(
     by_length: bool,
     length: int,
 ) -> Score:
-    """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together. Prompts are cut off
-    at their beginnings to fit `length` tokens."""
-    texts = [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+    """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together."""
+    texts = encode_choices(tokenizer, questions, length)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     whole = head is None or (window and window < max(len(ids) for choices in texts for ids, _ in choices))  # exports; windows shorter than a text
     begins = [0 if whole else _shared(choices) for choices in texts]
@@ -343,6 +342,31 @@ def score(
                 likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
                 correct[i] = max(range(len(values)), key=values.__getitem__) == questions[i].gold
     return Score(tuple(likely[i] for i in range(len(questions))), tuple(correct[i] for i in range(len(questions)) if i in correct))
+
+
+def encode_choices(tokenizer: Any, questions: Sequence[Question], length: int) -> list[list[Text]]:
+    """Prompt and answer of every choice; prompts are cut off at their beginnings to fit `length` tokens."""
+    return [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+
+
+def choice_scores(model: Any, head: Head, questions: Sequence[Question], texts: Sequence[Sequence[Text]], by_length: bool) -> Tensor:
+    """log p(answer) of every choice, in nats: float32 [questions, most choices], -inf where a question has fewer; differentiable.
+
+    Args:
+        texts: of `encode_choices`.
+        by_length: each times the mean length of its question's choices / its own length. (What is scored, per character, would hardly tell the choices
+            apart in a softmax: a nat a character is much.)
+    """
+    batch = pad([text for choices in texts for text in choices])
+    sums = iter((-batch.sums(batch.losses(model, head))).split([len(choices) for choices in texts]))
+    most = max(map(len, texts))
+    rows = []
+    for question, scores in zip(questions, sums, strict=True):
+        if by_length:
+            lengths = torch.tensor(question.lengths, dtype=torch.float32, device=scores.device)
+            scores = scores * (lengths.mean() / lengths)
+        rows.append(F.pad(scores, (0, most - len(scores)), value=-math.inf))
+    return torch.stack(rows)
 
 
 def _fitted(text: Text, length: int) -> Text:

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from nybble import absorb, checkpoint, data, evaluate, models, questions, ranks, report, stages, tuning
 from nybble.config import TuneOptions
 from nybble.console import bar, console
 from nybble.data import Rows
-from nybble.errors import DataError, ModelError, RunError
+from nybble.errors import DataError, ModelError, OptionError, RunError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
-from nybble.questions import Question, Score, Task
+from nybble.questions import Question, Score, Task, Text
 from nybble.ranks import Configuration
 from nybble.stages import NO_ROWS, Job, Sequences
 from nybble.tuning import Course
@@ -42,7 +43,8 @@ class Lesson:
 
     Attributes:
         task: rows.
-        texts: encoded training texts.
+        texts: encoded training texts: prompts with their right answers.
+        choices: of the training rows, every choice encoded, where it is those that are learnt; else none.
         held_out: the rows that are chosen by.
         fresh: held-out rows that nothing is chosen by.
         space: ranks.
@@ -51,7 +53,8 @@ class Lesson:
     """
 
     task: Task
-    texts: Sequence[tuple[list[int], int]]
+    texts: Sequence[Text]
+    choices: Sequence[Sequence[Text]]
     held_out: Sequence[Question]
     fresh: Sequence[Question]
     space: tuple[int, ...]
@@ -148,11 +151,20 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
     if custom:
         ranks.check_configuration(custom, space, count)
     texts = questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
+    choices = questions.encode_choices(loaded.tokenizer, task.train, options.seq_len) if _learns_choices(options, task) else []
     order = data.order(len(task.held_out), len(task.held_out), options.seed)
     held_out = [task.held_out[i] for i in order.tolist()]
     count_held = options.select_rows or len(held_out)
     log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out[:count_held]), task.metric)
-    return Lesson(task, texts, held_out[:count_held], held_out[count_held:], space, count, _teacher(options, loaded))
+    return Lesson(task, texts, choices, held_out[:count_held], held_out[count_held:], space, count, _teacher(options, loaded))
+
+
+def _learns_choices(options: TuneOptions, task: Task) -> bool:
+    """Whether the loss is on the choices; OptionError where it was to be, and there are none."""
+    alternatives = all(len(question.pairs) > 1 for question in task.train)
+    if options.loss_on == "choices" and not alternatives:
+        raise OptionError(f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer")
+    return alternatives and options.loss_on in ("auto", "choices")
 
 
 def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
@@ -174,7 +186,7 @@ def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson)
     tokenizer = loaded.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def joined(texts: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    def joined(texts: Sequence[Text]) -> torch.Tensor:
         return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
 
     train, held_out = joined(lesson.texts), joined(questions.encode_gold(tokenizer, lesson.task.held_out, options.seq_len))
@@ -206,13 +218,18 @@ def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan
     steps = _steps_per_epoch(options, lesson)
     log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
              " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
-    longest = max(len(ids) for ids, _ in lesson.texts)
+    longest = max(_tokens(lesson))
     rows = MOST_ROWS.get(loaded.model.device.type)
     return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), sequences.test.ids.numel(), longest, rows)  # type: ignore[no-any-return]
 
 
 def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
-    return max(1, len(lesson.texts) // options.batch_size)
+    return max(1, len(lesson.choices or lesson.texts) // options.batch_size)
+
+
+def _tokens(lesson: Lesson) -> list[int]:
+    """Tokens that go through the model for each training row."""
+    return [len(choices) * max(len(ids) for ids, _ in choices) for choices in lesson.choices] or [len(ids) for ids, _ in lesson.texts]
 
 
 def _own_score(job: Job, lesson: Lesson) -> Any:
@@ -260,25 +277,54 @@ def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int)
     return ranks.sample(lesson.space, lesson.count, options.seed, step)
 
 
-def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
-    """Cross-entropy of the answers, or KL to a teacher on them; validated by their log-likelihood at the middle configuration."""
-    options, model, texts = job.options, job.loaded.model, lesson.texts
-    head, everything = Head.of(model), options.loss_on == "all"
-    teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
-    steps = _steps_per_epoch(options, lesson)
-    order = data.order(len(texts), steps * options.epochs * options.batch_size, options.seed)
+# Indices of rows [M] -> their mean loss; and how much of it they are, by which a microbatch counts in its batch.
+_Loss = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], int]]
 
-    lengths = torch.tensor([len(ids) for ids, _ in texts])
-    learnt = torch.tensor([len(ids) - (1 if everything else max(prompt, 1)) for ids, prompt in texts])
+
+def _token_loss(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+    """Of each token of the answers (--loss_on all: of the prompts too): -log p, or KL to the teacher."""
+    model, head, everything = loaded.model, Head.of(loaded.model), options.loss_on == "all"
+    teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
+    learnt = torch.tensor([len(ids) - (1 if everything else max(prompt, 1)) for ids, prompt in lesson.texts])
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        batch = questions.pad([lesson.texts[i] for i in indices.tolist()], everything)
+        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
+
+    return loss, lambda indices: int(learnt[indices].sum())
+
+
+def _choice_loss(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+    """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's."""
+    asked, by_length = lesson.task.train, lesson.task.by_length
+
+    def scores(model: Any, indices: list[int]) -> torch.Tensor:
+        return questions.choice_scores(model, Head.of(model), [asked[i] for i in indices], [lesson.choices[i] for i in indices], by_length)
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        found = scores(loaded.model, indices.tolist())
+        if lesson.teacher is None:
+            return F.cross_entropy(found, torch.tensor([asked[i].gold for i in indices.tolist()], device=found.device))
+        with torch.no_grad():
+            taught = scores(lesson.teacher, indices.tolist())
+        return F.kl_div(found.log_softmax(-1).masked_fill(found.isinf(), 0), taught.softmax(-1), reduction="batchmean")
+
+    return loss, len
+
+
+def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
+    """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
+    configuration."""
+    options, loaded = job.options, job.loaded
+    steps = _steps_per_epoch(options, lesson)
+    lengths = torch.tensor(_tokens(lesson))
+    order = data.order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
+    loss, counted = (_choice_loss if lesson.choices else _token_loss)(options, loaded, lesson)
 
     def draw(step: int) -> torch.Tensor:
         """By length, so that a microbatch has little padding."""
         rows = order[step * options.batch_size : (step + 1) * options.batch_size]
         return rows[lengths[rows].argsort(stable=True)]
-
-    def loss(indices: torch.Tensor) -> torch.Tensor:
-        batch = questions.pad([texts[i] for i in indices.tolist()], everything)
-        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
 
     def validate() -> dict[str, float]:
         ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
@@ -290,7 +336,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
         steps_per_epoch=steps,
         draw=draw,
         loss=loss,
-        tokens=lambda indices: int(learnt[indices].sum()),
+        tokens=counted,
         validate=validate,
         criterion="loss",
         pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
