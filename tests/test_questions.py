@@ -114,6 +114,29 @@ def test_what_choices_share_is_computed_once_and_gives_the_same(family: str, mon
     assert counted[0] > whole if windowed else counted[0] < 0.6 * whole, "a window shorter than a text: whole texts"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_go_through_what_choices_share(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"sliding_window": 64} if getattr(make_model(family).config, "sliding_window", None) else {}  # of the tests' 8 tokens nothing would be shared
+    model, tokenizer = make_model(family, **window), make_tokenizer(begin=True)
+    asked = [
+        Question((("a question of some length:", " yes"), ("a question of some length:", " no, never")), 1, (3, 9)),
+        Question((("short", " a"), ("short", " b"), ("short", " cd")), 0, (1, 1, 2)),
+        Question((("the cat sat on the mat because the cat", " was tired"), ("the cat sat on the mat because the mat", " was tired")), 0, (3, 3)),
+    ]
+    texts = questions.encode_choices(tokenizer, asked, 64)
+    weight = next(m for m in model.modules() if type(m) is torch.nn.Linear).weight.requires_grad_()
+    gold, found = torch.tensor([question.gold for question in asked]), []
+    assert max(questions._begins(model, Head.of(model), texts)) > 3
+    for _ in range(2):
+        scores = questions.choice_scores(model, Head.of(model), asked, texts, True)
+        found.append((scores.detach(), *torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)))
+        monkeypatch.setattr(questions, "_begins", lambda model, head, texts: [0] * len(texts))
+    (scores, grad), (plain, plain_grad) = found
+    torch.testing.assert_close(scores, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, plain_grad, rtol=1e-3, atol=1e-3 * float(plain_grad.abs().max()))
+    assert float(plain_grad.abs().max()) > 0
+
+
 def test_padding_changes_nothing() -> None:
     model, tokenizer = make_model("gemma2"), make_tokenizer(begin=True)
     head = Head.of(model)

@@ -326,12 +326,10 @@ def score(
 ) -> Score:
     """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together."""
     texts = encode_choices(tokenizer, questions, length)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    whole = head is None or (window and window < max(len(ids) for choices in texts for ids, _ in choices))  # exports; windows shorter than a text
-    begins = [0 if whole else _shared(choices) for choices in texts]
+    begins = _begins(model, head, texts)
     likely, correct = {}, {}
     for part in _parts(texts, begins):
-        sums = iter(_sums(model, head, [texts[i] for i in part], [begins[i] for i in part]))
+        sums = iter(_sums(model, head, [texts[i] for i in part], [begins[i] for i in part]).tolist())
         for i in part:
             values = [-next(sums) for _ in texts[i]]
             if len(values) == 1:
@@ -357,16 +355,20 @@ def choice_scores(model: Any, head: Head, questions: Sequence[Question], texts: 
         by_length: each times the mean length of its question's choices / its own length. (What is scored, per character, would hardly tell the choices
             apart in a softmax: a nat a character is much.)
     """
-    batch = pad([text for choices in texts for text in choices])
-    sums = iter((-batch.sums(batch.losses(model, head))).split([len(choices) for choices in texts]))
-    most = max(map(len, texts))
-    rows = []
-    for question, scores in zip(questions, sums, strict=True):
-        if by_length:
-            lengths = torch.tensor(question.lengths, dtype=torch.float32, device=scores.device)
-            scores = scores * (lengths.mean() / lengths)
+    sums = _sums(model, head, texts, _begins(model, head, texts)).split([len(choices) for choices in texts])
+    most, rows = max(map(len, texts)), []
+    for question, values in zip(questions, sums, strict=True):
+        lengths = torch.tensor(question.lengths, dtype=torch.float32, device=values.device)
+        scores = -values * (lengths.mean() / lengths) if by_length else -values
         rows.append(F.pad(scores, (0, most - len(scores)), value=-math.inf))
     return torch.stack(rows)
+
+
+def _begins(model: Any, head: Head | None, texts: Sequence[Sequence[Text]]) -> list[int]:
+    """How many tokens go through the model once for all choices of a question; 0 for exports, and where an attention window is shorter than a text."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    whole = head is None or (window and window < max(len(ids) for choices in texts for ids, _ in choices))
+    return [0 if whole else _shared(choices) for choices in texts]
 
 
 def _fitted(text: Text, length: int) -> Text:
@@ -384,6 +386,12 @@ def _shared(texts: Sequence[Text]) -> int:
     return max(0, min(same, min(prompt for _, prompt in texts) - 1))
 
 
+def tokens_of(texts: Sequence[Text]) -> int:
+    """How many tokens go through the model for a question, padding of its choices included."""
+    begin = _shared(texts)
+    return begin + len(texts) * (max(len(ids) for ids, _ in texts) - begin)
+
+
 def _parts(texts: Sequence[Sequence[Text]], begins: Sequence[int]) -> Iterator[list[int]]:
     """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one. `begins`: tokens that are shared."""
     part: list[int] = []
@@ -399,31 +407,36 @@ def _parts(texts: Sequence[Sequence[Text]], begins: Sequence[int]) -> Iterator[l
         yield part
 
 
-def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]], begins: Sequence[int]) -> list[float]:
-    """-log p of the answer of every text, one after the other; of each question so many tokens are shared by all texts as `begins` says."""
+def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]], begins: Sequence[int]) -> Tensor:
+    """-log p of the answer of every text, one after the other: float32 [texts]; of each question so many tokens are shared by all texts as `begins` says."""
     flat = [text for texts in questions for text in texts]
     if head is None or not max(begins):
         batch = pad(flat)
-        return [float(value) for value in batch.sums(batch.losses(model, head))]
+        return batch.sums(batch.losses(model, head))
     beginnings = pad([(texts[0][0][:begin] or texts[0][0][:1], 1) for texts, begin in zip(questions, begins, strict=True)])
     kept = model.base_model(input_ids=beginnings.ids.to(model.device), use_cache=True).past_key_values
     owners = [i for i, texts in enumerate(questions) for _ in texts]
     ends = [(ids[begins[i] :], prompt - begins[i]) for (ids, prompt), i in zip(flat, owners, strict=True)]
-    sums = [0.0] * len(flat)
-    for part in torch.tensor([len(ids) for ids, _ in ends]).argsort(stable=True).split(2 * len(questions)):  # of like length
+    order, found = torch.tensor([len(ids) for ids, _ in ends]).argsort(stable=True), []
+    for part in order.split(2 * len(questions)):  # of like length
         owner_N = torch.tensor([owners[i] for i in part.tolist()])
-        cache = copy.deepcopy(kept)
-        cache.reorder_cache(owner_N.to(model.device))
         begin_N1, batch = torch.tensor(begins)[owner_N, None], pad([ends[i] for i in part.tolist()])
         known_NP = torch.arange(beginnings.ids.shape[1]) < begin_N1  # what is behind a shorter beginning is padding
         hidden = model.base_model(
             input_ids=batch.ids.to(model.device),
             attention_mask=torch.cat([known_NP, torch.ones_like(batch.counted)], 1).long().to(model.device),
             position_ids=(begin_N1 + torch.arange(batch.ids.shape[1])).to(model.device),
-            past_key_values=cache,
+            past_key_values=_rows(kept, owner_N.to(model.device)),
             use_cache=True,
         ).last_hidden_state
         counted, targets = batch.counted.to(model.device), batch.ids.roll(-1, 1).to(model.device)
-        for i, value in zip(part.tolist(), batch.sums(cross_entropy(hidden[counted], targets[counted], head)).tolist(), strict=True):
-            sums[i] = value
-    return sums
+        found.append(batch.sums(cross_entropy(hidden[counted], targets[counted], head)))
+    return torch.cat(found)[order.argsort().to(model.device)]
+
+
+def _rows(cache: Any, rows_N: Tensor) -> Any:
+    """Rows of a cache of keys and values, as a new one; differentiable."""
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    taken.batch_select_indices(rows_N)
+    return taken

@@ -219,7 +219,7 @@ def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan
     log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
              " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
     longest = max(_tokens(lesson))
-    rows = MOST_ROWS.get(loaded.model.device.type)
+    rows = None if lesson.choices else MOST_ROWS.get(loaded.model.device.type)
     return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), sequences.test.ids.numel(), longest, rows)  # type: ignore[no-any-return]
 
 
@@ -229,7 +229,7 @@ def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
 
 def _tokens(lesson: Lesson) -> list[int]:
     """Tokens that go through the model for each training row."""
-    return [len(choices) * max(len(ids) for ids, _ in choices) for choices in lesson.choices] or [len(ids) for ids, _ in lesson.texts]
+    return [questions.tokens_of(choices) for choices in lesson.choices] or [len(ids) for ids, _ in lesson.texts]
 
 
 def _own_score(job: Job, lesson: Lesson) -> Any:
