@@ -220,7 +220,6 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
     lr: float = 1e-3  # Peak learning rate of the adapters.
-    scale_lr: float = 1e-4  # Peak relative learning rate of the scales: 1e-4 moves a scale by about 0.01 % a step.
     warmup: float = 0.1  # Share of the steps with a rising rate.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
     start: str = "awq+se"
