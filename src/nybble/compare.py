@@ -204,7 +204,8 @@ def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: T
     note = (
         "Percent of the test rows that were right, and its standard error. Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
-        + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. Loss on: {options.loss_on}. Seed {options.seed}."
+        + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. "
+        f"Loss on: {options.loss_on}. Seed {options.seed}."
     )
     values = {task: {column: [figure.value, figure.documents] for column, figure in found.items()} for task, found in figures.items()}
     checkpoint.write_text(folder / "compare.json", json.dumps(values, indent=2) + "\n")
