@@ -146,6 +146,8 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     for first, second in zip(padded[::2], padded[1::2], strict=True):
         assert first + second == sorted(first + second)
         assert len(set(first + second)) > 1
+    tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, overwrite=True))
+    assert checkpoint.read_options(tmp_path / "run")["microbatch"] == 8, "choices, which share their beginnings, go together as far as memory allows"
 
 
 @pytest.mark.parametrize("teacher", [False, True])

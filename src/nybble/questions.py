@@ -352,8 +352,8 @@ def choice_scores(model: Any, head: Head, questions: Sequence[Question], texts: 
 
     Args:
         texts: of `encode_choices`.
-        by_length: each times the mean length of its question's choices / its own length. (What is scored, per character, would hardly tell the choices
-            apart in a softmax: a nat a character is much.)
+        by_length: each times the mean length of its question's choices / its own length. (What is scored, per character, is nearly flat in a softmax:
+            1.41 nats before training on openbookqa, where guessing gives 1.39.)
     """
     sums = _sums(model, head, texts, _begins(model, head, texts)).split([len(choices) for choices in texts])
     most, rows = max(map(len, texts)), []
