@@ -26,8 +26,13 @@ def test_a_used_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
         Run.open(path, OPTIONS, resume=False, overwrite=False)
     Run.open(path, OPTIONS, resume=True, overwrite=False).close()
     assert (path / "last.safetensors").exists()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (path / "link").symlink_to(elsewhere, target_is_directory=True)
     Run.open(path, OPTIONS, resume=False, overwrite=True).close()
     assert not (path / "last.safetensors").exists()
+    assert not (path / "link").is_symlink()
+    assert elsewhere.is_dir(), "what a link points to is not the run's"
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

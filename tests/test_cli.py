@@ -122,10 +122,17 @@ def test_eval_takes_its_target_by_position() -> None:
         ("distill --pretrained ./nowhere --tasks", "--pretrained ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
         ("distill --pretrained m --seed -1", "--seed must be from 0 to 2^32 - 1; got -1"),
         ("distill --pretrained smollm2 --device meta --tasks", "--device meta is not usable on this machine (it has no memory)"),
-        ("eval m --teacher t --no_perplexity", "--teacher is for the KL divergence, which --no_perplexity leaves out"),
+        ("eval m --teacher t --no_perplexity --tasks arc_easy", "--teacher is for the KL divergence, which --no_perplexity leaves out"),
+        ("eval m --no_perplexity", "--no_perplexity leaves nothing to measure without --tasks"),
+        ("eval m --teacher ./nowhere", "MODEL_OR_RUN m"),
+        ("eval m --task_limit 0", "--task_limit must be at least 1; got 0"),
+        ("compress --pretrained m --task_limit -3", "--task_limit must be at least 1; got -3"),
+        ("distill --pretrained m --lr inf", "--lr must be 0 or more; got inf"),
+        ("env --foo", "nybble env takes no arguments; got --foo"),
+        ("export ./nowhere --to gguf", "--to must name known formats (openvino); got gguf"),
         ("export ./nowhere --to", "--to must name a format: openvino"),
         ("export ./nowhere", "nowhere must be a run folder; it has no config.toml"),
-        ("eval ./nowhere", "--pretrained ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
+        ("eval ./nowhere", "MODEL_OR_RUN ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
     ],
 )
 def test_bad_input(arguments: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,6 +159,8 @@ def test_unknown_keys_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         ("--group_size 48", "in_features must be a multiple of group_size: layer model.layers.0.self_attn.q_proj has in_features=64, got group_size=48"),
         ("--data ./nowhere.txt", "--data ./nowhere.txt must be an existing file or folder"),
+        ("--data python-docs --eval_data ./nowhere.txt", "--eval_data ./nowhere.txt must be an existing file or folder"),
+        ("--data ./nowhere.safetensors", "--data ./nowhere.safetensors must be a file of tokens that --data self wrote"),
         ("--data python-docs --seq_len 100000", "the training text must give at least 32 sequences of 100000 tokens"),
         ("--data wikitext2", "hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"),
     ],
@@ -184,7 +193,7 @@ def test_help_speaks_of_every_command_and_flag(capsys: pytest.CaptureFixture[str
     assert stop.value.code in (0, None)
     text = capsys.readouterr().out
     assert "--lora-rank INT" in text
-    assert "Hub id, local folder, .gguf file" in text
+    assert "hub id, local folder, .gguf" in text
 
 
 def test_the_installed_command_shows_the_environment() -> None:

@@ -75,6 +75,11 @@ def test_errors_and_mean() -> None:
     assert lines[2][5] == "75.0 +- 2.5"
 
 
+def test_a_loss_that_a_task_does_not_have_is_refused_at_once(tmp_path: Path, shared_data: Path) -> None:
+    with pytest.raises(OptionError, match="--loss_on choices needs tasks with choices; gsm8k"):
+        compare(options(tmp_path, shared_data, compare=("openbookqa", "gsm8k"), loss_on="choices"))
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OptionError, match="two or more ranks"):
         compare(options(tmp_path, tmp_path, lora_rank_space=(4,)))

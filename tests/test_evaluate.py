@@ -55,6 +55,19 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
     assert results["wikitext"]["word_perplexity"] > 1
 
 
+def test_all_files_of_a_split_are_read_each_by_its_own_kind(data_dir: Path) -> None:
+    import datasets
+
+    folder = data_dir / "arc" / "ARC-Easy"
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").rename(folder / "train-00000-of-00002.jsonl")
+    (folder / "train-00001-of-00002.jsonl").write_text("".join(rows[:2]))
+    datasets.Dataset.from_json(str(folder / "test.jsonl")).to_parquet(folder / "test.parquet")
+    (folder / "test.jsonl").unlink()
+    task = evaluate.open_task("arc_easy", str(data_dir))
+    assert (len(task.training_docs()), len(task.test_docs())) == (5, 5)
+
+
 def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     (tmp_path / "ov").mkdir()

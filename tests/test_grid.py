@@ -121,7 +121,14 @@ def test_codes_move_across_a_rounding_boundary_only() -> None:
 
 @pytest.mark.parametrize(
     ("features", "size", "choices"),
-    [(100, 48, "10, 20, 25, 50, 100"), (576, 128, "16, 32, 64"), (192, 0, "16, 32, 64"), (64, -4, "16, 32, 64")],
+    [
+        (100, 48, "10, 20, 25, 50, 100"),
+        (576, 128, "16, 32, 64"),
+        (192, 0, "16, 32, 64"),
+        (64, -4, "16, 32, 64"),
+        (7, 2, "1, 7"),
+        (4872, 64, "116, 168, 174, 203, 232"),
+    ],
 )
 def test_group_size_error_names_layer_and_choices(features: int, size: int, choices: str) -> None:
     with pytest.raises(OptionError) as error:

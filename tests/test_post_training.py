@@ -44,7 +44,9 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     assert results["models"].keys() == {"16bit", "compressed", "openvino"}
-    assert results["models"]["openvino"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-2)
+    assert results["models"]["openvino"]["kl_to_teacher"] == pytest.approx(
+        results["models"]["compressed"]["kl_to_teacher"], rel=3e-2
+    )  # deployed with 8-bit activations
     assert (results["kind"], results["method"]) == ("compress", "awq+se+gptq")
     assert set(results["seconds"]) == {"load", "teacher", "measure", "compress", "export openvino"}
     errors = results["layer_errors"]
@@ -122,8 +124,8 @@ def test_options_for_steps_that_are_not_done_are_said(tmp_path: Path, caplog: py
     model = save_model(tmp_path / "model", "llama")
     with caplog.at_level("WARNING", "nybble"):
         compress_flow(options(model, tmp_path / "run", method="se", gptq_damping=0.5, blockwise_epochs=9.0))
-    assert "--gptq_damping is for gptq, which is not done here" in caplog.text
-    assert "--blockwise_epochs is for blockwise" in caplog.text
+    assert "--gptq_damping has no effect: the method has no step gptq" in caplog.text
+    assert "--blockwise_epochs has no effect: the method has no step blockwise" in caplog.text
     assert "--gptq_act_order" not in caplog.text
 
 

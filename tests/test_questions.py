@@ -57,7 +57,7 @@ def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None
     assert alone == pytest.approx(sums[0] / 4, abs=1e-5)  # of 4 tokens
 
 
-def test_choice_scores_tell_the_choices_apart_and_are_differentiable() -> None:
+def test_log_probs_of_choices_are_those_of_whole_texts_and_differentiable() -> None:
     model, tokenizer = make_model("llama", dtype=torch.float64), make_tokenizer()
     asked = [
         Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)),
@@ -65,20 +65,17 @@ def test_choice_scores_tell_the_choices_apart_and_are_differentiable() -> None:
     ]
     texts = questions.encode_choices(tokenizer, asked, 64)
     weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
-    for by_length in (False, True):
-        expected = torch.full((2, 3), -math.inf, dtype=torch.float64)
-        for i, question in enumerate(asked):
-            mean = sum(question.lengths) / len(question.lengths)
-            for c, (prompt, answer) in enumerate(question.pairs):
-                ids = torch.tensor([tokenizer(prompt + answer).input_ids])
-                log_q = model(ids).logits[0].log_softmax(-1)
-                total = sum(log_q[t - 1, ids[0, t]] for t in range(len(tokenizer(prompt).input_ids), ids.shape[1]))
-                expected[i, c] = total * mean / question.lengths[c] if by_length else total
-        found = questions.choice_scores(model, Head.of(model), asked, texts, by_length)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
-        gold = torch.tensor([question.gold for question in asked])
-        grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)[0] for scores in (found, expected)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+    expected = torch.full((2, 3), -math.inf, dtype=torch.float64)
+    for i, question in enumerate(asked):
+        for c, (prompt, answer) in enumerate(question.pairs):
+            ids = torch.tensor([tokenizer(prompt + answer).input_ids])
+            log_q = model(ids).logits[0].log_softmax(-1)
+            expected[i, c] = sum(log_q[t - 1, ids[0, t]] for t in range(len(tokenizer(prompt).input_ids), ids.shape[1]))
+    found = questions.choice_log_probs(model, Head.of(model), texts)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    gold = torch.tensor([question.gold for question in asked])
+    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)[0] for scores in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,13 +125,32 @@ def test_gradients_go_through_what_choices_share(family: str, monkeypatch: pytes
     gold, found = torch.tensor([question.gold for question in asked]), []
     assert max(questions._begins(model, Head.of(model), texts)) > 3
     for _ in range(2):
-        scores = questions.choice_scores(model, Head.of(model), asked, texts, True)
+        scores = questions.choice_log_probs(model, Head.of(model), texts)
         found.append((scores.detach(), *torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)))
         monkeypatch.setattr(questions, "_begins", lambda model, head, texts: [0] * len(texts))
     (scores, grad), (plain, plain_grad) = found
     torch.testing.assert_close(scores, plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, plain_grad, rtol=1e-3, atol=1e-3 * float(plain_grad.abs().max()))
     assert float(plain_grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("family", [family for family, (_, options) in FAMILIES.items() if "sliding_window" in options])
+def test_a_short_question_beside_a_long_one_keeps_its_prompt_in_the_window(family: str) -> None:
+    model, tokenizer = make_model(family, sliding_window=64), make_tokenizer(begin=True)
+    asked = [
+        Question((("p" * 56, " a"), ("p" * 56, " b")), 0, (1, 1)),
+        Question((("q" * 3, " " + "x" * 55), ("q" * 3, " " + "y" * 50)), 0, (55, 50)),
+    ]
+    texts = questions.encode_choices(tokenizer, asked, 512)
+    assert questions._begins(model, Head.of(model), texts) == [56, 3]  # no text is longer than the window
+    shared = questions.choice_log_probs(model, Head.of(model), texts)
+    plain = [questions.score(model, None, tokenizer, [question], False, 512).log_likelihood for question in asked]
+    assert [float(row.log_softmax(0)[0]) for row in shared] == pytest.approx(plain, abs=1e-3)
+
+
+def test_an_answer_without_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="every answer must have tokens of its own; '' after 'ask' has none"):
+        questions.encode_choices(make_tokenizer(), [Question((("ask", " a"), ("ask", "")), 0, (1, 1))], 64)
 
 
 def test_padding_changes_nothing() -> None:

@@ -106,6 +106,8 @@ def test_a_tuned_start_is_no_baseline() -> None:
     (both,) = report.compare({"first": first, "second": second})
     assert both.baseline is not None
     assert (both.baseline.run, both.value(both.baseline)) == ("first", 14.0)
+    (named,) = report.compare({"third": RESULTS | {"method": "rtn (runs/no-blockwise)"}})
+    assert named.baseline is not None, "what a folder is called says nothing"
     (alone,) = report.compare({"second": second})
     assert alone.baseline is None
     assert "4 bit, tuned before" in [row[0] for row in report.rows(second)[1]]

@@ -13,7 +13,7 @@ from nybble.cli import main
 from nybble.config import SearchOptions
 from nybble.errors import RunError
 from nybble.search import search
-from nybble.tune import Trained, tune
+from nybble.tune import Trained, put_in_place, reopened, tune
 
 from .test_tune import codes, options, results, write_task
 
@@ -91,6 +91,39 @@ def test_the_winner_is_put_in_place(tmp_path: Path) -> None:
     kl = found["models"]["tuned"]["kl_to_teacher"]
     assert kl > 0.3 * results_["models"]["tuned"]["kl_to_teacher"], "compared with the 16-bit model, not with itself"
     assert found["models"]["tuned"]["task:letters acc"] is not None
+    assert found["chosen"] == results_["configuration"], "tune's own choice stays on record"
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"In place are {' '.join(map(str, best['configuration']))}, found by `nybble search`" in report
+    tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1), resume=True, eval_only=True))
+    assert results(tmp_path / "run")["tested"][-1]["configuration"] == best["configuration"]
+
+
+def test_given_ranks_that_were_replaced_are_not_tested_again(tmp_path: Path) -> None:
+    given = {"epochs": 1, "lora_rank_space": (8, 1), "custom_rank_config": (8, 1)}
+    tune(options(tmp_path, **given))
+    with reopened(options(tmp_path, **given, resume=True)) as trained:
+        put_in_place(trained, (1, 1))
+    tune(options(tmp_path, **given, resume=True, eval_only=True))  # the command line fills in what the run was given
+    assert results(tmp_path / "run")["tested"][-1]["configuration"] == [1, 1]
+
+
+def test_exports_by_hand_are_made_again_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(options(tmp_path, epochs=1, lora_rank_space=(8, 1)))
+    saved = results(tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(saved | {"exports": {"openvino": {}}}))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nybble.tune._absorb", killed)
+        with reopened(options(tmp_path, epochs=1, lora_rank_space=(8, 1), resume=True)) as trained:
+            put_in_place(trained, (1, 1))
+    made: list[str] = []
+    monkeypatch.setattr("nybble.stages.export_run", lambda run, kind, *_: made.append(kind) or killed())
+    with pytest.raises(KeyboardInterrupt):
+        tune(options(tmp_path, epochs=1, lora_rank_space=(8, 1), resume=True))
+    assert made == ["openvino"]
 
 
 def test_a_run_without_a_choice_is_told(tmp_path: Path) -> None:
@@ -109,12 +142,15 @@ def test_sampled_configurations_differ_between_sittings(trained: Path) -> None:
     search(SearchOptions(run=str(trained), sampler="random", trials=8, seed=9))
     drawn = [tuple(trial.params.values()) for trial in study(trained, "random-9").trials]
     assert drawn[:4] != drawn[4:]
-    assert searching._done(trained, "random", 9) == 8
+    search(SearchOptions(run=str(trained), sampler="tpe", trials=4, seed=2**32 - 1, random_draws=False))
+    search(SearchOptions(run=str(trained), sampler="tpe", trials=5, seed=2**32 - 1, random_draws=False))  # numpy knows no larger seeds
 
 
 def test_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", str(tmp_path)]) == 2
     assert "must be a finished run of nybble tune; it is none" in capsys.readouterr().err
+    assert main(["search", str(trained), "--seed", "-1"]) == 2
+    assert "--seed must be from 0 to 2^32 - 1" in capsys.readouterr().err
     assert main(["search", str(trained), "--trials", "0"]) == 2
     assert "--trials must be at least 1" in capsys.readouterr().err
     tune(options(tmp_path, epochs=1, lora_rank_space=(4,)))

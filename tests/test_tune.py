@@ -138,7 +138,7 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     padded: list[list[int]] = []
     original = questions.pad
-    monkeypatch.setattr(questions, "pad", lambda texts, *rest: padded.append([len(ids) for ids, _ in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(questions, "pad", lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
     monkeypatch.setattr(questions, "score", lambda *arguments: questions.Score((-1.0,), (True,)))  # it pads too
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, loss_on="answer"))
     assert len(padded) == 12  # 48 rows
@@ -168,7 +168,7 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
     models = [student, AutoModelForCausalLM.from_pretrained(path)] if path else [student]
     texts = questions.encode_choices(tokenizer, asked, 32)
     with torch.no_grad():
-        shares = [questions.choice_scores(model, Head.of(model), asked, texts, False).double().log_softmax(-1) for model in models]
+        shares = [questions.choice_log_probs(model, Head.of(model), texts).double().log_softmax(-1) for model in models]
     expected = (shares[1].exp() * (shares[1] - shares[0])).sum(-1).mean() if path else -shares[0][:, 0].mean()  # the right one is always the first
     assert found == pytest.approx(float(expected), rel=1e-4)
 
@@ -248,6 +248,59 @@ def test_own_files_hold_one_kind_of_rows_and_any_letters(tmp_path: Path) -> None
         load_task(str(path), None, 0)
 
 
+def test_rows_and_choices_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from nybble.errors import DataError
+    from nybble.questions import load_task
+
+    path = tmp_path / "own.jsonl"
+
+    def loaded(rows: list[dict[str, Any]]) -> Any:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_task(str(path), None, 0)
+
+    task = loaded([{"prompt": f"row {i}", "choices": [1, 2.5], "answer": i % 2} for i in range(60)])
+    assert task.train[0].pairs[0][1] == " 1"
+    for part in (task.train, task.held_out, task.scored):
+        assert {question.gold for question in part} == {0, 1}, "rows that alternate are in every part"
+    assert not caplog.text
+    loaded([{"prompt": f"row {i % 30}", "choices": ["a", "b"], "answer": 0} for i in range(60)])
+    assert "training rows repeat rows to choose by or to score on" in caplog.text
+    good = [{"prompt": f"row {i}", "choices": ["a", "b"], "answer": 0} for i in range(20)]
+    for wrong in ({"answer": True}, {"choices": [None, "b"]}, {"choices": ["a", "b"], "answer": 5, "completion": "c"}, {"choices": ["a"]}):
+        with pytest.raises(DataError, match="row 4 must have prompt, choices"):
+            loaded([*good[:3], good[3] | wrong, *good[4:]])
+
+
+@pytest.mark.parametrize("what", ["a wrong choice of the training rows", "the teacher"])
+def test_what_is_read_may_not_change_before_training_ends(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.errors import RunError
+
+    teacher = taught(tmp_path)
+    task, lines = tmp_path / "letters.jsonl", (tmp_path / "letters.jsonl").read_text().splitlines()
+    run = options(tmp_path, teacher=str(teacher))
+    with monkeypatch.context() as patch:
+        interrupt_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(run)
+    if what == "the teacher":
+        save_model(teacher, "smollm", seed=7)
+    else:
+        task.write_text("\n".join([lines[0].replace('"#"', '"%"'), *lines[1:]]))
+    with pytest.raises(RunError, match="the teacher changed" if what == "the teacher" else "the rows of the task changed"):
+        tune(options(tmp_path, teacher=str(teacher), resume=True))
+
+
+def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": "x " * (2 + i % 20) + "pick", "choices": ["a", "b"], "answer": i % 2} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune(options(tmp_path, task=str(path), epochs=1, seq_len=16))
+    assert "48 rows to train on (loss on choices)" in (tmp_path / "run" / "log.txt").read_text() + caplog.text
+    assert "left out" not in caplog.text
+    assert results(tmp_path / "run")["task"]["loss_on"] == "choices"
+    assert len(results(tmp_path / "run")["training"]) == 48 // 8
+
+
 def test_a_finished_run_keeps_its_ranks_and_its_rows(tmp_path: Path) -> None:
     from nybble.errors import RunError
 
@@ -303,6 +356,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "answers must have tokens within --seq_len 8; none of 16 has; the shortest prompt has" in refused(
         tmp_path, capsys, "--seq_len", "8", task=str(write_long(tmp_path))
     )
+    assert "--batch_size must be at most the number of training rows; got 64 and 48 rows" in refused(tmp_path, capsys, "--batch_size", "64")
     assert main(["tune", "--pretrained", "x"]) == 2
     assert "--task is required" in capsys.readouterr().err
 
@@ -390,3 +444,59 @@ def test_a_teacher_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     save_model(tmp_path / "wider", "smollm", vocab_size=300)
     assert "--teacher must have the vocabulary of --pretrained, 260 tokens;" in refused(tmp_path, capsys, "--teacher", str(tmp_path / "wider"))
     assert f"--teacher {tmp_path}/nowhere must be a model folder" in refused(tmp_path, capsys, "--teacher", f"{tmp_path}/nowhere")
+
+
+def test_overwriting_spares_the_task_and_its_data(tmp_path: Path) -> None:
+    from nybble.errors import OptionError
+
+    tune(options(tmp_path, epochs=1))
+    inside = write_task(tmp_path / "run" / "letters.jsonl")
+    with pytest.raises(OptionError, match="--overwrite would delete --task"):
+        tune(options(tmp_path, task=str(inside), overwrite=True))
+    with pytest.raises(OptionError, match="--overwrite would delete --data_dir"):
+        tune(options(tmp_path, data_dir=str(tmp_path / "run"), overwrite=True))
+    assert inside.exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.errors import OptionError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="nybble tune must run in one process"):
+        tune(options(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_command_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = options(tmp_path, epochs=1)
+    tune(run)
+    assert main(["distill", "--pretrained", run.pretrained, "--output_dir", str(tmp_path / "run"), "--resume"]) == 2
+    assert "--resume must go on with a run of nybble distill" in capsys.readouterr().err
+
+
+def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> None:
+    """As `docs/method.md` says: softmax of log p times the mean length of the question's choices / a choice's own; fewer choices count for nothing."""
+    from nybble import questions
+    from nybble.losses import Head
+    from nybble.models import LoadedModel
+    from nybble.questions import Question, Task
+    from nybble.tune import Lesson, _choice_loss
+
+    from .tiny import make_model, make_tokenizer
+
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    asked = [Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)), Question((("say", " a"), ("say", " bcd")), 0, (1, 3))]
+    choices = questions.encode_choices(tokenizer, asked, 64)
+    with torch.no_grad():
+        log_p = questions.choice_log_probs(model, Head.of(model), choices).double()
+    for metric in ("acc", "acc_norm"):
+        lesson = Lesson(Task("t", metric, asked, asked), "choices", [], choices, asked, [], (1,), 2)
+        loss, weight = _choice_loss(LoadedModel(model, tokenizer, "t"), lesson)
+        expected = 0.0
+        for row, question in zip(log_p, asked, strict=True):
+            lengths = torch.tensor(question.lengths, dtype=torch.float64)
+            scores = row[: len(lengths)] * (lengths.mean() / lengths if metric == "acc_norm" else 1)
+            expected -= float(scores.log_softmax(0)[question.gold]) / 2
+        with torch.no_grad():
+            assert float(loss(torch.tensor([0, 1]))) == pytest.approx(expected, rel=1e-5)
+        assert weight(torch.tensor([0, 1])) == 2

@@ -182,7 +182,7 @@ class Run:
             # The configuration goes last: as long as anything is left, the folder is known as a run.
             for entry in sorted(path.iterdir(), key=lambda entry: entry.name == CONFIG):
                 if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         run = Run(path, lock, {"seconds": {}, "models": {}})
         if used and resume:
             check_same(path, options)

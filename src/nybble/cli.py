@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -117,24 +118,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(USAGE, end="")
         elif arguments[0] == "--version":
             print(f"nybble {metadata.version('nybble')}")
-        elif arguments[0] == "env":
+        elif arguments == ["env"]:
             from nybble.commands import environment
 
             environment()
         else:
             options, command = parse(arguments)
+            if hasattr(options, "check"):
+                options.check()  # now rather than after the seconds that torch and transformers take to load
             from nybble.console import set_up_logging
 
             set_up_logging()
             command(options)
-    except NybbleError as error:
-        print(f"nybble: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission, a name that is too long
+    except (NybbleError, OSError) as error:  # OSError: a full disk, a folder without permission, a name that is too long
         print(f"nybble: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nybble: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        kind = COMMANDS[arguments[0]][0] if arguments[0] in COMMANDS else None
+        print("nybble: interrupted" + ("; the same command with --resume goes on from the last checkpoint" if hasattr(kind, "resume") else ""), file=sys.stderr)
         return 130
     return 0
 
@@ -156,6 +157,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
     Values come from, the later the stronger: defaults, the run's config.toml on --resume, --config, flags.
     """
     name, flags = arguments[0], [_dashes(a) for a in arguments[1:]]
+    if name == "env":
+        raise OptionError(f"nybble env takes no arguments; got {' '.join(flags)}")
     if name not in COMMANDS:
         raise OptionError(f"unknown command {name}{_nearest(name, [*COMMANDS, 'env'])}; the commands are {', '.join(COMMANDS)}, env")
     kind, command = COMMANDS[name]
@@ -171,8 +174,17 @@ def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
     if "--resume" in flags:
         saved = _parse_flags(name, kind, flags, values).folder / "config.toml"
         if saved.is_file():
+            _check_kind(kind, saved.parent)
             values = from_toml(kind, saved) | values
     return _parse_flags(name, kind, flags, values), command
+
+
+def _check_kind(kind: Any, folder: Path) -> None:
+    """Raise OptionError for a run that another command began."""
+    results = folder / "results.json"
+    began = json.loads(results.read_text(encoding="utf-8")).get("kind", kind.KIND) if results.is_file() else kind.KIND
+    if began != kind.KIND:
+        raise OptionError(f"--resume must go on with a run of nybble {kind.KIND}; {folder} was begun by nybble {began}; choose another --output_dir")
 
 
 def _parse_flags(name: str, kind: type, flags: list[str], values: dict[str, Any]) -> Any:

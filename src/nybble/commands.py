@@ -15,7 +15,7 @@ from nybble import evaluate as measuring
 from nybble.checkpoint import Run
 from nybble.config import EvalOptions, ExportOptions, InspectOptions, ReportOptions
 from nybble.console import bar, console
-from nybble.errors import OptionError, RunError
+from nybble.errors import ModelError, OptionError, RunError
 from nybble.export import EXPORTERS, check_formats
 from nybble.models import LoadedModel
 from nybble.quantized import QuantizedWeight
@@ -28,7 +28,7 @@ def export(options: ExportOptions) -> None:
     """Export RUN/quantized to every format named."""
     if not options.to:
         raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
-    check_formats(options.to)
+    check_formats(options.to, "--to")
     path = Path(options.run)
     values = checkpoint.read_options(path)
     run = Run.reopen(_finished(path))
@@ -64,7 +64,10 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
             config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
             return LoadedModel(exporter().open_model(path, config, options.strict), tokenizer, str(path))
-    return models.load(target, dtype, device, options.trust_remote_code)
+    try:
+        return models.load(target, dtype, device, options.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--pretrained", "--teacher" if target == options.teacher else "MODEL_OR_RUN")) from error
 
 
 def evaluate(options: EvalOptions) -> None:

@@ -63,7 +63,7 @@ def compare(options: TuneOptions) -> Path:
         raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
     compress.parse(options.start, "--start")  # one of the columns is compressed by it, so a run will not do
     for task in options.compare:
-        _check_task(task, options.data_dir)
+        _check_task(task, options)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
     figures: dict[str, dict[str, Figure]] = {}
     for task in options.compare:
@@ -72,12 +72,14 @@ def compare(options: TuneOptions) -> Path:
     return folder
 
 
-def _check_task(name: str, data_dir: str | None) -> None:
+def _check_task(name: str, options: TuneOptions) -> None:
     """Raise now what would be raised after hours."""
-    task = evaluate.open_task(name, data_dir)
+    task = evaluate.open_task(name, options.data_dir)
     metric = evaluate.metric_of(task)
     if not task.has_training_docs():
         raise OptionError(f"--compare takes tasks with a training split; {name} has none")
+    if options.loss_on == "choices" and task.OUTPUT_TYPE != "multiple_choice":
+        raise OptionError(f"--loss_on choices needs tasks with choices; {name} has answers in the model's own words; use --loss_on auto")
     if not metric.startswith(("acc", "exact_match")):
         raise OptionError(f"--compare takes tasks that are scored by the share of right answers; {name} is scored by {metric}")
 
@@ -141,7 +143,7 @@ def tune_16bit(options: TuneOptions, before: dict[str, Any]) -> Path:
     """The same tuning of the 16-bit model, by peft; the merged model is written to the run's folder `merged`. `before`: what that model measured."""
     with tune.opened(options, ()) as (job, lesson):
         run = job.run
-        run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
+        run.results["task"] = tune.described(lesson)
         run.results["text_length"] = job.sequences.test.ids.shape[1]
         run.results["models"].setdefault("16bit", before)
         reference = evaluate.logits_from_states(job.head, stages.teach(job, {"test": job.sequences.test}, 1)["test"])
@@ -201,11 +203,13 @@ def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: T
     runs = {f"{task}/{name}": checkpoint.read_results(folder / task / name) for task in figures for name in ("qat-nls", "qat-lora")}
     tables = report.as_markdown(headings, lines)
     honest = options.select_on == "held_out"
+    losses = {task: runs[f"{task}/qat-nls"]["task"].get("loss_on", options.loss_on) for task in figures}
+    learnt = ", ".join(dict.fromkeys(losses.values()) if len(set(losses.values())) == 1 else (f"{loss} ({task})" for task, loss in losses.items()))
     note = (
         "Percent of the test rows that were right, and its standard error. Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
         + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. "
-        f"Loss on: {options.loss_on}. Seed {options.seed}."
+        f"Loss on: {learnt}. Seed {options.seed}."
     )
     values = {task: {column: [figure.value, figure.documents] for column, figure in found.items()} for task, found in figures.items()}
     checkpoint.write_text(folder / "compare.json", json.dumps(values, indent=2) + "\n")

@@ -24,7 +24,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 class ModelOptions:
     """Which model, where, and in what precision it computes."""
 
-    pretrained: str = ""  # Hub id, local folder, .gguf file, or the built-in smollm2.
+    pretrained: str = ""  # Required: hub id, local folder, .gguf file, or the built-in smollm2.
     trust_remote_code: bool = False  # Run Python code that comes with the model.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Dtype = "auto"  # Of the 16-bit model. auto: bfloat16 where it is fast, else float32.
@@ -43,6 +43,13 @@ class DataOptions:
     loss_on: Literal["all", "assistant"] = "all"  # Of conversations (rows with messages): all tokens, or only what the assistant says.
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(DataOptions):
+    """Which text to learn from, and which to measure on."""
+
+    eval_data: tuple[str, ...] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
+
+
 # Fewer sequences than this are no calibration.
 LEAST_CALIBRATION = 8
 
@@ -55,7 +62,7 @@ class CompressionOptions:
     calib_samples: int = 128  # Sequences of the training text that methods other than rtn learn from.
     gptq_damping: float = 0.01  # Of the Hessian, relative to its mean diagonal.
     gptq_act_order: bool = False  # Round columns with large inputs first.
-    blockwise_epochs: float = 2.0  # Times that block-wise reconstruction goes through the calibration sequences.
+    blockwise_epochs: float = 2.0  # Epochs of block-wise reconstruction, over the calibration sequences.
     limit_blocks: int | None = None  # Apply the method to so many decoder blocks, rtn to the others (for trying out).
 
     def check_compression(self) -> None:
@@ -71,8 +78,7 @@ class CompressionOptions:
 class RunOptions:
     """Where a run goes, and what is measured and written at its end."""
 
-    output_dir: str | None = None  # Run folder. Default: runs/MODEL-distill, runs/MODEL-METHOD.
-    eval_data: tuple[str, ...] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
+    output_dir: str | None = None  # Run folder. Default: runs/MODEL-WHAT, that is distill, the method or the task.
     seed: int = 0  # Of everything random: adapters, choice and order of the data.
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
     tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all models of the run; needs the extra eval.
@@ -86,6 +92,7 @@ class RunOptions:
         """Raise OptionError for impossible values."""
         _require(self, ("test_samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
         _require(self, ("seed",), lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")
+        _require(self, ("task_limit",), lambda value: value is None or value >= 1, "at least 1")
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; give one of them")
 
@@ -95,7 +102,7 @@ def _folder(output_dir: str | None, pretrained: str, what: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions):
+class CompressOptions(RunOptions, CompressionOptions, TextOptions, ModelOptions):
     """Compress a model to 4 bits without training it end to end, export it, and measure it."""
 
     KIND: ClassVar[str] = "compress"
@@ -121,7 +128,7 @@ class CompressOptions(RunOptions, CompressionOptions, DataOptions, ModelOptions)
 class TrainingOptions:
     """How adapters and scales are trained."""
 
-    epochs: int = 10  # Passes over what makes an epoch, each followed by a validation.
+    epochs: int = 10  # Epochs, each followed by a validation.
     batch_size: int = 32  # Sequences in an optimizer step.
     microbatch: int = 0  # Sequences in one forward; 0 = by the memory estimate.
     lr: float = 1e-4  # Peak learning rate of the adapters.
@@ -143,7 +150,7 @@ class TrainingOptions:
         _require(self, ("epochs", "batch_size", "save_every"), lambda value: value >= 1, "at least 1")
         _require(self, ("microbatch",), lambda value: value >= 0, "0 (automatic) or more")
         _require(self, ("patience",), lambda value: value >= 0, "0 (never stop early) or more")
-        _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: value >= 0, "0 or more")
+        _require(self, ("lr", "scale_lr", "weight_decay"), lambda value: 0 <= value < float("inf"), "0 or more")
         _require(self, ("max_grad_norm",), lambda value: value > 0, "more than 0")
         _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
 
@@ -152,7 +159,7 @@ _FLOAT16 = "--dtype must be bfloat16 or float32 for training; float16 gradients 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOptions, ModelOptions):
+class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOptions, ModelOptions):
     """Distil a 16-bit model into its own 4-bit self, export it, and measure it."""
 
     KIND: ClassVar[str] = "distill"
@@ -171,7 +178,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, DataOption
         _require(self, ("samples", "valid_samples"), lambda value: value >= 1, "at least 1")
         self.check_training()
         _require(self, ("lora_rank",), lambda value: value >= 0, "0 (no adapters) or more")
-        _require(self, ("norm_lr",), lambda value: value >= 0, "0 or more")
+        _require(self, ("norm_lr",), lambda value: 0 <= value < float("inf"), "0 or more")
         if not (self.lora_rank or self.scale_lr or self.norm_lr):
             raise OptionError(
                 "--lora_rank, --scale_lr or --norm_lr must be above 0; all are 0 and leave nothing to train; nybble compress makes a model without training"
@@ -215,7 +222,7 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.
     custom_rank_config: tuple[int, ...] = ()  # One rank for each decoder layer, to be used instead of choosing.
     eval_only: bool = False  # Only measure: the run's adapters, as chosen or with --custom_rank_config; needs --resume.
-    fast_eval: bool = False  # Measure on weights quantized once, rather than again in every forward: the same numbers.
+    fast_eval: bool = False  # Measure on weights quantized once, also with --cache recompute (with the step cache it is always so): the same numbers.
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
@@ -224,7 +231,7 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
     start: str = "awq+se"
     tasks: tuple[str, ...] = ()  # More lm-eval tasks to measure; needs the extra eval.
-    test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL.
+    test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL; 0 = all.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""
@@ -265,6 +272,7 @@ class SearchOptions:
     def check(self) -> None:
         """Raise OptionError for impossible values."""
         _require(self, ("trials",), lambda value: value >= 1, "at least 1")
+        _require(self, ("seed",), lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +320,9 @@ class EvalOptions(DataOptions):
         """Raise OptionError for impossible values."""
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         _require(self, ("samples", "eval_batch_size"), lambda value: value >= 0, "0 (all, automatic) or more")
+        _require(self, ("task_limit",), lambda value: value is None or value >= 1, "at least 1")
+        if not (self.tasks or self.perplexity):
+            raise OptionError("--no_perplexity leaves nothing to measure without --tasks; name tasks, or leave it out")
         if self.teacher is not None and not self.perplexity:
             raise OptionError("--teacher is for the KL divergence, which --no_perplexity leaves out; give one of them")
 

@@ -23,7 +23,7 @@ _LOG_EVERY = 30.0
 
 
 class Advance(Protocol):
-    """Called with the number of units done, and texts for named columns."""
+    """Called with the number of units done, and texts for named columns. What an earlier sitting had done comes first, and says nothing of the pace."""
 
     def __call__(self, units: int, **texts: str) -> None: ...
 
@@ -67,19 +67,19 @@ def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
     if text is not None:
         columns.append(TextColumn(f"{{task.fields[{text}]}}"))
-    done, spoke, started = 0, time.monotonic(), time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    spoke = time.monotonic()
+    # rich takes the pace of the last minutes, without the first units.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, get_time=time.monotonic, speed_estimate_period=300) as progress:
         fields: dict[str, Any] = {} if text is None else {text: ""}
         task = progress.add_task(title, total=total, **fields)
 
         def advance(units: int, **texts: str) -> None:
-            nonlocal done, spoke
-            done += units
+            nonlocal spoke
             progress.update(task, advance=units, **dict[str, Any](texts))
-            now = time.monotonic()
+            now, state = time.monotonic(), progress.tasks[0]
             if not console.is_terminal and now - spoke > _LOG_EVERY:
                 spoke = now
-                left = (now - started) / done * (total - done) if done else float("nan")
-                log.info("%s %d of %d, about %.0f s left%s", title, done, total, left, "".join(f", {value}" for value in texts.values()))
+                left = "" if state.time_remaining is None else f", about {state.time_remaining:.0f} s left"
+                log.info("%s %d of %d%s%s", title, state.completed, total, left, "".join(f", {value}" for value in texts.values()))
 
         yield advance

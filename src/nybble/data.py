@@ -10,7 +10,7 @@
 - several of these, which are mixed: NAME=SHARE each, or no shares at all, and every sequence counts the same.
 Rows with a column `messages` and no text column are conversations (chat.py).
 
-A source without validation or test split gives up every 10th document (or block of lines) for each.
+A source without validation or test split gives up a tenth of its documents (or blocks of lines) for each (`split_of`).
 
 Sequences are cut without overlap, so the whole split is used before any token is seen twice: training for more sequences than
 the split has goes through all of it again, in another order. Documents are joined by the end-of-sequence token; a sequence starts
@@ -86,30 +86,39 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
         texts = _from_hub(data, column, wanted)
     for split in wanted:
         if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
-            raise DataError(f"--data {data} must have text in its {split} split; it is empty")
+            raise DataError(
+                f"--data {data} must have text in its {split} split; it is empty (a single text is split from 201 lines on, rows from 3 on); use more text, "
+                "or measure on another by --eval_data"
+            )
     return texts
 
 
 def _python_docs() -> list[Document]:
     from pydoc_data.topics import topics
 
-    return [text for _, text in sorted(topics.items())]
+    return list(dict.fromkeys(text for _, text in sorted(topics.items())))  # some topics have two names
 
 
 def _held_out(documents: Sequence[Document]) -> Texts:
-    """Every 10th document for validation, every 10th for test; a single text is cut into blocks of 100 lines first."""
+    """A tenth of the documents for validation, a tenth for test; a single text is cut into blocks of 100 lines first."""
     if len(documents) < 10 and all(isinstance(document, str) for document in documents):
         lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     if len(documents) < 3:
         return Texts(documents, (), ())
-    held = {i: "validation" if i % 10 == 5 else "test" for i in range(len(documents)) if i % 10 in (5, 9)}
-    if len(held) < 2:
-        held = {len(documents) - 2: "validation", len(documents) - 1: "test"}
+    places = [split_of(i) for i in range(len(documents))]
+    if len(documents) < 10:
+        places[-2:] = "validation", "test"
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for i, document in enumerate(documents):
-        parts[held.get(i, "train")].append(document)
+    for split, document in zip(places, documents, strict=True):
+        parts[split].append(document)
     return Texts(parts["train"], parts["validation"], parts["test"])
+
+
+def split_of(i: int) -> str:
+    """The split of the i-th of rows that come without: of every ten neighbours one for validation and one for test, each time at another place in the ten, for
+    rows may alternate."""
+    return {5: "validation", 9: "test"}.get((i + i // 10) % 10, "train")
 
 
 def _read_file(path: Path, column: str) -> Sequence[Document]:
@@ -222,6 +231,11 @@ def begin_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: [bos] for Gemma and Llama 3, nothing for SmolLM2 and Qwen."""
     ids = tokenizer("").input_ids
     return [i for i in ids if i == tokenizer.bos_token_id]
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """What ends a text: [eos], or nothing for a tokenizer without."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def cut(tokens: Tensor, length: int, begin: Sequence[int] = ()) -> Tensor:

@@ -6,7 +6,6 @@ load -> teacher states -> compress -> insert -> train on KL -> absorb -> save ->
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from nybble import absorb, checkpoint, data, evaluate, insert, models, report, stages, tuning
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
-from nybble.errors import OptionError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
 from nybble.stages import Job, Sequences
@@ -26,8 +24,6 @@ log = logging.getLogger("nybble")
 
 def distill(options: DistillOptions) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError("nybble distill must run in one process for now; start it without accelerate launch or torchrun")
 
     def cut(options: DistillOptions, loaded: models.LoadedModel) -> Sequences:
         wanted = options.samples * (1 if options.same_samples else options.epochs)

@@ -237,23 +237,25 @@ def _local_folder(data_dir: Path, task: str, source: str, subset: str | None) ->
     raise DataError(f"--data_dir must hold the data of {task} in {tried[0]} (files named train, validation, test; .jsonl or .parquet); found none")
 
 
-def _split_files(folder: Path) -> dict[str, str]:
-    files = {}
+def _split_files(folder: Path) -> dict[str, list[str]]:
+    """The files of every split that a folder holds, all of one kind: .jsonl, or where a split has none of those .parquet."""
+    files: dict[str, list[str]] = {}
     for split in SPLITS:
-        found = sorted(file for suffix in ("jsonl", "parquet") for file in folder.glob(f"*.{suffix}") if split in splits_of(file))
-        if found:
-            files[split] = str(found[0])
+        for suffix in ("jsonl", "parquet"):
+            found = sorted(str(file) for file in folder.glob(f"*.{suffix}") if split in splits_of(file))
+            if found:
+                files.setdefault(split, found)
     return files
 
 
-def _dataset(files: dict[str, str]) -> Any:
+def _dataset(files: dict[str, list[str]]) -> Any:
     import datasets
 
-    kind = "json" if next(iter(files.values())).endswith("jsonl") else "parquet"
     found = datasets.DatasetDict()
-    for split, file in files.items():
+    for split, names in files.items():
+        kind = "json" if names[0].endswith("jsonl") else "parquet"
         try:
-            found[split] = datasets.load_dataset(kind, data_files=file, split="train")
+            found[split] = datasets.load_dataset(kind, data_files=names, split="train")
         except Exception as error:  # datasets wraps every reader's own errors
-            raise DataError(f"{file} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())[:200]}") from error
+            raise DataError(f"{', '.join(names)} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())[:200]}") from error
     return found

@@ -65,7 +65,7 @@ def check_group_size(name: str, in_features: int, group_size: int) -> None:
     """Raise OptionError, naming the layer and the sizes that do work, unless group_size divides in_features."""
     if group_size <= 0 or in_features % group_size:
         powers = [k for k in (16, 32, 64, 128, 256) if in_features % k == 0]
-        choices = powers or [k for k in range(8, in_features + 1) if in_features % k == 0]
+        choices = powers or [k for k in range(1, in_features + 1) if in_features % k == 0 and k <= 256][-5:]
         raise OptionError(
             f"in_features must be a multiple of group_size: layer {name} has in_features={in_features}, "
             f"got group_size={group_size}; choose {', '.join(map(str, choices))}"

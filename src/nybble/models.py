@@ -64,7 +64,8 @@ def pick_device(device: str) -> torch.device:
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device} is not usable on this machine ({_first_line(error)}); choose auto or cpu") from error
+        usable = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
+        raise ModelError(f"--device {device} is not usable on this machine ({_first_line(error)}); choose {usable}") from error
     return picked
 
 
@@ -93,16 +94,11 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
     if pretrained == SMOLLM2:
         source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
+    check_path(source)
     path = Path(source)
     if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path")
         model, tokenizer = _load_gguf(path, dtype), gguf_tokenizer(path)
     else:
-        if path.is_dir():
-            _check_folder(path)
-        elif path.exists() or source.startswith((".", "/", "~")):
-            raise ModelError(f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder")
         options = {"trust_remote_code": trust_remote_code}
         try:
             _check_architecture(pretrained, options)
@@ -126,11 +122,19 @@ def smollm2_path() -> Path:
     return files[0]
 
 
-def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"--pretrained {path} must hold a transformers model; the folder has no config.json")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ModelError(f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them")
+def check_path(pretrained: str) -> None:
+    """Raise ModelError for a path at which there is no model; hub ids pass."""
+    path = Path(pretrained)
+    if pretrained.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--pretrained {path} must hold a transformers model; the folder has no config.json")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise ModelError(f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them")
+    elif path.exists() or pretrained.startswith((".", "/", "~")):
+        raise ModelError(f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder")
 
 
 def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -237,12 +236,12 @@ def _ranks(figure: Any, results: dict[str, Any]) -> None:
     candidates = sorted(results["candidates"], key=lambda row: -row["log_likelihood"])
     figure.set_size_inches(10, 0.8 + 0.28 * len(candidates))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    labels = [row["why"] + (" (chosen)" if row["configuration"] == results["configuration"] else "") for row in candidates]
+    labels = [row["why"] + (" (chosen)" if row["configuration"] == results["chosen"] else "") for row in candidates]
     image = left.imshow([row["configuration"] for row in candidates], aspect="auto", cmap="viridis")
     left.set_yticks(range(len(labels)), labels)
     left.set_xlabel("decoder layer")
     figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
-    errors = [0.0 if math.isinf(row["error"]) else row["error"] for row in candidates]
+    errors = [row["error"] for row in candidates]
     right.errorbar([row["log_likelihood"] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
     right.invert_yaxis()
     right.set_yticks([])

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,23 @@ class Question:
     pairs: tuple[tuple[str, str], ...]
     gold: int
     lengths: tuple[int, ...] = ()
+
+
+class Text(NamedTuple):
+    """A prompt and an answer in one. Attributes: ids: tokens; prompt: how many of them are the prompt's."""
+
+    ids: list[int]
+    prompt: int
+
+    @property
+    def first(self) -> int:
+        """Place of the first token that is predicted: the answer's first, or where there is no prompt its second."""
+        return max(self.prompt, 1)
+
+    @property
+    def answered(self) -> int:
+        """How many tokens of the answer are predicted."""
+        return max(0, len(self.ids) - self.first)
 
 
 @dataclass(frozen=True)
@@ -177,11 +194,11 @@ def _render(task: Any, row: dict[str, Any]) -> Question:
     if isinstance(gold, list):
         raise OptionError(f"--task must have one right answer a row; {task.config.task} has rows with several")
     pairs = tuple((str(request.args[0]), str(request.args[1])) for request in requests)
-    return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(map(len, choices)))
+    return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(max(1, len(choice)) for choice in choices))
 
 
 def _own_task(path: Path, seed: int, most: int) -> Task:
-    """A file: every 10th row to choose by, every 10th to score on."""
+    """A file: a tenth of the rows to choose by, a tenth to score on (data.split_of)."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
@@ -189,38 +206,44 @@ def _own_task(path: Path, seed: int, most: int) -> Task:
     questions = [_own_question(row, f"--task {path}: row {i + 1}") for i, row in enumerate(rows)]
     if len(questions) < 10:
         raise DataError(f"--task {path} must have at least 10 rows; it has {len(questions)}")
-    parts: dict[int, list[Question]] = {0: [], 5: [], 9: []}
+    parts: dict[str, list[Question]] = {split: [] for split in data.SPLITS}
     for i, question in enumerate(questions):
-        parts[i % 10 if i % 10 in (5, 9) else 0].append(question)
+        parts[data.split_of(i)].append(question)
     kinds = {len(question.pairs) > 1 for question in questions}
     if len(kinds) > 1:
         raise DataError(f"--task {path} must have choices in all rows or in none; it has rows of both kinds; make two files")
     metric = "acc" if kinds == {True} else "log_likelihood"
-    order = data.order(len(parts[0]), len(parts[0]), seed).tolist()
-    return Task(str(path), metric, [parts[0][i] for i in order[: most or None]], parts[5], parts[9])
+    elsewhere = {question.pairs for question in (*parts["validation"], *parts["test"])}
+    if repeated := sum(question.pairs in elsewhere for question in parts["train"]):
+        log.warning("%s: %d of %d training rows repeat rows to choose by or to score on, whose figures are then better than those of unseen rows", path,
+                    repeated, len(parts["train"]))  # fmt: skip
+    order = data.order(len(parts["train"]), len(parts["train"]), seed).tolist()
+    return Task(str(path), metric, [parts["train"][i] for i in order[: most or None]], parts["validation"], parts["test"])
 
 
 def _own_question(row: Any, where: str) -> Question:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        prompt, choices, answer = row["prompt"], row.get("choices"), row.get("answer")
-        if isinstance(choices, list) and len(choices) > 1 and isinstance(answer, int) and 0 <= answer < len(choices):
-            return Question(tuple((prompt, _spaced(prompt, str(choice))) for choice in choices), answer, tuple(len(str(choice)) for choice in choices))
-        if isinstance(row.get("completion"), str):
-            return Question(((prompt, _spaced(prompt, row["completion"])),), 0)
-    raise DataError(f"{where} must have prompt, choices and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}")
+        prompt, choices, answer, completion = row["prompt"], row.get("choices"), row.get("answer"), row.get("completion")
+        if choices is None and isinstance(completion, str):
+            return Question(((prompt, _spaced(prompt, completion)),), 0)
+        if isinstance(choices, list) and len(choices) > 1 and all(type(choice) in (str, int, float) for choice in choices):
+            texts = [str(choice) for choice in choices]
+            if type(answer) is int and 0 <= answer < len(texts):
+                return Question(tuple((prompt, _spaced(prompt, text)) for text in texts), answer, tuple(max(1, len(text)) for text in texts))
+    raise DataError(f"{where} must have prompt, choices (two or more) and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}")
 
 
 def _spaced(prompt: str, answer: str) -> str:
     return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else f" {answer}"
 
 
-def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt and answer together, and how many are the prompt's; spaces at its end go to the answer, as in lm-eval."""
+def encode(tokenizer: Any, prompt: str, answer: str) -> Text:
+    """Prompt and answer together; spaces at the prompt's end go to the answer, as in lm-eval."""
     spaces = len(prompt) - len(prompt.rstrip())
     if spaces:
         prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
     ids = tokenizer(prompt + answer).input_ids
-    return ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(data.begin_tokens(tokenizer)))
+    return Text(ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(data.begin_tokens(tokenizer))))
 
 
 @dataclass(frozen=True)
@@ -257,29 +280,31 @@ class Batch:
         return torch.zeros(len(self.ids), device=losses.device).index_add_(0, rows, losses)
 
 
-def pad(texts: Sequence[tuple[list[int], int]], everything: bool = False) -> Batch:
+def pad(texts: Sequence[Text], everything: bool = False) -> Batch:
     """What `encode` gave; the answer's tokens count, or with `everything` the prompt's too."""
-    length = max(len(ids) for ids, _ in texts)
+    length = max(len(text.ids) for text in texts)
     batch = Batch(torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool))
-    for i, (ids, prompt) in enumerate(texts):
-        batch.ids[i, : len(ids)] = torch.tensor(ids)
-        batch.counted[i, (0 if everything else max(prompt, 1) - 1) : len(ids) - 1] = True
+    for i, text in enumerate(texts):
+        batch.ids[i, : len(text.ids)] = torch.tensor(text.ids)
+        batch.counted[i, (0 if everything else text.first - 1) : len(text.ids) - 1] = True
     return batch
 
 
-def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[tuple[list[int], int]]:
+def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[Text]:
     """The training texts: prompt and right answer, cut off at `length` tokens; an answer in the model's own words ends with the end-of-text token.
     Those of whose answer nothing is left are left out, and counted.
 
     Raises:
         DataError: nothing is left of any.
     """
+    end = data.end_tokens(tokenizer)
     encoded = [encode(tokenizer, *question.pairs[question.gold]) for question in questions]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = [(ids + end, prompt) if len(q.pairs) == 1 else (ids, prompt) for q, (ids, prompt) in zip(questions, encoded, strict=True)]
-    texts = [(ids[:length], prompt) for ids, prompt in encoded if min(len(ids), length) > max(prompt, 1)]
+    encoded = [Text((text.ids + end if len(q.pairs) == 1 else text.ids)[:length], text.prompt) for q, text in zip(questions, encoded, strict=True)]
+    texts = [text for text in encoded if text.answered]
     if not texts:
-        raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min(p for _, p in encoded)}")
+        raise DataError(
+            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min(t.prompt for t in encoded)}"
+        )
     if len(texts) < len(encoded):
         log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
     return texts
@@ -311,10 +336,6 @@ class Score:
         return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
 
-# A text of a question: token ids, and how many are the prompt's.
-Text = tuple[list[int], int]
-
-
 @torch.no_grad()
 def score(
     model: Any,
@@ -333,8 +354,7 @@ def score(
         for i in part:
             values = [-next(sums) for _ in texts[i]]
             if len(values) == 1:
-                ids, prompt = texts[i][0]
-                likely[i] = values[0] / (len(ids) - max(prompt, 1))
+                likely[i] = values[0] / texts[i][0].answered
             else:
                 values = [value / (size if by_length else 1) for value, size in zip(values, questions[i].lengths, strict=True)]
                 likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
@@ -343,65 +363,66 @@ def score(
 
 
 def encode_choices(tokenizer: Any, questions: Sequence[Question], length: int) -> list[list[Text]]:
-    """Prompt and answer of every choice; prompts are cut off at their beginnings to fit `length` tokens."""
-    return [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+    """Prompt and answer of every choice; prompts are cut off at their beginnings to fit `length` tokens.
+
+    Raises:
+        DataError: an answer without tokens.
+    """
+    encoded = [[_fitted(encode(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
+    for question, texts in zip(questions, encoded, strict=True):
+        for (prompt, answer), text in zip(question.pairs, texts, strict=True):
+            if not text.answered:
+                raise DataError(f"every answer must have tokens of its own; {answer!r} after {prompt[-40:]!r} has none")
+    return encoded
 
 
-def choice_scores(model: Any, head: Head, questions: Sequence[Question], texts: Sequence[Sequence[Text]], by_length: bool) -> Tensor:
+def choice_log_probs(model: Any, head: Head, texts: Sequence[Sequence[Text]]) -> Tensor:
     """log p(answer) of every choice, in nats: float32 [questions, most choices], -inf where a question has fewer; differentiable.
 
     Args:
         texts: of `encode_choices`.
-        by_length: each times the mean length of its question's choices / its own length. (What is scored, per character, is nearly flat in a softmax:
-            1.41 nats before training on openbookqa, where guessing gives 1.39.)
     """
-    sums = _sums(model, head, texts, _begins(model, head, texts)).split([len(choices) for choices in texts])
-    most, rows = max(map(len, texts)), []
-    for question, values in zip(questions, sums, strict=True):
-        lengths = torch.tensor(question.lengths, dtype=torch.float32, device=values.device)
-        scores = -values * (lengths.mean() / lengths) if by_length else -values
-        rows.append(F.pad(scores, (0, most - len(scores)), value=-math.inf))
-    return torch.stack(rows)
+    sums, most = _sums(model, head, texts, _begins(model, head, texts)), max(map(len, texts))
+    return torch.stack([F.pad(-values, (0, most - len(values)), value=-math.inf) for values in sums.split([len(choices) for choices in texts])])
 
 
 def _begins(model: Any, head: Head | None, texts: Sequence[Sequence[Text]]) -> list[int]:
     """How many tokens go through the model once for all choices of a question; 0 for exports, and where an attention window is shorter than a text."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    whole = head is None or (window and window < max(len(ids) for choices in texts for ids, _ in choices))
+    whole = head is None or (window and window < max(len(text.ids) for choices in texts for text in choices))
     return [0 if whole else _shared(choices) for choices in texts]
 
 
 def _fitted(text: Text, length: int) -> Text:
-    ids, prompt = text
-    over = max(0, len(ids) - length)
-    return ids[over:], max(prompt - over, 0)
+    over = max(0, len(text.ids) - length)
+    return Text(text.ids[over:], max(text.prompt - over, 0))
 
 
 def _shared(texts: Sequence[Text]) -> int:
     """How many tokens all texts of a question begin with, before the last one of the prompt: what is learnt of answers comes after them."""
     if len(texts) == 1:
         return 0
-    columns = list(zip(*(ids for ids, _ in texts), strict=False))
+    columns = list(zip(*(text.ids for text in texts), strict=False))
     same = next((t for t, column in enumerate(columns) if len(set(column)) > 1), len(columns))
-    return max(0, min(same, min(prompt for _, prompt in texts) - 1))
+    return max(0, min(same, min(text.prompt for text in texts) - 1))
 
 
 def tokens_of(texts: Sequence[Text]) -> int:
     """How many tokens go through the model for a question, padding of its choices included."""
     begin = _shared(texts)
-    return begin + len(texts) * (max(len(ids) for ids, _ in texts) - begin)
+    return begin + len(texts) * (max(len(text.ids) for text in texts) - begin)
 
 
 def _parts(texts: Sequence[Sequence[Text]], begins: Sequence[int]) -> Iterator[list[int]]:
     """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one. `begins`: tokens that are shared."""
     part: list[int] = []
     first = rest = rows = 0
-    for i in sorted(range(len(texts)), key=lambda i: (-begins[i], -max(len(ids) for ids, _ in texts[i]))):
+    for i in sorted(range(len(texts)), key=lambda i: (-begins[i], -max(len(text.ids) for text in texts[i]))):
         shared = begins[i]
-        wide, tall = max(rest, max(len(ids) for ids, _ in texts[i]) - shared), rows + len(texts[i])
+        wide, tall = max(rest, max(len(text.ids) for text in texts[i]) - shared), rows + len(texts[i])
         if part and (len(part) + 1) * first + tall * wide > _TOKENS:
             yield part
-            part, first, wide, tall = [], shared, max(len(ids) for ids, _ in texts[i]) - shared, len(texts[i])
+            part, first, wide, tall = [], shared, max(len(text.ids) for text in texts[i]) - shared, len(texts[i])
         part, first, rest, rows = [*part, i], max(first, shared), wide, tall
     if part:
         yield part
@@ -413,19 +434,24 @@ def _sums(model: Any, head: Head | None, questions: Sequence[Sequence[Text]], be
     if head is None or not max(begins):
         batch = pad(flat)
         return batch.sums(batch.losses(model, head))
-    beginnings = pad([(texts[0][0][:begin] or texts[0][0][:1], 1) for texts, begin in zip(questions, begins, strict=True)])
-    kept = model.base_model(input_ids=beginnings.ids.to(model.device), use_cache=True).past_key_values
+    most, begin_Q1 = max(begins), torch.tensor(begins)[:, None]
+    known_QP = torch.arange(most) >= most - begin_Q1  # beginnings end together: what is in front of a shorter one is padding, and windows see no gap
+    kept = model.base_model(
+        input_ids=torch.tensor([[0] * (most - begin) + texts[0].ids[:begin] for texts, begin in zip(questions, begins, strict=True)]).to(model.device),
+        attention_mask=known_QP.long().to(model.device),
+        position_ids=(torch.arange(most) - most + begin_Q1).relu().to(model.device),
+        use_cache=True,
+    ).past_key_values
     owners = [i for i, texts in enumerate(questions) for _ in texts]
-    ends = [(ids[begins[i] :], prompt - begins[i]) for (ids, prompt), i in zip(flat, owners, strict=True)]
-    order, found = torch.tensor([len(ids) for ids, _ in ends]).argsort(stable=True), []
+    ends = [Text(text.ids[begins[i] :], text.prompt - begins[i]) for text, i in zip(flat, owners, strict=True)]
+    order, found = torch.tensor([len(text.ids) for text in ends]).argsort(stable=True), []
     for part in order.split(2 * len(questions)):  # of like length
         owner_N = torch.tensor([owners[i] for i in part.tolist()])
-        begin_N1, batch = torch.tensor(begins)[owner_N, None], pad([ends[i] for i in part.tolist()])
-        known_NP = torch.arange(beginnings.ids.shape[1]) < begin_N1  # what is behind a shorter beginning is padding
+        batch = pad([ends[i] for i in part.tolist()])
         hidden = model.base_model(
             input_ids=batch.ids.to(model.device),
-            attention_mask=torch.cat([known_NP, torch.ones_like(batch.counted)], 1).long().to(model.device),
-            position_ids=(begin_N1 + torch.arange(batch.ids.shape[1])).to(model.device),
+            attention_mask=torch.cat([known_QP[owner_N], torch.ones_like(batch.counted)], 1).long().to(model.device),
+            position_ids=(begin_Q1[owner_N] + torch.arange(batch.ids.shape[1])).to(model.device),
             past_key_values=_rows(kept, owner_N.to(model.device)),
             use_cache=True,
         ).last_hidden_state

@@ -171,7 +171,7 @@ def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     on_test = "test" in results["candidates"][0]
     lines = []
     for row in results["candidates"]:
-        behind = "chosen" if row["configuration"] == results["configuration"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
+        behind = "chosen" if row["configuration"] == results["chosen"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
         line = [row["why"], f"{row['log_likelihood']:.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
         lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), " ".join(map(str, row["configuration"]))])
     return ["candidate", "log-likelihood", "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
@@ -182,6 +182,7 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {results['selected_on'].replace('_', '-')} rows. "
         "Log-likelihood: of the right answer among the choices, mean over the held-out rows; behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
+        + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if "applied" in results else "")
     )
 
 
@@ -291,7 +292,7 @@ class Comparison:
     @property
     def baseline(self) -> Entry | None:
         """The best model compressed without any training, block-wise or end to end; None where there is none."""
-        return self.best(entry for entry in self.entries if entry.kind == "compressed" and not entry.tuned and "blockwise" not in entry.method)
+        return self.best(entry for entry in self.entries if entry.kind == "compressed" and not entry.tuned and "blockwise" not in entry.method.split(" (")[0])
 
     def improvement(self, entry: Entry) -> float | None:
         """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""

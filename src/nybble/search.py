@@ -7,9 +7,10 @@ A trial is one configuration, scored by the log-likelihood of the right answers 
     hill     likelihood alone: the best so far with one decoder layer moved to a neighbouring rank (SQFT, arXiv 2410.03750)
     random   uniform draws, what every search has to beat
 
-All but nsga2 give up on a configuration whose first quarter, then half, of the rows are worse than most others' (successive halving). Trials are kept in
-RUN/search.db, so a search goes on where it stopped. The best of many trials is partly luck: the winners, and what `tune` had chosen, are scored again on
-held-out rows that nothing was chosen by, where the task has some left, and that is the figure to compare.
+All but nsga2 give up on a configuration whose first quarter, then half, of the rows are worse than most others' (successive halving), but for those that
+`tune` had compared, with which every search but the random one begins. Trials are kept in RUN/search.db, so a search goes on where it stopped. The best of
+many trials is partly luck: the winners, and what `tune` had chosen, are scored again on held-out rows that nothing was chosen by, where the task has some
+left, and that is the figure to compare.
 """
 
 from __future__ import annotations
@@ -55,23 +56,24 @@ def search(options: SearchOptions) -> None:
 
 def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     lesson, run = trained.lesson, trained.job.run
-    known = {tuple(row["configuration"]): row["why"] for row in run.results.get("candidates", [])}
+    known = [tuple(row["configuration"]) for row in run.results.get("candidates", [])]
     first = run.results.get("chosen", run.results["configuration"])  # --apply changes the latter
     winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
     with run.stage("search"):
         for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
-            winners[sampler] = _run_study(trained, options, path, sampler, list(known))
+            winners[sampler] = _run_study(trained, options, path, sampler, known)
         compared = _compare(trained, winners)
     run.results["search"] = {"trials": options.trials, "winners": compared}
     run.save_results()
-    table = Table("found by", "on the rows searched", "behind the best", "accuracy", "on fresh rows", "sum of ranks", "ranks")
+    judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
+    which = "fresh rows" if judged == "fresh" else "rows searched"
+    table = Table("found by", "rows searched", "fresh rows", f"behind the best ({which})", f"accuracy ({which})", "sum of ranks", "ranks")
     for row in compared:
         fresh = "-" if row["fresh"] is None else f"{row['fresh']:.4f}"
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         behind = f"{row['behind']:.4f} +- {row['error']:.4f}"
-        table.add_row(row["by"], f"{row['log_likelihood']:.4f}", behind, accuracy, fresh, str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
+        table.add_row(row["by"], f"{row['log_likelihood']:.4f}", fresh, behind, accuracy, str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
     console.print(table)
-    judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
     if judged == "fresh" and "applied" in run.results:
@@ -96,9 +98,9 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
         study_name=f"{sampler}-{options.seed}",
         load_if_exists=True,
         directions=["maximize", "minimize"] if sampler == "nsga2" else ["maximize"],
-        sampler=_sampler(sampler, options.seed + 1_000_003 * _done(path, sampler, options.seed)),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     )
+    study.sampler = _sampler(sampler, (options.seed + 1_000_003 * len(study.trials)) % 2**32)  # one that begins anew must not draw the same again
     done = len([trial for trial in study.trials if trial.state.is_finished()])
     if not study.trials and sampler in ("hill", "tpe", "nsga2"):
         for configuration in known:  # searches begin with what tune's heuristics proposed; random draws do not
@@ -116,7 +118,8 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
                 study.enqueue_trial(random.Random(f"{options.seed} {len(study.trials)}").choice(neighbours))
             trial = study.ask()
             configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
-            likelihood = _score_unless_hopeless(trained, configuration, None if sampler == "nsga2" else trial, scored.setdefault(configuration, []))
+            given_up = None if sampler == "nsga2" or configuration in known else trial
+            likelihood = _score_unless_hopeless(trained, configuration, given_up, scored.setdefault(configuration, []))
             if likelihood is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
@@ -126,17 +129,6 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
         raise RunError(f"no trial of {sampler} was finished; give more --trials")
     best = _best(study)
     return tuple(int(best.params[name]) for name in names)
-
-
-def _done(path: Path, sampler: str, seed: int) -> int:
-    """Trials of earlier sittings: a sampler that begins anew must not draw the same again."""
-    import optuna
-
-    if not (path / FILE).exists():
-        return 0
-    storage = f"sqlite:///{path / FILE}"
-    names = optuna.get_all_study_names(storage)
-    return len(optuna.load_study(study_name=f"{sampler}-{seed}", storage=storage).trials) if f"{sampler}-{seed}" in names else 0
 
 
 def _sampler(name: str, seed: int) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nybble import checkpoint, compress, data, estimate, evaluate, export, inser
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
 from nybble.compress.start import Start
-from nybble.config import LEAST_CALIBRATION, CompressionOptions, CompressOptions, DistillOptions, TuneOptions
+from nybble.config import LEAST_CALIBRATION, CompressionOptions, CompressOptions, DistillOptions, TextOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
 from nybble.errors import DataError, OptionError, RunError
@@ -31,8 +32,7 @@ from nybble.quantized import QuantizedWeight
 
 log = logging.getLogger("nybble")
 
-TextOptions = CompressOptions | DistillOptions
-Options = TextOptions | TuneOptions
+Options = CompressOptions | DistillOptions | TuneOptions
 # --start that is chosen when the model is known.
 AUTO = "auto"
 
@@ -41,7 +41,7 @@ AUTO = "auto"
 class Sequences:
     """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
 
-    `test_source` says in words what the test sequences are; `others` is a fingerprint of what else the run reads.
+    `test_source` says in words what the test sequences are; `others` are fingerprints of what else the run reads.
     With --data self, those of the training text are on the device "meta", without values, until the model has written them.
     """
 
@@ -50,7 +50,7 @@ class Sequences:
     validation: Rows
     test: Rows
     test_source: str
-    others: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,17 @@ def opened(
         resolve: (options, loaded, plan, sequences) -> options with what is automatic filled in; prints the estimate.
     """
     options.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(f"nybble {options.KIND} must run in one process for now; start it without accelerate launch or torchrun")
     automatic = (flag, method) == ("--start", AUTO)
     if not automatic:
         steps_of(method, flag)
     export.check_formats(options.export)
-    evaluate.check_tasks(options.tasks, options.data_dir)
     path = options.folder
-    Run.check(path, options.resume, options.overwrite)
+    models.check_path(options.pretrained)
+    if not Run.check(path, options.resume, options.overwrite) and options.resume:
+        log.info("there is no run in %s to go on with; this is its beginning", path)
+    evaluate.check_tasks(options.tasks, options.data_dir)
     if options.overwrite:
         _keep_inputs(options, path)
     started = time.perf_counter()
@@ -128,7 +132,7 @@ def opened(
     options = resolve(options, loaded, plan, sequences)
     exported = family_of(loaded.model.config).exported
     if options.export and exported is not True:
-        log.warning("%s has not been exported by anyone yet%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
+        log.warning("export of %s is not tested%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
                     f" ({exported})" if exported else "", path)  # fmt: skip
     head = Head.of(loaded.model, copy=True)
     head.verify(loaded.model, probe_T[None].to(device))
@@ -152,7 +156,7 @@ def _say_what_is_not_used(options: Options, steps: tuple[str, ...]) -> None:
     """Warn of options for steps that the compression does not have."""
     for name, step in (("gptq_damping", "gptq"), ("gptq_act_order", "gptq"), ("blockwise_epochs", "blockwise")):
         if step not in steps and getattr(options, name) != getattr(CompressionOptions, name):
-            log.warning("--%s is for %s, which is not done here: nothing follows it", name, step)
+            log.warning("--%s has no effect: the method has no step %s", name, step)
 
 
 def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
@@ -170,7 +174,7 @@ def _fingerprints(sequences: Sequences) -> dict[str, str]:
     """Of the text that is there before the run: split -> fingerprint."""
     parts = {"training text": sequences.train.ids, "calibration text": sequences.calibration, "test text": sequences.test.ids}
     found = {what: teacher.fingerprint(ids, "") for what, ids in parts.items() if ids.device.type != "meta"}
-    return found | ({"rows of the task": sequences.others} if sequences.others else {})
+    return found | dict(sequences.others)
 
 
 def _check_unchanged(run: Run, now: dict[str, str]) -> None:
@@ -183,7 +187,7 @@ def _check_unchanged(run: Run, now: dict[str, str]) -> None:
 
 def _keep_inputs(options: Options, path: Path) -> None:
     """Raise OptionError where --overwrite would delete what the run reads."""
-    for flag in ("pretrained", "start", "teacher", "data", "eval_data"):
+    for flag in ("pretrained", "start", "teacher", "data", "eval_data", "data_dir", "task"):
         value = getattr(options, flag, None)
         for name in (value,) if isinstance(value, str) else data.Mixture.parse(value).names if value else ():
             if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
@@ -354,6 +358,11 @@ def measure_16bit(job: Job, reference: evaluate.Logits, known: Mapping[str, floa
     measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()), known)
 
 
+def kinds_of(job: Job) -> list[str]:
+    """Formats that the run is to be exported to, or was, by hand."""
+    return list(dict.fromkeys((*job.run.results.get("exports", {}), *job.options.export)))
+
+
 def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
     """The row of the 4-bit model in the run's folder, and of its exports: what is measured is what is shipped."""
     job.loaded.model.to("meta")  # frees the weights
@@ -363,7 +372,7 @@ def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
         model, tokenizer, quantized = checkpoint.load_quantized(job.quantized, models.pick_dtype(options.dtype, device), options.trust_remote_code)
         measure(job, reference, row, model.to(device), tokenizer, size_of(model, quantized))
         del model
-    for kind in options.export:
+    for kind in kinds_of(job):
         if kind not in job.run.results["models"]:
             exported = export_run(job.run, kind, options.trust_remote_code)
             measure(job, reference, kind, exported.model, exported.tokenizer, exported.size)
@@ -407,7 +416,7 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
 
 
-def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
+def sequences_of(options: CompressOptions | DistillOptions, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
     """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
     see all parts of it. The first of the one are the first of the other.
 
@@ -422,11 +431,16 @@ def sequences_of(options: TextOptions, loaded: models.LoadedModel, method: str, 
     def texts_of(name: str) -> data.Texts:
         held = ("validation", "test") if validation else ("test",)
         splits = ("train",) * (name in mixture.names and wanted > 0) + held * (name in evaluated.names)
-        return data.load_texts(name, options.data_column, options.data_dir, splits)
+        try:
+            return data.load_texts(name, options.data_column, options.data_dir, splits)
+        except DataError as error:
+            raise DataError(str(error).replace("--data ", "--eval_data " if name not in mixture.names else "--data ", 1)) from error
 
     def rows_of(name: str, split: str, what: str, minimum: int = 1) -> Rows:
         """All sequences of a split of one source."""
         if Path(name).suffix == Path(writing.FILE).suffix:
+            if not Path(name).is_file():
+                raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
             if split != "train":
                 raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
             return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))

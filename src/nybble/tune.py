@@ -43,6 +43,7 @@ class Lesson:
 
     Attributes:
         task: rows.
+        loss_on: choices, answer or all.
         texts: encoded training texts: prompts with their right answers.
         choices: of the training rows, every choice encoded, where it is those that are learnt; else none.
         held_out: the rows that are chosen by.
@@ -53,6 +54,7 @@ class Lesson:
     """
 
     task: Task
+    loss_on: str
     texts: Sequence[Text]
     choices: Sequence[Sequence[Text]]
     held_out: Sequence[Question]
@@ -98,6 +100,7 @@ def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None
         saved = tuple(checkpoint.read_options(path).get("custom_rank_config", ()))
         if options.eval_only:
             options = replace(options, custom_rank_config=saved)  # a trial leaves the run's own options alone
+            custom = () if custom == saved else custom  # they may have been filled in from the run, in which `nybble search` has put others in place
         elif custom != saved and (path / "quantized").exists():
             raise RunError(f"{path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
     with opened(options, custom) as (job, lesson):
@@ -150,21 +153,29 @@ def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int,
     count = len(set(ranks.decoder_layers(list(models.plan(loaded.model).int4)).values()))
     if custom:
         ranks.check_configuration(custom, space, count)
-    texts = questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
-    choices = questions.encode_choices(loaded.tokenizer, task.train, options.seq_len) if _learns_choices(options, task) else []
+    loss_on = _loss_on(options, task)
+    choices = questions.encode_choices(loaded.tokenizer, task.train, options.seq_len) if loss_on == "choices" else []
+    texts = _right(task.train, choices) if choices else questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
+    if len(texts) < options.batch_size:
+        raise OptionError(f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows")
     order = data.order(len(task.held_out), len(task.held_out), options.seed)
     held_out = [task.held_out[i] for i in order.tolist()]
     count_held = options.select_rows or len(held_out)
-    log.info("%s: %d rows to train on, %d held out to choose by, reported as %s", task.name, len(texts), len(held_out[:count_held]), task.metric)
-    return Lesson(task, texts, choices, held_out[:count_held], held_out[count_held:], space, count, _teacher(options, loaded))
+    held_out, fresh = held_out[:count_held], held_out[count_held:]
+    log.info("%s: %d rows to train on (loss on %s), %d held out to choose by, reported as %s", task.name, len(texts), loss_on, len(held_out), task.metric)
+    return Lesson(task, loss_on, texts, choices, held_out, fresh, space, count, _teacher(options, loaded))
 
 
-def _learns_choices(options: TuneOptions, task: Task) -> bool:
-    """Whether the loss is on the choices; OptionError where it was to be, and there are none."""
+def _right(asked: Sequence[Question], encoded: Sequence[Sequence[Text]]) -> list[Text]:
+    return [texts[question.gold] for question, texts in zip(asked, encoded, strict=True)]
+
+
+def _loss_on(options: TuneOptions, task: Task) -> str:
+    """--loss_on with auto resolved; OptionError for choices where there are none."""
     alternatives = all(len(question.pairs) > 1 for question in task.train)
     if options.loss_on == "choices" and not alternatives:
         raise OptionError(f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer")
-    return alternatives and options.loss_on in ("auto", "choices")
+    return options.loss_on if options.loss_on != "auto" else "choices" if alternatives else "answer"
 
 
 def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
@@ -183,21 +194,24 @@ def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
 
 def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
     """Right answers as running text, for calibration and for perplexity and KL beside the task's own measure."""
-    tokenizer = loaded.tokenizer
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokenizer, task = loaded.tokenizer, lesson.task
+    end = data.end_tokens(tokenizer)
 
     def joined(texts: Sequence[Text]) -> torch.Tensor:
         return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
 
-    train, held_out = joined(lesson.texts), joined(questions.encode_gold(tokenizer, lesson.task.held_out, options.seq_len))
+    questions.encode_choices(tokenizer, task.scored, options.seq_len)  # raises now what would be raised at the end
+    held_out = joined(_right(task.held_out, questions.encode_choices(tokenizer, task.held_out, options.seq_len)))
+    train = joined(lesson.texts)
     length = text_length(options, len(train), len(held_out))
     calibration, test = (data.cut(tokens, length, data.begin_tokens(tokenizer)) for tokens in (train, held_out))
     calibration = calibration[data.order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
-    rows = repr((lesson.texts, lesson.held_out, lesson.fresh, lesson.task.scored))
-    return Sequences(
-        NO_ROWS, calibration, NO_ROWS, Rows.of(test[: options.test_samples or None]), f"held-out rows of {lesson.task.name} with their right answers",
-        hashlib.sha256(rows.encode()).hexdigest()[:16],
-    )  # fmt: skip
+    rows = repr((lesson.texts, task.train, lesson.held_out, lesson.fresh, task.scored))
+    others = {"rows of the task": hashlib.sha256(rows.encode()).hexdigest()[:16]}
+    if lesson.teacher is not None:
+        others["teacher"] = models.identity(lesson.teacher)
+    measured = Rows.of(test[: options.test_samples or None])
+    return Sequences(NO_ROWS, calibration, NO_ROWS, measured, f"held-out rows of {task.name} with their right answers", others)
 
 
 def text_length(options: TuneOptions, train: int, held_out: int) -> int:
@@ -224,7 +238,7 @@ def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan
 
 
 def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
-    return max(1, len(lesson.choices or lesson.texts) // options.batch_size)
+    return len(lesson.texts) // options.batch_size
 
 
 def _tokens(lesson: Lesson) -> list[int]:
@@ -253,7 +267,7 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
 def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     run, options, loaded = job.run, job.options, job.loaded
     run.results["models"] = {**known, **run.results["models"]}
-    run.results["task"] = {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space)}
+    run.results["task"] = described(lesson)
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
@@ -270,6 +284,11 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     stages.finish(run, _judge(job, lesson))
 
 
+def described(lesson: Lesson) -> dict[str, Any]:
+    """For the results."""
+    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on}
+
+
 def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int) -> Configuration:
     """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other."""
     if options.sampling == "sandwich" and number < 2:
@@ -281,11 +300,11 @@ def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int)
 _Loss = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], int]]
 
 
-def _token_loss(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+def _token_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
     """Of each token of the answers (--loss_on all: of the prompts too): -log p, or KL to the teacher."""
-    model, head, everything = loaded.model, Head.of(loaded.model), options.loss_on == "all"
+    model, head, everything = loaded.model, Head.of(loaded.model), lesson.loss_on == "all"
     teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
-    learnt = torch.tensor([len(ids) - (1 if everything else max(prompt, 1)) for ids, prompt in lesson.texts])
+    learnt = torch.tensor([len(text.ids) - 1 if everything else text.answered for text in lesson.texts])
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
         batch = questions.pad([lesson.texts[i] for i in indices.tolist()], everything)
@@ -294,19 +313,29 @@ def _token_loss(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson
     return loss, lambda indices: int(learnt[indices].sum())
 
 
-def _choice_loss(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
-    """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's."""
-    asked, by_length = lesson.task.train, lesson.task.by_length
+def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+    """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's.
 
-    def scores(model: Any, indices: list[int]) -> torch.Tensor:
-        return questions.choice_scores(model, Head.of(model), [asked[i] for i in indices], [lesson.choices[i] for i in indices], by_length)
+    What is shared out is log p(answer), where the metric counts it by length times the mean length of its question's choices / its own. (By character, as
+    it is scored, the shares are nearly flat: 1.41 nats before training on openbookqa, where guessing gives 1.39.)
+    """
+    asked = lesson.task.train
+    gold = torch.tensor([question.gold for question in asked])
+    evened = torch.ones(len(asked), max(map(len, lesson.choices)))
+    if lesson.task.by_length:
+        for factors, question in zip(evened, asked, strict=True):
+            factors[: len(question.lengths)] = sum(question.lengths) / len(question.lengths) / torch.tensor(question.lengths)
+
+    def scores(model: Any, indices: torch.Tensor) -> torch.Tensor:
+        found = questions.choice_log_probs(model, Head.of(model), [lesson.choices[i] for i in indices.tolist()])
+        return found * evened[indices, : found.shape[1]].to(found.device)
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
-        found = scores(loaded.model, indices.tolist())
+        found = scores(loaded.model, indices)
         if lesson.teacher is None:
-            return F.cross_entropy(found, torch.tensor([asked[i].gold for i in indices.tolist()], device=found.device))
+            return F.cross_entropy(found, gold[indices].to(found.device))
         with torch.no_grad():
-            taught = scores(lesson.teacher, indices.tolist())
+            taught = scores(lesson.teacher, indices)
         return F.kl_div(found.log_softmax(-1).masked_fill(found.isinf(), 0), taught.softmax(-1), reduction="batchmean")
 
     return loss, len
@@ -319,7 +348,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
     steps = _steps_per_epoch(options, lesson)
     lengths = torch.tensor(_tokens(lesson))
     order = data.order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
-    loss, counted = (_choice_loss if lesson.choices else _token_loss)(options, loaded, lesson)
+    loss, counted = (_choice_loss if lesson.choices else _token_loss)(loaded, lesson)
 
     def draw(step: int) -> torch.Tensor:
         """By length, so that a microbatch has little padding."""
@@ -430,7 +459,8 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
     ranks.activate(trained.layers, chosen)
     with job.run.stage("test"), _for_measuring(job.options, trained.layers):
         value = _test_metric(job, lesson)
-    tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": job.options.fast_eval}
+    fast = job.options.fast_eval or job.options.cache == "step"
+    tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": fast}
     results.setdefault("tested", []).append(tested)
     job.run.save_results()
     console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
@@ -439,7 +469,7 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
 def put_in_place(trained: Trained, chosen: Configuration) -> None:
     """Absorb another configuration than before; save, export and measure it. Killed in between, `nybble tune --resume` ends with the same."""
     job, results = trained.job, trained.job.run.results
-    kinds = list(dict.fromkeys((*results.pop("exports", {}), *job.options.export)))
+    kinds = stages.kinds_of(job)
     for row in ("tuned", *kinds):
         results["models"].pop(row, None)
     results["applied"] = list(chosen)
@@ -448,7 +478,7 @@ def put_in_place(trained: Trained, chosen: Configuration) -> None:
         checkpoint.remove_folder(job.run.path / name)
     ranks.activate(trained.layers, chosen)
     _absorb(trained, chosen)
-    stages.measure_saved(replace(job, options=replace(job.options, export=tuple(kinds))), trained.reference, "tuned")
+    stages.measure_saved(job, trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
 
 
@@ -468,7 +498,7 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
     results, warnings = job.run.results, []
     if results.get("best_step") == 0:
         warnings.append("no epoch of tuning was better on held-out rows than the compressed start, so the start was kept; use more rows or another --lr")
-    if results.get("selected_on") == "test":
+    if results.get("selected_on") == "test" and "applied" not in results:
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
     column = report.task_column(results)
     before, after = (results["models"].get(row, {}).get(column) for row in ("compressed", "tuned"))

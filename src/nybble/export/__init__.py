@@ -12,11 +12,11 @@ from nybble.errors import MissingExtraError, OptionError
 FORMATS: dict[str, tuple[str, ...]] = {"openvino": ("openvino", "openvino_tokenizers")}
 
 
-def check_formats(formats: Iterable[str]) -> None:
+def check_formats(formats: Iterable[str], flag: str = "--export") -> None:
     """Raise before the expensive part: OptionError for an unknown format, MissingExtraError for one that is not installed."""
     for name in formats:
         if name not in FORMATS:
-            raise OptionError(f"--export must name known formats ({', '.join(FORMATS)}); got {name}")
+            raise OptionError(f"{flag} must name known formats ({', '.join(FORMATS)}); got {name}")
         if any(importlib.util.find_spec(module) is None for module in FORMATS[name]):
             raise MissingExtraError(name, f"exporting to {name}")
 
