@@ -52,7 +52,6 @@ def test_candidates() -> None:
     assert ranks.least_loss(seen, [3.0, 1.0, 2.0, 5.0, 0.5], 3) == [(32, 16), (16, 16), (32, 24)]
     assert ranks.middle((32, 24, 16), 2) == (24, 24)
     assert ranks.middle((32, 16), 3) == (32, 32, 32)
-    assert ranks.rank_sum((32, 24, 16)) == 72
 
 
 def test_every_prefix_is_absorbed_as_it_computes() -> None:

@@ -11,10 +11,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +23,19 @@ import tyro
 from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, ReportOptions, SearchOptions, TuneOptions, from_toml
 from nybble.errors import NybbleError, OptionError
 
-
-def _distill(options: DistillOptions) -> None:
-    from nybble.distill import distill
-
-    distill(options)
-
-
-def _tune(options: TuneOptions) -> None:
-    from nybble.compare import compare
-    from nybble.tune import tune
-
-    (compare if options.compare else tune)(options)
-
-
-def _search(options: SearchOptions) -> None:
-    from nybble.search import search
-
-    search(options)
-
-
-def _compress(options: CompressOptions) -> None:
-    from nybble.post_training import compress
-
-    compress(options)
-
-
-def _inspect(options: InspectOptions) -> None:
-    from nybble.commands import inspect
-
-    inspect(options)
-
-
-def _export(options: ExportOptions) -> None:
-    from nybble.commands import export
-
-    export(options)
-
-
-def _eval(options: EvalOptions) -> None:
-    from nybble.commands import evaluate
-
-    evaluate(options)
-
-
-def _report(options: ReportOptions) -> None:
-    from nybble.commands import make_report
-
-    make_report(options)
-
-
 # Numbers of mallopt(3).
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "distill": (DistillOptions, _distill),
-    "tune": (TuneOptions, _tune),
-    "search": (SearchOptions, _search),
-    "compress": (CompressOptions, _compress),
-    "export": (ExportOptions, _export),
-    "eval": (EvalOptions, _eval),
-    "inspect": (InspectOptions, _inspect),
-    "report": (ReportOptions, _report),
+# Command -> its options, and where the function is that takes them; imported when it is called, for torch and transformers take seconds.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "distill": (DistillOptions, "nybble.distill:distill"),
+    "tune": (TuneOptions, "nybble.compare:tune_or_compare"),
+    "search": (SearchOptions, "nybble.search:search"),
+    "compress": (CompressOptions, "nybble.post_training:compress"),
+    "export": (ExportOptions, "nybble.commands:export"),
+    "eval": (EvalOptions, "nybble.commands:evaluate"),
+    "inspect": (InspectOptions, "nybble.commands:inspect"),
+    "report": (ReportOptions, "nybble.commands:make_report"),
 }
 
 USAGE = """nybble turns a Hugging Face causal language model into a 4-bit model that keeps its accuracy.
@@ -129,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from nybble.console import set_up_logging
 
             set_up_logging()
-            command(options)
+            module, function = command.split(":")
+            getattr(import_module(module), function)(options)
     except (NybbleError, OSError) as error:  # OSError: a full disk, a folder without permission, a name that is too long
         print(f"nybble: {error}", file=sys.stderr)
         return 2
@@ -151,8 +103,8 @@ def keep_freed_memory() -> None:
         pass
 
 
-def parse(arguments: Sequence[str]) -> tuple[Any, Callable[[Any], None]]:
-    """Command line -> options and the function that takes them.
+def parse(arguments: Sequence[str]) -> tuple[Any, str]:
+    """Command line -> options, and where the function is that takes them.
 
     Values come from, the later the stronger: defaults, the run's config.toml on --resume, --config, flags.
     """

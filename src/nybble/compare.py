@@ -72,6 +72,11 @@ def compare(options: TuneOptions) -> Path:
     return folder
 
 
+def tune_or_compare(options: TuneOptions) -> Path:
+    """`nybble tune`, with --compare or without."""
+    return compare(options) if options.compare else tune.tune(options)
+
+
 def _check_task(name: str, options: TuneOptions) -> None:
     """Raise now what would be raised after hours."""
     task = evaluate.open_task(name, options.data_dir)

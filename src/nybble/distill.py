@@ -43,8 +43,7 @@ def _run(job: Job) -> None:
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
     if not job.quantized.exists():
-        starts, rows, layers = tuning.insert_layers(job, options.lora_rank)
-        compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
+        compressed, layers = tuning.insert_layers(job, options.lora_rank)
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
         norms = insert.train_norms(loaded.model) if options.norm_lr else {}

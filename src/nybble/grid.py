@@ -57,7 +57,6 @@ class Grid:
         return f"uint{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {group}"
 
 
-INT4 = Grid()
 INT8_ROW = Grid(bits=8, group_size=None, symmetric=True)
 
 
@@ -169,21 +168,6 @@ class _RoundScale(torch.autograd.Function):
 def round_scale_through(scale: Tensor) -> Tensor:
     """`round_scale` whose gradient is that of the identity (straight-through)."""
     return _RoundScale.apply(scale)  # type: ignore[no-any-return]
-
-
-class _RoundZero(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, zero: Tensor, grid: Grid) -> Tensor:
-        return round_zero(zero, grid)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, None
-
-
-def round_zero_through(zero: Tensor, grid: Grid) -> Tensor:
-    """`round_zero` whose gradient is that of the identity (straight-through)."""
-    return _RoundZero.apply(zero, grid)  # type: ignore[no-any-return]
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -59,6 +59,5 @@ def _run(job: Job, known: Mapping[str, float] | None) -> None:
 
 def _compress(job: Job) -> None:
     """Compress and save; the weights are let go."""
-    compressed, rows = stages.compress_model(job, job.options.method)
-    weights = rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
+    _, weights = stages.compress_model(job, job.options.method)
     checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, weights)

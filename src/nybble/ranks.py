@@ -92,8 +92,3 @@ def least_loss(seen: Sequence[Configuration], losses: Sequence[float], count: in
     for configuration, loss in zip(seen, losses, strict=True):
         best[configuration] = min(loss, best.get(configuration, loss))
     return sorted(best, key=lambda configuration: best[configuration])[:count]
-
-
-def rank_sum(configuration: Configuration) -> int:
-    """What search keeps small: the sum of all ranks."""
-    return sum(configuration)

@@ -101,63 +101,33 @@ def table(results: dict[str, Any]) -> Table:
 
 def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
-    models, name = results["models"], results["model"]
-    if not tunes(results):
-        return _compressed_sentence(results)
-    if "task" in results:
-        return _task_sentence(results)
-    last = "openvino" if "openvino" in models else "tuned"
-    if not {"16bit", "compressed", last} <= models.keys():
+    models, name, trained, task = results["models"], results["model"], tunes(results), "task" in results
+    last = "openvino" if "openvino" in models else "lora16" if "lora16" in models else "tuned" if trained else "compressed"
+    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "compressed", last)
+    measured = [models.get(row, {}) for row in needed]
+    metric = task_column(results) if task else "word_perplexity" if all("word_perplexity" in row for row in measured) else "token_perplexity"
+    if not all(metric in row for row in measured):
         return f"{name}: the run is not finished; go on with --resume."
-    metric = "word_perplexity" if all("word_perplexity" in models[row] for row in ("16bit", "compressed", last)) else "token_perplexity"
-    full, before, after = (models[row][metric] for row in ("16bit", "compressed", last))
-    repaired = improvement(models, last)
-    where = "OpenVINO" if last == "openvino" else "torch"
-    minutes = results["seconds"].get("train", 0) / 60
-    text = f"{name} in 4 bits ({where}): {heading(metric)} {after:.2f}, against {before:.2f} before tuning and {full:.2f} in 16 bit"
-    if repaired is not None:
-        text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
-    ratio = models["16bit"]["bytes"] / models[last]["bytes"]
-    return f"{text}, in {minutes:.1f} minutes of training; {models[last]['bytes'] / 1e6:.0f} MB, {ratio:.1f} times smaller than 16 bit."
+    full, *before, after = (f"{row[metric]:.{4 if task else 2}f}" for row in measured)
+    if last == "lora16":
+        return f"{name} tuned in 16 bit by LoRA: {heading(metric)} {after}, against {full} before."
+    where, seconds, size = "OpenVINO" if last == "openvino" else "torch", results["seconds"], models[last]["bytes"]
+    if trained:
+        text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against {before[0]} before tuning and {full} in 16 bit"
+        repaired = None if task else improvement(models, last)
+        if repaired is not None:
+            text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
+        text += " without tuning" if task else ""
+        text += f", in {seconds.get('train', 0) / 60:.1f} minutes of training"
+    else:
+        text = f"{name} in 4 bits by {results['method']} ({where}): {heading(metric)} {after} against {full} in 16 bit"
+        text += f", in {seconds.get('compress', 0):.0f} s of compression"
+    return f"{text}; {size / 1e6:.0f} MB, {models['16bit']['bytes'] / size:.1f} times smaller than 16 bit."
 
 
 def task_column(results: dict[str, Any]) -> str:
     """Where the figure of the task that was tuned on stands among what was measured."""
     return f"task:{Path(results['task']['name']).stem} {results['task']['metric']}"
-
-
-def _task_sentence(results: dict[str, Any]) -> str:
-    models = results["models"]
-    last = "openvino" if "openvino" in models else "tuned"
-    if "lora16" in models:
-        column = task_column(results)
-        return f"{results['model']} tuned in 16 bit by LoRA: {heading(column)} {models['lora16'][column]:.4f}, against {models['16bit'][column]:.4f} before."
-    column = task_column(results)
-    values = [models.get(row, {}).get(column) for row in ("16bit", "compressed", last)]
-    if any(value is None for value in values):
-        return f"{results['model']}: the run is not finished; go on with --resume."
-    full, before, after = values
-    where, minutes = "OpenVINO" if last == "openvino" else "torch", results["seconds"].get("train", 0) / 60
-    size, ratio = models[last]["bytes"] / 1e6, models["16bit"]["bytes"] / models[last]["bytes"]
-    return (
-        f"{results['model']} in 4 bits ({where}): {heading(column)} {after:.4f}, against {before:.4f} before tuning and {full:.4f} in 16 bit without tuning, "
-        f"in {minutes:.1f} minutes of training; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
-    )
-
-
-def _compressed_sentence(results: dict[str, Any]) -> str:
-    models, name = results["models"], results["model"]
-    last = "openvino" if "openvino" in models else "compressed"
-    if not {"16bit", last} <= models.keys():
-        return f"{name}: the run is not finished; go on with --resume."
-    metric = "word_perplexity" if all("word_perplexity" in models[row] for row in ("16bit", last)) else "token_perplexity"
-    full, after = models["16bit"][metric], models[last][metric]
-    ratio = models["16bit"]["bytes"] / models[last]["bytes"]
-    seconds, size = results["seconds"].get("compress", 0), models[last]["bytes"] / 1e6
-    return (
-        f"{name} in 4 bits by {results['method']} ({'OpenVINO' if last == 'openvino' else 'torch'}): "
-        f"{heading(metric)} {after:.2f} against {full:.2f} in 16 bit, in {seconds:.0f} s of compression; {size:.0f} MB, {ratio:.1f} times smaller than 16 bit."
-    )
 
 
 def error_cells(error: dict[str, Any]) -> list[str]:
@@ -330,10 +300,11 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
         found = [(name, results, row) for name, results in members.items() for row in ROWS if row in results["models"]]
         found = [item for i, item in enumerate(found) if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])]
         found.sort(key=lambda item: item[2] != "16bit")
-        counts = Counter(_entry_label(results, row) for _, results, row in found)
+        labels = [_entry_label(results, row) for _, results, row in found]
+        counts = Counter(labels)
         entries = [
             Entry(
-                label if counts[label] == 1 else f"{label}, {name}",
+                named if counts[named] == 1 else f"{named}, {name}",
                 row,
                 results.get("method", "rtn"),
                 results["models"][row],
@@ -341,8 +312,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 row != "16bit" and (starts_tuned(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
                 _training(results),
             )
-            for name, results, row in found
-            for label in [_entry_label(results, row)]
+            for (name, results, row), named in zip(found, labels, strict=True)
         ]
         if entries:
             comparisons.append(Comparison(model, test, entries, members))
@@ -385,12 +355,12 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
         exported = {entry.run for entry in comparison.entries if entry.kind == "openvino"}
         tuned = [entry for entry in comparison.entries if entry.tuned and (entry.kind == "openvino" or entry.run not in exported)]
         best = comparison.best(tuned)
-        rows = [(comparison.entries[0], "16 bit")]
+        shown = [(comparison.entries[0], "16 bit")]
         if comparison.baseline is not None:
-            rows.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
+            shown.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
         if best is not None:
-            rows.append((best, f"INT4, {best.training}"))
-        for entry, precision in rows:
+            shown.append((best, f"INT4, {best.training}"))
+        for entry, precision in shown:
             repaired = comparison.improvement(entry) if entry is best else None
             improvements += [] if repaired is None else [repaired]
             lines.append([comparison.model, precision, f"{comparison.value(entry):.3f}", "-" if repaired is None else f"{repaired:.1%}"])
@@ -403,8 +373,8 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
 def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:
     """For the terminal."""
     made = Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for i, text in enumerate(headings):
+        made.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in lines:
         made.add_row(*line)
     return made

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
-from nybble import checkpoint, ranks, tune
+from nybble import checkpoint, tune
 from nybble.config import SearchOptions, TuneOptions, from_toml
 from nybble.console import bar, console
 from nybble.errors import MissingExtraError, RunError
@@ -123,7 +123,7 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
             if likelihood is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
-                study.tell(trial, [likelihood, ranks.rank_sum(configuration)] if sampler == "nsga2" else likelihood)
+                study.tell(trial, [likelihood, sum(configuration)] if sampler == "nsga2" else likelihood)
             advance(1, best=f"{_best(study).values[0]:.4f}" if _complete(study) else "")
     if not _complete(study):
         raise RunError(f"no trial of {sampler} was finished; give more --trials")
@@ -187,7 +187,7 @@ def _compare(trained: Trained, winners: dict[str, Configuration]) -> list[dict[s
             {
                 "by": by,
                 "configuration": list(configuration),
-                "rank_sum": ranks.rank_sum(configuration),
+                "rank_sum": sum(configuration),
                 "log_likelihood": scores[by].log_likelihood,
                 "accuracy": judged[by].accuracy,
                 "fresh": fresh[by].log_likelihood if fresh else None,

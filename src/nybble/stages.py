@@ -222,12 +222,12 @@ def teach(job: Job, splits: dict[str, Rows], batch: int) -> dict[str, Tensor]:
     return states
 
 
-def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, QuantizedWeight]]:
+def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, QuantizedWeight]]:
     """Compress in place, embedding and head to 8 bits; block by block where the method has data, going on with the blocks of an earlier sitting.
 
     Where `method` is a run, its 4-bit weights take the place of the model's instead.
 
-    Returns: starts and errors; and the 8-bit weights.
+    Returns: where every 4-bit layer starts; and all quantized weights, those in 8 bits too, on the CPU.
     """
     if run := start_run(method):
         return _take_over(job, run)
@@ -248,7 +248,7 @@ def compress_model(job: Job, method: str) -> tuple[Compressed, dict[str, Quantiz
     for line in error_lines(compressed):
         log.info(line)
     job.run.save_results()
-    return compressed, rows
+    return compressed.starts, rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
 
 
 def start_run(start: str) -> Path | None:
@@ -294,8 +294,8 @@ def _described(start: str) -> str:
     return start if run is None else f"{checkpoint.read_results(run).get('method', 'rtn')} ({run})"
 
 
-def _take_over(job: Job, run: Path) -> tuple[Compressed, dict[str, QuantizedWeight]]:
-    """Starts and 8-bit weights with exactly the codes, scales and zeros of a finished run, and the model with what else it has (folded norms)."""
+def _take_over(job: Job, run: Path) -> tuple[dict[str, Start], dict[str, QuantizedWeight]]:
+    """Starts with exactly the codes, scales and zeros of a finished run, and the model with what else it has (folded norms)."""
     model, plan, results = job.loaded.model, job.plan, checkpoint.read_results(run)
     with job.run.stage("compress"):
         taken, _, quantized = checkpoint.load_quantized(run / "quantized", model.dtype, job.options.trust_remote_code)
@@ -309,7 +309,7 @@ def _take_over(job: Job, run: Path) -> tuple[Compressed, dict[str, QuantizedWeig
         job.run.results |= {key: results[key] for key in ("layer_errors", "block_losses") if key in results}
     log.info("start: the 4-bit weights of %s, %d layers", run, len(starts))
     job.run.save_results()
-    return Compressed(starts), {name: quantized[name] for name in plan.int8}
+    return starts, quantized
 
 
 def error_lines(compressed: Compressed) -> list[str]:

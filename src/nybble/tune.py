@@ -272,8 +272,7 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
     if not job.quantized.exists():
-        starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
-        compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
+        compressed, layers = tuning.insert_layers(job, max(lesson.space))
         with _for_measuring(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
         tuning.train_layers(run, options, layers, course(job, lesson, layers))
@@ -442,8 +441,7 @@ def _test_metric(job: Job, lesson: Lesson) -> float:
 def _trained(job: Job, lesson: Lesson) -> Trained:
     """Compress again (from the blocks that the run kept), and load the adapters."""
     states = stages.teach(job, {"test": job.sequences.test}, 1)  # of the 16-bit model, which is gone afterwards
-    starts, rows, layers = tuning.insert_layers(job, max(lesson.space))
-    compressed = rows | {name: start.quantized(job.grid).cpu() for name, start in starts.items()}
+    compressed, layers = tuning.insert_layers(job, max(lesson.space))
     tensors, _ = checkpoint.load_tensors(job.run.path / "best.safetensors")
     with torch.no_grad():
         for name, tensor in tensors.items():

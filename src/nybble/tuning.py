@@ -17,6 +17,7 @@ from nybble.checkpoint import Run
 from nybble.console import bar
 from nybble.errors import TrainingError
 from nybble.layers import FakeQuantizedLoRALinear
+from nybble.quantized import QuantizedWeight
 from nybble.stages import Job, Sequences
 from nybble.train import Progress, Recipe, Trainer
 
@@ -96,15 +97,15 @@ def resolve(
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 
-def insert_layers(job: Job, rank: int) -> tuple[Any, Any, dict[str, FakeQuantizedLoRALinear]]:
-    """Compress, and put trainable layers in place of the model's. Returns: 4-bit starts, 8-bit weights, layers."""
-    compressed, rows = stages.compress_model(job, job.options.start)
-    layers = insert.insert(job.loaded.model, compressed.starts, job.grid, rank, job.options.seed)
+def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict[str, FakeQuantizedLoRALinear]]:
+    """Compress, and put trainable layers in place of the model's. Returns: all quantized weights as they start, on the CPU; and the layers."""
+    starts, compressed = stages.compress_model(job, job.options.start)
+    layers = insert.insert(job.loaded.model, starts, job.grid, rank, job.options.seed)
     job.run.results["lora_rank"] = rank
     clamped = sum(layer.rank < rank for layer in layers.values())
     if clamped:
         log.info("rank %d clamped in %d layers that are narrower", rank, clamped)
-    return compressed.starts, rows, layers
+    return compressed, layers
 
 
 def train_layers(

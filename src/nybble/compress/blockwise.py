@@ -1,7 +1,7 @@
-"""Block-wise reconstruction: rounding and scales (zeros too, at a rate above 0) of a whole decoder block are trained so that the compressed block gives the
-16-bit block's outputs. (EfficientQAT, arXiv 2407.11062; AutoRound, arXiv 2309.05516.)
+"""Block-wise reconstruction: rounding and scales of a whole decoder block are trained so that the compressed block gives the 16-bit block's outputs; zeros
+stay (nothing is gained by training them, docs/log.md). (EfficientQAT, arXiv 2407.11062; AutoRound, arXiv 2309.05516.)
 
-    W_q  = fake_quantize(W + offset · start_scale, round7(start_scale · exp(shift)), round(zero))        offset: in code units, one a weight
+    W_q  = fake_quantize(W + offset · start_scale, round7(start_scale · exp(shift)), zero)        offset: in code units, one a weight
     loss = mean (block_q(x') - block(x))^2 / mean block(x)^2
 
 x' comes through the blocks compressed so far and x through the 16-bit ones, so each block also repairs what those before it broke. Adam, a rate that falls
@@ -31,7 +31,7 @@ class Recipe:
     Attributes:
         epochs: times that the calibration sequences are gone through.
         tokens: in a step, as whole sequences.
-        offset_lr, zero_lr: peak rates in code units.
+        offset_lr: peak rate in code units.
         scale_lr: peak relative rate of the scales.
         held_out: at most so many sequences (and at most an eighth) judge start and end.
     """
@@ -40,7 +40,6 @@ class Recipe:
     tokens: int = 2048
     offset_lr: float = 1e-2
     scale_lr: float = 2e-3
-    zero_lr: float = 0.0
     held_out: int = 16
 
 
@@ -52,11 +51,10 @@ class OffsetLinear(nn.Module):
         self.start, self.grid, self.dtype, self.bias = start, grid, dtype, bias
         self.offset = nn.Parameter(torch.zeros_like(start.weight_OI, dtype=torch.float32))
         self.shift = nn.Parameter(torch.zeros_like(start.scale_OG))
-        self.zero = nn.Parameter(start.zero_OG.clone())
 
-    def grids(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero as they ship, differentiable."""
-        return g.round_scale_through(self.start.scale_OG * self.shift.exp()), g.round_zero_through(self.zero, self.grid)
+    def scale_OG(self) -> Tensor:
+        """As it ships, differentiable."""
+        return g.round_scale_through(self.start.scale_OG * self.shift.exp())
 
     def moved_OI(self) -> Tensor:
         """The weight before rounding; float32, differentiable."""
@@ -66,13 +64,12 @@ class OffsetLinear(nn.Module):
         return torch.addcmul(g.group(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]).flatten(-2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, g.fake_quantize(self.moved_OI(), *self.grids(), self.grid).to(self.dtype), self.bias)
+        return F.linear(inputs, g.fake_quantize(self.moved_OI(), self.scale_OG(), self.start.zero_OG, self.grid).to(self.dtype), self.bias)
 
     @torch.no_grad()
     def result(self, dtype: torch.dtype) -> Start:
         """The trained start, with exactly the codes of the forward."""
-        scale_OG, zero_OG = self.grids()
-        moved_OI = self.moved_OI()
+        scale_OG, zero_OG, moved_OI = self.scale_OG(), self.start.zero_OG, self.moved_OI()
         return Start.keeping(g.quantize(moved_OI, scale_OG, zero_OG, self.grid), moved_OI, scale_OG, zero_OG, self.grid, dtype)
 
 
@@ -111,10 +108,8 @@ def train(
 
     batch = min(max(1, recipe.tokens // full.shape[1]), used)
     steps = max(1, round(recipe.epochs * used / batch))
-    rates = {"offset": recipe.offset_lr, "shift": recipe.scale_lr, "zero": recipe.zero_lr}
-    groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items() if rate]
-    for layer in layers.values():
-        layer.zero.requires_grad_(recipe.zero_lr > 0)
+    rates = {"offset": recipe.offset_lr, "shift": recipe.scale_lr}
+    groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items()]
     # The gradients of a mean over a large block are far below the usual eps of 1e-8, which would take the place of their own size.
     optimizer = torch.optim.Adam(groups, fused=True, eps=1e-16)
     generator = torch.Generator().manual_seed(seed * 1000 + i)
