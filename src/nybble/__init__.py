@@ -1,15 +1,15 @@
 """nybble: 4-bit language models that keep their accuracy.
 
 The public surface; everything else may change. Names are imported when they are first used, so that the command line can set up the
-process before torch starts its threads, and answers --help at once. The flows are nybble.distill.distill(DistillOptions(...))
-and nybble.post_training.compress(CompressOptions(...)).
+process before torch starts its threads, and answers --help at once. The flows are nybble.distill.distill(DistillOptions(...)),
+nybble.tune.tune(TuneOptions(...)) and nybble.post_training.compress(CompressOptions(...)).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nybble.config import CompressOptions, DistillOptions
+    from nybble.config import CompressOptions, DistillOptions, TuneOptions
     from nybble.errors import NybbleError
     from nybble.grid import Grid, dequantize, fake_quantize, min_max, quantize
     from nybble.layers import FakeQuantizedLoRALinear
@@ -24,6 +24,7 @@ _HOME = {
     "Grid": "grid",
     "NybbleError": "errors",
     "QuantizedWeight": "quantized",
+    "TuneOptions": "config",
     "dequantize": "grid",
     "fake_quantize": "grid",
     "min_max": "grid",
@@ -37,6 +38,7 @@ __all__ = [
     "Grid",
     "NybbleError",
     "QuantizedWeight",
+    "TuneOptions",
     "dequantize",
     "fake_quantize",
     "min_max",
