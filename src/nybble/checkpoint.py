@@ -23,6 +23,7 @@ import shlex
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -240,8 +241,6 @@ def read_options(path: Path) -> dict[str, Any]:
 
 def check_same(path: Path, options: Any) -> None:
     """Raise RunError, naming the option, unless these are the options of the run, but for what may change on resume."""
-    import tomllib
-
     before, now = read_options(path), tomllib.loads(to_toml(options))
     for key in sorted((before.keys() | now.keys()) - _FREE):
         if before.get(key) != now.get(key):

@@ -123,7 +123,7 @@ def inspect(options: InspectOptions) -> None:
     errors = results.get("layer_errors", {})
     tuned = report.tunes(results) and "tuned" in results.get("models", {})
     table = Table("layer", "shape", "grid", title=f"{path}: {len(weights)} quantized layers")
-    for heading in ("output error, rtn", "compressed", "weight error", "clipped", "at the ends"):
+    for heading in (*report.LAYER_HEADINGS[1:], "at the ends"):
         table.add_column(heading, justify="right")
     for name, weight in weights.items():
         cells = report.error_cells(errors[name]) if name in errors else ["-"] * 4

@@ -79,7 +79,7 @@ def tune_or_compare(options: TuneOptions) -> Path:
 
 def _check_task(name: str, options: TuneOptions) -> None:
     """Raise now what would be raised after hours."""
-    task = evaluate.open_task(name, options.data_dir)
+    task = evaluate.open_task(name, options.data_dir, "--compare")
     metric = evaluate.metric_of(task)
     if not task.has_training_docs():
         raise OptionError(f"--compare takes tasks with a training split; {name} has none")

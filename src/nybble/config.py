@@ -9,6 +9,7 @@ import dataclasses
 import tomllib
 import typing
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -354,8 +355,6 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Field values of `kind` from a TOML file; OptionError for a key that it does not have (the nearest is named)."""
-    from difflib import get_close_matches
-
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,6 @@ class Advance(Protocol):
 
 def set_up_logging() -> None:
     """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
-    import warnings
-
     import datasets
     import transformers
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nybble import absorb, checkpoint, data, evaluate, insert, models, report, stages, tuning
+from nybble import absorb, checkpoint, data, evaluate, insert, models, report, stages, text, tuning
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
-from nybble.stages import Job, Sequences
+from nybble.stages import Job
+from nybble.text import Sequences
 from nybble.tuning import Course
 
 log = logging.getLogger("nybble")
@@ -27,7 +28,7 @@ def distill(options: DistillOptions) -> Path:
 
     def cut(options: DistillOptions, loaded: models.LoadedModel) -> Sequences:
         wanted = options.samples * (1 if options.same_samples else options.epochs)
-        return stages.sequences_of(options, loaded, options.start, wanted, options.batch_size, options.valid_samples)
+        return text.sequences_of(options, loaded, options.start, wanted, options.batch_size, options.valid_samples)
 
     with stages.opened(options, options.start, "--start", cut, _resolve) as job:
         _run(job)

@@ -13,6 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
     """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data."""
     if not tasks:
         return
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("eval", f"measuring {', '.join(tasks)} (or leave the tasks out: --tasks)")
-    from difflib import get_close_matches
-
-    known = _task_manager().all_tasks
-    for task in tasks:
-        if task not in known:
-            near = get_close_matches(task, known, 3)
-            raise OptionError(f"tasks must be ones that lm-eval knows; got {task}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    _check_known(tasks, "--tasks")
     if data_dir is not None:
         _local_tasks(tasks, Path(data_dir))
     else:
@@ -138,15 +131,29 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
             get_task_dict(list(tasks), _task_manager())
 
 
-def open_task(name: str, data_dir: str | None) -> Any:
+def _check_known(tasks: Sequence[str], flag: str) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("eval", f"measuring {', '.join(tasks)} (or leave the tasks out: --tasks)")
+    known = _task_manager().all_tasks
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, 3)
+            remedy = f"did you mean {', '.join(near)}?" if near else "lm-eval --tasks list shows them"
+            raise OptionError(f"{flag} must be ones that lm-eval knows; got {task}; {remedy}")
+
+
+def open_task(name: str, data_dir: str | None, flag: str = "--task") -> Any:
     """lm-eval's own object for a task, with its rows.
+
+    Args:
+        flag: that named it, for errors.
 
     Raises:
         OptionError: unknown. DataError: no data.
     """
-    check_tasks([name], data_dir)
+    _check_known([name], flag)
     if _is_group(name):
-        raise OptionError(f"a single task is needed; {name} is a group of tasks; name one of its parts")
+        raise OptionError(f"{flag} must name a single task; {name} is a group of tasks; name one of its parts")
     from lm_eval.tasks import get_task_dict
 
     chosen: list[Any] = [name] if data_dir is None else _local_tasks([name], Path(data_dir))

@@ -63,7 +63,7 @@ def _render(sections: Sequence[dict[str, Any]]) -> str:
     from jinja2 import Environment
 
     source = resources.files("nybble").joinpath("page.html").read_text("utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections)
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections, layer_note=report.LAYER_NOTE)
 
 
 def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
         ("Time", _draw(_times, results)),
     ]
-    headings = ["layer", "output error, rtn", "compressed", "weight error", "clipped", "codes changed by tuning"]
+    headings = [*report.LAYER_HEADINGS, "codes changed by tuning"]
     shares = results.get("layer_codes_changed", {})
     lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
     memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble import checkpoint, estimate, evaluate, models, stages
+from nybble import checkpoint, estimate, evaluate, models, stages, text
 from nybble.config import CompressOptions
-from nybble.stages import Job, Sequences
+from nybble.stages import Job
+from nybble.text import Sequences
 
 log = logging.getLogger("nybble")
 
@@ -25,7 +26,7 @@ def compress(options: CompressOptions, known: Mapping[str, float] | None = None)
     """
 
     def cut(options: CompressOptions, loaded: models.LoadedModel) -> Sequences:
-        return stages.sequences_of(options, loaded, options.method, 0, 0, 0)
+        return text.sequences_of(options, loaded, options.method, 0, 0, 0)
 
     with stages.opened(options, options.method, "--method", cut, _resolve) as job:
         _run(job, known)

@@ -130,6 +130,13 @@ def task_column(results: dict[str, Any]) -> str:
     return f"task:{Path(results['task']['name']).stem} {results['task']['metric']}"
 
 
+LAYER_HEADINGS = ["layer", "output error, rtn", "compressed", "weight error", "clipped"]
+LAYER_NOTE = (
+    "Output error: mean square error of a layer's outputs relative to their mean square, on the calibration text. "
+    "Weight error: root mean square error of the weights relative to their root mean square. Clipped: share of the weights outside of their range."
+)
+
+
 def error_cells(error: dict[str, Any]) -> list[str]:
     """A layer's output error by rtn and as compressed, weight error, clipped share."""
     outputs = ["-" if error[key] is None else f"{error[key]:.3%}" for key in ("rtn", "start")]
@@ -157,18 +164,8 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
 
 
 def _errors_markdown(results: dict[str, Any]) -> str:
-    headings = ["layer", "output error, rtn", "compressed", "weight error", "clipped"]
     lines = [[name, *error_cells(error)] for name, error in results["layer_errors"].items()]
-    return "\n".join(
-        [
-            f"## Compression ({results.get('method', 'rtn')})",
-            "",
-            "Output error: mean square error of a layer's outputs relative to their mean square, on the calibration text.",
-            "Weight error: root mean square error of the weights relative to their root mean square. Clipped: share of the weights outside of their range.",
-            "",
-            as_markdown(headings, lines),
-        ]
-    )
+    return f"## Compression ({results.get('method', 'rtn')})\n\n{LAYER_NOTE}\n\n{as_markdown(LAYER_HEADINGS, lines)}"
 
 
 def markdown(results: dict[str, Any]) -> str:

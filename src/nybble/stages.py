@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, teacher, writing
+from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, starts, teacher, text
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
 from nybble.compress.start import Start
-from nybble.config import LEAST_CALIBRATION, CompressionOptions, CompressOptions, DistillOptions, TextOptions, TuneOptions
+from nybble.config import CompressionOptions, CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
 from nybble.errors import DataError, OptionError, RunError
@@ -29,28 +28,11 @@ from nybble.families import family_of
 from nybble.grid import Grid, check_group_size
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
+from nybble.text import Sequences
 
 log = logging.getLogger("nybble")
 
 Options = CompressOptions | DistillOptions | TuneOptions
-# --start that is chosen when the model is known.
-AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
-
-    `test_source` says in words what the test sequences are; `others` are fingerprints of what else the run reads.
-    With --data self, those of the training text are on the device "meta", without values, until the model has written them.
-    """
-
-    train: Rows
-    calibration: Tensor
-    validation: Rows
-    test: Rows
-    test_source: str
-    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,9 +77,9 @@ def opened(
     options.check()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError(f"nybble {options.KIND} must run in one process for now; start it without accelerate launch or torchrun")
-    automatic = (flag, method) == ("--start", AUTO)
+    automatic = (flag, method) == ("--start", starts.AUTO)
     if not automatic:
-        steps_of(method, flag)
+        starts.steps_of(method, flag)
     export.check_formats(options.export)
     path = options.folder
     models.check_path(options.pretrained)
@@ -117,18 +99,18 @@ def opened(
     if automatic:
         method = compress.automatic(loaded.model.config)
         options = replace(options, start=method)  # type: ignore[arg-type]
-    if flag == "--start" and (start := start_run(method)):
-        _check_start(start, loaded, plan, options.group_size)
+    if flag == "--start" and (start := starts.start_run(method)):
+        starts.check(start, loaded, plan, options.group_size)
     sequences = cut(options, loaded)
     _check_tokens(loaded, sequences)
     probe_T = sequences.test.ids[0, :32]
-    compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), steps_of(method, flag))
+    compress.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), starts.steps_of(method, flag))
     log.info(
         "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
         " (tied)" if plan.tied else "",
     )  # fmt: skip
-    _say_what_is_not_used(options, steps_of(method, flag))
+    _say_what_is_not_used(options, starts.steps_of(method, flag))
     options = resolve(options, loaded, plan, sequences)
     exported = family_of(loaded.model.config).exported
     if options.export and exported is not True:
@@ -141,13 +123,12 @@ def opened(
     try:
         with log_to(path / "log.txt"):
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
-            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "method": _described(method), "machine": checkpoint.machine()}
-            run.results["start_tuned"] = _start_tuned(method)
-            run.results["dtype"] = str(dtype).removeprefix("torch.")
+            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "machine": checkpoint.machine()}
+            run.results |= {"method": starts.described(method), "start_tuned": starts.tuned(method), "dtype": str(dtype).removeprefix("torch.")}
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
             _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences))
-            yield Job(run, options, loaded, plan, _written(run, options, loaded, sequences), head)
+            yield Job(run, options, loaded, plan, text.written(run, options, loaded, sequences), head)
     finally:
         run.close()
 
@@ -204,7 +185,7 @@ def free_memory(loaded: models.LoadedModel) -> int:
 
 def check_calibration(options: Options, method: str, sequences: Sequences) -> int:
     """Number of calibration sequences; says where there are fewer than wanted. The training text has been checked for the least that will do."""
-    if not steps_of(method):
+    if not starts.steps_of(method):
         return 0
     count = len(sequences.calibration)
     short = "" if count == options.calib_samples else f" (all there is; --calib_samples is {options.calib_samples})"
@@ -229,11 +210,11 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, Q
 
     Returns: where every 4-bit layer starts; and all quantized weights, those in 8 bits too, on the CPU.
     """
-    if run := start_run(method):
+    if run := starts.start_run(method):
         return _take_over(job, run)
     options, model = job.options, job.loaded.model
     calibration = store = None
-    if steps_of(method):
+    if starts.steps_of(method):
         recipe = blockwise.Recipe(epochs=options.blockwise_epochs)
         ids = job.sequences.calibration
         calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path)
@@ -249,49 +230,6 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, Q
         log.info(line)
     job.run.save_results()
     return compressed.starts, rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
-
-
-def start_run(start: str) -> Path | None:
-    """The folder of the run that --start names; None where it names a method, also where a folder happens to be called like one."""
-    named = all(part in ("rtn", *compress.METHODS) for part in start.split("+"))
-    return Path(start) if not named and checkpoint.is_run(Path(start)) else None
-
-
-def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
-    """Steps of the compression that is to be done; none where a finished run has done it (--start only)."""
-    run = start_run(start) if flag == "--start" else None
-    if run is None:
-        return compress.parse(start, "--start, where it is not the folder of a run," if flag == "--start" else flag)
-    if not (run / "quantized").exists():
-        raise OptionError(f"--start {run} must be a finished run; it has no folder quantized; finish it with --resume")
-    return ()
-
-
-def _check_start(run: Path, loaded: models.LoadedModel, plan: models.Plan, group_size: int) -> None:
-    """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
-    sizes = checkpoint.scale_shapes(run / "quantized")
-    layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*plan.int4, *plan.int8)}
-    other = checkpoint.read_results(run).get("model")
-    if sizes.keys() != layers.keys() or any(sizes[name][0] != shape[0] for name, shape in layers.items()):
-        raise OptionError(f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others")
-    for name in plan.int4:
-        found = layers[name][1] // sizes[name][1]
-        if found != group_size:
-            raise OptionError(f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}")
-    if other != loaded.name:
-        log.warning("--start %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
-
-
-def _start_tuned(start: str) -> bool:
-    """Whether --start is a run that was trained end to end, itself or what it started from."""
-    results = {} if (run := start_run(start)) is None else checkpoint.read_results(run)
-    return bool(results) and (report.tunes(results) or report.starts_tuned(results))
-
-
-def _described(start: str) -> str:
-    """ "awq+se", or "awq+se (runs/compressed)" for a run."""
-    run = start_run(start)
-    return start if run is None else f"{checkpoint.read_results(run).get('method', 'rtn')} ({run})"
 
 
 def _take_over(job: Job, run: Path) -> tuple[dict[str, Start], dict[str, QuantizedWeight]]:
@@ -414,88 +352,6 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(report.table(results))
     console.print(report.sentence(results), highlight=False)
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
-
-
-def sequences_of(options: CompressOptions | DistillOptions, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
-    """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
-    see all parts of it. The first of the one are the first of the other.
-
-    Raises:
-        DataError: the training text gives fewer than `least`, or too few to calibrate with.
-        OptionError: sources or shares that contradict each other.
-    """
-    mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
-    evaluated = data.Mixture.parse(_evaluated(options))
-
-    @functools.cache
-    def texts_of(name: str) -> data.Texts:
-        held = ("validation", "test") if validation else ("test",)
-        splits = ("train",) * (name in mixture.names and wanted > 0) + held * (name in evaluated.names)
-        try:
-            return data.load_texts(name, options.data_column, options.data_dir, splits)
-        except DataError as error:
-            raise DataError(str(error).replace("--data ", "--eval_data " if name not in mixture.names else "--data ", 1)) from error
-
-    def rows_of(name: str, split: str, what: str, minimum: int = 1) -> Rows:
-        """All sequences of a split of one source."""
-        if Path(name).suffix == Path(writing.FILE).suffix:
-            if not Path(name).is_file():
-                raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
-            if split != "train":
-                raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
-            return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
-        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
-
-    calibrate = options.calib_samples if steps_of(method) else 0
-    wanted = max(train, calibrate)
-    if data.SELF in mixture.names:
-        if len(mixture.names) > 1:
-            raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
-        if options.loss_on == "assistant":
-            raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
-        writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
-        rows = Rows(
-            *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
-        )
-    else:
-        what, minimum = "training" if train else "calibration", max(least, LEAST_CALIBRATION if calibrate else 0)
-        alone = minimum if len(mixture.names) == 1 else 1
-        rows = mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
-        if len(rows) < minimum:
-            raise data.too_few(what, minimum, options.seq_len, len(rows))
-
-    def held(split: str, count: int) -> Rows:
-        return evaluated.first([rows_of(name, split, split) for name in evaluated.names], count, options.seed)
-
-    validated = held("validation", validation) if validation else NO_ROWS
-    source = f"the test split of {' + '.join(_evaluated(options))}"
-    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source)
-
-
-NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
-
-
-def _evaluated(options: TextOptions) -> tuple[str, ...]:
-    """Sources of validation and test text."""
-    written = all(name == data.SELF or Path(name).suffix == Path(writing.FILE).suffix for name in data.Mixture.parse(options.data).names)
-    return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
-
-
-def _written(run: Run, options: Options, loaded: models.LoadedModel, sequences: Sequences) -> Sequences:
-    """With --data self: let the model write what it is trained on."""
-    count = max(len(sequences.train), len(sequences.calibration))
-    if not count or sequences.calibration.device.type != "meta":
-        return sequences
-    batch = estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize)
-    try:
-        with run.stage("write"), bar("write", count) as advance:
-            ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
-    except DataError:  # the model cannot write, so there is no run
-        if not run.results["models"]:
-            checkpoint.remove_folder(run.path)
-        raise
-    log.info("the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / writing.FILE)
-    return replace(sequences, train=Rows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)])
 
 
 def check_memory(needed: int, available: int, remedy: str) -> None:

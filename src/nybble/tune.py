@@ -28,7 +28,8 @@ from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
 from nybble.questions import Question, Score, Task, Text
 from nybble.ranks import Configuration
-from nybble.stages import NO_ROWS, Job, Sequences
+from nybble.stages import Job
+from nybble.text import NO_ROWS, Sequences
 from nybble.tuning import Course
 
 log = logging.getLogger("nybble")

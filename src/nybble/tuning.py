@@ -18,7 +18,8 @@ from nybble.console import bar
 from nybble.errors import TrainingError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.quantized import QuantizedWeight
-from nybble.stages import Job, Sequences
+from nybble.stages import Job
+from nybble.text import Sequences
 from nybble.train import Progress, Recipe, Trainer
 
 log = logging.getLogger("nybble")

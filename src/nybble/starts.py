@@ -1,0 +1,57 @@
+"""--start (and --method): what training starts from. A compression to be done, named by its steps, or a finished run, whose 4-bit model is taken over."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from nybble import checkpoint, compress, models, report
+from nybble.errors import OptionError
+
+log = logging.getLogger("nybble")
+
+# --start that is chosen when the model is known.
+AUTO = "auto"
+
+
+def start_run(start: str) -> Path | None:
+    """The folder of the run that --start names; None where it names a method, also where a folder happens to be called like one."""
+    named = all(part in ("rtn", *compress.METHODS) for part in start.split("+"))
+    return Path(start) if not named and checkpoint.is_run(Path(start)) else None
+
+
+def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
+    """Steps of the compression that is to be done; none where a finished run has done it (--start only)."""
+    run = start_run(start) if flag == "--start" else None
+    if run is None:
+        return compress.parse(start, "--start, where it is not the folder of a run," if flag == "--start" else flag)
+    if not (run / "quantized").exists():
+        raise OptionError(f"--start {run} must be a finished run; it has no folder quantized; finish it with --resume")
+    return ()
+
+
+def check(run: Path, loaded: models.LoadedModel, plan: models.Plan, group_size: int) -> None:
+    """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
+    sizes = checkpoint.scale_shapes(run / "quantized")
+    layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*plan.int4, *plan.int8)}
+    other = checkpoint.read_results(run).get("model")
+    if sizes.keys() != layers.keys() or any(sizes[name][0] != shape[0] for name, shape in layers.items()):
+        raise OptionError(f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others")
+    for name in plan.int4:
+        found = layers[name][1] // sizes[name][1]
+        if found != group_size:
+            raise OptionError(f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}")
+    if other != loaded.name:
+        log.warning("--start %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+
+
+def tuned(start: str) -> bool:
+    """Whether --start is a run that was trained end to end, itself or what it started from."""
+    results = {} if (run := start_run(start)) is None else checkpoint.read_results(run)
+    return bool(results) and (report.tunes(results) or report.starts_tuned(results))
+
+
+def described(start: str) -> str:
+    """ "awq+se", or "awq+se (runs/compressed)" for a run."""
+    run = start_run(start)
+    return start if run is None else f"{checkpoint.read_results(run).get('method', 'rtn')} ({run})"

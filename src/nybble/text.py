@@ -1,0 +1,120 @@
+"""From --data and --eval_data to token sequences: those to train on, to calibrate with, to validate and to measure on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nybble import checkpoint, data, estimate, models, writing
+from nybble.checkpoint import Run
+from nybble.config import LEAST_CALIBRATION, CompressOptions, DistillOptions, TextOptions, TuneOptions
+from nybble.console import bar
+from nybble.data import Rows
+from nybble.errors import DataError, OptionError
+from nybble.starts import steps_of
+
+log = logging.getLogger("nybble")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
+
+    `test_source` says in words what the test sequences are; `others` are fingerprints of what else the run reads.
+    With --data self, those of the training text are on the device "meta", without values, until the model has written them.
+    """
+
+    train: Rows
+    calibration: Tensor
+    validation: Rows
+    test: Rows
+    test_source: str
+    others: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
+
+
+def sequences_of(options: CompressOptions | DistillOptions, loaded: models.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
+    """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
+    see all parts of it. The first of the one are the first of the other.
+
+    Raises:
+        DataError: the training text gives fewer than `least`, or too few to calibrate with.
+        OptionError: sources or shares that contradict each other.
+    """
+    mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
+    evaluated = data.Mixture.parse(_evaluated(options))
+
+    @functools.cache
+    def texts_of(name: str) -> data.Texts:
+        held = ("validation", "test") if validation else ("test",)
+        splits = ("train",) * (name in mixture.names and wanted > 0) + held * (name in evaluated.names)
+        try:
+            return data.load_texts(name, options.data_column, options.data_dir, splits)
+        except DataError as error:
+            raise DataError(str(error).replace("--data ", "--eval_data " if name not in mixture.names else "--data ", 1)) from error
+
+    def rows_of(name: str, split: str, what: str, minimum: int = 1) -> Rows:
+        """All sequences of a split of one source."""
+        if Path(name).suffix == Path(writing.FILE).suffix:
+            if not Path(name).is_file():
+                raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
+            if split != "train":
+                raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
+            return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
+        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
+
+    calibrate = options.calib_samples if steps_of(method) else 0
+    wanted = max(train, calibrate)
+    if data.SELF in mixture.names:
+        if len(mixture.names) > 1:
+            raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
+        if options.loss_on == "assistant":
+            raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
+        writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
+        rows = Rows(
+            *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
+        )
+    else:
+        what, minimum = "training" if train else "calibration", max(least, LEAST_CALIBRATION if calibrate else 0)
+        alone = minimum if len(mixture.names) == 1 else 1
+        rows = mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
+        if len(rows) < minimum:
+            raise data.too_few(what, minimum, options.seq_len, len(rows))
+
+    def held(split: str, count: int) -> Rows:
+        return evaluated.first([rows_of(name, split, split) for name in evaluated.names], count, options.seed)
+
+    validated = held("validation", validation) if validation else NO_ROWS
+    source = f"the test split of {' + '.join(_evaluated(options))}"
+    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source)
+
+
+def _evaluated(options: TextOptions) -> tuple[str, ...]:
+    """Sources of validation and test text."""
+    written = all(name == data.SELF or Path(name).suffix == Path(writing.FILE).suffix for name in data.Mixture.parse(options.data).names)
+    return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
+
+
+def written(run: Run, options: CompressOptions | DistillOptions | TuneOptions, loaded: models.LoadedModel, sequences: Sequences) -> Sequences:
+    """With --data self: let the model write what it is trained on."""
+    count = max(len(sequences.train), len(sequences.calibration))
+    if not count or sequences.calibration.device.type != "meta":
+        return sequences
+    batch = estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize)
+    try:
+        with run.stage("write"), bar("write", count) as advance:
+            ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
+    except DataError:  # the model cannot write, so there is no run
+        if not run.results["models"]:
+            checkpoint.remove_folder(run.path)
+        raise
+    log.info("the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / writing.FILE)
+    return replace(sequences, train=Rows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)])
