@@ -36,7 +36,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.compress import Store
 from nybble.config import read_toml, to_toml
 from nybble.errors import OptionError, RunError
 from nybble.grid import Grid
@@ -104,8 +103,8 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-class BlockStore(Store):
-    """Finished blocks of a compression, one safetensors file each. `identity` says of what; files of something else are ignored."""
+class BlockStore:
+    """Finished blocks of a compression (compress.Store), one safetensors file each. `identity` says of what; files of something else are ignored."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,12 +118,11 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, steps: tupl
         check_chain(model, list(names), input_ids)
 
 
-class Store:
-    """Where finished blocks are kept, so that an interrupted compression goes on; this one keeps nothing."""
+class Store(Protocol):
+    """Where finished blocks are kept, so that an interrupted compression goes on."""
 
     def load(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and note of a finished block, or None."""
-        return None
 
     def save(self, block: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         """Keep a finished block."""
@@ -158,9 +157,21 @@ def compress(
         batch = max(1, TOKENS // calibration.input_ids.shape[1])
         blocks = Blocks(model, names, calibration.input_ids, batch, "blockwise" in steps, calibration.folder)
         for i in range(len(blocks.modules))[: calibration.limit_blocks]:
+            prefix = blocks.prefixes[i]
             with blocks.at_hand(i):
-                _compress_block(blocks, i, grid, steps, calibration, compressed, store or Store(), advance)
-            _let_go(compressed.starts, blocks.prefixes[i], model)
+                kept = store.load(prefix) if store else None
+                if kept is None:
+                    block = _compress_block(blocks, i, grid, steps, calibration, advance)
+                    if store:
+                        store.save(prefix, *_to_keep(blocks, i, block))
+                else:
+                    block = _restore_block(blocks, i, *kept)
+                    advance(len(block.starts), f"{prefix[:-1]}: restored")
+                _pass_on(blocks, i, block.starts, grid)
+            compressed.starts.update({prefix + name: start for name, start in block.starts.items()})
+            compressed.errors.update({prefix + name: error for name, error in block.errors.items()})
+            compressed.blocks.update(block.blocks)
+            _let_go(compressed.starts, prefix, model)
         model.to(device)
         _let_go(compressed.starts, "", model)
     rest = [name for name in names if name not in compressed.starts]
@@ -178,59 +189,62 @@ def _let_go(starts: dict[str, Start], prefix: str, model: Any) -> None:
             starts[name] = Start(weight_OI, start.scale_OG.to(weight_OI.device), start.zero_OG.to(weight_OI.device))
 
 
-def _compress_block(
-    blocks: Blocks,
-    i: int,
-    grid: Grid,
-    steps: tuple[str, ...],
-    calibration: Calibration,
-    compressed: Compressed,
-    store: Store,
-    advance: Callable[[int, str], None],
-) -> None:
-    """One block: compressed by all steps, or taken from the store; its starts and errors go into `compressed`."""
+def _compress_block(blocks: Blocks, i: int, grid: Grid, steps: tuple[str, ...], calibration: Calibration, advance: Callable[[int, str], None]) -> Compressed:
+    """Block i by all steps; names are those within the block."""
     block, prefix = blocks.modules[i], blocks.prefixes[i]
-    kept = store.load(prefix)
-    if kept is None:
-        starts: dict[str, Start] = {}
-        errors: dict[str, LayerError] = {}
-        statistics = blocks.observe(i)
-        nearest = {name: _Nearest.of(linear(block, name).weight, grid, shared.gram_II) for shared in statistics for name in shared.layers}
-        if "awq" in steps and not awq.fold(block, statistics, blocks.model.config, grid):
-            log.warning("%s: awq folded nothing, no layers read what families.py says they do", prefix[:-1])
+    made = Compressed()
+    statistics = blocks.observe(i)
+    nearest = {name: _Nearest.of(linear(block, name).weight, grid, shared.gram_II) for shared in statistics for name in shared.layers}
+
+    def judge(shared: Statistics, names: Iterable[str]) -> None:
+        for name in names:
+            made.errors[name] = _layer_error(linear(block, name).weight, made.starts[name], grid, shared.gram_II, nearest[name])
+
+    if "awq" in steps and not awq.fold(block, statistics, blocks.model.config, grid):
+        log.warning("%s: awq folded nothing, no layers read what families.py says they do", prefix[:-1])
+    for shared in statistics:
+        found = _round(block, shared, grid, steps, calibration, prefix)
+        made.starts.update(found)
+        for name in found:
+            judge(shared, [name])
+            advance(1, f"{prefix}{name}: output error {made.errors[name].rtn:.2%} -> {made.errors[name].start:.2%}")
+    if "blockwise" in steps and made.starts:
+        recipe, seed = calibration.recipe, calibration.seed
+        starts, *losses = blockwise.train(blocks, i, made.starts, grid, recipe, seed, lambda text: advance(0, f"{prefix[:-1]}: {text}"))
+        made.starts.update(starts)
+        made.blocks[prefix[:-1]] = (losses[0], losses[1])
         for shared in statistics:
-            found = _round(block, shared, grid, steps, calibration, prefix)
-            starts |= found
-            for name, start in found.items():
-                errors[name] = _layer_error(linear(block, name).weight, start, grid, shared.gram_II, nearest[name])
-                advance(1, f"{prefix}{name}: output error {errors[name].rtn:.2%} -> {errors[name].start:.2%}")
-        losses: list[float] | None = None
-        if "blockwise" in steps and starts:
-            starts, *losses = blockwise.train(blocks, i, starts, grid, calibration.recipe, calibration.seed, lambda text: advance(0, prefix[:-1] + ": " + text))
-            for shared in statistics:
-                for name in shared.layers:
-                    errors[name] = _layer_error(linear(block, name).weight, starts[name], grid, shared.gram_II, nearest[name])
-        tensors = {f"{name}:{leaf}": getattr(start, leaf) for name, start in starts.items() for leaf in ("weight_OI", "scale_OG", "zero_OG")}
-        others = {key: value for key, value in block.state_dict().items() if key.removesuffix(".weight") not in starts}
-        store.save(prefix, tensors | others, {"errors": {name: asdict(error) for name, error in errors.items()}, "losses": losses})
-    else:
-        tensors, note = kept
-        names = blocks.layers[i]
-        blocks.advance_full(i)
-        starts = {name: Start(*(tensors.pop(f"{name}:{leaf}").to(blocks.device) for leaf in ("weight_OI", "scale_OG", "zero_OG"))) for name in names}
-        missing = block.load_state_dict(tensors, strict=False).missing_keys
-        assert all(key.removesuffix(".weight") in starts for key in missing), f"{prefix}: the stored block lacks {missing}"
-        errors, losses = {name: LayerError(**fields) for name, fields in note["errors"].items()}, note["losses"]
-        advance(len(names), f"{prefix[:-1]}: from the last sitting")
+            judge(shared, shared.layers)
+    return made
+
+
+def _to_keep(blocks: Blocks, i: int, made: Compressed) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `_restore_block` takes: the tensors of the starts and what else the block has (awq folds norms), and a note."""
+    tensors = {f"{name}:{leaf}": getattr(start, leaf) for name, start in made.starts.items() for leaf in ("weight_OI", "scale_OG", "zero_OG")}
+    others = {key: value for key, value in blocks.modules[i].state_dict().items() if key.removesuffix(".weight") not in made.starts}
+    return tensors | others, {"errors": {name: asdict(error) for name, error in made.errors.items()}, "losses": next(iter(made.blocks.values()), None)}
+
+
+def _restore_block(blocks: Blocks, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> Compressed:
+    """Block i as an earlier sitting made it."""
+    prefix, names = blocks.prefixes[i], blocks.layers[i]
+    blocks.advance_full(i)
+    starts = {name: Start(*(tensors.pop(f"{name}:{leaf}").to(blocks.device) for leaf in ("weight_OI", "scale_OG", "zero_OG"))) for name in names}
+    missing = blocks.modules[i].load_state_dict(tensors, strict=False).missing_keys
+    assert all(key.removesuffix(".weight") in starts for key in missing), f"{prefix}: the stored block lacks {missing}"
+    errors, losses = {name: LayerError(**fields) for name, fields in note["errors"].items()}, note["losses"]
+    return Compressed(starts, errors, {prefix[:-1]: (losses[0], losses[1])} if losses else {})
+
+
+def _pass_on(blocks: Blocks, i: int, starts: dict[str, Start], grid: Grid) -> None:
+    """The block holds the weights of its starts; where the compressed blocks have a stream of their own, that goes through the 4-bit weights first."""
+    block = blocks.modules[i]
     if blocks.quantized is not None:
         for name, start in starts.items():
             _set_weight(block, name, start.quantized(grid).dequantize().to(start.weight_OI.dtype))
         blocks.advance_quantized(i)
     for name, start in starts.items():
         _set_weight(block, name, start.weight_OI)
-        compressed.starts[prefix + name], compressed.errors[prefix + name] = start, errors[name]
-    if losses is not None:
-        compressed.blocks[prefix[:-1]] = (losses[0], losses[1])
 
 
 @torch.no_grad()
