@@ -9,6 +9,8 @@ last.safetensors     newest checkpoint: adapters, scales, optimizer; its header 
 best.safetensors     adapters and scales with the lowest validation loss
 quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
 openvino/            exports
+and, where the run has them: self.safetensors (text that the model wrote), search.db (trials of nybble search), tensorboard/, report.html,
+merged/ and texts/ (16-bit LoRA of nybble tune --compare)
 """
 
 from __future__ import annotations

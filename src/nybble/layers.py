@@ -7,8 +7,8 @@
 
 lora_b starts at zero, log_scale_shift somewhere in what rounds to the start: the untrained layer is exactly the compressed one.
 Codes are made with the scales of the start, so a trained scale moves no code: only the adapters do, and at rank 0 nothing does.
-The shift is the logarithm of what the scale is multiplied with, so its learning rate is a relative one: 1e-4 a step moves a
-scale by about 0.01 %.
+The shift is the logarithm of what the scale is multiplied with, so its learning rate is a relative one: 1e-3 moves a scale
+by about 0.1 % a step.
 
 The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
 - recompute: W_q is made in every forward and again in every backward; nothing is kept.

@@ -140,7 +140,7 @@ def _curves(figure: Any, results: dict[str, Any]) -> None:
     training, validation = results.get("training", []), results.get("validation", [])
     left.plot([row["step"] for row in training], [row["loss"] for row in training], color=COLORS["tuned"], alpha=0.5, linewidth=1, label="training")
     steps = [row["step"] for row in validation]
-    if "task" in results:  # the loss of training is per token, that of validation per question: not on one axis
+    if "task" in results:  # the losses of training and validation are not of the same thing: not on one axis
         left.set(xlabel="step", ylabel="training loss")
         right.set(xlabel="step", ylabel="held-out loss")
         right.plot(steps, [row["loss"] for row in validation], "o-", color=COLORS["compressed"])
