@@ -500,3 +500,15 @@ def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> No
         with torch.no_grad():
             assert float(loss(torch.tensor([0, 1]))) == pytest.approx(expected, rel=1e-5)
         assert weight(torch.tensor([0, 1])) == 2
+
+
+@pytest.mark.parametrize(("limit", "used"), [(160, "eager"), (4, "sdpa")])
+def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble import tune as module
+
+    seen = []
+    original = module._choice_loss
+    monkeypatch.setattr(module, "PLAIN_ATTENTION", limit)
+    monkeypatch.setattr(module, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
+    tune(options(tmp_path, epochs=1))
+    assert seen == [used]

@@ -38,6 +38,10 @@ log = logging.getLogger("nybble")
 MOST_ROWS = {"cpu": 4}
 
 
+# Up to so many tokens in a text, the fused attention of torch on a CPU takes longer than its plain products: a step on openbookqa an eighth (docs/log.md).
+PLAIN_ATTENTION = 160
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a task gives to a run.
@@ -345,6 +349,8 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinea
     """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
     configuration."""
     options, loaded = job.options, job.loaded
+    if loaded.model.device.type == "cpu" and max(len(text.ids) for texts in (lesson.choices or [lesson.texts]) for text in texts) <= PLAIN_ATTENTION:
+        loaded.model.set_attn_implementation("eager")
     steps = _steps_per_epoch(options, lesson)
     lengths = torch.tensor(_tokens(lesson))
     order = data.order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
