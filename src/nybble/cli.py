@@ -133,8 +133,10 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
 
 def _check_kind(kind: Any, folder: Path) -> None:
     """Raise OptionError for a run that another command began."""
-    results = folder / "results.json"
-    began = json.loads(results.read_text(encoding="utf-8")).get("kind", kind.KIND) if results.is_file() else kind.KIND
+    try:
+        began = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("kind", kind.KIND)
+    except (OSError, ValueError, AttributeError):
+        return  # not there yet, or not what nybble wrote, which the command itself will say
     if began != kind.KIND:
         raise OptionError(f"--resume must go on with a run of nybble {kind.KIND}; {folder} was begun by nybble {began}; choose another --output_dir")
 
