@@ -149,6 +149,8 @@ def test_a_short_question_beside_a_long_one_keeps_its_prompt_in_the_window(famil
 
 
 def test_an_answer_without_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="none of 0 has"):
+        questions.encode_gold(make_tokenizer(), [], 64)
     with pytest.raises(DataError, match="every answer must have tokens of its own; '' after 'ask' has none"):
         questions.encode_choices(make_tokenizer(), [Question((("ask", " a"), ("ask", "")), 0, (1, 1))], 64)
 

@@ -106,9 +106,8 @@ def _held_out(documents: Sequence[Document]) -> Texts:
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
     if len(documents) < 3:
         return Texts(documents, (), ())
-    places = [split_of(i) for i in range(len(documents))]
-    if len(documents) < 10:
-        places[-2:] = "validation", "test"
+    few = ["train"] * (len(documents) - 2) + ["validation", "test"]
+    places = few if len(documents) < 10 else [split_of(i) for i in range(len(documents))]
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for split, document in zip(places, documents, strict=True):
         parts[split].append(document)

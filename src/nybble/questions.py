@@ -303,7 +303,7 @@ def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> l
     texts = [text for text in encoded if text.answered]
     if not texts:
         raise DataError(
-            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min(t.prompt for t in encoded)}"
+            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min((t.prompt for t in encoded), default=0)}"
         )
     if len(texts) < len(encoded):
         log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
