@@ -302,9 +302,8 @@ def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> l
     encoded = [Text((text.ids + end if len(q.pairs) == 1 else text.ids)[:length], text.prompt) for q, text in zip(questions, encoded, strict=True)]
     texts = [text for text in encoded if text.answered]
     if not texts:
-        raise DataError(
-            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {min((t.prompt for t in encoded), default=0)}"
-        )
+        shortest = min((text.prompt for text in encoded), default=0)
+        raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {shortest}")
     if len(texts) < len(encoded):
         log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
     return texts
