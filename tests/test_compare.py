@@ -20,7 +20,7 @@ def options(folder: Path, data: Path, **changes: object) -> TuneOptions:
     base: dict[str, object] = {
         "pretrained": str(folder / "model"), "output_dir": str(folder / "runs"), "compare": ("openbookqa",), "data_dir": str(data), "train_rows": 48,
         "epochs": 1, "batch_size": 8, "microbatch": 4, "lora_rank_space": (4, 2), "select_rows": 10, "task_limit": 12,
-        "export": (), "start": "se", "tensorboard": False, "test_samples": 1, "num_min_loss_configs": 1, "seq_len": 128, "fast_eval": True,
+        "export": (), "start": "se", "tensorboard": False, "test_samples": 1, "num_min_loss_configs": 4, "seq_len": 128, "fast_eval": True,
     }  # fmt: skip
     return TuneOptions(**base | changes)  # type: ignore[arg-type]
 
