@@ -174,6 +174,16 @@ def test_what_is_found_after_loading_leaves_no_run_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_text_that_is_not_there_is_missed_by_rtn_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", "smollm")
+    monkeypatch.chdir(tmp_path)
+    flags = ["compress", "--pretrained", "./model", "--method", "rtn", "--tasks", "--export", "--data"]
+    assert "must be a file of tokens that --data self wrote" in error_of([*flags, "./nowhere.safetensors"], capsys)
+    (tmp_path / "short.txt").write_text("a line\n" * 200)
+    assert "must have text in its test split; it is empty (splits are taken from 10 rows on, or 201 lines of fewer)" in error_of([*flags, "short.txt"], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "short.txt"]
+
+
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (export, measuring):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)

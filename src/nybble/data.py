@@ -87,7 +87,7 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     for split in wanted:
         if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
             raise DataError(
-                f"--data {data} must have text in its {split} split; it is empty (a single text is split from 201 lines on, rows from 3 on); use more text, "
+                f"--data {data} must have text in its {split} split; it is empty (splits are taken from 10 rows on, or 201 lines of fewer); use more text, "
                 "or measure on another by --eval_data"
             )
     return texts

@@ -51,6 +51,9 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
     """
     mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
     evaluated = data.Mixture.parse(_evaluated(options))
+    for name in mixture.names:  # also where nothing of them is used (rtn), and the text to measure on would be another
+        if Path(name).suffix == Path(writing.FILE).suffix and not Path(name).is_file():
+            raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
 
     @functools.cache
     def texts_of(name: str) -> data.Texts:
@@ -59,13 +62,13 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
         try:
             return data.load_texts(name, options.data_column, options.data_dir, splits)
         except DataError as error:
-            raise DataError(str(error).replace("--data ", "--eval_data " if name not in mixture.names else "--data ", 1)) from error
+            if name in mixture.names:
+                raise
+            raise DataError(str(error).replace("--data ", "--eval_data ", 1)) from error
 
     def rows_of(name: str, split: str, what: str, minimum: int = 1) -> Rows:
         """All sequences of a split of one source."""
         if Path(name).suffix == Path(writing.FILE).suffix:
-            if not Path(name).is_file():
-                raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
             if split != "train":
                 raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
             return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
