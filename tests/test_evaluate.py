@@ -86,6 +86,8 @@ def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
 def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--pretrained", "m", "--tasks", "arc_esy"]) == 2
     assert "--tasks must be ones that lm-eval knows; got arc_esy; did you mean arc_easy" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--compare must be ones that lm-eval knows; got 0000; lm-eval ls tasks shows them"):
+        evaluate.open_task("0000", None, "--compare")
 
 
 def test_groups_of_tasks_need_their_parts_named(data_dir: Path) -> None:

@@ -138,7 +138,7 @@ def _check_known(tasks: Sequence[str], flag: str) -> None:
     for task in tasks:
         if task not in known:
             near = get_close_matches(task, known, 3)
-            remedy = f"did you mean {', '.join(near)}?" if near else "lm-eval --tasks list shows them"
+            remedy = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks shows them"
             raise OptionError(f"{flag} must be ones that lm-eval knows; got {task}; {remedy}")
 
 
