@@ -53,6 +53,7 @@ def test_kill_9_and_resume_end_with_the_same_bits(when: str, tmp_path: Path) -> 
     assert not (run / "quantized").exists()
     subprocess.run(command(model, run, "--resume"), check=True, capture_output=True, timeout=120)
     assert codes(run) == codes(tmp_path / "undisturbed")
+    assert json.loads((run / "results.json").read_text())["command"].startswith("nybble distill --config")
 
 
 def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -5,4 +5,5 @@ import sys
 from nybble.cli import main
 
 if __name__ == "__main__":
+    sys.argv[0] = "nybble"  # the command that a run remembers
     sys.exit(main())

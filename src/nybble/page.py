@@ -188,7 +188,7 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         image = axes.imshow(lines, aspect="auto", cmap="viridis", norm=shared if "error" in title else None)
         axes.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
         axes.set(title=title, xlabel="block")
-        figure.colorbar(image, ax=axes, format=lambda value, position: f"{value:.2%}").minorticks_off()
+        figure.colorbar(image, ax=axes, format=lambda value, position: f"{100 * value:.2g}%").minorticks_off()
     for axes in all_axes[len(maps) :]:
         axes.set_axis_off()
 
@@ -245,4 +245,5 @@ def _ranks(figure: Any, results: dict[str, Any]) -> None:
     right.errorbar([row["log_likelihood"] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
     right.invert_yaxis()
     right.set_yticks([])
+    right.locator_params(axis="x", nbins=5)  # their labels are long
     right.set_xlabel("held-out log-likelihood (bars: error of the difference)")
