@@ -188,7 +188,7 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         image = axes.imshow(lines, aspect="auto", cmap="viridis", norm=shared if "error" in title else None)
         axes.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
         axes.set(title=title, xlabel="block")
-        figure.colorbar(image, ax=axes, format=lambda value, position: f"{100 * value:.2g}%").minorticks_off()
+        figure.colorbar(image, ax=axes, format=lambda value, position: f"{100 * value:g}%").minorticks_off()
     for axes in all_axes[len(maps) :]:
         axes.set_axis_off()
 
