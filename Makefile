@@ -9,8 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: demo test quick lint format bench bench-nncf nncf install clean
 
 # torch first: a local CPU build, if pip knows of one, then satisfies every other package.

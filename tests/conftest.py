@@ -1,8 +1,8 @@
-"""Shared by all tests: quiet threads, real data where it is, the real model once a session."""
+"""Shared by all tests: threads as the command line has them, real data where it is, the real model once a session."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 

@@ -1,5 +1,6 @@
 """The command line: flags, files, help, and one line on stderr with exit code 2 for whatever a person can repair."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,14 @@ def test_the_installed_command_shows_the_environment() -> None:
     done = subprocess.run([sys.executable, "-m", "nybble", "env"], capture_output=True, text=True, check=True)
     assert "torch" in done.stdout
     assert "transformers" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP is torch's on Linux only")
+@pytest.mark.parametrize(("chosen", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_waiting_threads_spin_briefly_unless_told_otherwise(chosen: dict[str, str], spins: str) -> None:
+    """As torch's OpenMP says when it is loaded: what is set later has no effect."""
+    plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-m", "nybble", "env"], env=plain | chosen | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -60,9 +60,8 @@ Try:  nybble distill --pretrained smollm2 --config recipes/demo.toml
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Spinning threads stop each other on shared cores; set before torch starts its own.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    spin_briefly()
     keep_freed_memory()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -90,6 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nybble: interrupted" + ("; the same command with --resume goes on from the last checkpoint" if hasattr(kind, "resume") else ""), file=sys.stderr)
         return 130
     return 0
+
+
+def spin_briefly() -> None:
+    """GNU OpenMP, before torch starts its threads: a thread that waits for the others spins for some ten microseconds, then sleeps. One that sleeps at once
+    costs a step of `tune` 40 % more time on 2 cores; one that spins as long as is usual nearly doubles it where other programs run on them (docs/log.md)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def keep_freed_memory() -> None:
