@@ -47,6 +47,15 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert min(row["behind"] for row in found) == 0
     assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
 
+    front = results(trained)["search"]["front"]
+    if sampler != "nsga2":
+        assert front == []
+        return
+    scored = {tuple(int(trial.params[f"layer{i}"]) for i in range(2)): trial.values for trial in trials}
+    beaten = {a for a, (p, n) in scored.items() for q, m in scored.values() if q >= p and m <= n and (q, m) != (p, n)}
+    assert {tuple(row["configuration"]): [row["log_likelihood"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
+    assert front[0]["log_likelihood"] == max(row["log_likelihood"] for row in front) == likelihoods[sampler]
+
 
 def test_hill_climbing_moves_one_layer_by_one_place(trained: Path) -> None:
     search(SearchOptions(run=str(trained), sampler="hill", trials=12, random_draws=False, seed=5))

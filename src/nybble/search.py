@@ -59,12 +59,21 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     known = [tuple(row["configuration"]) for row in run.results.get("candidates", [])]
     first = run.results.get("chosen", run.results["configuration"])  # --apply changes the latter
     winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
+    front: list[dict[str, Any]] = []
     with run.stage("search"):
         for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
-            winners[sampler] = _run_study(trained, options, path, sampler, known)
+            study = _run_study(trained, options, path, sampler, known)
+            winners[sampler] = _configuration_of(_best(study))
+            if sampler == "nsga2":
+                front = _front(study)
         compared = _compare(trained, winners)
-    run.results["search"] = {"trials": options.trials, "winners": compared}
+    run.results["search"] = {"trials": options.trials, "winners": compared, "front": front}
     run.save_results()
+    if front:
+        table = Table("rows searched", "sum of ranks", "ranks", title="nsga2: trials that no other one beats in likelihood and sum of ranks")
+        for row in front:
+            table.add_row(f"{row['log_likelihood']:.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
+        console.print(table)
     judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
     which = "fresh rows" if judged == "fresh" else "rows searched"
     table = Table("found by", "rows searched", "fresh rows", f"behind the best ({which})", f"accuracy ({which})", "sum of ranks", "ranks")
@@ -86,8 +95,8 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
         console.print(f"--apply ships it; nybble tune ... --resume --eval_only --custom_rank_config {text} scores it on the test rows.", highlight=False)
 
 
-def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, known: list[Configuration]) -> Configuration:
-    """Trials of one sampler up to the number wanted, counting those of earlier sittings. Returns the configuration with the best score on all rows."""
+def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, known: list[Configuration]) -> Any:
+    """Trials of one sampler up to the number wanted, counting those of earlier sittings; at least one was scored on all rows."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -127,8 +136,19 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
             advance(1, best=f"{_best(study).values[0]:.4f}" if _complete(study) else "")
     if not _complete(study):
         raise RunError(f"no trial of {sampler} was finished; give more --trials")
-    best = _best(study)
-    return tuple(int(best.params[name]) for name in names)
+    return study
+
+
+def _configuration_of(trial: Any) -> Configuration:
+    """The ranks of a trial, first layer first."""
+    return tuple(int(trial.params[f"layer{i}"]) for i in range(len(trial.params)))
+
+
+def _front(study: Any) -> list[dict[str, Any]]:
+    """The trials that no other one beats in both aims, likeliest first."""
+    best = {_configuration_of(trial): trial.values for trial in study.best_trials}
+    found = [{"configuration": list(ranks), "log_likelihood": values[0], "rank_sum": int(values[1])} for ranks, values in best.items()]
+    return sorted(found, key=lambda row: -row["log_likelihood"])
 
 
 def _sampler(name: str, seed: int) -> Any:
