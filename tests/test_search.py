@@ -47,6 +47,12 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert min(row["behind"] for row in found) == 0
     assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
 
+    written = (trained / "report.md").read_text()
+    assert all(" ".join(map(str, row["configuration"])) in written.split("## Search")[1] for row in found)
+
+    assert main(["report", str(trained), "--out", str(trained / "page.html")]) == 0
+    assert all(" ".join(map(str, row["configuration"])) in (trained / "page.html").read_text().split("Search for ranks")[1] for row in found)
+
     front = results(trained)["search"]["front"]
     if sampler != "nsga2":
         assert front == []

@@ -63,7 +63,7 @@ def _render(sections: Sequence[dict[str, Any]]) -> str:
     from jinja2 import Environment
 
     source = resources.files("nybble").joinpath("page.html").read_text("utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections, layer_note=report.LAYER_NOTE)
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections)
 
 
 def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +79,8 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     headings = [*report.LAYER_HEADINGS, "codes changed by tuning"]
     shares = results.get("layer_codes_changed", {})
     lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
+    tables = [("Search for ranks", report.search_rows(results), report.SEARCH_NOTE)] if "search" in results else []
+    tables += [("Every layer", (headings, lines), report.LAYER_NOTE)] if lines else []
     memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
     facts = {
         "Command": results.get("command", ""),
@@ -95,7 +97,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         "warnings": results.get("warnings", []),
         "facts": {key: value for key, value in facts.items() if value},
         "charts": [(title, chart) for title, chart in charts if chart],
-        "layers": (headings, lines) if lines else None,
+        "tables": tables,
     }
 
 

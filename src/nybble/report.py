@@ -154,6 +154,38 @@ def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["candidate", "log-likelihood", "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
 
 
+SEARCH_NOTE = (
+    "Log-likelihood: of the right answer among the choices, mean over the rows searched, and over fresh rows that nothing was chosen by; "
+    "behind: mean difference row by row, with its standard error."
+)
+
+
+def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of what `nybble search` compared: what tune had chosen, and the best of each sampler."""
+    found = results["search"]["winners"]
+    judged = "rows searched" if found[0]["fresh"] is None else "fresh rows"
+    headings = ["found by", "rows searched", "fresh rows", f"behind the best ({judged})", f"accuracy ({judged})", "sum of ranks", "rank of each decoder layer"]
+    lines = []
+    for row in found:
+        line = [row["by"], f"{row['log_likelihood']:.4f}", "-" if row["fresh"] is None else f"{row['fresh']:.4f}", f"{row['behind']:.4f} +- {row['error']:.4f}"]
+        lines.append([*line, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))])
+    return headings, lines
+
+
+def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the configurations that no other one searched by nsga2 beats in both aims."""
+    lines = [[f"{row['log_likelihood']:.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))] for row in results["search"]["front"]]
+    return ["rows searched", "sum of ranks", "rank of each decoder layer"], lines
+
+
+def _search_markdown(results: dict[str, Any]) -> str:
+    found = results["search"]
+    text = f"## Search\n\n{found['trials']} trials. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
+    if found.get("front"):
+        text += f"\n\nNot beaten by another trial in likelihood and sum of ranks (nsga2):\n\n{as_markdown(*front_rows(results))}"
+    return text
+
+
 def _candidates_markdown(results: dict[str, Any]) -> str:
     return (
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {results['selected_on'].replace('_', '-')} rows. "
@@ -187,6 +219,8 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append("## Validation\n\n" + as_markdown(["step", *map(heading, keys)], lines))
     if results.get("candidates"):
         parts.append(_candidates_markdown(results))
+    if "search" in results:
+        parts.append(_search_markdown(results))
     if results.get("layer_errors"):
         parts.append(_errors_markdown(results))
     parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))

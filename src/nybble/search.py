@@ -22,9 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from nybble import checkpoint, tune
+from nybble import checkpoint, report, tune
 from nybble.config import SearchOptions, TuneOptions, from_toml
 from nybble.console import bar, console
 from nybble.errors import MissingExtraError, RunError
@@ -69,20 +67,11 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
         compared = _compare(trained, winners)
     run.results["search"] = {"trials": options.trials, "winners": compared, "front": front}
     run.save_results()
+    checkpoint.write_text(path / "report.md", report.markdown(run.results))
     if front:
-        table = Table("rows searched", "sum of ranks", "ranks", title="nsga2: trials that no other one beats in likelihood and sum of ranks")
-        for row in front:
-            table.add_row(f"{row['log_likelihood']:.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
-        console.print(table)
+        console.print("Not beaten by another trial in likelihood and sum of ranks:", report.as_table(*report.front_rows(run.results)))
+    console.print(report.as_table(*report.search_rows(run.results)))
     judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
-    which = "fresh rows" if judged == "fresh" else "rows searched"
-    table = Table("found by", "rows searched", "fresh rows", f"behind the best ({which})", f"accuracy ({which})", "sum of ranks", "ranks")
-    for row in compared:
-        fresh = "-" if row["fresh"] is None else f"{row['fresh']:.4f}"
-        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        behind = f"{row['behind']:.4f} +- {row['error']:.4f}"
-        table.add_row(row["by"], f"{row['log_likelihood']:.4f}", fresh, behind, accuracy, str(row["rank_sum"]), " ".join(map(str, row["configuration"])))
-    console.print(table)
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
     if judged == "fresh" and "applied" in run.results:
