@@ -64,6 +64,7 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
     html = page.page(report.compare({"tuned": WHOLE, "awq": COMPRESSED}))
     reader = read(html)
     text = " ".join(reader.text)
+    assert "$" not in text, "matplotlib's marks for powers, of axes that are not set as formulas"
     for part in (
         "12.500",
         "60%",

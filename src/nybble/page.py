@@ -158,9 +158,13 @@ def _curves(figure: Any, results: dict[str, Any]) -> None:
             axes.axvline(best, color=COLORS["16bit"], linestyle=":", linewidth=1)
 
 
+def _percent(value: float, position: int | None = None) -> str:
+    return f"{100 * value:g}%"
+
+
 def _layers(figure: Any, results: dict[str, Any]) -> None:
     """Maps of block by kind of layer: output error (weight error without calibration text) rounded to nearest and compressed, and codes that tuning changed."""
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
 
     errors = results["layer_errors"]
     places = {name: (int(found[1]), found[2]) for name in errors if (found := _BLOCK.search(name))}
@@ -181,7 +185,8 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
             f"output error, {results.get('method', 'compressed')}": grid({name: error["start"] for name, error in errors.items()}),
         }
     numbers = [value for lines in maps.values() for line in lines for value in line if value > 0]  # not of nan
-    shared = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else None
+    least, most = min(numbers, default=0), max(numbers, default=1)
+    shared = (LogNorm if 0 < 10 * least < most else Normalize)(least, most)  # a logarithmic bar has labels at powers of ten only
     if results.get("layer_codes_changed"):
         maps["codes changed by tuning"] = grid(results["layer_codes_changed"])
     figure.set_size_inches(10, 0.7 + 0.22 * len(kinds) * -(-len(maps) // 2) + 0.5 * (-(-len(maps) // 2)))
@@ -190,7 +195,8 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         image = axes.imshow(lines, aspect="auto", cmap="viridis", norm=shared if "error" in title else None)
         axes.set_yticks(range(len(kinds)), [kind.removeprefix("self_attn.").removeprefix("mlp.") for kind in kinds])
         axes.set(title=title, xlabel="block")
-        figure.colorbar(image, ax=axes, format=lambda value, position: f"{100 * value:g}%").minorticks_off()
+        axes.locator_params(axis="x", integer=True)
+        figure.colorbar(image, ax=axes, format=_percent).minorticks_off()
     for axes in all_axes[len(maps) :]:
         axes.set_axis_off()
 
@@ -203,6 +209,9 @@ def _blocks(figure: Any, results: dict[str, Any]) -> None:
     axes.plot([before for before, _ in losses], "o-", markersize=3, color=COLORS["compressed"], label="before")
     axes.plot([after for _, after in losses], "o-", markersize=3, color=COLORS["tuned"], label="after")
     axes.set(xlabel="block", ylabel="relative error of its outputs", yscale="log")
+    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_minor_formatter(_percent if max(map(max, losses)) < 10 * min(map(min, losses)) else "")
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
 
 
@@ -242,10 +251,11 @@ def _ranks(figure: Any, results: dict[str, Any]) -> None:
     image = left.imshow([row["configuration"] for row in candidates], aspect="auto", cmap="viridis")
     left.set_yticks(range(len(labels)), labels)
     left.set_xlabel("decoder layer")
+    left.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
     errors = [row["error"] for row in candidates]
     right.errorbar([row["log_likelihood"] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
-    right.invert_yaxis()
+    right.set_ylim(left.get_ylim())  # each beside its row
     right.set_yticks([])
     right.locator_params(axis="x", nbins=5)  # their labels are long
-    right.set_xlabel("held-out log-likelihood (bars: error of the difference)")
+    right.set_xlabel("log-likelihood (bars: error of the difference)")
