@@ -3,9 +3,9 @@
 python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256]
 
 NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences, as it comes;
-everything after -- is given to it. nybble-lora: the same kind of training as NNCF's, from awq+se, adapters of the same rank. Measured afterwards by the
-same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading and measuring. Finished jobs are not
-run again.
+everything after -- is given to it. nybble-half: the same on the first half of the sequences. nybble-lora: the same kind of training as NNCF's, from awq+se,
+adapters of the same rank. Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training,
+without loading and measuring. Finished jobs are not run again.
 """
 
 import argparse
@@ -39,18 +39,19 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"seconds": found["teacher_seconds"] + found["start_seconds"] + sum(found["step_seconds"])}
 
 
-def by_nybble(seed: int, options: argparse.Namespace, like_nncf: bool = False) -> dict[str, Any]:
+def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, Any]:
     """The command line on the same sequences; then its 4-bit model is measured."""
-    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if like_nncf else options.flags
-    name = f"nybble-distill-{options.samples}x{options.length}-{'_'.join(flag.strip('-') for flag in flags) or 'default'}-{seed}"
+    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if peer == "nybble-lora" else options.flags
+    samples = options.samples // 2 if peer == "nybble-half" else options.samples
+    name = f"nybble-distill-{samples}x{options.length}-{'_'.join(flag.strip('-') for flag in flags) or 'default'}-{seed}"
     out, run = options.folder / f"{name}.json", options.folder / name
     if not out.exists():
         loaded = models.load(str(options.folder / "model"), torch.float32, torch.device("cpu"))
-        tokens = options.folder / f"train-{options.samples}x{options.length}-{seed}.safetensors"
-        ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, options.samples, options.length)
+        tokens = options.folder / f"train-{samples}x{options.length}-{seed}.safetensors"
+        ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, options.samples, options.length)[:samples]
         checkpoint.save_tensors(tokens, {"ids": ids}, {"length": options.length, "tokenizer": writing.fingerprint(loaded.tokenizer)})
         command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--data", tokens, "--seq_len", options.length]
-        command += ["--samples", options.samples, "--epochs", 1, "--batch_size", options.batch, "--seed", seed]
+        command += ["--samples", samples, "--epochs", 1, "--batch_size", options.batch, "--seed", seed]
         command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16, "--tasks", "--export", "--output_dir", run]
         command += ["--resume"] if (run / "config.toml").exists() else []
         call([*command, *flags], out.with_suffix(".log"), {})
@@ -77,14 +78,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--microbatch", type=int, default=2, help="of NNCF; nybble chooses its own")
-    parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble", "nybble-lora"), default=["nncf", "nybble"])
+    parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble", "nybble-half", "nybble-lora"), default=["nncf", "nybble"])
     parser.add_argument("flags", nargs="*", help="for nybble distill")
     options = parser.parse_args()
     prepare(options.folder, options.text, options.texts)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for peer in options.peers:
-            result = by_nncf(seed, options) if peer == "nncf" else by_nybble(seed, options, like_nncf=peer == "nybble-lora")
+            result = by_nncf(seed, options) if peer == "nncf" else by_nybble(seed, options, peer)
             results.setdefault(peer, []).append(result)
     table = Table("peer", "seconds", "of that start", "step", "peak GB", *(f"{text} {what}" for text in options.texts for what in ("ppl", "KL")))
     for peer, rows in results.items():
