@@ -60,7 +60,7 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert "held-out rows" in text
     html = (folder / "compare.html").read_text()
     assert "INT4, QAT + NLS" in html
-    assert "decoder layer" in html
+    assert ("decoder layer" in html) == (len(found["qat-nls"]["candidates"]) > 1), "one alone, where the start was best, has no map"
     assert "openbookqa" in capsys.readouterr().out
 
 

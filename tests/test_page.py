@@ -82,6 +82,22 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
     assert reader.fetched == []
 
 
+def test_ranks_are_mapped_where_there_was_a_choice() -> None:
+    row = {"log_likelihood": -1.2, "behind": 0.0, "error": 0.1, "accuracy": 0.5}
+    candidates = [row | {"why": "median", "configuration": [4, 4]}, row | {"why": "least loss 1", "configuration": [2, 4], "log_likelihood": -1.1}]
+    tuned = {
+        "validation": [],
+        "task": {"name": "letters", "metric": "acc", "space": [4, 2]},
+        "candidates": candidates,
+        "chosen": [2, 4],
+        "selected_on": "held_out",
+    }
+    text = " ".join(read(page.page(report.compare({"run": WHOLE | tuned}))).text)
+    assert text.index("least loss 1 (chosen)") < text.index("median"), "best first"
+    assert "decoder layer" in text
+    assert "decoder layer" not in " ".join(read(page.page(report.compare({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
+
+
 def test_the_same_runs_give_the_same_page() -> None:
     comparisons = report.compare({"tuned": WHOLE})
     assert page.page(comparisons) == page.page(comparisons)
