@@ -155,7 +155,7 @@ def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 SEARCH_NOTE = (
-    "Log-likelihood: of the right answer among the choices, mean over the rows searched, and over fresh rows that nothing was chosen by; "
+    "Log-likelihood: of the right answer among the choices, mean over the rows searched, and over fresh rows, by which neither tune nor a search has chosen; "
     "behind: mean difference row by row, with its standard error."
 )
 
