@@ -60,6 +60,8 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     scored = {tuple(int(trial.params[f"layer{i}"]) for i in range(2)): trial.values for trial in trials}
     beaten = {a for a, (p, n) in scored.items() for q, m in scored.values() if q >= p and m <= n and (q, m) != (p, n)}
     assert {tuple(row["configuration"]): [row["log_likelihood"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
+    shown = [written.split("Not beaten by another trial")[1], (trained / "page.html").read_text().split("Likelihood against ranks")[1]]
+    assert all(" ".join(map(str, row["configuration"])) in text for row in front for text in shown)
     assert front[0]["log_likelihood"] == max(row["log_likelihood"] for row in front) == likelihoods[sampler]
 
 

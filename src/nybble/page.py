@@ -80,6 +80,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     shares = results.get("layer_codes_changed", {})
     lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
     tables = [("Search for ranks", report.search_rows(results), report.SEARCH_NOTE)] if "search" in results else []
+    tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
     tables += [("Every layer", (headings, lines), report.LAYER_NOTE)] if lines else []
     memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
     facts = {

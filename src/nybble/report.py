@@ -160,6 +160,9 @@ SEARCH_NOTE = (
 )
 
 
+FRONT_NOTE = "Not beaten by another trial of nsga2 in likelihood and sum of ranks."
+
+
 def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of what `nybble search` compared: what tune had chosen, and the best of each sampler."""
     found = results["search"]["winners"]
@@ -182,7 +185,7 @@ def _search_markdown(results: dict[str, Any]) -> str:
     found = results["search"]
     text = f"## Search\n\n{found['trials']} trials. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
     if found.get("front"):
-        text += f"\n\nNot beaten by another trial in likelihood and sum of ranks (nsga2):\n\n{as_markdown(*front_rows(results))}"
+        text += f"\n\n{FRONT_NOTE}\n\n{as_markdown(*front_rows(results))}"
     return text
 
 
