@@ -1,7 +1,10 @@
 """Text and sequences: splits, cutting, order, and the words of every refusal."""
 
+import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +61,53 @@ def test_wikitext_is_the_raw_text(shared_data: Path) -> None:
     assert texts.validation == [(shared_data / "wikitext/wikitext-2-raw/wiki.valid.raw").read_text()]
     assert len(texts.train) == 1
     assert texts == data.load_texts(str(shared_data / "wikitext"))
+
+
+def trained_tokenizer(kind: str, text: str) -> Any:
+    """Of the three kinds that models come with: split by a pattern into bytes (GPT-2, Llama 3, Qwen), words with a mark in front (Llama 2), and not split at
+    all (Gemma)."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "bytes":
+        pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    elif kind == "marked words":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    else:
+        made.normalizer = normalizers.Replace(" ", "▁")
+    lines = text if kind != "not split" else text.replace(" ", " \n")  # as SentencePiece learns: no token goes beyond a space
+    made.train_from_iterator(lines.splitlines(keepends=kind == "bytes"), trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marked words", "not split"])
+def test_long_documents_are_tokenized_in_pieces_with_the_same_ids(kind: str) -> None:
+    text = Path(argparse.__file__).read_text()
+    tokenizer = trained_tokenizer(kind, text)
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    calls = []
+
+    def spy(part: str, **settings: Any) -> Any:
+        calls.append(len(part))
+        return tokenizer(part, **settings)
+
+    spy.eos_token_id = None  # type: ignore[attr-defined]
+    assert data.tokenize(spy, [text], piece=4000).tolist() == whole
+    assert max(calls) <= 4000
+    assert len(whole) > 10000
+
+
+def test_a_text_that_cannot_be_cut_is_tokenized_whole() -> None:
+    def odd(text: str, **settings: Any) -> Any:
+        """No two parts of a text give what the whole gives."""
+        return SimpleNamespace(input_ids=[len(text)])
+
+    odd.eos_token_id = None  # type: ignore[attr-defined]
+    assert data.tokenize(odd, ["a b " * 1000], piece=500).tolist() == [4000]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])

@@ -10,7 +10,8 @@ from torch import Tensor
 from nybble.absorb import assert_absorbs_exactly, plain_linear
 from nybble.grid import Grid, min_max
 from nybble.insert import step_cache
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear
+from nybble.quantized import QuantizedWeight
 from tests.reference import quantizer as slow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -142,7 +143,7 @@ def test_thin_gradients_are_the_full_ones_where_no_code_is_clipped() -> None:
     torch.testing.assert_close(thin.lora_b.grad, full.lora_b.grad, rtol=1e-4, atol=1e-5)
 
 
-def saved_for_backward(layer: FakeQuantizedLoRALinear, inputs: Tensor) -> list[int]:
+def saved_for_backward(layer: QuantizedLinear, inputs: Tensor) -> list[int]:
     """Sizes of the tensors that a forward keeps."""
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor):  # type: ignore[func-returns-value]
@@ -199,3 +200,84 @@ def test_adapters_and_scales_stay_in_float32_whatever_the_weights_are() -> None:
     trained = {name: p.dtype for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == dict.fromkeys(("log_scale_shift", "lora_a", "lora_b"), torch.float32)
     assert layer.weight.dtype == torch.bfloat16
+
+
+# --- codes that stay ----------------------------------------------------------------------------------------------------------
+
+
+def make_scaled(dtype: torch.dtype = torch.float32, outputs: int = 24, inputs: int = 64) -> ScaledCodesLinear:
+    """A layer with scales as after training."""
+    plain = make(outputs, inputs, rank=0, dtype=dtype, tuned=False)
+    layer = ScaledCodesLinear(plain.absorb(), plain.bias, dtype, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.log_scale_shift.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_that_stay_compute_what_is_absorbed(dtype: torch.dtype) -> None:
+    layer = make_scaled(dtype)
+    inputs = torch.randn(5, 3, 64).to(dtype)
+    plain = F.linear(inputs, layer.absorb().dequantize().to(dtype), layer.bias)
+    assert torch.equal(layer(inputs), plain)
+    with step_cache([layer], push=False):
+        assert torch.equal(layer(inputs), plain)
+    with torch.no_grad():
+        assert torch.equal(layer(inputs), plain)
+    assert_absorbs_exactly("layer", layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_made_in_16_bits_are_the_cast_ones(dtype: torch.dtype) -> None:
+    """Every code and zero with scales of all mantissas and of the whole range."""
+    mantissas = torch.arange(64, 128) / 128
+    scales = torch.cat([mantissas * 2.0**exponent for exponent in (-13, -8, -5, 0, 11)])
+    scale, zero = (grid.flatten()[:, None] for grid in torch.meshgrid(scales, torch.arange(16.0), indexing="ij"))
+    codes = torch.arange(16, dtype=torch.uint8).repeat(len(scale), 1)
+    layer = ScaledCodesLinear(QuantizedWeight(codes, scale, zero.to(torch.uint8), Grid(group_size=16)), None, dtype)
+    assert torch.equal(layer.made_weight(), layer.absorb().dequantize().to(dtype))
+
+
+def scale_gradient(layer: ScaledCodesLinear, inputs: Tensor, upstream: Tensor) -> Tensor:
+    """float64 autograd of the formula."""
+    shift, start = layer.log_scale_shift.detach().double().requires_grad_(), layer.start_scale.double()
+    exact = start * shift.exp()
+    scale = exact + (layer.scale_OG().detach().double() - exact).detach()
+    steps = layer.codes.double().unflatten(1, (start.shape[1], -1)) - layer.zero.double()[..., None]
+    (F.linear(inputs.double(), (steps * scale[..., None]).flatten(1)) * upstream.double()).sum().backward()
+    return shift.grad
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradient_of_scales_equals_the_float64_reference(dtype: torch.dtype, tolerance: float, cached: bool) -> None:
+    layer = make_scaled(dtype)
+    inputs, upstream = (torch.randn(2, 7, size).to(dtype) for size in (64, 24))
+    inputs.requires_grad_()
+    with step_cache([layer]) if cached else contextlib.nullcontext():
+        for part in range(2):  # two microbatches
+            (layer(inputs[part]) * upstream[part]).sum().backward()
+    expected = scale_gradient(layer, inputs.detach().flatten(0, 1), upstream.flatten(0, 1))
+    assert (layer.log_scale_shift.grad.double() - expected).norm() < tolerance * expected.norm()
+    assert torch.equal(inputs.grad, upstream @ layer.made_weight())
+    assert layer.step_weight is None
+
+
+def test_codes_that_stay_keep_no_gradient_of_the_size_of_a_weight() -> None:
+    layer = make_scaled(outputs=64, inputs=128)
+    inputs = torch.randn(2, 128, requires_grad=True)
+    assert max(saved_for_backward(layer, inputs)) < 64 * 128
+    with step_cache([layer]):
+        layer(inputs).sum().backward()
+        assert layer.step_weight is not None
+        assert layer.step_weight.grad is None
+    assert max((p.numel() for p in layer.parameters()), default=0) < 64 * 128
+
+
+def test_scales_that_are_not_trained_cost_no_product() -> None:
+    layer = make_scaled()
+    layer.log_scale_shift.requires_grad_(False)
+    inputs = torch.randn(2, 64, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert layer.log_scale_shift.grad is None
+    assert inputs.grad is not None

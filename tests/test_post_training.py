@@ -331,6 +331,9 @@ def test_a_run_that_cannot_be_a_start_is_refused_before_the_run(tmp_path: Path, 
 
     assert f"--start {start} must have groups of 64 weights; it has groups of 32; add --group_size 32" in refused(model, "--start", str(start))
     assert "must be of a model like other; it is of model, whose layers are others" in refused(other, "--start", str(start), "--group_size", "32")
+    biased = save_model(tmp_path / "biased", "llama", attention_bias=True)
+    told = refused(biased, "--start", str(start), "--group_size", "32")
+    assert f"--start {start} must be of a model like biased; only one of it and model has model.layers.0.self_attn.k_proj.bias" in told
     shutil.rmtree(start / "quantized")
     assert f"--start {start} must be a finished run; it has no folder quantized" in refused(model, "--start", str(start), "--group_size", "32")
     assert "--start, where it is not the folder of a run, must be rtn, or one or more of awq, se, gptq, blockwise" in refused(model, "--start", "runs/none")

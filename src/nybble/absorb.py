@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import QuantizedLinear
 from nybble.quantized import QuantizedWeight
 
 
 @torch.no_grad()
-def assert_absorbs_exactly(name: str, layer: FakeQuantizedLoRALinear) -> None:
+def assert_absorbs_exactly(name: str, layer: QuantizedLinear) -> None:
     """Assert that the layer and the plain layer made of its codes give the same bits, at the active rank and at rank 0."""
-    inputs = torch.randn(4, layer.in_features, device=layer.weight.device).to(layer.dtype)
+    inputs = torch.randn(4, layer.in_features, device=layer.start_scale.device).to(layer.dtype)
     active = layer.active_rank
     for rank in (0, active):
         layer.active_rank = rank
@@ -37,7 +37,7 @@ def plain_linear(quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.d
     return linear
 
 
-def absorb(model: Any, layers: dict[str, FakeQuantizedLoRALinear]) -> dict[str, QuantizedWeight]:
+def absorb(model: Any, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedWeight]:
     """Replace every layer by a plain one, in place, taking it out of `layers` so that its memory is freed.
 
     Returns: name -> the codes that ship, on the CPU.

@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -307,15 +307,19 @@ def check_disk(path: Path, needed: int) -> None:
 WEIGHTS, FORMAT = "weights.safetensors", "nybble-1"
 
 
+def other_tensors(model: Any, quantized: Iterable[str]) -> dict[str, Tensor]:
+    """The model's tensors that are no weight of the layers `quantized`; a tied head, which repeats its embedding, is one."""
+    state = model.state_dict()
+    weights = {state[f"{name}.weight"].data_ptr() for name in quantized}
+    return {key: value for key, value in state.items() if value.data_ptr() not in weights}
+
+
 def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str, QuantizedWeight]) -> None:
     """Write a self-contained folder: codes (4-bit ones packed), scales, zeros, all other tensors as they are, configuration, tokenizer.
 
     Keys: NAME.weight.codes uint8, NAME.weight.scale float16 [O, G], NAME.weight.zero uint8 [O, G]; the header's note holds the grid by NAME.
     """
-    state = model.state_dict()
-    owners = {name: state.pop(f"{name}.weight") for name in quantized}
-    shared = {weight.data_ptr() for weight in owners.values()}  # a tied head repeats its embedding
-    tensors = {key: value for key, value in state.items() if value.data_ptr() not in shared}
+    tensors = other_tensors(model, quantized)
     for name, weight in quantized.items():
         four = weight.grid.bits == 4
         tensors[f"{name}.weight.codes"] = pack_nibbles(weight.codes_OI) if four else weight.codes_OI
@@ -350,14 +354,20 @@ def scale_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {key.removesuffix(end): tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(end)}  # noqa: SIM118
 
 
+def plain_tensors(folder: Path) -> set[str]:
+    """Names of the tensors that `save_quantized` wrote as they were; reads no weights."""
+    with _opened(folder / WEIGHTS) as file:
+        return {key for key in file.keys() if not key.endswith((".weight.codes", ".weight.scale", ".weight.zero"))}  # noqa: SIM118
+
+
 def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
     """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
     quantized, tensors = load_weights(folder)
-    tensors |= {f"{name}.weight": weight.dequantize() for name, weight in quantized.items()}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    tensors |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with no_init_weights():  # every weight is loaded; random starts would be made for nothing
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,14 +216,44 @@ def _cause(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:200]
 
 
-def tokenize(tokenizer: Any, documents: Sequence[str]) -> Tensor:
-    """All documents as one row of token ids [N] (int64), joined by the end-of-sequence token."""
-    pieces: list[int] = []
+# Characters that are tokenized at a time: tokenizers need some 200 bytes of memory for each.
+PIECE = 1 << 20
+# Characters on both sides of a cut that are tokenized with it and without.
+_AROUND = 100
+
+
+def tokenize(tokenizer: Any, documents: Sequence[str], piece: int = PIECE) -> Tensor:
+    """All documents as one row of token ids [N] (int64), joined by the end-of-sequence token. Long ones are tokenized in pieces, with the same ids."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # type: ignore[no-any-return]
+
+    parts = []
     for i, document in enumerate(documents):
         if i and tokenizer.eos_token_id is not None:
-            pieces.append(tokenizer.eos_token_id)
-        pieces.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
-    return torch.tensor(pieces, dtype=torch.int64)
+            parts.append(torch.tensor([tokenizer.eos_token_id]))
+        parts += [torch.tensor(encode(text), dtype=torch.int64) for text in _pieces(encode, document, piece)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _pieces(encode: Callable[[str], list[int]], text: str, piece: int) -> Iterator[str]:
+    """Parts of a text whose token ids make up those of the whole: cut where the text around gives the same ids when it is cut.
+
+    A space at the cut is left out where the tokenizer puts one before every text. Where 1000 places in a row will not do, the piece grows.
+    """
+    start = 0
+    while len(text) - start > piece:
+        for at in range(start + piece, max(start + _AROUND, start + piece - 1000), -1):
+            before, after = text[at - _AROUND : at], text[at : at + _AROUND]
+            whole, left = encode(before + after), encode(before)
+            skipped = next((n for n in (0, 1) if (n == 0 or after.startswith(" ")) and whole == left + encode(after[n:])), None)
+            if skipped is not None:
+                yield text[start:at]
+                start = at + skipped
+                break
+        else:
+            piece *= 2
+    yield text[start:]
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nybble import absorb, checkpoint, data, evaluate, insert, models, report, stages, text, tuning
 from nybble.checkpoint import Run
 from nybble.config import DistillOptions
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import QuantizedLinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
 from nybble.stages import Job
 from nybble.text import Sequences
@@ -75,7 +75,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
 
 
-def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
+def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, QuantizedLinear]) -> Course:
     """KL to the teacher, on text for training and on text for validation."""
     options, model, sequences = job.options, job.loaded.model, job.sequences
     student, device = Head.of(model), model.device

@@ -16,7 +16,7 @@ _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
 # float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
 _CHUNK_COPIES = 5
 _FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
-_OVERHEAD = 600 << 20  # interpreter and libraries
+_OVERHEAD = 800 << 20  # interpreter and libraries
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,12 @@ class Shapes:
 
 
 def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int) -> int:
-    """Peak of training with `tokens` a microbatch; `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient."""
-    model = shapes.parameters * shapes.itemsize + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
+    """Peak of training with `tokens` a microbatch; `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient.
+
+    At rank 0 the 4-bit layers keep their codes, a byte each, instead of weights.
+    """
+    frozen = (shapes.parameters - shapes.int4) * shapes.itemsize + shapes.int4 * (shapes.itemsize if rank else 1)
+    model = frozen + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
     kept = copies * shapes.int4 * shapes.itemsize
     one_layer = 6 * shapes.largest * _FLOAT32
     trained = _ADAM * (shapes.features * rank + shapes.int4 // group_size)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nybble.compress import Start
 from nybble.families import family_of
 from nybble.grid import INT8_ROW, Grid, min_max
-from nybble.layers import FakeQuantizedLoRALinear, ShiftedWeight
+from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear, ShiftedWeight
 from nybble.quantized import QuantizedWeight
 
 
@@ -30,6 +30,20 @@ def insert(model: Any, starts: Mapping[str, Start], grid: Grid, rank: int, seed:
     for name, start in starts.items():
         linear = model.get_submodule(name)
         layers[name] = FakeQuantizedLoRALinear(start.weight_OI, start.scale_OG, start.zero_OG, grid, linear.bias, rank, linear.weight.dtype, generator)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def insert_codes(model: Any, starts: Mapping[str, QuantizedWeight], seed: int) -> dict[str, ScaledCodesLinear]:
+    """Replace every layer named in `starts`, in place, by one that keeps its codes, on the layer's device; the layer's weight goes.
+
+    Returns: name -> layer, in the order of `starts`. Until trained, the model computes with the compressed weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, start in starts.items():
+        linear = model.get_submodule(name)
+        layers[name] = ScaledCodesLinear(start.to(linear.weight.device), linear.bias, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
@@ -77,7 +91,7 @@ def settle_norms(model: Any) -> None:
 
 
 @contextmanager
-def step_cache(layers: Iterable[FakeQuantizedLoRALinear], push: bool = True) -> Iterator[None]:
+def step_cache(layers: Iterable[QuantizedLinear], push: bool = True) -> Iterator[None]:
     """Quantize every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
     layers = list(layers)
     try:

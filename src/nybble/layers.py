@@ -1,25 +1,31 @@
-"""The fake-quantized LoRA layer: a frozen weight whose low-rank update is inside the rounding, so that it vanishes into the codes.
+"""The layers that take the place of nn.Linear while a model is trained inside its 4 bits.
+
+FakeQuantizedLoRALinear, whose adapters are inside the rounding, so that they vanish into the codes:
 
     codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / start_scale) + zero, 0, 15)            r = active_rank
     scale  = round7(start_scale * exp(log_scale_shift))
     W_q    = scale * (codes - zero)
     output = input @ W_q.T + bias
 
+ScaledCodesLinear, without adapters: the codes are those of the start and the only weight that is kept, a byte each; scales are trained.
+
 lora_b starts at zero, log_scale_shift somewhere in what rounds to the start: the untrained layer is exactly the compressed one.
-Codes are made with the scales of the start, so a trained scale moves no code: only the adapters do, and at rank 0 nothing does.
+Codes are made with the scales of the start, so a trained scale moves no code: only adapters do.
 The shift is the logarithm of what the scale is multiplied with, so its learning rate is a relative one: 1e-3 moves a scale
 by about 0.1 % a step.
 
 The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
 - recompute: W_q is made in every forward and again in every backward; nothing is kept.
-- step cache: `fill_step_cache` makes W_q once as a leaf; all microbatches run on it and add up its gradient;
-  `push_step_cache` sends that gradient through the quantizer and the adapters once. Costs one weight and one gradient copy.
+- step cache: `fill_step_cache` makes W_q once, and all microbatches run on it. With adapters and trained scales it is a leaf that adds up its gradient;
+  `push_step_cache` sends that gradient through the quantizer and the adapters once. Costs one weight, and with a leaf one gradient copy.
 
-Where scales are not trained (log_scale_shift.requires_grad is False), no gradient of the size of a weight is made at all: with D = grad_output,
+Where no weight needs a leaf, no gradient of the size of a weight is kept. With D = grad_output, summed over tokens,
 
-    grad lora_a = (D @ lora_b).T @ input        grad lora_b = D.T @ (input @ lora_a.T)
+    grad lora_a = (D @ lora_b).T @ input        grad lora_b = D.T @ (input @ lora_a.T)             adapters, scales not trained
+    grad log_scale_shift = sum over the group of (D.T @ input) * W_q * (start_scale * exp(log_scale_shift) / scale)         codes that stay
 
-two thin products in place of a third full one, and nothing to push. They pass clipped codes too, which the full gradient leaves out.
+The first are two thin products in place of a third full one; they pass clipped codes too, which the full gradient leaves out. The second makes the full
+product, sums it over groups at once, and drops it.
 """
 
 from __future__ import annotations
@@ -55,16 +61,76 @@ class _ThinGradient(torch.autograd.Function):
         return None, grad_inputs, grad_a.to(a_RI.dtype), grad_b.to(b_OR.dtype)
 
 
-class FakeQuantizedLoRALinear(nn.Module):
-    """Replaces nn.Linear during training.
+class QuantizedLinear(nn.Module):
+    """What the layers share: scales that are trained, and the step cache.
 
     Args:
-        weight_OI: frozen base weight, float32 / bfloat16 / float16; the sum with the adapters is made in float32.
+        shape: [O, I] of the weight.
         scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
         grid: of the codes.
         bias: [O] or None, frozen.
-        rank: of the adapters, clamped to min(O, I); 0 keeps the codes and trains scales only.
         dtype: of inputs and outputs; the weight is cast to it just before the matrix product.
+        generator: for the random start of log_scale_shift.
+    """
+
+    rank = active_rank = 0
+
+    def __init__(
+        self, shape: torch.Size, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.grid, self.dtype = grid, dtype
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.start_scale: Tensor
+        self.zero: Tensor
+        self.register_buffer("start_scale", scale_OG.float())
+        self.register_buffer("zero", zero_OG.float())
+        self.log_scale_shift = nn.Parameter(g.shift_within_cell(self.start_scale, generator))
+        self.step_weight: Tensor | None = None
+
+    def scale_OG(self) -> Tensor:
+        """Current scale, on the scale grid; float32, differentiable."""
+        return g.round_scale_through(self.start_scale * self.log_scale_shift.exp())
+
+    def made_weight(self) -> Tensor:
+        """W_q in `dtype`, made anew."""
+        raise NotImplementedError
+
+    def absorb(self) -> QuantizedWeight:
+        """The codes of W_q."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def weight_of_step(self) -> Tensor:
+        """W_q in `dtype`: the step cache, or made anew."""
+        return self.made_weight() if self.step_weight is None else self.step_weight
+
+    @torch.no_grad()
+    def fill_step_cache(self) -> None:
+        """Make W_q once for all microbatches until `push_step_cache`."""
+        self.step_weight = self.made_weight()
+
+    def push_step_cache(self) -> None:
+        """Send what gradient the cache has collected to what is trained, and drop the cache."""
+        assert self.step_weight is not None, "push_step_cache without fill_step_cache"
+        self.step_weight = None
+
+    def drop_step_cache(self) -> None:
+        """Forget the cache (after evaluation)."""
+        self.step_weight = None
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"
+
+
+class FakeQuantizedLoRALinear(QuantizedLinear):
+    """Replaces nn.Linear while adapters are trained.
+
+    Args:
+        weight_OI: frozen base weight, float32 / bfloat16 / float16; the sum with the adapters is made in float32.
+        scale_OG, zero_OG, grid, bias, dtype: see QuantizedLinear.
+        rank: of the adapters, clamped to min(O, I).
         generator: for the random starts of lora_a and log_scale_shift.
     """
 
@@ -79,28 +145,15 @@ class FakeQuantizedLoRALinear(nn.Module):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight_OI.shape
-        self.rank = self.active_rank = min(rank, self.out_features, self.in_features)
-        self.grid, self.dtype = grid, dtype
-        device = weight_OI.device
-        self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.start_scale: Tensor
-        self.zero: Tensor
-        self.register_buffer("start_scale", scale_OG.to(device, torch.float32))
-        self.register_buffer("zero", zero_OG.to(device, torch.float32))
+        (outputs, inputs), device = weight_OI.shape, weight_OI.device
+        rank = min(rank, outputs, inputs)
         # Uniform with variance 1 / I (peft's lora_A: a third of it); drawn on the CPU so that every device starts alike.
-        bound = math.sqrt(3 / self.in_features)
-        lora_a = (torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1) * bound
+        lora_a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * math.sqrt(3 / inputs)
+        super().__init__(weight_OI.shape, scale_OG.to(device), zero_OG.to(device), grid, bias, dtype, generator)
+        self.rank = self.active_rank = rank
+        self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
         self.lora_a = nn.Parameter(lora_a.to(device))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, self.rank, device=device))
-        self.log_scale_shift = nn.Parameter(g.shift_within_cell(self.start_scale, generator))
-        self.step_weight: Tensor | None = None
-
-    def scale_OG(self) -> Tensor:
-        """Current scale, on the scale grid; float32, differentiable."""
-        return g.round_scale_through(self.start_scale * self.log_scale_shift.exp())
+        self.lora_b = nn.Parameter(torch.zeros(outputs, rank, device=device))
 
     def merged_OI(self) -> Tensor:
         """weight + lora_b @ lora_a at the active rank; float32, differentiable."""
@@ -113,6 +166,9 @@ class FakeQuantizedLoRALinear(nn.Module):
         """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
         centered_OGK = g.centered_codes(self.merged_OI(), self.start_scale, self.zero, self.grid)
         return (centered_OGK * self.scale_OG()[..., None]).flatten(-2)
+
+    def made_weight(self) -> Tensor:
+        return self.quantized_OI().to(self.dtype)
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:
@@ -131,31 +187,67 @@ class FakeQuantizedLoRALinear(nn.Module):
         return checkpoint(self._linear, inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def _linear(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.quantized_OI().to(self.dtype), self.bias)
+        return F.linear(inputs, self.made_weight(), self.bias)
 
-    @torch.no_grad()
-    def weight_of_step(self) -> Tensor:
-        """W_q in `dtype`: the step cache, or made anew."""
-        return self.quantized_OI().to(self.dtype) if self.step_weight is None else self.step_weight
-
-    @torch.no_grad()
     def fill_step_cache(self) -> None:
         """Make W_q once for all microbatches until `push_step_cache`; where scales are trained, as a leaf that collects gradients."""
-        self.step_weight = self.quantized_OI().to(self.dtype).requires_grad_(self.log_scale_shift.requires_grad)
+        super().fill_step_cache()
+        assert self.step_weight is not None
+        self.step_weight.requires_grad_(self.log_scale_shift.requires_grad)
 
     def push_step_cache(self) -> None:
-        """Send the collected gradient of W_q to the adapters and the scales, and drop the cache."""
-        assert self.step_weight is not None, "push_step_cache without fill_step_cache"
-        grad_OI, self.step_weight = self.step_weight.grad, None
-        if grad_OI is not None:
-            self.quantized_OI().backward(grad_OI.float())
+        leaf = self.step_weight
+        super().push_step_cache()
+        if leaf is not None and leaf.grad is not None:
+            self.quantized_OI().backward(leaf.grad.float())
 
-    def drop_step_cache(self) -> None:
-        """Forget the cache (after evaluation)."""
-        self.step_weight = None
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"
+class ScaledCodesLinear(QuantizedLinear):
+    """Replaces nn.Linear where codes stay and scales are trained (as in the second phase of EfficientQAT, arXiv 2407.11062).
+
+    Args:
+        start: the compressed weight; its codes are shared, not copied.
+        bias, dtype, generator: see QuantizedLinear.
+    """
+
+    def __init__(self, start: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+        super().__init__(start.codes_OI.shape, start.scale_OG, start.zero_OG, start.grid, bias, dtype, generator)
+        self.codes: Tensor
+        self.register_buffer("codes", start.codes_OI)
+
+    def made_weight(self) -> Tensor:
+        # In 16 bits from the start: a scale has 7 significant bits, a code less its zero 4, so only the product is rounded, as the cast from float32 would.
+        return g.dequantize(self.codes, self.scale_OG().to(self.dtype), self.zero.to(self.dtype))
+
+    @torch.no_grad()
+    def absorb(self) -> QuantizedWeight:
+        """The codes of the start with the trained scales."""
+        return QuantizedWeight(self.codes, self.scale_OG(), self.zero.to(torch.uint8), self.grid)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _ScaleGradient.apply(self, inputs, self.log_scale_shift)  # type: ignore[no-any-return]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """input @ W_q.T + bias of a ScaledCodesLinear; the gradient of W_q exists for one layer at a time."""
+
+    @staticmethod
+    def forward(ctx, layer: ScaledCodesLinear, inputs: Tensor, shift_OG: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.layer = layer
+        ctx.save_for_backward(inputs, shift_OG)
+        return F.linear(inputs, layer.weight_of_step(), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        inputs, shift_OG = ctx.saved_tensors
+        layer, weight_OI = ctx.layer, ctx.layer.weight_of_step()
+        grad_inputs = grad @ weight_OI if ctx.needs_input_grad[1] else None
+        grad_shift = None
+        if ctx.needs_input_grad[2]:
+            grad_OI = grad.flatten(0, -2).T @ inputs.flatten(0, -2)
+            summed_OG = g.group(grad_OI.mul_(weight_OI), shift_OG.shape[-1]).sum(-1, dtype=torch.float32)
+            grad_shift = summed_OG * (layer.start_scale * shift_OG.exp() / layer.scale_OG())
+        return None, grad_inputs, grad_shift
 
 
 class ShiftedWeight(nn.Module):

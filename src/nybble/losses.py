@@ -100,30 +100,25 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _kl_chunk(z_student: Tensor, z_teacher: Tensor, student: Head, need_grad: bool) -> tuple[Tensor, Any]:
-    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites both logits.
-
-    With shifts a = log sum exp: KL = sum_v p_v (z_teacher - z_student) - a_teacher + a_student.
-    """
-    a_teacher, a_student = z_teacher.logsumexp(-1), z_student.logsumexp(-1)
-    p = torch.sub(z_teacher, a_teacher[:, None]).exp_()
-    kl = torch.linalg.vecdot(p, z_teacher.sub_(z_student)) - a_teacher + a_student
-    return kl, _through_head(z_student, a_student, student, lambda q: q.sub_(p)) if need_grad else None
+    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites the teacher's logits."""
+    log_q, log_p = z_student.log_softmax(-1), z_teacher.log_softmax(-1)
+    p = torch.exp(log_p, out=z_teacher)
+    kl = torch.bmm(p[:, None], log_p.sub_(log_q)[..., None])[:, 0, 0]
+    return kl, _through_head(log_q.exp_().sub_(p), z_student, student) if need_grad else None
 
 
 def _cross_entropy_chunk(z: Tensor, targets_C: Tensor, head: Head, need_grad: bool) -> tuple[Tensor, Any]:
-    """-log q(target) per token [C], and its gradient [C, V]; overwrites the logits."""
-    a = z.logsumexp(-1)
-    loss = a - z.gather(1, targets_C[:, None])[:, 0]
+    """-log q(target) per token [C], and its gradient [C, V]."""
+    log_q = z.log_softmax(-1)
+    loss = -log_q.gather(1, targets_C[:, None])[:, 0]
     ones = torch.ones_like(targets_C[:, None], dtype=z.dtype)
-    return loss, _through_head(z, a, head, lambda q: q.scatter_add_(1, targets_C[:, None], -ones)) if need_grad else None
+    return loss, _through_head(log_q.exp_().scatter_add_(1, targets_C[:, None], -ones), z, head) if need_grad else None
 
 
-def _through_head(z: Tensor, a: Tensor, head: Head, to_gradient: Callable[[Tensor], Tensor]) -> Tensor:
-    """Softmax of z, made the gradient of z, then of head(hidden): through the cap and the multiplier."""
-    capped = None if head.cap is None else 1 - (z / head.cap) ** 2  # d tanh
-    grad = to_gradient(z.sub_(a[:, None]).exp_())
-    if capped is not None:
-        grad.mul_(capped)
+def _through_head(grad: Tensor, z: Tensor, head: Head) -> Tensor:
+    """The gradient of logits z, made that of head(hidden) in place: through the cap and the multiplier."""
+    if head.cap is not None:
+        grad.mul_(1 - (z / head.cap) ** 2)  # d tanh
     return grad if head.multiplier == 1.0 else grad.mul_(head.multiplier)
 
 

@@ -35,9 +35,13 @@ class QuantizedWeight:
         """float32 [O, I] = scale * (codes - zero)."""
         return dequantize(self.codes_OI, self.scale_OG, self.zero_OG)
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on a device; no copy of what is there already."""
+        return QuantizedWeight(self.codes_OI.to(device), self.scale_OG.to(device), self.zero_OG.to(device), self.grid)
+
     def cpu(self) -> QuantizedWeight:
         """The same on the CPU."""
-        return QuantizedWeight(self.codes_OI.cpu(), self.scale_OG.cpu(), self.zero_OG.cpu(), self.grid)
+        return self.to("cpu")
 
     @property
     def nbytes(self) -> int:

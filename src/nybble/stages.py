@@ -236,8 +236,10 @@ def _take_over(job: Job, run: Path) -> tuple[dict[str, Start], dict[str, Quantiz
     """Starts with exactly the codes, scales and zeros of a finished run, and the model with what else it has (folded norms)."""
     model, plan, results = job.loaded.model, job.plan, checkpoint.read_results(run)
     with job.run.stage("compress"):
-        taken, _, quantized = checkpoint.load_quantized(run / "quantized", model.dtype, job.options.trust_remote_code)
-        model.load_state_dict(taken.state_dict())
+        quantized, others = checkpoint.load_weights(run / "quantized")
+        for name, weight in quantized.items():
+            model.get_submodule(name).weight.data.copy_(weight.dequantize())
+        model.load_state_dict(others, strict=False)  # starts.check has seen that these are all others
         starts = {}
         for name in plan.int4:
             weight = quantized[name]
@@ -267,7 +269,7 @@ def error_lines(compressed: Compressed) -> list[str]:
 def size_of(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
     """Bytes of the model when shipped: quantized weights packed, everything else in 16 bits."""
     weights = {name: weight.nbytes for name, weight in quantized.items()}
-    counted = {id(model.get_submodule(name).weight) for name in quantized}
+    counted = {id(getattr(model.get_submodule(name), "weight", None)) for name in quantized}  # layers whose codes stay have none
     rest: int = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
     return sum(weights.values()) + rest
 

@@ -37,6 +37,9 @@ def check(run: Path, loaded: models.LoadedModel, plan: models.Plan, group_size: 
     other = checkpoint.read_results(run).get("model")
     if sizes.keys() != layers.keys() or any(sizes[name][0] != shape[0] for name, shape in layers.items()):
         raise OptionError(f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others")
+    differing = sorted(checkpoint.plain_tensors(run / "quantized") ^ checkpoint.other_tensors(loaded.model, layers).keys())
+    if differing:
+        raise OptionError(f"--start {run} must be of a model like {loaded.name}; only one of it and {other} has {', '.join(differing[:3])}")
     for name in plan.int4:
         found = layers[name][1] // sizes[name][1]
         if found != group_size:

@@ -23,7 +23,7 @@ from nybble.config import TuneOptions
 from nybble.console import bar, console
 from nybble.data import Rows
 from nybble.errors import DataError, ModelError, OptionError, RunError
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import QuantizedLinear
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
 from nybble.questions import Question, Score, Task, Text
@@ -84,7 +84,7 @@ class Trained:
 
     job: Job
     lesson: Lesson
-    layers: dict[str, FakeQuantizedLoRALinear]
+    layers: dict[str, QuantizedLinear]
     compressed: dict[str, QuantizedWeight]
     reference: evaluate.Logits
 
@@ -349,7 +349,7 @@ def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
     return loss, len
 
 
-def course(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Course:
+def course(job: Job, lesson: Lesson, layers: Mapping[str, QuantizedLinear]) -> Course:
     """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
     configuration."""
     options, loaded = job.options, job.loaded
@@ -409,7 +409,7 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
     return found
 
 
-def _choose(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Configuration:
+def _choose(job: Job, lesson: Lesson, layers: Mapping[str, QuantizedLinear]) -> Configuration:
     """The candidate with the best score on held-out rows; what each scored goes into the results."""
     run, options, found = job.run, job.options, candidates(job, lesson)
     on_test = options.select_on == "test"
@@ -435,7 +435,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, FakeQuantizedLoRALine
     return tuple(rows[best]["configuration"])
 
 
-def _for_measuring(options: TuneOptions, layers: Mapping[str, FakeQuantizedLoRALinear]) -> Any:
+def _for_measuring(options: TuneOptions, layers: Mapping[str, QuantizedLinear]) -> Any:
     """Weights quantized once, with --fast_eval or where training does so too."""
     return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
 

@@ -16,7 +16,7 @@ from nybble import checkpoint, estimate, insert, models, stages
 from nybble.checkpoint import Run
 from nybble.console import bar
 from nybble.errors import TrainingError
-from nybble.layers import FakeQuantizedLoRALinear
+from nybble.layers import QuantizedLinear
 from nybble.quantized import QuantizedWeight
 from nybble.stages import Job
 from nybble.text import Sequences
@@ -82,7 +82,7 @@ def resolve(
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, rank, options.group_size)
     available = stages.free_memory(loaded)
-    cache, of_step = options.cache, 2 if options.scale_lr else 1  # copies of the weights
+    cache, of_step = options.cache, 2 if options.scale_lr and rank else 1  # copies of the weights
     if cache == "auto":
         cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step) < 0.7 * available else "recompute"
     copies = of_step if cache == "step" else 0
@@ -98,10 +98,12 @@ def resolve(
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 
-def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict[str, FakeQuantizedLoRALinear]]:
+def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedLinear]]:
     """Compress, and put trainable layers in place of the model's. Returns: all quantized weights as they start, on the CPU; and the layers."""
     starts, compressed = stages.compress_model(job, job.options.start)
-    layers = insert.insert(job.loaded.model, starts, job.grid, rank, job.options.seed)
+    model, seed = job.loaded.model, job.options.seed
+    codes = {name: compressed[name] for name in starts}
+    layers: dict[str, QuantizedLinear] = {**(insert.insert(model, starts, job.grid, rank, seed) if rank else insert.insert_codes(model, codes, seed))}
     job.run.results["lora_rank"] = rank
     clamped = sum(layer.rank < rank for layer in layers.values())
     if clamped:
@@ -109,9 +111,7 @@ def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict
     return compressed, layers
 
 
-def train_layers(
-    run: Run, options: Any, layers: Mapping[str, FakeQuantizedLoRALinear], course: Course, norms: Mapping[str, torch.nn.Parameter] | None = None
-) -> None:
+def train_layers(run: Run, options: Any, layers: Mapping[str, QuantizedLinear], course: Course, norms: Mapping[str, torch.nn.Parameter] | None = None) -> None:
     """Train adapters, scales and `norms` (insert.train_norms); afterwards the model holds what was best on held-out text."""
     step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
     groups = _groups(options, layers)
@@ -194,7 +194,7 @@ def train(
             parameter.copy_(tensors[name])
 
 
-def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list[dict[str, Any]]:
+def _groups(options: Any, layers: Mapping[str, QuantizedLinear]) -> list[dict[str, Any]]:
     adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() if layer.rank for leaf in ("lora_a", "lora_b")}
     scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items()}
     for shift in scales.values():
@@ -203,7 +203,7 @@ def _groups(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> list
     return [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}] if options.scale_lr else groups
 
 
-def fixed_weights(options: Any, layers: Mapping[str, FakeQuantizedLoRALinear]) -> AbstractContextManager[None]:
+def fixed_weights(options: Any, layers: Mapping[str, QuantizedLinear]) -> AbstractContextManager[None]:
     """For measuring: quantize once, where the memory for it was found."""
     return insert.step_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
 
