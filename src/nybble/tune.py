@@ -394,7 +394,8 @@ def _score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
 
 
 def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
-    """Configuration -> why it is one: the middle of the space, what was trained most often, the least losses of training."""
+    """Configuration -> why it is one: the middle of the space, the largest ranks (absorbed, they cost nothing), what was trained most often, the least losses
+    of training."""
     options, training = job.options, job.run.results["training"]
     if len(lesson.space) == 1:
         return {ranks.uniform(lesson.space[0], lesson.count): "the only one"}
@@ -402,7 +403,8 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
         return {ranks.middle(lesson.space, lesson.count): "median"}
     seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
     uniform = [ranks.uniform(extreme(lesson.space), lesson.count) for extreme in (max, min)] if options.sampling == "sandwich" else []
-    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.most_frequent([*seen, *(uniform * len(seen))]): "most frequent"}
+    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.uniform(max(lesson.space), lesson.count): "largest"}
+    found.setdefault(ranks.most_frequent([*seen, *(uniform * len(seen))]), "most frequent")
     losses = [row["last_pass"] if uniform else row["loss"] for row in training]  # of the configuration in `seen`: it comes after the largest and the smallest
     for i, configuration in enumerate(ranks.least_loss(seen, losses, options.num_min_loss_configs)):
         found.setdefault(configuration, f"least loss {i + 1}")
