@@ -245,6 +245,7 @@ class _ScaleGradient(torch.autograd.Function):
         grad_shift = None
         if ctx.needs_input_grad[2]:
             grad_OI = grad.flatten(0, -2).T @ inputs.flatten(0, -2)
+            grad_OI = grad_OI.float() if grad_OI.dtype == torch.float16 else grad_OI  # float16 has no room for products of gradients and weights
             summed_OG = g.group(grad_OI.mul_(weight_OI), shift_OG.shape[-1]).sum(-1, dtype=torch.float32)
             grad_shift = summed_OG * (layer.start_scale * shift_OG.exp() / layer.scale_OG())
         return None, grad_inputs, grad_shift
