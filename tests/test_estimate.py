@@ -14,8 +14,13 @@ def test_shapes_are_those_of_the_model() -> None:
 
 
 def test_cache_costs_a_weight_and_a_gradient_copy() -> None:
-    with_cache, without = (estimate.memory(SHAPES, 8, 64, 256, 64, copies) for copies in (2, 0))
+    with_cache, without = (estimate.memory(SHAPES, 8, 64, 256, 64, copies, 0) for copies in (2, 0))
     assert with_cache - without == 2 * SHAPES.int4 * 4
+
+
+def test_memory_is_what_the_larger_of_training_and_measuring_takes() -> None:
+    sizes = [estimate.memory(SHAPES, 8, 64, 256, 64, 2, logits) for logits in (0, 1000, 10**9, 2 * 10**9)]
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] - 10**9
 
 
 def test_microbatch_grows_with_memory_and_stops_at_the_batch() -> None:

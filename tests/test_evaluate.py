@@ -16,7 +16,9 @@ from nybble.losses import Head, last_hidden
 from tests.tiny import make_model, make_tokenizer
 
 
-def test_perplexity_and_kl_equal_torch() -> None:
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_perplexity_and_kl_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_CHUNK", chunk)
     model, other, ids = make_model("llama"), make_model("llama", seed=1), torch.randint(0, 256, (3, 10))
     measured = evaluate.measure(evaluate.logits_of(model, ids), ids, evaluate.logits_of(other, ids))
     z, t = model(ids).logits[:, :-1].double(), other(ids).logits[:, :-1].double()

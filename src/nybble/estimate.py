@@ -59,10 +59,10 @@ class Shapes:
         )
 
 
-def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int) -> int:
-    """Peak of training with `tokens` a microbatch; `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient.
+def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int, logits: int) -> int:
+    """Peak of training with `tokens` a microbatch, or of measuring with `logits` bytes of logits at once.
 
-    At rank 0 the 4-bit layers keep their codes, a byte each, instead of weights.
+    `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient. At rank 0 the layers keep their codes, a byte each, instead.
     """
     frozen = (shapes.parameters - shapes.int4) * shapes.itemsize + shapes.int4 * (shapes.itemsize if rank else 1)
     model = frozen + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
@@ -70,8 +70,13 @@ def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, 
     one_layer = 6 * shapes.largest * _FLOAT32
     trained = _ADAM * (shapes.features * rank + shapes.int4 // group_size)
     activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
-    logits = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
-    return _OVERHEAD + model + kept + one_layer + trained + activations + logits
+    loss = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
+    return _OVERHEAD + model + kept + one_layer + trained + max(activations, logits) + loss
+
+
+def measuring(shapes: Shapes, logits: int) -> int:
+    """Peak of measuring a model with `logits` bytes of logits at once: the model, and the teacher's head."""
+    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + logits
 
 
 def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
@@ -109,7 +114,7 @@ def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:
 def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, copies: int, available: int, most: int) -> int:
     """Largest power of two of sequences that fits 70 % of `available` memory and at most `most` tokens; at least 1."""
     size = 1
-    while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, copies) < 0.7 * available:
+    while size * 2 <= batch_size and size * 2 * length <= most and memory(shapes, rank, group_size, size * 2 * length, chunk, copies, 0) < 0.7 * available:
         size *= 2
     return size
 

@@ -32,19 +32,31 @@ _LOGIT_BYTES = 2 << 30
 # Requests in a forward; more gain nothing (docs/log.md).
 _MOST_REQUESTS = 32
 
-# Index of a sequence -> its logits [T, V], float32.
-Logits = Callable[[int], Tensor]
+# Positions whose float32 logits exist at a time.
+_CHUNK = 256
+# Index of a sequence -> positions in it [P] -> their logits [P, V], float32.
+Logits = Callable[[int], Callable[[Tensor], Tensor]]
 
 
 def logits_of(model: Any, input_ids: Tensor) -> Logits:
     """Logits of a transformers-like model (torch or exported) on rows of input_ids [S, T]."""
     device = getattr(model, "device", torch.device("cpu"))
-    return lambda i: model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0].float()
+
+    def of(i: int) -> Callable[[Tensor], Tensor]:
+        z_TV = model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0]
+        return lambda positions: z_TV[positions].float()
+
+    return of
 
 
 def logits_from_states(head: Head, states: Tensor) -> Logits:
     """The teacher's logits from its hidden states [S, T, D] on disk."""
-    return lambda i: head.logits(states[i].to(head.weight_VD.device))
+
+    def of(i: int) -> Callable[[Tensor], Tensor]:
+        hidden_TD = states[i].to(head.weight_VD.device)
+        return lambda positions: head.logits(hidden_TD[positions])
+
+    return of
 
 
 @torch.no_grad()
@@ -62,12 +74,14 @@ def measure(
     loss, divergence, tokens = 0.0, 0.0, 0
     for i, ids in enumerate(input_ids):
         which = (torch.ones_like(ids, dtype=torch.bool) if counted is None else counted[i])[:-1].nonzero()[:, 0]
-        log_q = F.log_softmax(logits(i)[which], dim=-1)
-        loss -= log_q.gather(1, ids[which + 1, None].to(log_q.device)).sum().item()
+        model_at, teacher_at = logits(i), teacher(i) if teacher is not None else None
+        for positions in which.split(_CHUNK):
+            log_q = F.log_softmax(model_at(positions), dim=-1)
+            loss -= log_q.gather(1, ids[positions + 1, None].to(log_q.device)).sum().item()
+            if teacher_at is not None:
+                log_p = F.log_softmax(teacher_at(positions), dim=-1).to(log_q.device)
+                divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
         tokens += len(which)
-        if teacher is not None:
-            log_p = F.log_softmax(teacher(i)[which], dim=-1).to(log_q.device)
-            divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
         advance(1)
     measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), 700.0)), "tokens": tokens}
     return measured if teacher is None else measured | {"kl_to_teacher": divergence / max(tokens, 1)}
@@ -169,6 +183,16 @@ def metric_of(task: Any) -> str:
     return f"{name},{filters[0]}" if filters else str(name)
 
 
+def longest_window(config: Any) -> int:
+    """Tokens of the longest window in lm-eval."""
+    return min(MAX_LENGTH, getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
+
+
+def requests_at_once(config: Any, length: int) -> int:
+    """Requests of `length` tokens in one forward in lm-eval."""
+    return int(max(1, min(_MOST_REQUESTS, _LOGIT_BYTES // (2 * 4 * length * config.vocab_size))))
+
+
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 0, limit: int | None = None, data_dir: str | None = None
 ) -> dict[str, dict[str, float]]:
@@ -183,10 +207,10 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    longest = longest_window(model.config)
 
     def fitting(length: int) -> int:
-        return int(max(1, min(_MOST_REQUESTS, _LOGIT_BYTES // (2 * 4 * min(length, longest) * model.config.vocab_size))))
+        return requests_at_once(model.config, min(length, longest))
 
     class Sized(HFLM):  # type: ignore[misc]
         """lm-eval's own "auto" tries sizes until the memory is full; this one computes."""

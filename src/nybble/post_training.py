@@ -37,7 +37,8 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     """Print the estimate; refuse a disk that is too small, and warn of memory."""
     count = stages.check_calibration(options, options.method, sequences)
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
-    memory, available = stages.estimate_compression(options, loaded, shapes, count), stages.free_memory(loaded)
+    measuring = estimate.measuring(shapes, stages.measured_logits(options, loaded, sequences))
+    memory, available = max(stages.estimate_compression(options, loaded, shapes, count), measuring), stages.free_memory(loaded)
     states = sequences.test.ids.numel() * shapes.hidden * shapes.itemsize
     disk = states + estimate.blocks_disk(shapes, sequences.calibration.numel()) + 3 * shapes.parameters
     checkpoint.check_disk(options.folder, disk)

@@ -183,6 +183,15 @@ def free_memory(loaded: models.LoadedModel) -> int:
     return int(free) + held
 
 
+def measured_logits(options: Options, loaded: models.LoadedModel, sequences: Sequences) -> int:
+    """Bytes of the logits that exist at once while a model is measured: of a test sequence, or of a forward of lm-eval and the copy it makes."""
+    config, numbers = loaded.model.config, sequences.test.ids.shape[1]
+    if options.tasks:
+        window = evaluate.longest_window(config)
+        numbers = max(numbers, 2 * window * evaluate.requests_at_once(config, window))
+    return int(numbers * config.vocab_size * loaded.model.dtype.itemsize)
+
+
 def check_calibration(options: Options, method: str, sequences: Sequences) -> int:
     """Number of calibration sequences; says where there are fewer than wanted. The training text has been checked for the least that will do."""
     if not starts.steps_of(method):

@@ -82,14 +82,15 @@ def resolve(
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, rank, options.group_size)
     available = stages.free_memory(loaded)
+    logits = stages.measured_logits(options, loaded, sequences)
     cache, of_step = options.cache, 2 if options.scale_lr and rank else 1  # copies of the weights
     if cache == "auto":
-        cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step) < 0.7 * available else "recompute"
+        cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step, logits) < 0.7 * available else "recompute"
     copies = of_step if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
     microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, most_tokens(device, loaded.model.dtype))
     calibration = stages.check_calibration(options, options.start, sequences)
-    memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies)
+    memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies, logits)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     checkpoint.check_disk(path, disk)
