@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nybble import checkpoint, cli, insert
 from nybble.config import to_toml
-from nybble.distill import distill
+from nybble.distill import _judge, distill
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
 from tests.test_chat import TEMPLATE
@@ -111,6 +113,11 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
     counts = json.loads((tmp_path / "run" / "results.json").read_text())["exports"]["openvino"]
     assert (counts["weights_u4"], counts["weights_u8"]) == (14, 2)
     assert codes(tmp_path / "run") == before
+    distill(options(model, tmp_path / "run", resume=True))
+    assert "openvino" in json.loads((tmp_path / "run" / "results.json").read_text())["models"]
+    shutil.rmtree(tmp_path / "run" / "openvino")
+    distill(options(model, tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "openvino" / "openvino_model.bin").stat().st_size > 0
     (tmp_path / "run" / "quantized").rename(tmp_path / "elsewhere")
     assert cli.main(["export", str(tmp_path / "run")]) == 2
     assert "must be a finished run; it has no folder quantized; finish it with --resume" in capsys.readouterr().err
@@ -266,8 +273,47 @@ def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.Capture
     before = codes(tmp_path / "run")
     notes.write_text("".join(f"line {i} of another text\n" for i in range(3000)))
     assert cli.main([*arguments, "--resume"]) == 2
-    assert "the training text and the test text changed; bring them back, or start again (--overwrite)" in capsys.readouterr().err
+    assert "the training text and the validation text and the test text changed; bring them back, or start again (--overwrite)" in capsys.readouterr().err
     assert codes(tmp_path / "run") == before
+
+
+def test_resume_refuses_another_validation_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, texts = save_model(tmp_path / "model", "smollm"), tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "validation", "test"):
+        (texts / f"{split}.txt").write_text("".join(f"line {i} of the {split} text\n" for i in range(600)))
+    arguments = [*command(model, tmp_path / "run")[3:], "--data", str(texts)]
+    assert cli.main(arguments) == 0
+    (texts / "validation.txt").write_text("something else " * 600)
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "the validation text changed; bring it back, or start again (--overwrite)" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, start = save_model(tmp_path / "model", "smollm"), tmp_path / "start"
+    compressing = ["compress", "--pretrained", str(model), "--output_dir", str(start), "--data", "python-docs", "--seq_len", "32", "--test_samples", "2"]
+    compressing += ["--calib_samples", "8", "--tasks", "--export"]
+    assert cli.main([*compressing, "--method", "se"]) == 0
+    arguments = [*command(model, tmp_path / "run")[3:], "--start", str(start)]
+    assert cli.main(arguments) == 0
+    assert cli.main([*compressing, "--method", "rtn", "--overwrite"]) == 0
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "the 4-bit model of --start changed; bring it back, or start again (--overwrite)" in capsys.readouterr().err
+
+
+def test_what_became_worse_is_said_in_words() -> None:
+    def said(**rows: tuple[float, float, float]) -> list[str]:
+        metrics = ("kl_to_teacher", "token_perplexity", "word_perplexity")
+        results = {"models": {"16bit": dict(zip(metrics, (0.0, 20.0, 25.0), strict=True))} | {k: dict(zip(metrics, v, strict=True)) for k, v in rows.items()}}
+        return _judge(SimpleNamespace(results=results))  # type: ignore[arg-type]
+
+    assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 27.0)) == []
+    assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 31.0)) == [
+        "tuning made the word perplexity of the test text worse: 30.0000 before, 31.0000 after"
+    ]
+    assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.2, 22.0, 27.0)) == ["tuning made the KL to 16 bit of the test text worse: 0.1000 before, 0.2000 after"]
+    in_openvino = said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 27.0), openvino=(0.05, 25.0, 29.0))
+    assert in_openvino == ["in OpenVINO the tuned model's token perplexity is worse than the compressed one's in torch: 25.0000, against 24.0000"]
 
 
 def test_a_model_that_cannot_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

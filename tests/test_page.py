@@ -137,6 +137,19 @@ def test_command_writes_page_and_markdown(tmp_path: Path, capsys: pytest.Capture
     assert main(["report", *runs, "--table", "--out", str(tmp_path / "t.html")]) == 2
 
 
+def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {key: value for key, value in WHOLE["models"].items() if key in ("16bit", "compressed")}
+    begun = {key: value for key, value in WHOLE.items() if key != "warnings"} | {"model": "Large", "models": measured}
+    runs = [write_run(tmp_path / "done", WHOLE), write_run(tmp_path / "half", begun)]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.toml").write_text('pretrained = "x"\nseed = 0\n')
+    assert main(["report", *runs, str(tmp_path / "begun"), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Not finished, and shown as far as measured: {tmp_path / 'half'}, {tmp_path / 'begun'}; go on with --resume." in printed.replace("\n", " ")
+    assert "| Small | INT4, QAT + LoRA |" in printed
+    assert "| Large | 16 bit |" in printed
+
+
 def test_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "new", {"model": "Small", "models": {}})
     assert main(["report", str(tmp_path)]) == 2

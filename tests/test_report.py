@@ -148,3 +148,30 @@ def test_published_table() -> None:
         ["Large", "INT4, QAT + LoRA", "12.000", "50.0%"],
         ["mean", "", "", "35.0%"],
     ]
+
+
+def test_published_table_takes_the_baseline_in_the_same_runtime() -> None:
+    exported = COMPRESSED | {"models": COMPRESSED["models"] | {"openvino": {"token_perplexity": 13.0, "kl_to_teacher": 0.3, "bytes": 1}}}
+    lines = report.published_rows(report.compare({"tuned": RESULTS, "awq": exported}))[1]
+    assert [line[2:] for line in lines[1:3]] == [["13.000", "-"], ["12.000", "33.3%"]]
+
+
+def test_published_table_shows_the_mean_of_seeds_and_their_spread() -> None:
+    def run(seed: int, perplexity: float, **options: Any) -> dict[str, Any]:
+        return changed(openvino={"token_perplexity": perplexity}) | {"options": {"seed": seed, "output_dir": f"runs/{seed}", "scale_lr": 1e-3} | options}
+
+    runs = {"awq": COMPRESSED, "a": run(0, 11.0), "b": run(1, 12.0), "c": run(2, 11.5), "other": run(0, 11.2, scale_lr=1e-2)}
+    lines = report.published_rows(report.compare(runs))[1]
+    assert lines[2] == ["Small", "INT4, QAT + LoRA", "11.200", "52.0%"], "better than the mean of the three, though not than the luckiest"
+    del runs["other"]
+    lines = report.published_rows(report.compare(runs))[1]
+    assert lines[2] == ["Small", "INT4, QAT + LoRA, 3 seeds", "11.500 (11.000 to 12.000)", "40.0% (20.0% to 60.0%)"]
+    assert lines[3][-1] == "40.0%"
+
+
+def test_a_16_bit_model_with_adapters_is_not_published_as_int4() -> None:
+    models = {"16bit": {"task:arc acc": 0.5, "bytes": 1}, "lora16": {"task:arc acc": 0.9, "bytes": 1}}
+    task = {"kind": "tune", "task": {"name": "arc", "metric": "acc", "space": [4]}}
+    nls = models | {"compressed": {"task:arc acc": 0.4, "bytes": 1}, "tuned": {"task:arc acc": 0.6, "bytes": 1}}
+    lines = report.published_rows(report.compare({"lora": COMPRESSED | task | {"models": models}, "nls": COMPRESSED | task | {"models": nls}}))[1]
+    assert [line[1:3] for line in lines] == [["16 bit", "0.500"], ["INT4, best PTWC (awq+se)", "0.400"], ["INT4, QAT + LoRA", "0.600"]]

@@ -16,6 +16,7 @@ merged/ and texts/ (16-bit LoRA of nybble tune --compare)
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -345,6 +346,12 @@ def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Te
         codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero"))
         quantized[name] = QuantizedWeight(unpack_nibbles(codes) if grid.bits == 4 else codes, scale.float(), zero, grid)
     return quantized, tensors
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Short hash of the weights file of a 4-bit model."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def scale_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

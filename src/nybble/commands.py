@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -141,14 +140,20 @@ def make_report(options: ReportOptions) -> None:
     """Compare runs; write the page, or print the published kind of table."""
     if not options.runs:
         raise OptionError("nybble report needs one or more run folders")
-    runs: dict[str, dict[str, Any]] = {}
+    runs, unfinished = {}, []
     for folder in map(Path, options.runs):
         results = checkpoint.read_results(folder)
-        if not results:
+        if not results and not checkpoint.is_run(folder):
             raise RunError(f"{folder} must be a run folder; it has no {checkpoint.RESULTS}")
-        if "16bit" not in results.get("models", {}):
-            raise RunError(f"{folder} has measured nothing yet; finish it with --resume")
-        runs[folder.resolve().name if folder.resolve().name not in runs else str(folder)] = results
+        if "16bit" in results.get("models", {}):
+            known = {"options": checkpoint.read_options(folder)} if checkpoint.is_run(folder) else {}
+            runs[folder.resolve().name if folder.resolve().name not in runs else str(folder)] = results | known
+        if not report.finished(results):
+            unfinished.append(str(folder))
+    if not runs:
+        raise RunError(f"{', '.join(unfinished)} has measured nothing yet; finish it with --resume")
+    if unfinished:
+        console.print(f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.", highlight=False)
     comparisons = report.compare(runs)
     if options.table:
         if options.out is not None:

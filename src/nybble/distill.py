@@ -6,6 +6,7 @@ load -> teacher states -> compress -> insert -> train on KL -> absorb -> save ->
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -115,8 +116,12 @@ def _judge(run: Run) -> list[str]:
     warnings = []
     if results.get("best_step") == 0:
         warnings.append("no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or other rates")
-    for metric in ("kl_to_teacher", "token_perplexity"):
-        before, after = results["models"]["compressed"][metric], results["models"]["tuned"][metric]
+    compressed, tuned, exported = (results["models"].get(row, {}) for row in ("compressed", "tuned", "openvino"))
+    for metric in ("kl_to_teacher", "token_perplexity", "word_perplexity"):
+        before, after, shipped = (row.get(metric, math.nan) for row in (compressed, tuned, exported))
+        name = report.heading(metric)
         if after > before:
-            warnings.append(f"tuning made {metric} on the test text worse: {before:.4f} before, {after:.4f} after")
+            warnings.append(f"tuning made the {name} of the test text worse: {before:.4f} before, {after:.4f} after")
+        elif shipped > before:
+            warnings.append(f"in OpenVINO the tuned model's {name} is worse than the compressed one's in torch: {shipped:.4f}, against {before:.4f}")
     return warnings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ def label(results: dict[str, Any], row: str) -> str:
 def tunes(results: dict[str, Any]) -> bool:
     """Whether the run trains after compressing."""
     return bool(results.get("kind", "distill") != "compress")
+
+
+def finished(results: dict[str, Any]) -> bool:
+    """Whether the run has measured all that it makes: it writes its warnings last."""
+    return "warnings" in results
 
 
 def starts_tuned(results: dict[str, Any]) -> bool:
@@ -252,6 +258,7 @@ class Entry:
         run: name of the run that measured it.
         tuned: whether it was trained end to end, rather than only compressed.
         training: how people call that training.
+        recipe: what runs that differ only in their seed (and in where they lie) have in common.
     """
 
     label: str
@@ -261,6 +268,7 @@ class Entry:
     run: str
     tuned: bool
     training: str
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -294,16 +302,30 @@ class Comparison:
         return (min if self.metric.endswith("perplexity") else max)(entries, key=self.value, default=None)
 
     @property
-    def baseline(self) -> Entry | None:
-        """The best model compressed without any training, block-wise or end to end; None where there is none."""
-        return self.best(entry for entry in self.entries if entry.kind == "compressed" and not entry.tuned and "blockwise" not in entry.method.split(" (")[0])
+    def shipped(self) -> list[Entry]:
+        """The 4-bit models, those exported in place of what they were exported from."""
+        exported = {(entry.run, entry.tuned) for entry in self.entries if entry.kind == "openvino"}
+        quantized = [entry for entry in self.entries if entry.kind not in ("16bit", "lora16")]
+        return [entry for entry in quantized if entry.kind == "openvino" or (entry.run, entry.tuned) not in exported]
 
-    def improvement(self, entry: Entry) -> float | None:
-        """Share of the damage of the baseline that `entry` repaired; None where there was no damage."""
-        full, baseline = self.entries[0], self.baseline
-        if not self.metric.endswith("perplexity") or baseline is None or full.kind != "16bit" or self.value(baseline) <= self.value(full):
+    @property
+    def untrained(self) -> list[Entry]:
+        """Models compressed without any training, block-wise or end to end."""
+        return [entry for entry in self.shipped if not entry.tuned and "blockwise" not in _steps(entry.method)]
+
+    @property
+    def baseline(self) -> Entry | None:
+        """The best of the untrained; None where there is none."""
+        return self.best(self.untrained)
+
+    def improvement(self, entry: Entry, untrained: Sequence[Entry] = ()) -> float | None:
+        """Share of the damage of `untrained` (of their mean; default: the baseline) that `entry` repaired; None where there was no damage."""
+        compressed = untrained or [baseline for baseline in (self.baseline,) if baseline is not None]
+        full = self.entries[0]
+        if not self.metric.endswith("perplexity") or not compressed or full.kind != "16bit":
             return None
-        return (self.value(baseline) - self.value(entry)) / (self.value(baseline) - self.value(full))
+        damaged = statistics.fmean(map(self.value, compressed))
+        return (damaged - self.value(entry)) / (damaged - self.value(full)) if damaged > self.value(full) else None
 
 
 def _entry_label(results: dict[str, Any], row: str) -> str:
@@ -345,6 +367,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 name,
                 row != "16bit" and (starts_tuned(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
                 _training(results),
+                _recipe(name, results),
             )
             for (name, results, row), named in zip(found, labels, strict=True)
         ]
@@ -369,6 +392,22 @@ def _training(results: dict[str, Any]) -> str:
     return "QAT + LoRA" if results.get("lora_rank", 1) else "QAT"
 
 
+# Options that say where things lie, and the seed; --start is told by how it was made.
+_NO_RECIPE = ("seed", "start", "output_dir", "resume", "overwrite", "export", "tensorboard", "save_every")
+
+
+def _recipe(name: str, results: dict[str, Any]) -> str:
+    if "options" not in results:  # whoever reads results.json alone
+        return name
+    options = {key: value for key, value in results["options"].items() if key not in _NO_RECIPE}
+    return f"{results.get('kind')} {_steps(results.get('method', 'rtn'))} {sorted(options.items())}"
+
+
+def _steps(method: str) -> str:
+    """ "awq+se (runs/compressed)" -> "awq+se"."""
+    return method.split(" (")[0]
+
+
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of text."""
     columns = _columns({entry.label: dict(entry.values) for entry in comparison.entries})
@@ -383,25 +422,43 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 
 def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """The kind of table that quantization-aware tuning is published as: per model 16 bit, the best compression without training (PTWC), and the best
-    tuned model; improvement = (PTWC - tuned) / (PTWC - 16 bit). Last the mean improvement. The OpenVINO model counts where there is one."""
+    tuned model; improvement = (PTWC - tuned) / (PTWC - 16 bit). Last the mean improvement. The OpenVINO model counts where there is one. Of runs that
+    differ in nothing but their seed, given with their "options", the mean counts; behind it stand the least and the most."""
     lines, improvements = [], []
     for comparison in comparisons:
-        exported = {entry.run for entry in comparison.entries if entry.kind == "openvino"}
-        tuned = [entry for entry in comparison.entries if entry.tuned and (entry.kind == "openvino" or entry.run not in exported)]
-        best = comparison.best(tuned)
-        shown = [(comparison.entries[0], "16 bit")]
-        if comparison.baseline is not None:
-            shown.append((comparison.baseline, f"INT4, best PTWC ({comparison.baseline.method})"))
-        if best is not None:
-            shown.append((best, f"INT4, {best.training}"))
-        for entry, precision in shown:
-            repaired = comparison.improvement(entry) if entry is best else None
-            improvements += [] if repaired is None else [repaired]
-            lines.append([comparison.model, precision, f"{comparison.value(entry):.3f}", "-" if repaired is None else f"{repaired:.1%}"])
+        full, best = comparison.entries[0], max if not comparison.metric.endswith("perplexity") else min
+        untrained, tuned = (
+            best(_by_recipe(entries), key=lambda group: statistics.fmean(map(comparison.value, group)), default=[])
+            for entries in (comparison.untrained, [entry for entry in comparison.shipped if entry.tuned])
+        )
+        lines.append([comparison.model, ROWS["16bit"], f"{comparison.value(full):.3f}", "-"])
+        for group, precision in ((untrained, "best PTWC"), (tuned, tuned[0].training if tuned else "")):
+            if group:
+                shares = [comparison.improvement(entry, untrained) for entry in group] if group is tuned else []
+                repaired = [share for share in shares if share is not None]
+                improvements += [statistics.fmean(repaired)] if repaired else []
+                name = (
+                    f"INT4, {precision}" + (f" ({_steps(group[0].method)})" if group is untrained else "") + (f", {len(group)} seeds" if len(group) > 1 else "")
+                )
+                lines.append([comparison.model, name, _spread(map(comparison.value, group), ".3f"), _spread(repaired, ".1%")])
     if improvements:
-        lines.append(["mean", "", "", f"{sum(improvements) / len(improvements):.1%}"])
+        lines.append(["mean", "", "", f"{statistics.fmean(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}
     return ["model", "precision", heading(metrics.pop()) if len(metrics) == 1 else "measure", "improvement"], lines
+
+
+def _by_recipe(entries: Iterable[Entry]) -> list[list[Entry]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.kind, entry.recipe), []).append(entry)
+    return list(groups.values())
+
+
+def _spread(values: Iterable[float], form: str) -> str:
+    found = sorted(values)
+    if not found:
+        return "-"
+    return f"{statistics.fmean(found):{form}}" + (f" ({found[0]:{form}} to {found[-1]:{form}})" if len(found) > 1 else "")
 
 
 def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:

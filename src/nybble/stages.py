@@ -127,7 +127,7 @@ def opened(
             run.results |= {"method": starts.described(method), "start_tuned": starts.tuned(method), "dtype": str(dtype).removeprefix("torch.")}
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
-            _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences))
+            _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences, starts.start_run(method)))
             yield Job(run, options, loaded, plan, text.written(run, options, loaded, sequences), head)
     finally:
         run.close()
@@ -151,11 +151,11 @@ def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
         log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
 
 
-def _fingerprints(sequences: Sequences) -> dict[str, str]:
-    """Of the text that is there before the run: split -> fingerprint."""
-    parts = {"training text": sequences.train.ids, "calibration text": sequences.calibration, "test text": sequences.test.ids}
-    found = {what: teacher.fingerprint(ids, "") for what, ids in parts.items() if ids.device.type != "meta"}
-    return found | dict(sequences.others)
+def _fingerprints(sequences: Sequences, start: Path | None) -> dict[str, str]:
+    """Of the text that is there before the run, and of the run that it starts from: what -> fingerprint."""
+    rows = {"training": sequences.train.ids, "calibration": sequences.calibration, "validation": sequences.validation.ids, "test": sequences.test.ids}
+    found = {f"{split} text": teacher.fingerprint(ids, "") for split, ids in rows.items() if ids.device.type != "meta"}
+    return found | ({} if start is None else {"4-bit model of --start": checkpoint.weights_fingerprint(start / "quantized")}) | dict(sequences.others)
 
 
 def _check_unchanged(run: Run, now: dict[str, str]) -> None:
@@ -163,7 +163,8 @@ def _check_unchanged(run: Run, now: dict[str, str]) -> None:
     before = run.results.setdefault("fingerprints", now)
     changed = [what for what in now if before.get(what, now[what]) != now[what]]
     if changed:
-        raise RunError(f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring them back, or start again (--overwrite)")
+        it = "it" if len(changed) == 1 else "them"
+        raise RunError(f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring {it} back, or start again (--overwrite)")
 
 
 def _keep_inputs(options: Options, path: Path) -> None:
@@ -322,7 +323,7 @@ def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
         measure(job, reference, row, model.to(device), tokenizer, size_of(model, quantized))
         del model
     for kind in kinds_of(job):
-        if kind not in job.run.results["models"]:
+        if kind not in job.run.results["models"] or not (job.run.path / kind).is_dir():
             exported = export_run(job.run, kind, options.trust_remote_code)
             measure(job, reference, kind, exported.model, exported.tokenizer, exported.size)
 
