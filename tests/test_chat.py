@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from nybble import chat, data
 from nybble.errors import DataError
@@ -29,6 +30,14 @@ def test_only_the_assistants_words_and_ends_of_turn_are_learnt() -> None:
     assert tokenizer.decode(ids) == "[u]hi</s>[a]yes</s>[u]ok</s>[a]a</s>"
     assert learnt_text(tokenizer, ids, learnt) == "yes</s>a</s>"
     assert chat.encode(tokenizer, TALK, assistant_only=False) == (ids, [True] * len(ids))
+
+
+def test_white_space_is_learnt_also_where_offsets_are_trimmed() -> None:
+    tokenizer = make_chat_tokenizer()
+    talk = [{"role": "user", "content": "go\n"}, {"role": "assistant", "content": "if x:\n    y \n"}, {"role": "user", "content": " ok"}]
+    for trim in (False, True):
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+        assert learnt_text(tokenizer, *chat.encode(tokenizer, talk, assistant_only=True)) == "if x:\n    y \n</s>"
 
 
 def test_a_first_turn_of_the_assistant_is_not_learnt() -> None:
@@ -63,5 +72,7 @@ def test_refusals() -> None:
         data.sequences(make_chat_tokenizer(), [TALK], 8, "training")
     with pytest.raises(DataError, match="must have assistant tokens to learn from; all 1 conversations have none"):
         data.sequences(make_chat_tokenizer(), [TALK[:1]], 64, "training", assistant_only=True)
-    with pytest.raises(DataError, match="--loss_on assistant needs conversations"):
-        data.sequences(make_chat_tokenizer(), ["plain text"], 4, "training", assistant_only=True)
+    with pytest.raises(DataError, match="--loss_on assistant needs conversations .*; a and b are plain text; use --loss_on all"):
+        data.check_conversations({"a": ["plain text"], "b": ["more"]})
+    data.check_conversations({"a": ["plain text"], "b": [TALK]})
+    assert bool(data.sequences(make_chat_tokenizer(), ["plain text"], 4, "training", assistant_only=True).counted.all())

@@ -248,6 +248,13 @@ def test_mixture_gives_every_source_its_share() -> None:
     assert sorted(plain.tolist()) == [*range(100), *range(1000, 1004)], "without shares nothing is used twice"
 
 
+def test_equal_rows_are_told_once() -> None:
+    rows = torch.tensor([[3, 3], [1, 2], [3, 3], [0, 0], [1, 2]])
+    first, which = data.distinct(rows)
+    assert (first.tolist(), which.tolist()) == ([0, 1, 3], [0, 1, 0, 2, 1])
+    assert torch.equal(rows[first][which], rows)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -275,6 +282,9 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
         data.load_texts(str(path), column="body")
     with pytest.raises(DataError, match="it has 1 texts beside conversations; name them as two sources"):
         data.sequences(make_tokenizer(), [talk, "text"], 64, "training")
+    path.write_text(json.dumps({"messages": json.dumps(talk)}))
+    with pytest.raises(DataError, match="row 1, column messages must be a list of messages"):
+        data.load_texts(str(path))
     path.write_text(json.dumps({"messages": [{"role": "user"}]}))
     with pytest.raises(DataError, match="row 1, column messages must be a list of messages"):
         data.load_texts(str(path))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nybble.config import to_toml
 from nybble.distill import _judge, distill
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
+from nybble.teacher import hidden_states
 from tests.test_chat import TEMPLATE
 from tests.test_families import options
 from tests.tiny import make_model, save_model
@@ -206,6 +208,32 @@ def test_conversations_count_only_what_the_assistant_says(tmp_path: Path, capsys
     assert results["models"]["tuned"]["tokens"] == 6 * 3  # a tenth of the conversations
     assert cli.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--loss_on", "assistant", "--seq_len", "32"]) == 0
     assert '"tokens": 18' in capsys.readouterr().out
+
+
+def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "smollm")
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": TEMPLATE}))
+    talks = [[{"role": "user", "content": "say it"}, {"role": "assistant", "content": letter * 8}] for letter in "abcdefghij"]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    chat, taught = str(tmp_path / "chat.jsonl"), []
+
+    def spied(path: Path, model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        taught.append((path.stem, ids))
+        return hidden_states(path, model, ids, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.teacher.hidden_states", spied)
+        distill(options(model, tmp_path / "run", data=(f"{chat}=0.5", "python-docs=0.5"), eval_data=("python-docs",), loss_on="assistant", samples=32))
+    (train,) = (ids for split, ids in taught if split == "train")
+    assert len(train) == 8 + 32  # the training tenths of 10 conversations; half of 64 sequences
+    assert len(train.unique(dim=0)) == len(train)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["models"]["tuned"]["tokens"] == 4 * 31, "plain text counts whole"
+    assert results["best_step"] > 0
+    assert cli.main([*command(model, tmp_path / "no")[3:], "--loss_on", "assistant"]) == 2
+    assert "needs conversations" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,9 @@ def encode(tokenizer: Any, messages: Sequence[Message], assistant_only: bool) ->
                     "the chat template renders a turn differently once more turns follow, so assistant tokens cannot be told apart; use --loss_on all"
                 )
             spans.append((len(before), len(after)))
-    learnt = [any(begin <= start and end <= stop for begin, stop in spans) and end > start for start, end in encoded.offset_mapping]
-    return encoded.input_ids, learnt
+    # Tokenizers that trim offsets leave nothing of a token of white space but the place where it ends.
+    places = [(start, end) if start < end else (end - 1, end) for start, end in encoded.offset_mapping]
+    return encoded.input_ids, [any(begin <= start and end <= stop for begin, stop in spans) for start, end in places]
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:

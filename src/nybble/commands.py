@@ -106,10 +106,11 @@ def _teacher(options: EvalOptions, opened: LoadedModel) -> LoadedModel:
 def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> data.Rows:
     """What `nybble eval` measures on."""
     mixture = data.Mixture.parse(options.data)
-    parts = []
-    for name in mixture.names:
-        texts = data.load_texts(name, options.data_column, options.data_dir, (options.split,))[options.split]
-        parts.append(data.sequences(opened.tokenizer, texts, options.seq_len, options.split, assistant_only=options.loss_on == "assistant"))
+    texts = {name: data.load_texts(name, options.data_column, options.data_dir, (options.split,))[options.split] for name in mixture.names}
+    assistant = options.loss_on == "assistant"
+    if assistant:
+        data.check_conversations(texts)
+    parts = [data.sequences(opened.tokenizer, documents, options.seq_len, options.split, assistant_only=assistant) for documents in texts.values()]
     return mixture.first(parts, options.samples, 0)
 
 
@@ -153,7 +154,7 @@ def make_report(options: ReportOptions) -> None:
     if not runs:
         raise RunError(f"{', '.join(unfinished)} has measured nothing yet; finish it with --resume")
     if unfinished:
-        console.print(f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.", highlight=False)
+        console.print(f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.", highlight=False, soft_wrap=True)
     comparisons = report.compare(runs)
     if options.table:
         if options.out is not None:

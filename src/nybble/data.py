@@ -8,7 +8,7 @@
 - a folder with one file a split (names with the word train, validation, valid, val or dev, test);
 - any hub data set id (`--data_column` names the text);
 - several of these, which are mixed: NAME=SHARE each, or no shares at all, and every sequence counts the same.
-Rows with a column `messages` and no text column are conversations (chat.py).
+Rows with a column `messages` and no text column are conversations (chat.py); those of a column that is named so must be.
 
 A source without validation or test split gives up a tenth of its documents (or blocks of lines) for each (`split_of`).
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def _column(rows: Any, column: str, source: str) -> Sequence[Document]:
     filled = [(i, value) for i, value in enumerate(rows[column], 1) if value is not None]
     if len(filled) < len(rows):
         log.warning("%s: %d of %d rows have nothing in column %s and were left out", source, len(rows) - len(filled), len(rows), column)
-    if filled and isinstance(filled[0][1], list):
+    if filled and (isinstance(filled[0][1], list) or column == _MESSAGES):
         return [chat.check_messages(value, f"{source}: row {i}, column {column}") for i, value in filled]
     odd = next((i for i, value in filled if not isinstance(value, str)), None)
     if odd is not None:
@@ -303,7 +303,7 @@ class Rows:
 
 
 def sequences(tokenizer: Any, documents: Sequence[Document], length: int, what: str, minimum: int = 1, assistant_only: bool = False) -> Rows:
-    """Documents -> token sequences.
+    """Documents -> token sequences. Of plain text everything counts, with `assistant_only` too.
 
     Raises:
         DataError: fewer than `minimum` sequences; see chat.py for conversations.
@@ -313,8 +313,6 @@ def sequences(tokenizer: Any, documents: Sequence[Document], length: int, what: 
         raise DataError(f"the {what} data must be plain text or conversations; it has {len(texts)} texts beside conversations; name them as two sources")
     if len(texts) < len(documents):
         rows, size = _conversations(tokenizer, [document for document in documents if not isinstance(document, str)], length, what, assistant_only)
-    elif assistant_only:
-        raise DataError("--loss_on assistant needs conversations (rows with messages); this is plain text; use --loss_on all")
     else:
         tokens = tokenize(tokenizer, texts)
         rows, size = Rows.of(cut(tokens, length, begin_tokens(tokenizer))), len(tokens)
@@ -399,6 +397,25 @@ class Mixture:
                 log.warning("--data %s has %d sequences and its share asks for %d of them; some are used again", name, len(part), count)
         drawn = Rows.cat([part[order(len(part), count, seed)] for part, count in zip(parts, counts, strict=True) if count])
         return drawn[order(len(drawn), len(drawn), seed)]
+
+
+def check_conversations(sources: Mapping[str, Sequence[Document]]) -> None:
+    """Raise DataError for --loss_on assistant where no source has conversations."""
+    if all(isinstance(document, str) for documents in sources.values() for document in documents):
+        raise DataError(
+            f"--loss_on assistant needs conversations (rows with messages, or another column named by --data_column); {' and '.join(sources)} "
+            f"{'is' if len(sources) == 1 else 'are'} plain text; use --loss_on all"
+        )
+
+
+def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the different ones of the rows [S, T] first stand [U], in their order, and which of those each row is [S]."""
+    if ids.device.type == "meta":  # not written yet
+        return torch.arange(len(ids)), torch.arange(len(ids))
+    numbers: dict[bytes, int] = {}
+    which = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in ids]
+    first = {number: i for i, number in reversed(list(enumerate(which)))}
+    return torch.tensor([first[number] for number in range(len(numbers))], dtype=torch.int64), torch.tensor(which, dtype=torch.int64)
 
 
 def order(available: int, wanted: int, seed: int) -> Tensor:

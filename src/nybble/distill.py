@@ -39,8 +39,9 @@ def distill(options: DistillOptions) -> Path:
 def _run(job: Job) -> None:
     run, options, loaded, sequences = job.run, job.options, job.loaded, job.sequences
     splits = {"validation": sequences.validation, "test": sequences.test}
+    first, which = data.distinct(sequences.train.ids)  # shares of small sources give some sequences again
     if not job.quantized.exists():  # else training is over
-        splits["train"] = sequences.train
+        splits["train"] = sequences.train[first]
     states = stages.teach(job, splits, options.microbatch)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
@@ -49,7 +50,7 @@ def _run(job: Job) -> None:
         with tuning.fixed_weights(options, layers):
             stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
         norms = insert.train_norms(loaded.model) if options.norm_lr else {}
-        tuning.train_layers(run, options, layers, _course(job, states, layers), norms)
+        tuning.train_layers(run, options, layers, _course(job, states, which, layers), norms)
         with run.stage("absorb"):
             insert.settle_norms(loaded.model)
             tuned = absorb.absorb(loaded.model, layers)
@@ -67,17 +68,18 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     if not options.lora_rank and (options.lr, options.weight_decay) != (DistillOptions.lr, DistillOptions.weight_decay):
         log.warning("--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them")
     steps = options.steps_per_epoch * options.epochs
-    tokens, seen = steps * options.batch_size * options.seq_len, steps * options.batch_size / len(sequences.train)
+    count = len(data.distinct(sequences.train.ids)[0])
+    tokens, seen = steps * options.batch_size * options.seq_len, steps * options.batch_size / count
     log.info(
         "%d steps of %d x %d tokens = %.2f M tokens, %.2f times the %d training sequences",
-        steps, options.batch_size, options.seq_len, tokens / 1e6, seen, len(sequences.train),
+        steps, options.batch_size, options.seq_len, tokens / 1e6, seen, count,
     )  # fmt: skip
-    states = sum(split.ids.numel() for split in (sequences.train, sequences.validation, sequences.test))
+    states = options.seq_len * (count + len(sequences.validation) + len(sequences.test))
     return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
 
 
-def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, QuantizedLinear]) -> Course:
-    """KL to the teacher, on text for training and on text for validation."""
+def _course(job: Job, states: Mapping[str, Tensor], which: Tensor, layers: Mapping[str, QuantizedLinear]) -> Course:
+    """KL to the teacher, on text for training, whose i-th sequence has the states which[i], and on text for validation."""
     options, model, sequences = job.options, job.loaded.model, job.sequences
     student, device = Head.of(model), model.device
     order = data.order(len(sequences.train), options.steps_per_epoch * options.epochs * options.batch_size, options.seed)
@@ -86,7 +88,7 @@ def _course(job: Job, states: Mapping[str, Tensor], layers: Mapping[str, Quantiz
         rows = sequences.train[indices]
         counted = rows.counted.to(device)
         hidden = last_hidden(model, rows.ids.to(device))
-        return kl_to_teacher(hidden[counted], states["train"][indices].to(device)[counted], student, job.head, tuning.CHUNK)
+        return kl_to_teacher(hidden[counted], states["train"][which[indices]].to(device)[counted], student, job.head, tuning.CHUNK)
 
     def validate() -> dict[str, float]:
         held = sequences.validation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,7 +72,14 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
             if split != "train":
                 raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
             return Rows.of(writing.read(Path(name), tokenizer, options.seq_len))
-        return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
+        try:
+            return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
+        except DataError as error:
+            raise error if len(mixture.names) == len(evaluated.names) == 1 else DataError(f"{name}: {error}") from error
+
+    def documents_of(name: str, split: str) -> Sequence[data.Document]:
+        """The texts of a split of one source; none where it holds tokens."""
+        return () if Path(name).suffix == Path(writing.FILE).suffix else texts_of(name)[split]
 
     calibrate = options.calib_samples if steps_of(method) else 0
     wanted = max(train, calibrate)
@@ -86,6 +93,9 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
             *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
         )
     else:
+        if options.loss_on == "assistant":
+            split, names = ("train", mixture.names) if wanted else ("test", evaluated.names)
+            data.check_conversations({name: documents_of(name, split) for name in names})
         what, minimum = "training" if train else "calibration", max(least, LEAST_CALIBRATION if calibrate else 0)
         alone = minimum if len(mixture.names) == 1 else 1
         rows = mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
