@@ -1,9 +1,9 @@
 """NNCF's published distillation (FQ_LORA), measured: its compressed start, then KL to the 16-bit model over given tokens. Run in NNCF's environment.
 
-As published: one pass over the sequences in random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr), no clipping, KL on
-all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere in float32, and one thing is changed in its
-favour: its bfloat16 adapters are made float32, like the model, for CPUs without bfloat16 arithmetic take ten times as long over them (docs/log.md).
-`--steps` stops early, for timing alone.
+As published: all sequences in every epoch, each time in another random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr),
+no clipping, KL on all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere in float32, and one
+thing is changed in its favour: its bfloat16 adapters are made float32, like the model, for CPUs without bfloat16 arithmetic take ten times as long over
+them (docs/log.md). `--steps` stops early, for timing alone. Run on a CPU only so far, not with --device cuda.
 """
 
 import argparse
@@ -22,6 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from nybble.families import has_bfloat16
 from nybble.losses import Head
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The 16-bit model."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def start(model: Any, ids: torch.Tensor, rank: int) -> Any:
@@ -62,6 +68,18 @@ def trainable(model: Any, lr: float) -> list[dict[str, Any]]:
     return [{"params": adapters, "lr": lr}, {"params": ranges, "lr": lr / 10}]
 
 
+def batches(count: int, size: int, epochs: int, seed: int) -> list[torch.Tensor]:
+    """Which sequences each step is made of: all of them in every epoch, each time in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    return [batch for _ in range(epochs) for batch in torch.randperm(count, generator=generator).split(size)]
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident of this process."""
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -72,34 +90,35 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--microbatch", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--folder", type=Path, required=True, help="what compress_vs_nncf.py prepared")
     parser.add_argument("--texts", nargs="*", default=["wiki16", "wiki64", "docs16"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    tokens = load_file(options.folder / "train.safetensors")["ids"]
-    fast = has_bfloat16(torch.device("cpu"))
+    tokens, device = load_file(options.folder / "train.safetensors")["ids"], torch.device(options.device)
+    fast = has_bfloat16(device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" or (options.dtype == "auto" and fast) else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=dtype).eval().requires_grad_(False)
+    model = load(options.folder, dtype, device)
     head = Head.of(model, copy=True)
     rows = calibration(tokens, options.seed, options.samples, options.length)
     began = time.perf_counter()
     with torch.no_grad():
-        states = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in rows]
+        states = [model.base_model(row[None].to(device), use_cache=False).last_hidden_state[0].cpu() for row in rows]
     taught = time.perf_counter()
-    model = start(model, calibration(tokens, options.seed, *options.calibrate), options.rank)
+    model = start(model, calibration(tokens, options.seed, *options.calibrate).to(device), options.rank)
     compressed = time.perf_counter()
     optimizer = torch.optim.AdamW(trainable(model, options.lr), weight_decay=options.lr)
     seconds, losses = [], []
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
-    for batch in order.split(options.batch)[: options.steps]:
+    for batch in batches(len(rows), options.batch, options.epochs, options.seed)[: options.steps]:
         stepped, total = time.perf_counter(), 0.0
         for micro in batch.split(options.microbatch):
-            q = F.log_softmax(model(rows[micro], use_cache=False).logits.flatten(0, 1).float(), dim=-1)
+            q = F.log_softmax(model(rows[micro].to(device), use_cache=False).logits.flatten(0, 1).float(), dim=-1)
             with torch.no_grad():
-                p = F.log_softmax(head.logits(torch.stack([states[i] for i in micro]).flatten(0, 1)), dim=-1)
+                p = F.log_softmax(head.logits(torch.stack([states[i] for i in micro]).to(device).flatten(0, 1)), dim=-1)
             loss = F.kl_div(q, p, log_target=True, reduction="batchmean") * len(micro) / len(batch)
             loss.backward()
             total += float(loss.detach())
@@ -108,14 +127,17 @@ def main() -> None:
         seconds.append(time.perf_counter() - stepped)
         losses.append(total)
         print(f"step {len(losses)}: KL {total:.4f}, {seconds[-1]:.1f} s", flush=True)
-    result: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "samples", "length", "rank", "lr", "batch", "microbatch", "steps")}
+    settings = ("seed", "samples", "length", "rank", "lr", "batch", "microbatch", "epochs", "steps", "device")
+    result: dict[str, Any] = {key: getattr(options, key) for key in settings}
     result["dtype"] = str(dtype).removeprefix("torch.")
     result |= {"teacher_seconds": taught - began, "start_seconds": compressed - taught, "step_seconds": seconds, "losses": losses}
-    result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    result["peak_gigabytes"] = peak_gigabytes(device)
     print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
     # Measured in float32, like all: bfloat16 would add its own rounding to the KL.
-    head = Head.of(AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32), copy=True)
-    options.out.write_text(json.dumps(result | evaluate(model.float(), head, options.folder, options.texts)))
+    head = Head.of(load(options.folder, torch.float32, device), copy=True)
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result | evaluate(model.float(), head, options.folder, options.texts)))
+    temporary.rename(options.out)
 
 
 if __name__ == "__main__":
