@@ -83,6 +83,18 @@ def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Pat
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation, test"):
         evaluate.check_tasks(["winogrande"], str(data_dir))
+    folder = data_dir / "winogrande" / "winogrande_xl"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"winogrande is scored on the split validation; put validation.jsonl into .*winogrande_xl, which has none"):
+        evaluate.check_tasks(["winogrande"], str(data_dir))
+    (data_dir / "arc" / "ARC-Easy" / "train.jsonl").unlink()
+    evaluate.check_tasks(["arc_easy"], str(data_dir))
+    with pytest.raises(DataError, match=r"arc_easy is trained on the split train; put train.jsonl into .*ARC-Easy, which has none"):
+        evaluate.open_task("arc_easy", str(data_dir))
+    (data_dir / "arc" / "ARC-Easy" / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"train.jsonl cannot be read as json: .+"):
+        evaluate.open_task("arc_easy", str(data_dir))
 
 
 def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,5 +122,7 @@ def test_columns_keep_filters_apart_and_leave_out_standard_errors() -> None:
 
 
 def test_tasks_without_hub_and_without_local_data_name_the_choices() -> None:
-    with pytest.raises(DataError, match="the Hugging Face hub cannot be reached; give a folder with local copies by --data_dir"):
+    with pytest.raises(
+        DataError, match="the Hugging Face hub cannot be reached; put train.jsonl, .* into FOLDER/arc/ARC-Easy and give --data_dir FOLDER, or leave them out"
+    ):
         evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy"])

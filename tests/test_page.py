@@ -162,3 +162,21 @@ def test_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "ending with .html" in capsys.readouterr().err
     assert main(["report", good, "--out", str(tmp_path / "none" / "page.html")]) == 2
     assert "must be writable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ({"16bit": -6.96, "compressed": -7.2, "tuned": -3.5}, (-7.2 - 1.11, -3.5 + 1.11)),
+        ({"16bit": -1.0, "compressed": -5.0, "tuned": -0.1}, (-5.0 - 1.47, 0.0)),
+        ({"16bit": 0.25, "compressed": 0.2, "tuned": 0.5}, (0.11, 0.59)),
+    ],
+)
+def test_bars_of_a_task_are_on_the_axis(values: dict[str, float], ends: tuple[float, float]) -> None:
+    from matplotlib.figure import Figure
+
+    models = {row: {"task:own log_likelihood": value, "bytes": 1} for row, value in values.items()}
+    results = WHOLE | {"kind": "tune", "task": {"name": "own", "metric": "log_likelihood", "space": [4]}, "models": models}
+    figure = Figure()
+    page._stages(figure, report.compare({"run": results})[0])
+    assert figure.axes[0].get_xlim() == pytest.approx(ends)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -65,6 +66,46 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert front[0]["log_likelihood"] == max(row["log_likelihood"] for row in front) == likelihoods[sampler]
 
 
+def test_as_many_trials_of_each_are_compared(trained: Path) -> None:
+    search(SearchOptions(run=str(trained), sampler="tpe", trials=6, random_draws=False, seed=11))
+    search(SearchOptions(run=str(trained), sampler="tpe", trials=2, seed=11))
+    assert len(study(trained, "random-11").trials) == 6, "as many as the search has had"
+    assert results(trained)["search"]["trials"] == 6
+    assert "The first 6 trials of each sampler." in (trained / "report.md").read_text()
+    search(SearchOptions(run=str(trained), sampler="random", trials=9, seed=12))
+    search(SearchOptions(run=str(trained), sampler="tpe", trials=4, seed=12))
+    found = {row["by"]: row["log_likelihood"] for row in results(trained)["search"]["winners"]}
+    first = [trial.values[0] for trial in study(trained, "random-12").trials[:4] if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert found["random"] == pytest.approx(max(first))
+
+
+def test_an_interrupted_trial_is_tried_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(searching, "_score_unless_hopeless", interrupted)
+        search(SearchOptions(run=str(trained), sampler="hill", trials=7, seed=13))
+    search(SearchOptions(run=str(trained), sampler="hill", trials=7, seed=13, random_draws=False))
+    trials = study(trained, "hill-13").trials
+    assert [trial.state for trial in trials[:2]] == [optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE]
+    done = [tuple(trial.params.values()) for trial in trials[1:]]
+    assert {tuple(row["configuration"]) for row in results(trained)["candidates"]} <= set(done), "tune's candidates, that one too"
+    assert len(done) == len(set(done))
+
+
+def test_what_is_in_place_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(options(tmp_path, epochs=1, lora_rank_space=(8, 1), select_on="test"))
+    chosen = results(tmp_path / "run")["configuration"]
+    monkeypatch.setattr(
+        searching, "_best", lambda study, count=None: SimpleNamespace(params={f"layer{i}": rank for i, rank in enumerate(chosen)}, values=[0.0])
+    )
+    monkeypatch.setattr(searching.tune, "put_in_place", lambda *_: pytest.fail("made again"))
+    search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=1, apply=True))
+    assert "It is in place." in capsys.readouterr().out
+    assert "chosen on the test rows" in results(tmp_path / "run")["warnings"][0]
+
+
 def test_hill_climbing_moves_one_layer_by_one_place(trained: Path) -> None:
     search(SearchOptions(run=str(trained), sampler="hill", trials=12, random_draws=False, seed=5))
     trials = study(trained, "hill-5").trials
@@ -95,16 +136,18 @@ def test_no_row_is_scored_twice_for_a_configuration(trained: Path, monkeypatch: 
     assert len(tried) == len(set(tried)) <= 9, "of 3 x 3 configurations each once at most"
 
 
-def test_the_winner_is_put_in_place(tmp_path: Path) -> None:
+def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_task(tmp_path / "letters.jsonl", 120)
-    tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr("nybble.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})  # so that there is something better to be found
+        tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1)))
     before = codes(tmp_path / "run")
     results_ = results(tmp_path / "run")
     search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     found = results(tmp_path / "run")
     best = max(found["search"]["winners"], key=lambda row: row["log_likelihood"])  # all held-out rows were searched: none are fresh
-    assert found["configuration"] == best["configuration"]
-    assert (codes(tmp_path / "run") == before) == (best["configuration"] == results_["configuration"])
+    assert found["configuration"] == best["configuration"] != results_["configuration"]
+    assert codes(tmp_path / "run") != before
     kl = found["models"]["tuned"]["kl_to_teacher"]
     assert kl > 0.3 * results_["models"]["tuned"]["kl_to_teacher"], "compared with the 16-bit model, not with itself"
     assert found["models"]["tuned"]["task:letters acc"] is not None

@@ -270,6 +270,10 @@ def test_rows_and_choices_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureF
     for wrong in ({"answer": True}, {"choices": [None, "b"]}, {"choices": ["a", "b"], "answer": 5, "completion": "c"}, {"choices": ["a"]}):
         with pytest.raises(DataError, match="row 4 must have prompt, choices"):
             loaded([*good[:3], good[3] | wrong, *good[4:]])
+    with pytest.raises(DataError, match="row 4 must have words in every choice; got"):
+        loaded([*good[:3], good[3] | {"choices": ["a", " "]}, *good[4:]])
+    with pytest.raises(DataError, match="row 4 must have prompt, choices"):
+        loaded([*good[:3], {"prompt": "row 3", "completion": ""}, *good[4:]])
 
 
 @pytest.mark.parametrize("what", ["a wrong choice of the training rows", "the teacher"])

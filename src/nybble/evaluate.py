@@ -102,15 +102,16 @@ def _task_manager() -> Any:
 
 
 @contextmanager
-def _explained(tasks: Sequence[str]) -> Iterator[None]:
-    """Data that cannot be had becomes a DataError."""
+def _explained(tasks: Sequence[str], remedy: str = ", or leave them out") -> Iterator[None]:
+    """Data that cannot be had becomes a DataError, which says where it is looked for."""
     try:
         yield
     except Exception as error:  # the hub's errors have no common base
         if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")):
+            places = ", ".join(str(Path("FOLDER", *filter(None, _place(task)))) for task in tasks if not _is_group(task)) or "FOLDER/NAME"
             raise DataError(
                 f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
-                "give a folder with local copies by --data_dir (FOLDER/NAME or FOLDER/NAME/SUBSET with files named train, validation, test), or leave them out"
+                f"put train.jsonl, validation.jsonl, test.jsonl into {places} and give --data_dir FOLDER{remedy}"
             ) from error
         raise
 
@@ -131,15 +132,19 @@ def columns(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
-    """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data."""
+def check_tasks(tasks: Sequence[str], data_dir: str | None, flag: str = "--tasks") -> None:
+    """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data.
+
+    Args:
+        flag: that named them, for errors.
+    """
     if not tasks:
         return
-    _check_known(tasks, "--tasks")
+    _check_known(tasks, flag)
     if data_dir is not None:
-        _local_tasks(tasks, Path(data_dir))
+        _local_tasks(tasks, Path(data_dir), flag)
     else:
-        with _explained(tasks):
+        with _explained(tasks, ", or leave them out" if flag == "--tasks" else ""):
             from lm_eval.tasks import get_task_dict
 
             get_task_dict(list(tasks), _task_manager())
@@ -147,7 +152,7 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None) -> None:
 
 def _check_known(tasks: Sequence[str], flag: str) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("eval", f"measuring {', '.join(tasks)} (or leave the tasks out: --tasks)")
+        raise MissingExtraError("eval", f"measuring {', '.join(tasks)}" + (" (or leave the tasks out: --tasks)" if flag == "--tasks" else ""))
     known = _task_manager().all_tasks
     for task in tasks:
         if task not in known:
@@ -170,8 +175,8 @@ def open_task(name: str, data_dir: str | None, flag: str = "--task") -> Any:
         raise OptionError(f"{flag} must name a single task; {name} is a group of tasks; name one of its parts")
     from lm_eval.tasks import get_task_dict
 
-    chosen: list[Any] = [name] if data_dir is None else _local_tasks([name], Path(data_dir))
-    with _explained([name]):
+    chosen: list[Any] = [name] if data_dir is None else _local_tasks([name], Path(data_dir), flag, train=True)
+    with _explained([name], ""):
         return get_task_dict(chosen, _task_manager())[name]
 
 
@@ -235,33 +240,44 @@ def _is_group(name: str) -> bool:
     return entry.yaml_path is None or str(entry.kind).lower().endswith(("group", "tag"))
 
 
-def _local_tasks(tasks: Sequence[str], data_dir: Path) -> list[dict[str, Any]]:
-    """lm-eval's own configurations with the data source replaced by local files."""
+def _place(task: str) -> tuple[str, str | None]:
+    """Folder of a task's data in --data_dir, and a folder in it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(_task_manager().task_index[task].yaml_path)
+    name = config.get("dataset_path", task).split("/")[-1]
+    return _FOLDERS.get(name, name), config.get("dataset_name")
+
+
+def _local_tasks(tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", train: bool = False) -> list[dict[str, Any]]:
+    """lm-eval's own configurations with the data source replaced by local files, of which those that are scored must be there; with `train` those to train
+    on too."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     index, configs = _task_manager().task_index, []
     for task in tasks:
         if _is_group(task):
-            raise OptionError(f"--tasks with --data_dir must name single tasks; {task} is a group of tasks; name its parts")
+            raise OptionError(f"{flag} with --data_dir must name single tasks; {task} is a group of tasks; name its parts")
         config = load_yaml(index[task].yaml_path)
-        source, subset = config.pop("dataset_path", task), config.pop("dataset_name", None)
-        config.pop("dataset_kwargs", None)
-        folder = _local_folder(data_dir, task, source, subset)
+        for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
+            config.pop(key, None)
+        folder = _local_folder(data_dir, task)
         files = _split_files(folder)
-        for key, needed in (("training_split", False), ("validation_split", False), ("test_split", True), ("fewshot_split", False)):
+        needed = {"scored": "test_split" if config.get("test_split") else "validation_split"} | ({"trained": "training_split"} if train else {})
+        for what, key in needed.items():
             if config.get(key) and config[key] not in files:
-                if needed:
-                    raise DataError(f"--data_dir: {task} is scored on the split {config[key]}, which {folder} does not have")
+                raise DataError(f"--data_dir: {task} is {what} on the split {config[key]}; put {config[key]}.jsonl into {folder}, which has none")
+        for key in ("training_split", "validation_split", "fewshot_split"):
+            if config.get(key) and config[key] not in files:
                 config[key] = None
         config["custom_dataset"] = lambda _files=files, **_: _dataset(_files)
         configs.append(config)
     return configs
 
 
-def _local_folder(data_dir: Path, task: str, source: str, subset: str | None) -> Path:
-    name = source.split("/")[-1]
-    base = data_dir / _FOLDERS.get(name, name)
-    tried = ([base / subset] if subset else []) + [base, data_dir / task]
+def _local_folder(data_dir: Path, task: str) -> Path:
+    name, subset = _place(task)
+    tried = ([data_dir / name / subset] if subset else []) + [data_dir / name, data_dir / task]
     for folder in tried:
         if folder.is_dir() and _split_files(folder):
             return folder
@@ -288,5 +304,6 @@ def _dataset(files: dict[str, list[str]]) -> Any:
         try:
             found[split] = datasets.load_dataset(kind, data_files=names, split="train")
         except Exception as error:  # datasets wraps every reader's own errors
-            raise DataError(f"{', '.join(names)} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())[:200]}") from error
+            cause = " ".join(str(error.__cause__ or error).split())[:200] or "it has no rows"
+            raise DataError(f"{', '.join(names)} cannot be read as {kind}: {cause}") from error
     return found

@@ -124,11 +124,13 @@ def _stages(figure: Any, comparison: Comparison) -> None:
     labels = [entry.label for entry in entries]
     values = [comparison.value(entry) for entry in entries]
     bars = left.barh(labels, values, color=colors)
-    left.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+    digits = 2 if comparison.metric.endswith("perplexity") else 3
+    left.bar_label(bars, [f"{value:.{digits}f}" for value in values], padding=3)
     low, high = min(values), max(values)
-    spread = high - low or high
-    left.set_xlim(max(0.0, low - 0.3 * spread), high + 0.2 * spread)
-    left.set_xlabel(report.heading(comparison.metric) + (" (axis cut)" if low > 0.3 * spread else ""))
+    spread = high - low or abs(high)
+    ends = (low - 0.3 * spread, high + 0.3 * spread)  # log-likelihoods are negative: their bars go to the left of 0
+    left.set_xlim(max(0.0, ends[0]) if low >= 0 else ends[0], min(0.0, ends[1]) if high <= 0 else ends[1])
+    left.set_xlabel(report.heading(comparison.metric) + (" (axis cut)" if ends[0] > 0 or ends[1] < 0 else ""))
     divergences = [entry.values.get("kl_to_teacher", 0.0) for entry in entries]
     bars = right.barh(labels, divergences, color=colors)
     right.bar_label(bars, [f"{value:.4f}" for value in divergences], padding=3)

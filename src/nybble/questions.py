@@ -224,10 +224,12 @@ def _own_task(path: Path, seed: int, most: int) -> Task:
 def _own_question(row: Any, where: str) -> Question:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
         prompt, choices, answer, completion = row["prompt"], row.get("choices"), row.get("answer"), row.get("completion")
-        if choices is None and isinstance(completion, str):
+        if choices is None and isinstance(completion, str) and completion.strip():
             return Question(((prompt, _spaced(prompt, completion)),), 0)
         if isinstance(choices, list) and len(choices) > 1 and all(type(choice) in (str, int, float) for choice in choices):
             texts = [str(choice) for choice in choices]
+            if not all(text.strip() for text in texts):
+                raise DataError(f"{where} must have words in every choice; got {str(choices)[:80]}")
             if type(answer) is int and 0 <= answer < len(texts):
                 return Question(tuple((prompt, _spaced(prompt, text)) for text in texts), answer, tuple(max(1, len(text)) for text in texts))
     raise DataError(f"{where} must have prompt, choices (two or more) and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}")

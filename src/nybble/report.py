@@ -42,6 +42,11 @@ def finished(results: dict[str, Any]) -> bool:
     return "warnings" in results
 
 
+def replaced(results: dict[str, Any]) -> bool:
+    """Whether `nybble search` put other ranks in place than those that tune had chosen."""
+    return "applied" in results and results["applied"] != results.get("chosen")
+
+
 def starts_tuned(results: dict[str, Any]) -> bool:
     """Whether the run goes on with a model that had been trained end to end."""
     return bool(results.get("start_tuned", False))
@@ -189,7 +194,7 @@ def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _search_markdown(results: dict[str, Any]) -> str:
     found = results["search"]
-    text = f"## Search\n\n{found['trials']} trials. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
+    text = f"## Search\n\nThe first {found['trials']} trials of each sampler. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
     if found.get("front"):
         text += f"\n\n{FRONT_NOTE}\n\n{as_markdown(*front_rows(results))}"
     return text
@@ -200,7 +205,7 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {results['selected_on'].replace('_', '-')} rows. "
         "Log-likelihood: of the right answer among the choices, mean over the held-out rows; behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
-        + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if "applied" in results else "")
+        + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if replaced(results) else "")
     )
 
 

@@ -57,15 +57,17 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     known = [tuple(row["configuration"]) for row in run.results.get("candidates", [])]
     first = run.results.get("chosen", run.results["configuration"])  # --apply changes the latter
     winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
-    front: list[dict[str, Any]] = []
     with run.stage("search"):
+        studies: dict[str, Any] = {}
         for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
-            study = _run_study(trained, options, path, sampler, known)
-            winners[sampler] = _configuration_of(_best(study))
-            if sampler == "nsga2":
-                front = _front(study)
+            wanted = max(options.trials, *(len(_done(study)) for study in studies.values()), 0)
+            studies[sampler] = _run_study(trained, options, path, sampler, wanted, known)
+        count = min(len(_done(study)) for study in studies.values())  # the best of as many of each
+        for name, study in studies.items():
+            winners[name] = _configuration_of(_best(study, count))
+        front = _front(studies["nsga2"]) if "nsga2" in studies else []
         compared = _compare(trained, winners)
-    run.results["search"] = {"trials": options.trials, "winners": compared, "front": front}
+    run.results["search"] = {"trials": count, "winners": compared, "front": front}
     run.save_results()
     checkpoint.write_text(path / "report.md", report.markdown(run.results))
     if front:
@@ -74,17 +76,19 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
-    if judged == "fresh" and "applied" in run.results:
+    if judged == "fresh" and report.replaced(run.results):
         rows += " (an earlier --apply has chosen by them)"
     console.print(f"Best on {rows}: {best['by']}. Log-likelihood of the right answer among the choices; higher is better.", highlight=False)
-    if options.apply:
+    if options.apply and best["configuration"] == run.results["configuration"]:
+        console.print("It is in place.")
+    elif options.apply:
         tune.put_in_place(trained, tuple(best["configuration"]))
     else:
         text = " ".join(map(str, best["configuration"]))
         console.print(f"--apply ships it; nybble tune ... --resume --eval_only --custom_rank_config {text} scores it on the test rows.", highlight=False)
 
 
-def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, known: list[Configuration]) -> Any:
+def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, wanted: int, known: list[Configuration]) -> Any:
     """Trials of one sampler up to the number wanted, counting those of earlier sittings; at least one was scored on all rows."""
     import optuna
 
@@ -99,19 +103,24 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     )
     study.sampler = _sampler(sampler, (options.seed + 1_000_003 * len(study.trials)) % 2**32)  # one that begins anew must not draw the same again
-    done = len([trial for trial in study.trials if trial.state.is_finished()])
+    for stopped in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # an earlier sitting was interrupted in it
+        study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
+        params = stopped.params or stopped.system_attrs.get("fixed_params", {})
+        if params.keys() == set(names):
+            study.enqueue_trial(params)
+    done = len(_done(study))
     if not study.trials and sampler in ("hill", "tpe", "nsga2"):
         for configuration in known:  # searches begin with what tune's heuristics proposed; random draws do not
             study.enqueue_trial(dict(zip(names, configuration, strict=True)))
 
     scored: dict[Configuration, list[float]] = {}
-    with bar(f"search ({sampler})", options.trials, "best") as advance:
+    with bar(f"search ({sampler})", wanted, "best") as advance:
         advance(done)
-        for _ in range(done, options.trials):
+        for _ in range(done, wanted):
             if sampler == "hill" and _complete(study) and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
                 neighbours = _neighbours(study, lesson.space, names)
                 if not neighbours:
-                    log.info("hill: every neighbour of the best was tried; stopped after %d of %d trials", len(study.trials), options.trials)
+                    log.info("hill: every neighbour of the best was tried; stopped after %d of %d trials", len(_done(study)), wanted)
                     break
                 study.enqueue_trial(random.Random(f"{options.seed} {len(study.trials)}").choice(neighbours))
             trial = study.ask()
@@ -150,7 +159,7 @@ def _sampler(name: str, seed: int) -> Any:
 
 def _neighbours(study: Any, space: Sequence[int], names: Sequence[str]) -> list[dict[str, int]]:
     """The best configuration so far with one layer moved by one place in the space; those that were not tried."""
-    best, tried = _best(study).params, [trial.params for trial in study.trials]
+    best, tried = _best(study).params, [trial.params for trial in _done(study)]
     places = [(name, space.index(int(best[name])) + move) for name in names for move in (-1, 1)]
     moved = [{**best, name: space[place]} for name, place in places if 0 <= place < len(space)]
     return [configuration for configuration in moved if configuration not in tried]
@@ -178,8 +187,18 @@ def _complete(study: Any) -> list[Any]:
     return [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
 
 
-def _best(study: Any) -> Any:
-    return max(_complete(study), key=lambda trial: trial.values[0])
+def _done(study: Any) -> list[Any]:
+    """Trials that were scored, or given up; in their order."""
+    import optuna
+
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return [trial for trial in study.trials if trial.state in states]
+
+
+def _best(study: Any, count: int | None = None) -> Any:
+    """The likeliest of the first `count` trials."""
+    complete = {trial.number for trial in _complete(study)}
+    return max((trial for trial in _done(study)[:count] if trial.number in complete), key=lambda trial: trial.values[0])
 
 
 def _compare(trained: Trained, winners: dict[str, Configuration]) -> list[dict[str, Any]]:

@@ -85,7 +85,9 @@ def opened(
     models.check_path(options.pretrained)
     if not Run.check(path, options.resume, options.overwrite) and options.resume:
         log.info("there is no run in %s to go on with; this is its beginning", path)
-    evaluate.check_tasks(options.tasks, options.data_dir)
+    task = getattr(options, "task", None)  # of tune; it is among those to measure
+    for names, asked in (((task,) if task in options.tasks else (), "--task"), (tuple(name for name in options.tasks if name != task), "--tasks")):
+        evaluate.check_tasks(names, options.data_dir, asked)
     if options.overwrite:
         _keep_inputs(options, path)
     started = time.perf_counter()

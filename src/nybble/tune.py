@@ -509,7 +509,7 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
     results, warnings = job.run.results, []
     if results.get("best_step") == 0:
         warnings.append("no epoch of tuning was better on held-out rows than the compressed start, so the start was kept; use more rows or another --lr")
-    if results.get("selected_on") == "test" and "applied" not in results:
+    if results.get("selected_on") == "test" and not report.replaced(results):
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
     column = report.task_column(results)
     before, after = (results["models"].get(row, {}).get(column) for row in ("compressed", "tuned"))
