@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,33 @@ def test_errors_and_mean() -> None:
     assert [line[0] for line in lines] == ["one", "two", "mean"]
     assert lines[0][1] == "50.0 +- 5.0"
     assert lines[2][5] == "75.0 +- 2.5"
+
+
+@pytest.mark.parametrize(
+    ("select_on", "said"),
+    [
+        ("held_out", "chosen on held-out rows, ranks too."),
+        ("test", "ranks on the TEST rows, as published results do: the last column is not one on unseen rows."),
+    ],
+)
+def test_the_note_says_what_ranks_were_chosen_on(
+    select_on: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("qat-nls", "qat-lora"):
+        (tmp_path / "one" / name).mkdir(parents=True)
+        (tmp_path / "one" / name / checkpoint.RESULTS).write_text(json.dumps({"models": {}, "task": {"loss_on": "choices"}, "dtype": "float32"}))
+    monkeypatch.setattr("nybble.page.available", lambda: False)
+    comparing._write({"one": dict.fromkeys(COLUMNS, Figure(0.5, 101))}, tmp_path, options(tmp_path, tmp_path, select_on=select_on))
+    assert said in (tmp_path / "compare.md").read_text()
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir, flag: SimpleNamespace(has_training_docs=lambda: False))
+    monkeypatch.setattr(evaluate, "metric_of", lambda task: "acc")
+    assert main(["tune", "--pretrained", "x", "--output_dir", str(tmp_path), "--compare", "lambada"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--compare takes tasks with a training split; lambada has none" in line
 
 
 def test_a_loss_that_a_task_does_not_have_is_refused_at_once(tmp_path: Path, shared_data: Path) -> None:

@@ -216,6 +216,9 @@ def test_candidates_are_compared_row_by_row() -> None:
     assert one.accuracy == pytest.approx(2 / 3)
     assert other.accuracy is None
     assert one.log_likelihood == -2.0
+    unequal = Score((-2.0, -2.0, -5.0), ())  # differences 1, 0, 2: their variance is 1, that of their mean a third
+    assert one.better_by(unequal) == (1.0, pytest.approx(math.sqrt(1 / 3)))
+    assert Score((-1.0,), ()).better_by(Score((-3.0,), ())) == (2.0, 0.0)
 
 
 def test_rows_that_nearly_repeat_are_found() -> None:

@@ -13,6 +13,7 @@ from nybble import search as searching
 from nybble.cli import main
 from nybble.config import SearchOptions
 from nybble.errors import RunError
+from nybble.questions import Score
 from nybble.search import search
 from nybble.tune import Trained, put_in_place, reopened, tune
 
@@ -134,6 +135,43 @@ def test_no_row_is_scored_twice_for_a_configuration(trained: Path, monkeypatch: 
     assert set(counted.values()) == {1}
     tried = [tuple(trial.params.values()) for trial in study(trained, "hill-7").trials]
     assert len(tried) == len(set(tried)) <= 9, "of 3 x 3 configurations each once at most"
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_what_is_worse_than_most_is_given_up_on_a_quarter_of_the_rows(rising: bool, tmp_path: Path) -> None:
+    counted: dict[Any, int] = {}
+
+    def score(configuration: Any, rows: Any) -> Score:
+        counted[configuration] = counted.get(configuration, 0) + len(rows)
+        place = list(counted).index(configuration)
+        return Score((float(place if rising else -place),) * len(rows), ())
+
+    trained: Any = SimpleNamespace(lesson=SimpleNamespace(space=(8, 4, 2), count=2, held_out=range(8)), score=score)
+    known = [(8, 8), (4, 4)]
+    found = searching._run_study(trained, SearchOptions(run=str(tmp_path), trials=4), tmp_path, "hill", 4, known)
+    assert list(counted)[:2] == known
+    rows = list(counted.values())
+    assert rows[:2] == [8, 8], "what tune had compared is never given up"
+    assert rows[2:] == ([8, 8] if rising else [2, 2])
+    states = {8: optuna.trial.TrialState.COMPLETE, 2: optuna.trial.TrialState.PRUNED}
+    assert [trial.state for trial in found.trials] == [states[count] for count in rows]
+
+
+def test_winners_are_judged_on_rows_that_nothing_was_chosen_by(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[Any], Score]] = []
+    original = Trained.score
+
+    def score(self: Trained, configuration: Any, rows: Any) -> Score:
+        calls.append(([*rows], original(self, configuration, rows)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(Trained, "score", score)
+    search(SearchOptions(run=str(trained), sampler="random", trials=1, seed=11))
+    *searched, by_tune, by_search = calls
+    chosen_by, fresh = ({id(row) for rows, _ in part for row in rows} for part in (searched, [by_tune, by_search]))
+    assert (len(chosen_by), len(fresh)) == (8, 4)
+    assert not chosen_by & fresh
+    assert [row["fresh"] for row in results(trained)["search"]["winners"]] == [found.log_likelihood for _, found in (by_tune, by_search)]
 
 
 def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The flow on a task: what is chosen and by which rows, interruption, one configuration tested, fast and slow measuring alike, bad input."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,16 +82,31 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("start", ["rtn", "se"])
-def test_one_configuration_is_measured_alike_fast_and_slow(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_configuration_is_measured_alike_fast_and_slow(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nybble import questions
+    from nybble.layers import FakeQuantizedLoRALinear
+
     tune(options(tmp_path, start=start, cache="recompute"))
     before = codes(tmp_path / "run")
-    for fast in (False, True):
-        tune(options(tmp_path, start=start, resume=True, eval_only=True, fast_eval=fast, custom_rank_config=(8, 2)))
-    tune(options(tmp_path, start=start, resume=True, eval_only=True))
+    made: list[Counter[int]] = []
+    scores: list[questions.Score] = []
+    original, score = FakeQuantizedLoRALinear.quantized_OI, questions.score
+    monkeypatch.setattr(FakeQuantizedLoRALinear, "quantized_OI", lambda self: made[-1].update([self.active_rank]) or original(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(questions, "score", lambda *given: scores.append(score(*given)) or scores[-1])  # type: ignore[func-returns-value]
+    for changes in ({"fast_eval": False, "custom_rank_config": (8, 2)}, {"fast_eval": True, "custom_rank_config": (8, 2)}, {}):
+        made.append(Counter())
+        tune(options(tmp_path, start=start, resume=True, eval_only=True, **changes))
     found = results(tmp_path / "run")
-    slow, fast_, chosen = found["tested"]
-    assert slow["configuration"] == fast_["configuration"] == [8, 2]
-    assert slow["acc"] == fast_["acc"]
+    slow, fast, chosen = found["tested"]
+    assert slow["configuration"] == fast["configuration"] == [8, 2]
+    assert made[1] == {8: 7, 2: 7}, "fast: every weight is made once"
+    assert made[0].keys() == {8, 2}
+    assert min(made[0].values()) > 7, "slow: again in every forward"
+    assert scores[0] == scores[1]
+    assert scores[2].log_likelihood == pytest.approx(found["models"]["tuned"]["task:letters log_likelihood"], abs=1e-4)
+    assert slow["acc"] == fast["acc"]
     assert chosen["configuration"] == found["configuration"]
     assert chosen["acc"] == found["models"]["tuned"]["task:letters acc"], "the adapters in place and the absorbed model are the same"
     assert codes(tmp_path / "run") == before
@@ -192,6 +209,12 @@ def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
     found = results(tmp_path / "run")
     assert [row["why"] for row in found["candidates"]] == ["the only one"]
     assert found["configuration"] == [4, 4]
+    assert "clamped" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_rank_that_layers_are_too_narrow_for_is_said(tmp_path: Path) -> None:
+    tune(options(tmp_path, lora_rank_space=(48,), epochs=1))
+    assert "rank 48 clamped in 4 layers that are narrower" in (tmp_path / "run" / "log.txt").read_text(), "keys and values, 32 wide, of 2 layers"
 
 
 def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
@@ -217,21 +240,81 @@ def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path
     assert first_step[2] == ranks.sample((8, 4, 2), 2, 0, 0)
 
 
-def test_choosing_on_test_is_called_so(tmp_path: Path) -> None:
+def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = ranks.activate
+    monkeypatch.setattr(ranks, "activate", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
+    tune(options(tmp_path, epochs=1, lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6))
+    found = results(tmp_path / "run")
+    trained = seen[1:7]  # after the validation of the start
+    order = sorted(range(6), key=lambda i: found["training"][i]["loss"])
+    expected = {f"least loss {k + 1}": list(trained[i]) for k, i in enumerate(order)}
+    assert len(set(trained)) == 6
+    candidates = {row["why"]: row["configuration"] for row in found["candidates"] if row["why"].startswith("least loss")}
+    assert len(candidates) > 3
+    assert candidates.items() <= expected.items()
+
+
+def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test rows are made to contradict the held-out rows."""
+    from nybble import questions
+
+    tasks: list[questions.Task] = []
+    likelihoods: list[float] = []
+    load, score = questions.load_task, questions.score
+
+    def contradicting(*given: Any) -> questions.Score:
+        found = score(*given)
+        if given[3] is tasks[0].scored:
+            return questions.Score(found.log_likelihoods, (-likelihoods[-1],)) if likelihoods else found  # type: ignore[arg-type]
+        likelihoods.append(found.log_likelihood)
+        return found
+
+    monkeypatch.setattr(questions, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(questions, "score", contradicting)
     tune(options(tmp_path, select_on="test"))
     found = results(tmp_path / "run")
     assert found["selected_on"] == "test"
     assert "chosen on the test rows" in " ".join(found["warnings"])
-    best = max(row["test"] for row in found["candidates"])
-    assert next(row["test"] for row in found["candidates"] if row["configuration"] == found["configuration"]) == best
+    assert [row["test"] for row in found["candidates"]] == [-row["log_likelihood"] for row in found["candidates"]]
+    worst = min(found["candidates"], key=lambda row: row["log_likelihood"])
+    assert worst["log_likelihood"] < max(row["log_likelihood"] for row in found["candidates"])
+    assert found["configuration"] == worst["configuration"]
+
+
+def write_numbers(path: Path) -> Path:
+    """No two rows alike."""
+    path.write_text("".join(json.dumps({"prompt": f"number {i}", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(60)))
+    return path
+
+
+def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble import questions
+
+    path, original = write_numbers(tmp_path / "numbers.jsonl"), questions.score
+    counted: Counter[frozenset[str]] = Counter()
+
+    def spy(*given: Any) -> questions.Score:
+        counted.update([frozenset(question.pairs[0][0] for question in given[3])])
+        return original(*given)
+
+    monkeypatch.setattr(questions, "score", spy)
+    tune(options(tmp_path, task=str(path), select_rows=4))
+    task = questions.load_task(str(path), None, 0)
+    held_out, scored = (frozenset(question.pairs[0][0] for question in part) for part in (task.held_out, task.scored))
+    candidates = len(results(tmp_path / "run")["candidates"])
+    assert candidates > 1
+    assert len(counted) == 2
+    (selected,) = counted.keys() - {scored}
+    assert selected < held_out
+    assert len(selected) == 4
+    assert counted == {scored: 3, selected: 1 + 2 + candidates}, "16 bit, compressed and tuned; the start, the epochs and the candidates"
 
 
 def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
     from nybble.questions import load_task
 
-    path = tmp_path / "numbers.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"number {i}", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(60)))
-    task = load_task(str(path), None, 0)
+    task = load_task(str(write_numbers(tmp_path / "numbers.jsonl")), None, 0)
     train, held_out, scored = ({question.pairs[0][0] for question in part} for part in (task.train, task.held_out, task.scored))
     assert [len(part) for part in (train, held_out, scored)] == [48, 6, 6]
     assert len(train | held_out | scored) == 60
@@ -366,12 +449,20 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--task is required" in capsys.readouterr().err
 
 
+def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from nybble import evaluate
+
+    monkeypatch.setattr(evaluate, "check_tasks", lambda tasks, data_dir: None)  # lm-eval's index takes long to read
+    monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir: SimpleNamespace(has_training_docs=lambda: False))
+    assert "--task must have a training split; lambada has none; name another" in refused(tmp_path, capsys, task="lambada")
+
+
 def write_long(folder: Path) -> Path:
     (folder / "long.jsonl").write_text('{"prompt": "a prompt of many tokens", "completion": "and words"}\n' * 20)
     return folder / "long.jsonl"
 
 
-def test_another_space_or_task_on_resume_is_refused(tmp_path: Path) -> None:
+def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path) -> None:
     from nybble.errors import RunError
 
     tune(options(tmp_path, epochs=1))
@@ -379,6 +470,11 @@ def test_another_space_or_task_on_resume_is_refused(tmp_path: Path) -> None:
         tune(options(tmp_path, epochs=1, resume=True, lora_rank_space=(8, 4)))
     with pytest.raises(RunError, match="--task was"):
         tune(options(tmp_path, epochs=1, resume=True, task=str(write_task(tmp_path / "other.jsonl"))))
+    with pytest.raises(RunError, match="--pretrained was"):
+        tune(options(tmp_path, epochs=1, resume=True, pretrained=str(save_model(tmp_path / "another", "smollm", seed=7))))
+    save_model(tmp_path / "model", "smollm", seed=7)
+    with pytest.raises(RunError, match="the model changed"):
+        tune(options(tmp_path, epochs=1, resume=True))
 
 
 def test_answers_of_ones_own_words(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
                 study.enqueue_trial(random.Random(f"{options.seed} {len(study.trials)}").choice(neighbours))
             trial = study.ask()
             configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
-            given_up = None if sampler == "nsga2" or configuration in known else trial
-            likelihood = _score_unless_hopeless(trained, configuration, given_up, scored.setdefault(configuration, []))
+            reported = None if sampler == "nsga2" else trial
+            likelihood = _score_unless_hopeless(trained, configuration, reported, configuration in known, scored.setdefault(configuration, []))
             if likelihood is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
@@ -165,8 +165,8 @@ def _neighbours(study: Any, space: Sequence[int], names: Sequence[str]) -> list[
     return [configuration for configuration in moved if configuration not in tried]
 
 
-def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any, scored: list[float]) -> float | None:
-    """Log-likelihood on all rows; None where `trial` has given up on the way. `scored` are the rows that were scored already; it grows."""
+def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any, spared: bool, scored: list[float]) -> float | None:
+    """Log-likelihood on all rows; None where `trial` has given up on the way, unless it is spared. `scored` are the rows scored already; it grows."""
     rows = list(trained.lesson.held_out)
 
     def mean_of(count: int) -> float:
@@ -176,7 +176,7 @@ def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial
 
     for step, share in enumerate(_RUNGS if trial is not None else (), 1):
         trial.report(mean_of(max(1, int(len(rows) * share))), step)
-        if trial.should_prune():
+        if trial.should_prune() and not spared:  # asked in any case: what it was asked about is what others are measured by
             return None
     return mean_of(len(rows))
 
