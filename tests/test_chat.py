@@ -70,7 +70,7 @@ def test_refusals() -> None:
             chat.check_messages(wrong, "row 3")
     with pytest.raises(DataError, match=r"must fit into 8 tokens; the shortest has 2\d"):
         data.sequences(make_chat_tokenizer(), [TALK], 8, "training")
-    with pytest.raises(DataError, match="must have assistant tokens to learn from; all 1 conversations have none"):
+    with pytest.raises(DataError, match="must have assistant tokens to learn from; the 1 conversations that fit have none"):
         data.sequences(make_chat_tokenizer(), [TALK[:1]], 64, "training", assistant_only=True)
     with pytest.raises(DataError, match="--loss_on assistant needs conversations .*; a and b are plain text; use --loss_on all"):
         data.check_conversations({"a": ["plain text"], "b": ["more"]})

@@ -181,7 +181,9 @@ def test_text_that_is_not_there_is_missed_by_rtn_too(tmp_path: Path, capsys: pyt
     flags = ["compress", "--pretrained", "./model", "--method", "rtn", "--tasks", "--export", "--data"]
     assert "must be a file of tokens that --data self wrote" in error_of([*flags, "./nowhere.safetensors"], capsys)
     (tmp_path / "short.txt").write_text("a line\n" * 200)
-    assert "must have text in its test split; it is empty (splits are taken from 10 rows on, or 201 lines of fewer)" in error_of([*flags, "short.txt"], capsys)
+    assert "must have text in its test split; it is empty (splits are taken from 10 rows or 3 conversations on, or 201 lines of fewer)" in error_of(
+        [*flags, "short.txt"], capsys
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "short.txt"]
 
 

@@ -171,6 +171,8 @@ def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
         data.load_texts("./nowhere.txt")
     with pytest.raises(DataError, match="must hold a file with the word train in its name"):
         data.load_texts(str(tmp_path))
+    with pytest.raises(DataError, match="hub cannot be reached; did you mean python-docs[?] else name a local file or folder"):
+        data.load_texts("python_docs")
     with pytest.raises(DataError, match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"):
         data.load_texts("someone/some-data")
 

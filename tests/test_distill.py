@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -273,6 +274,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeyp
     arguments = command(model, tmp_path / "run")[3:]
     assert cli.main(arguments) == 2
     assert "the loss must stay finite: step 1 gave loss nan" in capsys.readouterr().err
+
+    monkeypatch.setattr("nybble.evaluate.measure", lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1})
+    for dtype, remedy in (("float32", "another --start"), ("bfloat16", "--dtype float32")):
+        assert cli.main([*arguments, "--overwrite", "--dtype", dtype]) == 2
+        assert f"that of the compressed start is none; use {remedy}" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,8 @@ class Run:
         if used and resume:
             check_same(path, options)
             run.results |= read_results(path)
-        write_text(path / CONFIG, to_toml(options))
+        if not (used and getattr(options, "eval_only", False)):  # a trial of ranks leaves the run's options alone
+            write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         if run.results.setdefault("command", command) != command:
             run.results.setdefault("resumed_by", []).append(command)

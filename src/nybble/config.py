@@ -165,7 +165,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
 
     KIND: ClassVar[str] = "distill"
 
-    samples: int = 1024  # Sequences that make an epoch; the text is used up before any of it is repeated.
+    samples: int = 1024  # Sequences that make an epoch; all text is used before any is repeated. --data self: as many are written, once.
     same_samples: bool = False  # Train on the same sequences in every epoch instead.
     lora_rank: int = 0  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay, scales (and norms) are trained.
     norm_lr: float = 5e-4  # Peak relative learning rate of the weights of norms; 0 = they stay.

@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     for split in wanted:
         if not any(not isinstance(text, str) or text.strip() for text in texts[split]):
             raise DataError(
-                f"--data {data} must have text in its {split} split; it is empty (splits are taken from 10 rows on, or 201 lines of fewer); use more text, "
-                "or measure on another by --eval_data"
+                f"--data {data} must have text in its {split} split; it is empty (splits are taken from 10 rows or 3 conversations on, or 201 lines of "
+                "fewer); use more text, or measure on another by --eval_data"
             )
     return texts
 
@@ -182,9 +183,10 @@ def _from_hub(data: str, column: str, wanted: Sequence[str]) -> Texts:
     except Exception as error:  # the hub's errors have no common base
         if "not found" in str(error).lower() and "offline" not in str(error).lower() and "reach" not in str(error).lower():
             raise DataError(f"--data {data} was not found on the hub; {_cause(error)}") from error
+        near = [name for name in get_close_matches(data, (WIKITEXT2, PYTHON_DOCS, SELF), 1) if name != data]
         raise DataError(
-            f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; name a local file or folder, "
-            f"--data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"
+            f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; {f'did you mean {near[0]}? else ' if near else ''}"
+            f"name a local file or folder, --data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"
         ) from error
     known = list(splits) if isinstance(splits, datasets.DatasetDict) else []
     lacking = _lacking(known, wanted)
@@ -338,7 +340,9 @@ def _conversations(tokenizer: Any, conversations: Sequence[list[chat.Message]], 
         log.warning("%s: %d of %d conversations are longer than %d tokens and were left out", what, long, len(encoded), length)
     rows = Rows(*chat.pack(encoded, length))
     if not rows.counted.any():
-        raise DataError(f"the {what} data must have assistant tokens to learn from; all {len(encoded)} conversations have none; use --loss_on all")
+        raise DataError(
+            f"the {what} data must have assistant tokens to learn from; the {len(encoded) - long} conversations that fit have none; use --loss_on all"
+        )
     return rows[rows.counted.any(1)], sum(len(ids) for ids, _ in encoded)
 
 

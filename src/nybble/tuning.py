@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -157,6 +158,9 @@ def train(
         measured = course.validate()
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
+        if not (progress.step or math.isfinite(measured[course.criterion])):
+            remedy = "another --start" if options.dtype == "float32" else "--dtype float32"
+            raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; that of the compressed start is none; use {remedy}")
         if measured[course.criterion] < progress.best_loss:
             progress.best_loss, progress.best_step = measured[course.criterion], progress.step
             checkpoint.save_tensors(best, dict(trainer.parameters), vars(progress))
@@ -186,8 +190,6 @@ def train(
             raise TrainingError(
                 "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
             ) from error
-    if not best.exists():
-        raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; it never was; try --dtype float32")
     run.results |= {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
     tensors, _ = checkpoint.load_tensors(best)
     with torch.no_grad():
