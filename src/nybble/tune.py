@@ -257,7 +257,7 @@ def _tokens(lesson: Lesson) -> list[int]:
 
 def _own_score(job: Job, lesson: Lesson) -> Any:
     """A task of one's own is scored here, not by lm-eval."""
-    scored, name = lesson.task.scored, Path(lesson.task.name).stem
+    scored, name = lesson.task.scored[: job.options.task_limit], Path(lesson.task.name).stem
 
     def score(model: Any, tokenizer: Any) -> dict[str, float]:
         if not scored:
@@ -403,11 +403,13 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
         return {ranks.middle(lesson.space, lesson.count): "median"}
     seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
     uniform = [ranks.uniform(extreme(lesson.space), lesson.count) for extreme in (max, min)] if options.sampling == "sandwich" else []
-    found = {ranks.middle(lesson.space, lesson.count): "median", ranks.uniform(max(lesson.space), lesson.count): "largest"}
-    found.setdefault(ranks.most_frequent([*seen, *(uniform * len(seen))]), "most frequent")
+    proposed = [(ranks.middle(lesson.space, lesson.count), "median"), (ranks.uniform(max(lesson.space), lesson.count), "largest")]
+    proposed.append((ranks.most_frequent([*seen, *(uniform * len(seen))]), "most frequent"))
     losses = [row["last_pass"] if uniform else row["loss"] for row in training]  # of the configuration in `seen`: it comes after the largest and the smallest
-    for i, configuration in enumerate(ranks.least_loss(seen, losses, options.num_min_loss_configs)):
-        found.setdefault(configuration, f"least loss {i + 1}")
+    proposed += [(ranks_, f"least loss {i}") for i, ranks_ in enumerate(ranks.least_loss(seen, losses, options.num_min_loss_configs), 1)]
+    found: dict[Configuration, str] = {}
+    for configuration, why in proposed:
+        found[configuration] = f"{found[configuration]}, {why}" if configuration in found else why
     return found
 
 
