@@ -81,6 +81,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
     tables = [("Search for ranks", report.search_rows(results), report.SEARCH_NOTE)] if "search" in results else []
     tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
+    tables += [("Tested configurations", report.tested_rows(results), report.TESTED_NOTE)] if "tested" in results else []
     tables += [("Every layer", (headings, lines), report.LAYER_NOTE)] if lines else []
     memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
     facts = {
@@ -246,19 +247,25 @@ def _tasks(figure: Any, figures: Mapping[str, Mapping[str, tuple[float, float]]]
 
 
 def _ranks(figure: Any, results: dict[str, Any]) -> None:
-    """The rank of every decoder layer, a row per candidate, best first; beside it their scores."""
-    candidates = sorted(results["candidates"], key=lambda row: -row["log_likelihood"])
-    figure.set_size_inches(10, 0.8 + 0.28 * len(candidates))
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    """The rank of every decoder layer, a row per candidate, best first, and last what a search put in their place; beside it the scores they are chosen by."""
+    score, what = (
+        ("test", "score on the test rows") if "test" in results["candidates"][0] else ("log_likelihood", "log-likelihood (bars: error of the difference)")
+    )
+    candidates = sorted(results["candidates"], key=lambda row: -row[score])
     labels = [row["why"] + (" (chosen)" if row["configuration"] == results["chosen"] else "") for row in candidates]
-    image = left.imshow([row["configuration"] for row in candidates], aspect="auto", cmap="viridis")
+    shown = [row["configuration"] for row in candidates]
+    if report.replaced(results):
+        labels, shown = [*labels, "in place (search)"], [*shown, results["applied"]]
+    figure.set_size_inches(10, 0.8 + 0.28 * len(shown))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    image = left.imshow(shown, aspect="auto", cmap="viridis")
     left.set_yticks(range(len(labels)), labels)
     left.set_xlabel("decoder layer")
     left.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
-    errors = [row["error"] for row in candidates]
-    right.errorbar([row["log_likelihood"] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
+    errors = [0.0 if score == "test" else row["error"] for row in candidates]
+    right.errorbar([row[score] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
     right.set_ylim(left.get_ylim())  # each beside its row
     right.set_yticks([])
     right.locator_params(axis="x", nbins=5)  # their labels are long
-    right.set_xlabel("log-likelihood (bars: error of the difference)")
+    right.set_xlabel(what)

@@ -192,6 +192,15 @@ def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["rows searched", "sum of ranks", "rank of each decoder layer"], lines
 
 
+TESTED_NOTE = "One at a time, by `nybble tune --resume --eval_only`, on the test rows: no figure to choose by."
+
+
+def tested_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the configurations that --eval_only has scored."""
+    metric = results["task"]["metric"]
+    return [metric, "rank of each decoder layer"], [[f"{row[metric]:.4f}", " ".join(map(str, row["configuration"]))] for row in results["tested"]]
+
+
 def _search_markdown(results: dict[str, Any]) -> str:
     found = results["search"]
     text = f"## Search\n\nThe first {found['trials']} trials of each sampler. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
@@ -235,6 +244,8 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(_candidates_markdown(results))
     if "search" in results:
         parts.append(_search_markdown(results))
+    if "tested" in results:
+        parts.append(f"## Tested configurations\n\n{TESTED_NOTE}\n\n{as_markdown(*tested_rows(results))}")
     if results.get("layer_errors"):
         parts.append(_errors_markdown(results))
     parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))

@@ -476,6 +476,8 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
     tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": fast}
     results.setdefault("tested", []).append(tested)
     job.run.save_results()
+    if "warnings" in results:  # the run is finished
+        checkpoint.write_text(job.run.path / "report.md", report.markdown(results))
     console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
 
 
