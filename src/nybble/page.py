@@ -221,7 +221,7 @@ def _blocks(figure: Any, results: dict[str, Any]) -> None:
 
 def _times(figure: Any, results: dict[str, Any]) -> None:
     """One bar, a part per stage."""
-    figure.set_size_inches(10, 1.3)
+    figure.set_size_inches(10, 1.3 + 0.2 * (len(results["seconds"]) // 6))
     axes, start = figure.subplots(), 0.0
     for i, (stage, seconds) in enumerate(results["seconds"].items()):
         axes.barh([0], [seconds], left=start, color=f"C{i}", label=f"{stage} {seconds:.0f} s", height=0.5)
@@ -229,7 +229,7 @@ def _times(figure: Any, results: dict[str, Any]) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("seconds")
-    axes.legend(frameon=False, ncols=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _tasks(figure: Any, figures: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
