@@ -78,8 +78,9 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_options_survive_toml(tmp_path: Path) -> None:
-    options = DistillOptions(pretrained="m", tasks=("a", "b"), task_limit=None, seed=5)
+@pytest.mark.parametrize("text", ["m", 'C:\\new "quoted"', "line\nbreak\ttab\x00\x1f\x7f\x80", "\u65e5\u672c \U0001f600", "a = 1 # no comment"])
+def test_options_survive_toml(text: str, tmp_path: Path) -> None:
+    options = DistillOptions(pretrained=text, tasks=("a", text), data=(), task_limit=None, seed=5, lr=1e-5, scale_lr=3.0, export=(), tensorboard=False)
     (tmp_path / "config.toml").write_text(to_toml(options))
     assert DistillOptions(**from_toml(DistillOptions, tmp_path / "config.toml")) == options
 

@@ -61,6 +61,40 @@ def test_kill_9_and_resume_end_with_the_same_bits(when: str, tmp_path: Path) -> 
     assert json.loads((run / "results.json").read_text())["command"].startswith("nybble distill --config")
 
 
+# Runs argv[1] with torch, transformers, accelerate and what these need; everything else that is installed cannot be imported.
+BARE = """
+import re, sys
+from importlib import metadata
+from packaging.requirements import Requirement
+
+def plain(name): return re.sub("[-_.]+", "-", name).lower()
+wanted, there = ["torch", "transformers", "accelerate"], set()
+while wanted:
+    name = plain(wanted.pop())
+    if name not in there:
+        there.add(name)
+        try:
+            needs = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        wanted += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+for module, owners in metadata.packages_distributions().items():
+    if "nybble" not in module and not there & {plain(owner) for owner in owners}:
+        sys.modules[module] = None
+exec(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_training_needs_torch_transformers_and_accelerate_only(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+    chosen = options(save_model(tmp_path / "model", "llama"), tmp_path / "run", data=(str(tmp_path / "notes.txt"),), start="awq+se+blockwise")
+    run = f"from nybble.config import DistillOptions; from nybble.distill import distill; distill({chosen!r}); import datasets"
+    ended = subprocess.run([sys.executable, "-c", BARE, run], capture_output=True, text=True, timeout=300)
+    assert ended.stderr.strip().endswith("import of datasets halted; None in sys.modules"), ended.stderr  # so something was taken away
+    assert "tuned" in json.loads((tmp_path / "run" / "results.json").read_text())["models"]
+
+
 def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     distill(options(model, tmp_path / "run"))

@@ -153,7 +153,8 @@ def _parse_flags(name: str, kind: type, flags: list[str], values: dict[str, Any]
     try:
         with redirect_stderr(box):
             default = tyro.MISSING_NONPROP if not values else _with_defaults(kind, values)
-            return tyro.cli(kind, args=flags, default=default, prog=f"nybble {name}", description=(kind.__doc__ or "").split("\n")[0])
+            description = (kind.__doc__ or "").split("\n")[0]
+            return tyro.cli(kind, args=flags, default=default, prog=f"nybble {name}", description=description, config=(tyro.conf.PositionalRequiredArgs,))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -1,20 +1,19 @@
 """Options of every command as frozen dataclasses: meaning, unit and range beside each field. TOML in and out.
 
-The command line is made from these classes, the comment beside a field is its help text, and `config.toml` in a run folder is one of them.
+The command line is made from these classes: the comment beside a field is its help text, fields without a default come without a flag. `config.toml` in a
+run folder is one of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import typing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
-
-import tomli_w
-from tyro.conf import Positional
 
 from nybble.errors import OptionError
 
@@ -263,7 +262,7 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
 class SearchOptions:
     """Search for better ranks after nybble tune, and compare what is found with tune's own choice and with random draws."""
 
-    run: Positional[str]  # Folder of a finished run of nybble tune.
+    run: str  # Folder of a finished run of nybble tune.
     trials: int = 50  # Configurations to try, counting those of earlier sittings.
     sampler: Literal["nsga2", "tpe", "hill", "random"] = "tpe"  # How the next one is proposed.
     random_draws: bool = True  # As many random draws besides, to compare with.
@@ -280,7 +279,7 @@ class SearchOptions:
 class ExportOptions:
     """Export a finished run to other runtimes."""
 
-    run: Positional[str]  # Run folder.
+    run: str  # Run folder.
     to: tuple[str, ...] = ("openvino",)  # Formats.
 
 
@@ -288,14 +287,14 @@ class ExportOptions:
 class InspectOptions:
     """Show every quantized layer of a run or an export: shape, grid, error, clipped share."""
 
-    target: Positional[str]  # Run folder, or a folder inside one: quantized or openvino.
+    target: str  # Run folder, or a folder inside one: quantized or openvino.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Put one run, or several side by side, on one HTML page, and the same in Markdown."""
 
-    runs: Positional[tuple[str, ...]]  # Run folders.
+    runs: tuple[str, ...]  # Run folders.
     out: str | None = None  # Page to write; the Markdown goes beside it. Default: report.html in the run folder, of several in this one.
     table: bool = False  # Only print the kind of table that is published: 16 bit, best compression without training, tuned; improvement and mean.
 
@@ -304,7 +303,7 @@ class ReportOptions:
 class EvalOptions(DataOptions):
     """Measure a model, a finished run or an export: perplexity, KL to a teacher, lm-eval tasks."""
 
-    target: Positional[str]  # Model (as for --pretrained), run folder, or a folder inside one: quantized or openvino.
+    target: str  # Model (as for --pretrained), run folder, or a folder inside one: quantized or openvino.
     tasks: tuple[str, ...] = ()  # lm-eval tasks; needs the extra eval.
     task_limit: int | None = None  # At most so many documents a task.
     split: Literal["train", "validation", "test"] = "test"  # Split of the data for token perplexity.
@@ -395,6 +394,8 @@ def _words(hint: Any) -> str:
 
 
 def to_toml(options: Any) -> str:
-    """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(options).items()}
-    return tomli_w.dumps({key: value for key, value in values.items() if value is not None and key not in ("resume", "overwrite", "eval_only")})
+    """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do. Texts, numbers, booleans
+    and lists of them are written as in JSON, but for one character that JSON leaves bare."""
+    fields = dataclasses.asdict(options)
+    kept = [key for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only")]
+    return "".join(f"{key} = {json.dumps(fields[key], ensure_ascii=False)}\n" for key in kept).replace("\x7f", "\\u007f")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Advance(Protocol):
 
 def set_up_logging() -> None:
     """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
-    import datasets
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when data are
     import transformers
 
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", omit_repeated_times=False, highlighter=None)
@@ -40,7 +41,6 @@ def set_up_logging() -> None:
     log.propagate = False
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "accelerate", "httpx", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers|torch.jit|openvino|lm_eval")
