@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble import insert
 from nybble.absorb import assert_absorbs_exactly, plain_linear
 from nybble.grid import Grid, min_max
 from nybble.insert import step_cache
 from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear
 from nybble.quantized import QuantizedWeight
 from tests.reference import quantizer as slow
+from tests.tiny import make_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -282,3 +284,15 @@ def test_scales_that_are_not_trained_cost_no_product() -> None:
     layer(inputs).sum().backward()
     assert layer.log_scale_shift.grad is None
     assert inputs.grad is not None
+
+
+def test_an_embedding_is_rounded_piece_by_piece_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [make_model("smollm") for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    (whole,) = insert.quantize_rows(models[0], ["model.embed_tokens"]).values()
+    monkeypatch.setattr(insert, "_ROWS", 7)
+    (pieces,) = insert.quantize_rows(models[1], ["model.embed_tokens"]).values()
+    assert torch.equal(pieces.codes_OI, whole.codes_OI)
+    assert torch.equal(pieces.scale_OG, whole.scale_OG)
+    assert torch.equal(models[1].model.embed_tokens.weight, models[0].model.embed_tokens.weight)
+    assert torch.equal(whole.dequantize(), models[0].model.embed_tokens.weight.detach())

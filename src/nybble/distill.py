@@ -18,6 +18,7 @@ from nybble.config import DistillOptions
 from nybble.layers import QuantizedLinear
 from nybble.losses import Head, kl_to_teacher, last_hidden
 from nybble.stages import Job
+from nybble.teacher import States
 from nybble.text import Sequences
 from nybble.tuning import Course
 
@@ -78,7 +79,7 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
     return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
 
 
-def _course(job: Job, states: Mapping[str, Tensor], which: Tensor, layers: Mapping[str, QuantizedLinear]) -> Course:
+def _course(job: Job, states: Mapping[str, States], which: Tensor, layers: Mapping[str, QuantizedLinear]) -> Course:
     """KL to the teacher, on text for training, whose i-th sequence has the states which[i], and on text for validation."""
     options, model, sequences = job.options, job.loaded.model, job.sequences
     student, device = Head.of(model), model.device

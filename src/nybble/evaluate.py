@@ -24,6 +24,7 @@ from torch import Tensor
 from nybble.data import SPLITS, splits_of
 from nybble.errors import DataError, MissingExtraError, OptionError
 from nybble.losses import Head
+from nybble.teacher import States
 
 # Longest window in lm-eval: that of the published tables we compare with (EVIDENCE: NNCF's evaluation length).
 MAX_LENGTH = 2048
@@ -33,7 +34,7 @@ _LOGIT_BYTES = 2 << 30
 _MOST_REQUESTS = 32
 
 # Positions whose float32 logits exist at a time.
-_CHUNK = 256
+_CHUNK = 128
 # Index of a sequence -> positions in it [P] -> their logits [P, V], float32.
 Logits = Callable[[int], Callable[[Tensor], Tensor]]
 
@@ -49,8 +50,8 @@ def logits_of(model: Any, input_ids: Tensor) -> Logits:
     return of
 
 
-def logits_from_states(head: Head, states: Tensor) -> Logits:
-    """The teacher's logits from its hidden states [S, T, D] on disk."""
+def logits_from_states(head: Head, states: States | Tensor) -> Logits:
+    """The teacher's logits from its hidden states [S, T, D]."""
 
     def of(i: int) -> Callable[[Tensor], Tensor]:
         hidden_TD = states[i].to(head.weight_VD.device)

@@ -19,6 +19,8 @@ from nybble.grid import INT8_ROW, Grid, min_max
 from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear, ShiftedWeight
 from nybble.quantized import QuantizedWeight
 
+_ROWS = 4096  # of an embedding whose float32 copies exist at a time
+
 
 def insert(model: Any, starts: Mapping[str, Start], grid: Grid, rank: int, seed: int) -> dict[str, FakeQuantizedLoRALinear]:
     """Replace every layer named in `starts`, in place; the layers take over weight and bias without a copy.
@@ -56,9 +58,12 @@ def quantize_rows(model: Any, names: Iterable[str]) -> dict[str, QuantizedWeight
     """
     quantized = {}
     for name in names:
-        weight = model.get_submodule(name).weight
-        quantized[name] = Start(weight, *min_max(weight, INT8_ROW)).quantized(INT8_ROW)
-        weight.copy_(quantized[name].dequantize())
+        pieces = []
+        for rows in model.get_submodule(name).weight.split(_ROWS):
+            pieces.append(Start(rows, *min_max(rows, INT8_ROW)).quantized(INT8_ROW))
+            rows.copy_(pieces[-1].dequantize())
+        codes, scale, zero = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes_OI", "scale_OG", "zero_OG"))
+        quantized[name] = QuantizedWeight(codes, scale, zero, INT8_ROW)
     return quantized
 
 

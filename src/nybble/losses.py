@@ -100,11 +100,17 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _kl_chunk(z_student: Tensor, z_teacher: Tensor, student: Head, need_grad: bool) -> tuple[Tensor, Any]:
-    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites the teacher's logits."""
-    log_q, log_p = z_student.log_softmax(-1), z_teacher.log_softmax(-1)
-    p = torch.exp(log_p, out=z_teacher)
-    kl = torch.bmm(p[:, None], log_p.sub_(log_q)[..., None])[:, 0, 0]
-    return kl, _through_head(log_q.exp_().sub_(p), z_student, student) if need_grad else None
+    """KL per token [C], and d KL / d (head(hidden) of the student) [C, V]; overwrites the teacher's logits.
+
+    sum_v p_v (z_teacher - z_student)_v - (log Z_teacher - log Z_student), where log Z = max z - log max p: one exponential per logit and model.
+    """
+    p = z_teacher.softmax(-1)
+    log_z_teacher = z_teacher.amax(-1) - p.amax(-1).log()
+    difference = z_teacher.sub_(z_student)
+    kl = torch.bmm(p[:, None], difference[..., None])[:, 0, 0]
+    q = torch.softmax(z_student, -1, out=difference)
+    kl += z_student.amax(-1) - q.amax(-1).log() - log_z_teacher
+    return kl, _through_head(q.sub_(p), z_student, student) if need_grad else None
 
 
 def _cross_entropy_chunk(z: Tensor, targets_C: Tensor, head: Head, need_grad: bool) -> tuple[Tensor, Any]:
@@ -122,13 +128,13 @@ def _through_head(grad: Tensor, z: Tensor, head: Head) -> Tensor:
     return grad if head.multiplier == 1.0 else grad.mul_(head.multiplier)
 
 
-def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int = 256) -> Tensor:
+def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int = 128) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats; differentiable in the student's hidden states.
 
     Args:
         student_ND, teacher_ND: last hidden states, flattened to [tokens, D].
         student, teacher: their heads.
-        chunk: tokens whose logits exist at a time; memory is about 5 * chunk * V * 4 bytes.
+        chunk: tokens whose logits exist at a time; memory is about 4 * chunk * V * 4 bytes.
     """
 
     def of(z_student: Tensor, part: slice, need_grad: bool) -> tuple[Tensor, Any]:
@@ -137,7 +143,7 @@ def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher
     return _TokenLosses.apply(student_ND, student, of, chunk).mean()  # type: ignore[no-any-return]
 
 
-def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: int = 256) -> Tensor:
+def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: int = 128) -> Tensor:
     """-log q(target) of each token, in nats: float32 [N]; differentiable in the hidden states.
 
     Args:

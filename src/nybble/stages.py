@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, starts, teacher, text
 from nybble.checkpoint import BlockStore, Run
@@ -28,6 +27,7 @@ from nybble.families import family_of
 from nybble.grid import Grid, check_group_size
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
+from nybble.teacher import States
 from nybble.text import Sequences
 
 log = logging.getLogger("nybble")
@@ -205,7 +205,7 @@ def check_calibration(options: Options, method: str, sequences: Sequences) -> in
     return count
 
 
-def teach(job: Job, splits: dict[str, Rows], batch: int) -> dict[str, Tensor]:
+def teach(job: Job, splits: dict[str, Rows], batch: int) -> dict[str, States]:
     """The teacher's hidden states on the splits."""
     identity = f"{job.options.pretrained} {models.identity(job.loaded.model)}"
     states = {}

@@ -1,4 +1,4 @@
-"""The teacher's last hidden states: computed once, kept on disk, read through a memory map.
+"""The teacher's last hidden states: computed once, kept on disk, read where they are needed.
 
 They are exact (the logits are made from them again) and cost D numbers a token instead of V. One raw file [S, T, D] in the dtype of the
 model, and beside it a JSON file that says how many sequences are done and of what; both grow together, so a killed run goes on.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,35 @@ import torch
 from torch import Tensor
 
 from nybble.losses import last_hidden
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [S, T, D] in a file. What is taken of them is read at that moment, and the file is mapped no longer: pages of a mapping that lives on count
+    as memory of the process, all of them once an epoch is over.
+
+    Attributes:
+        path: the raw file.
+        shape, dtype: of the states.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: int | slice | Tensor) -> Tensor:
+        """The states of one sequence [T, D] or of several [N, T, D], on the CPU."""
+        taken = self._mapped()[which]
+        return taken if isinstance(which, Tensor) else taken.clone()
+
+    def __setitem__(self, which: slice, states: Tensor) -> None:
+        self._mapped()[which] = states
+
+    def _mapped(self) -> Tensor:
+        return torch.from_file(str(self.path), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
 
 
 def fingerprint(input_ids: Tensor, identity: str) -> str:
@@ -32,7 +63,7 @@ def hidden_states(
     batch: int,
     identity: str,
     advance: Callable[[int], None] = lambda sequences: None,
-) -> Tensor:
+) -> States:
     """Last hidden states of all sequences.
 
     Args:
@@ -43,7 +74,7 @@ def hidden_states(
         identity: what else the states depend on; a file made of something else is made anew.
         advance: called with the number of sequences that were just done.
 
-    Returns: [S, T, D], memory-mapped, in the dtype of the model, on the CPU.
+    Returns: [S, T, D], in the dtype of the model.
     """
     (count, length), width = input_ids.shape, model.config.hidden_size
     dtype = next(model.parameters()).dtype
@@ -56,7 +87,7 @@ def hidden_states(
         if known != sign:
             done = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    states = torch.from_file(str(path), shared=True, size=count * length * width, dtype=dtype).view(count, length, width)
+    states = States(path, (count, length, width), dtype)
     advance(done)
     device = next(model.parameters()).device
     for start in range(done, count, batch):

@@ -25,7 +25,7 @@ from nybble.train import Progress, Recipe, Trainer
 
 log = logging.getLogger("nybble")
 
-CHUNK = 256  # tokens whose logits exist at a time in the loss
+CHUNK = 128  # tokens whose logits exist at a time in the loss (docs/log.md)
 
 
 def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
