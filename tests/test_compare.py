@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nybble import checkpoint, evaluate
 from nybble import compare as comparing
 from nybble.cli import main
-from nybble.compare import COLUMNS, Figure, compare, mean, rows
+from nybble.compare import COLUMNS, Figure, compare, differences, mean, rows
 from nybble.config import TuneOptions
 from nybble.errors import OptionError, RunError
 
@@ -56,8 +57,12 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"][0]
     assert len(scored) == 6, "one measurement for each column, and one of the start"
     assert found["lora"]["training"][-1]["loss"] != found["qat-lora"]["training"][-1]["loss"]
+    rights = [found[run]["models"][row]["right:openbookqa acc_norm"] for run, row in (("qat-nls", "16bit"), ("qat-nls", "tuned"), ("ptwc", "compressed"))]
+    for right, column in zip(rights, ("BF16", "INT4, QAT + NLS", "INT4, LoRA + PTWC"), strict=True):
+        assert right.count("1") / len(right) == values[column][0]
     text = (folder / "compare.md").read_text()
     assert "| openbookqa |" in text
+    assert "INT4, QAT + NLS, less" in text
     assert "held-out rows" in text
     html = (folder / "compare.html").read_text()
     assert "INT4, QAT + NLS" in html
@@ -68,12 +73,27 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
 def test_errors_and_mean() -> None:
     half = Figure(0.5, 101)
     assert half.error == pytest.approx(0.05)
-    assert mean([half, Figure(1.0, 101)]) == (0.75, pytest.approx(0.025))
+    assert mean([(0.5, 0.05), (1.0, 0.0)]) == (0.75, pytest.approx(0.025))
     headings, lines = rows({"one": dict.fromkeys(COLUMNS, half), "two": dict.fromkeys(COLUMNS, Figure(1.0, 101))})
     assert headings == ["task", *COLUMNS]
     assert [line[0] for line in lines] == ["one", "two", "mean"]
     assert lines[0][1] == "50.0 +- 5.0"
     assert lines[2][5] == "75.0 +- 2.5"
+
+
+def test_what_a_column_is_better_by_is_known_row_by_row() -> None:
+    one, other = "1" * 30 + "1" * 6 + "0" * 4 + "0" * 60, "1" * 30 + "0" * 6 + "1" * 4 + "0" * 60
+    better, worse = Figure(0.36, 100, one), Figure(0.34, 100, other)
+    each = torch.tensor([int(a) - int(b) for a, b in zip(one, other, strict=True)], dtype=torch.float64)
+    assert better.less(worse) == (pytest.approx(0.02), pytest.approx(each.std().item() / 10))
+    assert worse.less(better)[0] == pytest.approx(-0.02)
+    figures = {task: dict.fromkeys(COLUMNS, worse) | {COLUMNS[-1]: better} for task in ("a", "b")}
+    headings, lines = differences(figures)
+    assert headings == ["INT4, QAT + NLS, less", *COLUMNS[:-1]]
+    assert lines[0] == ["a", *["+2.0 +- 3.2"] * 4]
+    assert lines[-1] == ["mean", *["+2.0 +- 2.2"] * 4]
+    known, unknown = dict.fromkeys(COLUMNS, better), dict.fromkeys(COLUMNS, Figure(0.3, 100))
+    assert differences({"a": unknown | {COLUMNS[-1]: known[COLUMNS[-1]]}})[1] == [["a", *["+6.0"] * 4]], "rows of an older run are not known"
 
 
 @pytest.mark.parametrize(

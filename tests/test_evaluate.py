@@ -54,6 +54,9 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
     results = evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy", "wikitext"], batch_size=2, data_dir=str(data_dir))
     assert results["arc_easy"]["acc"] in (0.0, 1.0)
     assert {"acc", "acc_norm"} <= results["arc_easy"].keys()
+    assert results["arc_easy"]["right:acc"] == str(int(results["arc_easy"]["acc"])) * 5, "five times the same question"
+    assert not any(key.startswith("right:") for key in results["wikitext"])
+    assert evaluate.columns(results)["right:arc_easy acc"] == results["arc_easy"]["right:acc"]
     assert results["wikitext"]["word_perplexity"] > 1
 
 

@@ -85,7 +85,7 @@ def evaluate(options: EvalOptions) -> None:
                 results |= measuring.measure(measuring.logits_of(opened.model, rows.ids), rows.ids, teacher, advance, rows.counted)
         if options.tasks:
             tasks = measuring.run_tasks(opened.model, opened.tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
-            results |= measuring.columns(tasks)
+            results |= {key: value for key, value in measuring.columns(tasks).items() if not key.startswith("right:")}
     table = Table("measure", "value", title=opened.name)
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))

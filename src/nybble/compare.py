@@ -8,6 +8,7 @@
 
 Each is a run folder of its own in OUTPUT/TASK, so a comparison goes on where it stopped. Figures are lm-eval's on the task's test rows, with the
 standard error of their mean, sqrt(p (1 - p) / (n - 1)); that of the mean over tasks is the root of the summed squares over the number of tasks.
+Most rows are right, or wrong, in all columns, so what a column is better by is known more closely, from the differences row by row.
 """
 
 from __future__ import annotations
@@ -38,15 +39,24 @@ COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4
 
 @dataclass(frozen=True)
 class Figure:
-    """A task's metric on `documents` test rows."""
+    """A task's metric on `documents` test rows; `right`: a 1 or a 0 for each of them, where that is known."""
 
     value: float
     documents: int
+    right: str = ""
 
     @property
     def error(self) -> float:
         """Standard error of a mean of zeros and ones."""
         return math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
+
+    def less(self, other: Figure) -> tuple[float, float]:
+        """Difference to another figure of the same rows, and its standard error; the error is nan where rows are not known."""
+        if not self.right or len(self.right) != len(other.right):
+            return self.value - other.value, math.nan
+        gained, lost = (sum(pair == both for both in zip(self.right, other.right, strict=True)) for pair in (("1", "0"), ("0", "1")))
+        n, difference = len(self.right), (gained - lost) / len(self.right)
+        return difference, math.sqrt(((gained + lost) / n - difference**2) / max(n - 1, 1))
 
 
 def compare(options: TuneOptions) -> Path:
@@ -113,7 +123,7 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
     merged = checkpoint.read_results(folder / "lora")["models"]["lora16"]
-    known = {column: value for column, value in merged.items() if column.startswith(("task:", "documents:"))}
+    known = {column: value for column, value in merged.items() if column.startswith(("task:", "documents:", "right:"))}
     _unless_done(compressed, lambda options: post_training.compress(options, known), ("compressed", *options.export)[-1])
     shipped = options.export[0] if options.export else None
     return {
@@ -138,7 +148,7 @@ def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:
     """A run's figure; the metric's name is that of the tuned run, where another kind of run does not say it."""
     column = report.task_column(checkpoint.read_results(named_by or run))
     measured, task = checkpoint.read_results(run)["models"][row], column.removeprefix("task:").split()[0]
-    return Figure(measured[column], int(measured[f"documents:{task}"]))
+    return Figure(measured[column], int(measured[f"documents:{task}"]), measured.get(column.replace("task:", "right:", 1), ""))
 
 
 # --- 16-bit LoRA --------------------------------------------------------------------------------------------------------------
@@ -191,27 +201,41 @@ def _train_lora(job: Job, lesson: Lesson) -> None:
 
 def rows(figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: a task each, then the mean."""
-    lines = [[task, *(f"{100 * found[column].value:.1f} +- {100 * found[column].error:.1f}" for column in COLUMNS)] for task, found in figures.items()]
-    if len(figures) > 1:
-        means = [mean([found[column] for found in figures.values()]) for column in COLUMNS]
-        lines.append(["mean", *(f"{100 * value:.1f} +- {100 * error:.1f}" for value, error in means)])
-    return ["task", *COLUMNS], lines
+    return _table(COLUMNS, {task: [(found[column].value, found[column].error) for column in COLUMNS] for task, found in figures.items()})
 
 
-def mean(figures: Sequence[Figure]) -> tuple[float, float]:
-    """Mean of the values, and its standard error."""
-    return sum(figure.value for figure in figures) / len(figures), math.sqrt(sum(figure.error**2 for figure in figures)) / len(figures)
+def differences(figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: what the last column is better by than each of the others, row by row."""
+    *others, last = COLUMNS
+    return _table(others, {task: [found[last].less(found[column]) for column in others] for task, found in figures.items()}, f"{last}, less", "+")
+
+
+def _table(columns: Sequence[str], values: Mapping[str, list[tuple[float, float]]], heading: str = "task", sign: str = "") -> tuple[list[str], list[list[str]]]:
+    """Headings and rows in percent, of values and their standard errors by task; the last one is the mean over tasks."""
+    every = dict(values)
+    if len(values) > 1:
+        every["mean"] = [mean(column) for column in zip(*values.values(), strict=True)]
+
+    def cell(value: float, error: float) -> str:
+        return f"{100 * value:{sign}.1f}" + ("" if math.isnan(error) else f" +- {100 * error:.1f}")
+
+    return [heading, *columns], [[task, *(cell(*one) for one in found)] for task, found in every.items()]
+
+
+def mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean of values with independent standard errors, and its own."""
+    return sum(value for value, _ in values) / len(values), math.sqrt(sum(error**2 for _, error in values)) / len(values)
 
 
 def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: TuneOptions) -> None:
-    headings, lines = rows(figures)
+    table, paired = rows(figures), differences(figures)
     runs = {f"{task}/{name}": checkpoint.read_results(folder / task / name) for task in figures for name in ("qat-nls", "qat-lora")}
-    tables = report.as_markdown(headings, lines)
+    tables = report.as_markdown(*table) + "\n\n" + report.as_markdown(*paired)
     honest = options.select_on == "held_out"
     losses = {task: runs[f"{task}/qat-nls"]["task"].get("loss_on", options.loss_on) for task in figures}
     learnt = ", ".join(dict.fromkeys(losses.values()) if len(set(losses.values())) == 1 else (f"{loss} ({task})" for task, loss in losses.items()))
     note = (
-        "Percent of the test rows that were right, and its standard error. Epochs were chosen on held-out rows, ranks "
+        "Percent of the test rows that were right, and its standard error; below, differences row by row. Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
         + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. "
         f"Loss on: {learnt}. Seed {options.seed}."
@@ -221,7 +245,8 @@ def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: T
     checkpoint.write_text(folder / "compare.md", f"# {options.pretrained}\n\n{tables}\n\n{note}\n")
     if page.available():
         bars = {task: {column: (figure.value, figure.error) for column, figure in found.items()} for task, found in figures.items()}
-        checkpoint.write_text(folder / "compare.html", page.tasks_page(options.pretrained, (headings, lines), note, bars, runs))
-    console.print(report.as_table(headings, lines))
+        checkpoint.write_text(folder / "compare.html", page.tasks_page(options.pretrained, [table, paired], note, bars, runs))
+    console.print(report.as_table(*table))
+    console.print(report.as_table(*paired))
     console.print(note, highlight=False)
     console.print(f"{folder}/compare.md, compare.json" + (", compare.html" if page.available() else ""), highlight=False)

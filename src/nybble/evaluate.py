@@ -117,15 +117,17 @@ def _explained(tasks: Sequence[str], remedy: str = ", or leave them out") -> Ite
         raise
 
 
-def columns(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+def columns(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """lm-eval's results as columns of a table: word_perplexity of wikitext, and "task:NAME METRIC" for all else but standard errors; beside them
-    "documents:NAME", the number of documents."""
-    found = {}
+    "documents:NAME", the number of documents, and "right:NAME METRIC", which of them were right."""
+    found: dict[str, Any] = {}
     for task, metrics in tasks.items():
         for metric, value in metrics.items():
             if task == "wikitext":
                 if metric == "word_perplexity":
                     found[metric] = value
+            elif metric.startswith("right:"):
+                found[f"right:{task} {metric.removeprefix('right:')}"] = value
             elif metric == "sample_len":
                 found[f"documents:{task}"] = value
             elif "stderr" not in metric:
@@ -201,14 +203,15 @@ def requests_at_once(config: Any, length: int) -> int:
 
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 0, limit: int | None = None, data_dir: str | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """lm-eval tasks on a transformers-like model.
 
     Args:
         batch_size: requests in one forward; 0 = as many of the longest one of the task as `_LOGIT_BYTES` and `_MOST_REQUESTS` allow, at least 1.
         data_dir: folder with local copies of the data sets in the hub's field names, instead of the hub.
 
-    Returns: task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "acc_norm", "exact_match,strict-match", ...
+    Returns: task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "acc_norm", "exact_match,strict-match", ...; and for metrics that are a
+        share of right answers "right:METRIC", a 1 or a 0 for each document, in the order of the data set, so that models can be compared document by document.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -228,12 +231,21 @@ def run_tasks(
     wrapped = Sized(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest)
     chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
     with _explained(tasks):
-        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=False, task_manager=_task_manager())
+        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=_task_manager())
     assert output is not None  # None on other processes than the first only
-    return {
-        task: {metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in output["results"].items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for task, metrics in output["results"].items():
+        numbers = {metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)}
+        rights = {f"right:{metric}": _right(output["samples"].get(task, []), metric) for metric in numbers}
+        found[task] = numbers | {name: right for name, right in rights.items() if right}
+    return found
+
+
+def _right(samples: list[dict[str, Any]], metric: str) -> str:
+    """Which of lm-eval's documents were right by a metric: a 1 or a 0 each; nothing if it is of another kind."""
+    name, _, chosen = metric.partition(",")
+    values: dict[int, Any] = {sample["doc_id"]: sample.get(name) for sample in samples if sample["filter"] == (chosen or "none")}
+    return "".join(str(int(values[i])) for i in sorted(values)) if all(value in (0, 1) for value in values.values()) else ""
 
 
 def _is_group(name: str) -> bool:

@@ -43,7 +43,7 @@ def page(comparisons: Sequence[Comparison]) -> str:
     sections = [
         {
             "title": comparison.model,
-            "table": report.comparison_rows(comparison),
+            "tables": [report.comparison_rows(comparison)],
             "explained": report.explained(comparison),
             "stages": _draw(_stages, comparison),
             "runs": [_run(name, results) for name, results in comparison.runs.items()],
@@ -53,10 +53,12 @@ def page(comparisons: Sequence[Comparison]) -> str:
     return _render(sections)
 
 
-def tasks_page(title: str, table: Any, note: str, figures: Mapping[str, Mapping[str, tuple[float, float]]], runs: Mapping[str, dict[str, Any]]) -> str:
+def tasks_page(
+    title: str, tables: Sequence[Any], note: str, figures: Mapping[str, Mapping[str, tuple[float, float]]], runs: Mapping[str, dict[str, Any]]
+) -> str:
     """The page of a comparison over tasks. Args: task -> column -> value and standard error; name -> results of the tuned runs."""
     chart, details = _draw(_tasks, figures), [_run(name, found) for name, found in runs.items()]
-    return _render([{"title": title, "table": table, "explained": note, "stages": chart, "runs": details}])
+    return _render([{"title": title, "tables": tables, "explained": note, "stages": chart, "runs": details}])
 
 
 def _render(sections: Sequence[dict[str, Any]]) -> str:
