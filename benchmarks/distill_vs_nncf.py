@@ -2,7 +2,8 @@
 
 python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256] [--epochs 1] [--device cuda]
 
-NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences, as it comes;
+NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences, as it comes
+(without the curves for tensorboard, which NNCF does not write either);
 everything after -- is given to it. nybble-half: the same on the first half of the sequences. nybble-lora: from awq+se, adapters of the same rank.
 Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading and
 measuring. Finished jobs are not run again: all that they depend on is in their names, but for folder, machine and versions.
@@ -87,7 +88,19 @@ def train(run: Path, flags: list[str], samples: int, seed: int, options: argpars
     command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--device", options.device]
     command += ["--data", write_tokens(samples, seed, options), "--seq_len", options.length, "--samples", samples, "--epochs", options.epochs]
     command += ["--batch_size", options.batch, "--microbatch", options.microbatch, "--seed", seed]
-    command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16, "--tasks", "--export", "--output_dir", run]
+    command += [
+        "--eval_data",
+        options.folder / "held-out",
+        "--test_samples",
+        4,
+        "--valid_samples",
+        16,
+        "--tasks",
+        "--export",
+        "--no_tensorboard",
+        "--output_dir",
+        run,
+    ]
     command += ["--resume"] if (run / "config.toml").exists() else []
     call([*command, *flags], run.with_name(f"{run.name}.log"), {})
 
