@@ -88,19 +88,8 @@ def train(run: Path, flags: list[str], samples: int, seed: int, options: argpars
     command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--device", options.device]
     command += ["--data", write_tokens(samples, seed, options), "--seq_len", options.length, "--samples", samples, "--epochs", options.epochs]
     command += ["--batch_size", options.batch, "--microbatch", options.microbatch, "--seed", seed]
-    command += [
-        "--eval_data",
-        options.folder / "held-out",
-        "--test_samples",
-        4,
-        "--valid_samples",
-        16,
-        "--tasks",
-        "--export",
-        "--no_tensorboard",
-        "--output_dir",
-        run,
-    ]
+    command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16]
+    command += ["--tasks", "--export", "--no_tensorboard", "--output_dir", run]
     command += ["--resume"] if (run / "config.toml").exists() else []
     call([*command, *flags], run.with_name(f"{run.name}.log"), {})
 
