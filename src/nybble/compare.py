@@ -235,7 +235,8 @@ def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: T
     losses = {task: runs[f"{task}/qat-nls"]["task"].get("loss_on", options.loss_on) for task in figures}
     learnt = ", ".join(dict.fromkeys(losses.values()) if len(set(losses.values())) == 1 else (f"{loss} ({task})" for task, loss in losses.items()))
     note = (
-        "Percent of the test rows that were right, and its standard error; below, differences row by row. Epochs were chosen on held-out rows, ranks "
+        "Percent of the test rows that were right, and its standard error; in the second table, differences row by row. "
+        "Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
         + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. "
         f"Loss on: {learnt}. Seed {options.seed}."
