@@ -86,9 +86,11 @@ exec(sys.argv[1])
 
 
 @pytest.mark.slow
-def test_training_needs_torch_transformers_and_accelerate_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["notes.txt", "python-docs"])
+def test_training_needs_torch_transformers_and_accelerate_only(text: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
-    chosen = options(save_model(tmp_path / "model", "llama"), tmp_path / "run", data=(str(tmp_path / "notes.txt"),), start="awq+se+blockwise")
+    data = text if text == "python-docs" else str(tmp_path / text)
+    chosen = options(save_model(tmp_path / "model", "llama"), tmp_path / "run", data=(data,), start="awq+se+blockwise")
     run = f"from nybble.config import DistillOptions; from nybble.distill import distill; distill({chosen!r}); import datasets"
     ended = subprocess.run([sys.executable, "-c", BARE, run], capture_output=True, text=True, timeout=300)
     assert ended.stderr.strip().endswith("import of datasets halted; None in sys.modules"), ended.stderr  # so something was taken away

@@ -265,7 +265,7 @@ def peak_memory() -> dict[str, int]:
 
 def hand_back_freed_memory() -> None:
     """glibc: hand freed pages back to the system. Between tensors that live on, a stage leaves holes in which the next one's tensors, of other sizes, find no
-    room: without this, distilling takes a fifth more memory (docs/log.md)."""
+    room: without this, distilling takes a sixth more memory (docs/log.md)."""
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

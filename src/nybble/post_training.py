@@ -18,7 +18,7 @@ from nybble.text import Sequences
 log = logging.getLogger("nybble")
 
 
-def compress(options: CompressOptions, known: Mapping[str, float] | None = None) -> Path:
+def compress(options: CompressOptions, known: Mapping[str, Any] | None = None) -> Path:
     """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair.
 
     Args:
@@ -48,7 +48,7 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     return options
 
 
-def _run(job: Job, known: Mapping[str, float] | None) -> None:
+def _run(job: Job, known: Mapping[str, Any] | None) -> None:
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference, known)

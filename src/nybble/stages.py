@@ -286,7 +286,7 @@ def size_of(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
     return sum(weights.values()) + rest
 
 
-def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int, known: Mapping[str, float] | None = None) -> None:
+def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenizer: Any, size: int, known: Mapping[str, Any] | None = None) -> None:
     """Fill one row of the results, unless an earlier sitting did. `known`: what the tasks gave for this model in another run; they are not measured again."""
     run, options, test = job.run, job.options, job.sequences.test
     if row in run.results["models"]:
@@ -305,7 +305,7 @@ def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenize
     log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
 
 
-def measure_16bit(job: Job, reference: evaluate.Logits, known: Mapping[str, float] | None = None) -> None:
+def measure_16bit(job: Job, reference: evaluate.Logits, known: Mapping[str, Any] | None = None) -> None:
     """The row of the model that was given. `known`: see `measure`."""
     measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()), known)
 
