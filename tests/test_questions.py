@@ -210,6 +210,22 @@ def test_answers_in_the_models_own_words_end() -> None:
     assert own == [*gold, tokenizer.eos_token_id]
 
 
+def test_answers_that_are_cut_off_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    asked = [Question((("ask", " yes"),), 0), Question((("ask", " " + "x" * 90),), 0), Question((("q" * 90, " yes"),), 0)]
+    short, long, none = (questions.encode(tokenizer, *question.pairs[0]) for question in asked)
+    length = short.answered + short.first + 1  # as long as the short one with its end
+    assert len(long.ids) > length
+    assert none.first >= length
+    texts = questions.encode_gold(tokenizer, asked, length)
+    assert [len(text.ids) for text in texts] == [length, length]
+    assert "1 of 3 rows have no answer within" in caplog.text
+    assert f"1 of 3 answers are learnt only up to token {length} (--seq_len)" in caplog.text
+    caplog.clear()
+    questions.encode_gold(tokenizer, asked[:1], length)
+    assert not caplog.text
+
+
 def test_candidates_are_compared_row_by_row() -> None:
     one, other = Score((-1.0, -2.0, -3.0), (True, False, True)), Score((-1.5, -2.5, -3.5), ())
     assert one.better_by(other) == (0.5, 0.0)

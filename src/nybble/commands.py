@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from nybble import checkpoint, data, models, page, report, writing
+from nybble import checkpoint, columns, data, models, page, report, writing
 from nybble import evaluate as measuring
 from nybble.checkpoint import Run
 from nybble.config import EvalOptions, ExportOptions, InspectOptions, ReportOptions
@@ -138,9 +139,27 @@ def inspect(options: InspectOptions) -> None:
 
 
 def make_report(options: ReportOptions) -> None:
-    """Compare runs; write the page, or print the published kind of table."""
+    """Put runs, or comparisons of tune, side by side; write the page, or print the published kind of table."""
     if not options.runs:
         raise OptionError("nybble report needs one or more run folders")
+    if options.table and options.out is not None:
+        raise OptionError("--table only prints, and --out names a page; give one of them")
+    compared = [folder for folder in options.runs if (Path(folder) / columns.FILE).is_file()]
+    if compared and len(compared) < len(options.runs):
+        other = next(folder for folder in options.runs if folder not in compared)
+        raise OptionError(f"nybble report takes runs, or comparisons of tune --compare; got {compared[0]}, which is a comparison, and {other}, which is none")
+    _report_comparisons(options) if compared else _report_runs(options)
+
+
+def _report_comparisons(options: ReportOptions) -> None:
+    found = columns.together([columns.read(folder) for folder in map(Path, dict.fromkeys(options.runs))])
+    written = "" if options.table else _write_page(options, found.html, lambda: f"{report.MADE_HERE}\n\n{found.markdown()}")
+    for table in found.tables:
+        console.print(report.as_table(*table))
+    console.print(f"{found.note}\n{written}" if written else found.markdown(), highlight=False, soft_wrap=True)
+
+
+def _report_runs(options: ReportOptions) -> None:
     runs, unfinished = {}, []
     for folder in map(Path, options.runs):
         results = checkpoint.read_results(folder)
@@ -157,8 +176,6 @@ def make_report(options: ReportOptions) -> None:
         console.print(f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.", highlight=False, soft_wrap=True)
     comparisons = report.compare(runs)
     if options.table:
-        if options.out is not None:
-            raise OptionError("--table only prints, and --out names a page; give one of them")
         headings, lines = report.published_rows(comparisons)
         console.print(report.as_table(headings, lines))
         console.print(report.as_markdown(headings, lines), highlight=False, soft_wrap=True)
@@ -166,24 +183,30 @@ def make_report(options: ReportOptions) -> None:
             if comparison.baseline is None:
                 console.print(f"{comparison.model}: no model compressed without any training to compare with; {_REMEDY}", highlight=False)
         return
-    out = Path(options.out or (Path(options.runs[0]) / "report.html" if len(runs) == 1 else "report.html"))
-    if out.suffix != ".html":
-        raise OptionError(f"--out must be the name of a page, ending with .html; got {out}")
-    beside = out.with_suffix(".md")
-    own = beside.resolve() in {(Path(folder) / "report.md").resolve() for folder in options.runs}  # what a run wrote about itself stays
-    if not own and beside.is_file() and not beside.read_text(encoding="utf-8", errors="replace").startswith(report.MADE_HERE):
-        raise OptionError(f"--out {out} would replace {beside}, which nybble report did not write; choose another name")
-    text = page.page(comparisons)
-    try:
-        checkpoint.write_text(out, text)
-        if not own:
-            checkpoint.write_text(beside, report.comparison_markdown(comparisons))
-    except OSError as error:
-        raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
+    written = _write_page(options, lambda: page.page(comparisons), lambda: report.comparison_markdown(comparisons))
     for comparison in comparisons:
         console.print(report.as_table(*report.comparison_rows(comparison), title=comparison.model))
         console.print(report.explained(comparison), highlight=False)
-    console.print(f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline)" + (f" and {beside.name}" if beside.exists() else ""), highlight=False)
+    console.print(written, highlight=False)
+
+
+def _write_page(options: ReportOptions, html: Callable[[], str], markdown: Callable[[], str]) -> str:
+    """The page, and the same in Markdown beside it, unless that would replace what a run wrote about itself; returns what was written, in words."""
+    out = Path(options.out or (Path(options.runs[0]) / "report.html" if len(options.runs) == 1 else "report.html"))
+    if out.suffix != ".html":
+        raise OptionError(f"--out must be the name of a page, ending with .html; got {out}")
+    beside = out.with_suffix(".md")
+    own = beside.resolve() in {(Path(folder) / "report.md").resolve() for folder in options.runs if checkpoint.read_results(Path(folder))}
+    if not own and beside.is_file() and not beside.read_text(encoding="utf-8", errors="replace").startswith(report.MADE_HERE):
+        raise OptionError(f"--out {out} would replace {beside}, which nybble report did not write; choose another name")
+    text = html()
+    try:
+        checkpoint.write_text(out, text)
+        if not own:
+            checkpoint.write_text(beside, markdown())
+    except OSError as error:
+        raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
+    return f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline)" + (f" and {beside.name}" if beside.exists() else "")
 
 
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:

@@ -2,13 +2,14 @@
 
     BF16                    the model as it came
     BF16 + LoRA             tuned in 16 bit by the peft library: same places, rows, epochs, batch and choice of the epoch
-    INT4, LoRA + PTWC       that model, merged, then compressed by --start without further training
+    INT4, LoRA + PTWC       that model, merged, then compressed by PTWC, the best method without training (docs/log.md)
     INT4, QAT + LoRA        nybble tune with the largest rank of the space alone
     INT4, QAT + NLS         nybble tune with the whole space
 
 Each is a run folder of its own in OUTPUT/TASK, so a comparison goes on where it stopped. Figures are lm-eval's on the task's test rows, with the
-standard error of their mean, sqrt(p (1 - p) / (n - 1)); that of the mean over tasks is the root of the summed squares over the number of tasks.
+standard error of their mean; that of the mean over tasks is the root of the summed squares over the number of tasks.
 Most rows are right, or wrong, in all columns, so what a column is better by is known more closely, from the differences row by row.
+Several comparisons, of seeds or settings, are put together by `nybble report` (columns.py).
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nybble import checkpoint, compress, evaluate, models, page, post_training, report, stages, tune, tuning
+from nybble import checkpoint, columns, evaluate, models, page, post_training, report, stages, tune, tuning
+from nybble.columns import Compared, Figure
 from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
 from nybble.errors import MissingExtraError, OptionError
@@ -33,30 +33,6 @@ from nybble.stages import Job
 from nybble.tune import Lesson
 
 log = logging.getLogger("nybble")
-
-COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A task's metric on `documents` test rows; `right`: a 1 or a 0 for each of them, where that is known."""
-
-    value: float
-    documents: int
-    right: str = ""
-
-    @property
-    def error(self) -> float:
-        """Standard error of a mean of zeros and ones."""
-        return math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
-
-    def less(self, other: Figure) -> tuple[float, float]:
-        """Difference to another figure of the same rows, and its standard error; the error is nan where rows are not known."""
-        if not self.right or len(self.right) != len(other.right):
-            return self.value - other.value, math.nan
-        gained, lost = (sum(pair == both for both in zip(self.right, other.right, strict=True)) for pair in (("1", "0"), ("0", "1")))
-        n, difference = len(self.right), (gained - lost) / len(self.right)
-        return difference, math.sqrt(((gained + lost) / n - difference**2) / max(n - 1, 1))
 
 
 def compare(options: TuneOptions) -> Path:
@@ -71,14 +47,13 @@ def compare(options: TuneOptions) -> Path:
         )
     if len(set(options.lora_rank_space)) < 2:
         raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
-    compress.parse(options.start, "--start")  # one of the columns is compressed by it, so a run will not do
     for task in options.compare:
         _check_task(task, options)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
     figures: dict[str, dict[str, Figure]] = {}
     for task in options.compare:
         figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
-        _write(figures, folder, options)
+        _show(columns.write(folder, tune.settled(options), figures))
     return folder
 
 
@@ -118,7 +93,7 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     compressed = CompressOptions(
         **same | {"pretrained": str(folder / "lora" / "merged")},
         data=(str(folder / "lora" / "texts"),), data_dir=options.data_dir, seq_len=checkpoint.read_results(folder / "lora")["text_length"],
-        method=options.start, output_dir=str(folder / "ptwc"), seed=options.seed, test_samples=options.test_samples, tasks=(task,),
+        method=columns.PTWC, output_dir=str(folder / "ptwc"), seed=options.seed, test_samples=options.test_samples, tasks=(task,),
         task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
@@ -148,7 +123,8 @@ def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:
     """A run's figure; the metric's name is that of the tuned run, where another kind of run does not say it."""
     column = report.task_column(checkpoint.read_results(named_by or run))
     measured, task = checkpoint.read_results(run)["models"][row], column.removeprefix("task:").split()[0]
-    return Figure(measured[column], int(measured[f"documents:{task}"]), measured.get(column.replace("task:", "right:", 1), ""))
+    right = measured.get(column.replace("task:", "right:", 1), "")
+    return Figure(measured[column], int(measured[f"documents:{task}"]), tuple(map(float, right)))
 
 
 # --- 16-bit LoRA --------------------------------------------------------------------------------------------------------------
@@ -199,55 +175,13 @@ def _train_lora(job: Job, lesson: Lesson) -> None:
 # --- what people read ---------------------------------------------------------------------------------------------------------
 
 
-def rows(figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a task each, then the mean."""
-    return _table(COLUMNS, {task: [(found[column].value, found[column].error) for column in COLUMNS] for task, found in figures.items()})
-
-
-def differences(figures: Mapping[str, Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: what the last column is better by than each of the others, row by row."""
-    *others, last = COLUMNS
-    return _table(others, {task: [found[last].less(found[column]) for column in others] for task, found in figures.items()}, f"{last}, less", "+")
-
-
-def _table(columns: Sequence[str], values: Mapping[str, list[tuple[float, float]]], heading: str = "task", sign: str = "") -> tuple[list[str], list[list[str]]]:
-    """Headings and rows in percent, of values and their standard errors by task; the last one is the mean over tasks."""
-    every = dict(values)
-    if len(values) > 1:
-        every["mean"] = [mean(column) for column in zip(*values.values(), strict=True)]
-
-    def cell(value: float, error: float) -> str:
-        return f"{100 * value:{sign}.1f}" + ("" if math.isnan(error) else f" +- {100 * error:.1f}")
-
-    return [heading, *columns], [[task, *(cell(*one) for one in found)] for task, found in every.items()]
-
-
-def mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean of values with independent standard errors, and its own."""
-    return sum(value for value, _ in values) / len(values), math.sqrt(sum(error**2 for _, error in values)) / len(values)
-
-
-def _write(figures: Mapping[str, Mapping[str, Figure]], folder: Path, options: TuneOptions) -> None:
-    table, paired = rows(figures), differences(figures)
-    runs = {f"{task}/{name}": checkpoint.read_results(folder / task / name) for task in figures for name in ("qat-nls", "qat-lora")}
-    tables = report.as_markdown(*table) + "\n\n" + report.as_markdown(*paired)
-    honest = options.select_on == "held_out"
-    losses = {task: runs[f"{task}/qat-nls"]["task"].get("loss_on", options.loss_on) for task in figures}
-    learnt = ", ".join(dict.fromkeys(losses.values()) if len(set(losses.values())) == 1 else (f"{loss} ({task})" for task, loss in losses.items()))
-    note = (
-        "Percent of the test rows that were right, and its standard error; in the second table, differences row by row. "
-        "Epochs were chosen on held-out rows, ranks "
-        + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
-        + f" The first two columns are computed in {next(iter(runs.values()))['dtype']}. Compression: {options.start}. "
-        f"Loss on: {learnt}. Seed {options.seed}."
-    )
-    values = {task: {column: [figure.value, figure.documents] for column, figure in found.items()} for task, found in figures.items()}
-    checkpoint.write_text(folder / "compare.json", json.dumps(values, indent=2) + "\n")
-    checkpoint.write_text(folder / "compare.md", f"# {options.pretrained}\n\n{tables}\n\n{note}\n")
+def _show(found: Compared) -> None:
+    """The tables as Markdown and as a page beside compare.json, and in the terminal."""
+    read, folder = columns.together([found]), found.folder
+    checkpoint.write_text(folder / "compare.md", read.markdown())
     if page.available():
-        bars = {task: {column: (figure.value, figure.error) for column, figure in found.items()} for task, found in figures.items()}
-        checkpoint.write_text(folder / "compare.html", page.tasks_page(options.pretrained, [table, paired], note, bars, runs))
-    console.print(report.as_table(*table))
-    console.print(report.as_table(*paired))
-    console.print(note, highlight=False)
-    console.print(f"{folder}/compare.md, compare.json" + (", compare.html" if page.available() else ""), highlight=False)
+        checkpoint.write_text(folder / "compare.html", read.html())
+    for table in read.tables:
+        console.print(report.as_table(*table))
+    console.print(read.note, highlight=False)
+    console.print(f"{folder}/compare.md, {columns.FILE}" + (", compare.html" if page.available() else ""), highlight=False)

@@ -293,21 +293,25 @@ def pad(texts: Sequence[Text], everything: bool = False) -> Batch:
 
 
 def encode_gold(tokenizer: Any, questions: Sequence[Question], length: int) -> list[Text]:
-    """The training texts: prompt and right answer, cut off at `length` tokens; an answer in the model's own words ends with the end-of-text token.
-    Those of whose answer nothing is left are left out, and counted.
+    """The training texts: prompt and right answer, cut off at `length` tokens (and it is said); an answer in the model's own words ends
+    with the end-of-text token. Those of whose answer nothing is left are left out, and counted.
 
     Raises:
         DataError: nothing is left of any.
     """
     end = data.end_tokens(tokenizer)
     encoded = [encode(tokenizer, *question.pairs[question.gold]) for question in questions]
-    encoded = [Text((text.ids + end if len(q.pairs) == 1 else text.ids)[:length], text.prompt) for q, text in zip(questions, encoded, strict=True)]
+    encoded = [Text(text.ids + end if len(q.pairs) == 1 else text.ids, text.prompt) for q, text in zip(questions, encoded, strict=True)]
+    cut = sum(text.first < length < len(text.ids) for text in encoded)
+    encoded = [Text(text.ids[:length], text.prompt) for text in encoded]
     texts = [text for text in encoded if text.answered]
     if not texts:
         shortest = min((text.prompt for text in encoded), default=0)
         raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {shortest}")
     if len(texts) < len(encoded):
         log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
+    if cut:
+        log.warning("%d of %d answers are learnt only up to token %d (--seq_len)", cut, len(encoded), length)
     return texts
 
 
