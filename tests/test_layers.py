@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble import insert
-from nybble.absorb import assert_absorbs_exactly, plain_linear
+from nybble.absorb import assert_absorbs_exactly, merge, plain_linear
 from nybble.grid import Grid, min_max
 from nybble.insert import step_cache
-from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear
+from nybble.layers import FakeQuantizedLoRALinear, LoRALinear, QuantizedLinear, ScaledCodesLinear
 from nybble.quantized import QuantizedWeight
 from tests.reference import quantizer as slow
 from tests.tiny import make_model
@@ -49,7 +49,7 @@ def test_absorb_is_the_forward_at_every_rank(dtype: torch.dtype, bias: bool) -> 
         assert torch.equal(layer(inputs), plain)
         with step_cache([layer], push=False):
             assert torch.equal(layer(inputs), plain)
-        assert torch.equal(plain_linear(absorbed, layer.bias, dtype)(inputs), plain)
+        assert torch.equal(plain_linear(absorbed.dequantize().to(dtype), layer.bias)(inputs), plain)
         seen.add(absorbed.codes_OI.numpy().tobytes())
     assert len(seen) > 1, "the adapters must change codes for this test to say anything"
 
@@ -296,3 +296,47 @@ def test_an_embedding_is_rounded_piece_by_piece_as_in_one(monkeypatch: pytest.Mo
     assert torch.equal(pieces.scale_OG, whole.scale_OG)
     assert torch.equal(models[1].model.embed_tokens.weight, models[0].model.embed_tokens.weight)
     assert torch.equal(whole.dequantize(), models[0].model.embed_tokens.weight.detach())
+
+
+def adapted(dtype: torch.dtype = torch.float32, tuned: bool = True) -> LoRALinear:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(24, 64, generator=generator) * 0.1).to(dtype), torch.randn(24, generator=generator).to(dtype)
+    layer = LoRALinear(weight, bias, 8, dtype, generator)
+    if tuned:
+        with torch.no_grad():
+            layer.lora_b.normal_(0, 0.1, generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize("active", [8, 3, 0])
+@pytest.mark.parametrize("cached", [True, False])
+def test_gradients_of_adapters_on_16_bit_weights_equal_float64(active: int, cached: bool) -> None:
+    layer = adapted()
+    layer.active_rank = active
+    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    upstream = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    with step_cache([layer]) if cached else contextlib.nullcontext():
+        (layer(inputs) * upstream).sum().backward()
+    a, b, x = (tensor.detach().double().requires_grad_() for tensor in (layer.lora_a, layer.lora_b, inputs))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    (F.linear(x, weight + b[:, :active] @ a[:active], bias) * upstream.double()).sum().backward()
+    expected = (a.grad, b.grad, x.grad)
+    for found, wanted in zip((layer.lora_a.grad, layer.lora_b.grad, inputs.grad), expected, strict=True):
+        torch.testing.assert_close(found.double(), torch.zeros_like(found).double() if wanted is None else wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_merged_is_what_was_trained(dtype: torch.dtype) -> None:
+    layer, inputs = adapted(dtype), torch.randn(5, 3, 64).to(dtype)
+    before = F.linear(inputs, layer.weight, layer.bias)
+    layer.active_rank = 3
+    computed = layer(inputs)
+    exact = layer.weight.double() + layer.lora_b[:, :3].double() @ layer.lora_a[:3].double()
+    model = torch.nn.Sequential(layer)
+    merge(model, {"0": layer})
+    assert type(model[0]) is torch.nn.Linear
+    assert torch.equal(model(inputs), computed)
+    assert not torch.equal(computed, before)
+    torch.testing.assert_close(model[0].weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    untrained = adapted(dtype, tuned=False)
+    assert torch.equal(untrained(inputs), F.linear(inputs, untrained.weight, untrained.bias))

@@ -17,6 +17,7 @@ from nybble.questions import Score
 from nybble.search import search
 from nybble.tune import Trained, put_in_place, reopened, tune
 
+from .test_families import interrupt_after
 from .test_tune import codes, options, results, write_task
 
 
@@ -196,6 +197,26 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert results(tmp_path / "run")["tested"][-1]["configuration"] == best["configuration"]
 
 
+def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while scales learn again, it ends as a run that was given these ranks."""
+    write_task(tmp_path / "letters.jsonl", 120)
+    changes: dict[str, Any] = {"epochs": 1, "scale_epochs": 2, "start": "se", "lora_rank_space": (8, 1), "adapters": "before"}
+    with monkeypatch.context() as patch:
+        patch.setattr("nybble.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})
+        tune(options(tmp_path, **changes))
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
+    assert list(results(tmp_path / "run")["models"]) == ["16bit", "learnt", "compressed"]
+    tune(options(tmp_path, resume=True, **changes))
+    found = results(tmp_path / "run")
+    assert found["configuration"] == found["applied"] != found["chosen"]
+    given = tuple(found["applied"])
+    tune(options(tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": given}))
+    assert codes(tmp_path / "run") == codes(tmp_path / "given")
+
+
 def test_given_ranks_that_were_replaced_are_not_tested_again(tmp_path: Path) -> None:
     given = {"epochs": 1, "lora_rank_space": (8, 1), "custom_rank_config": (8, 1)}
     tune(options(tmp_path, **given))
@@ -214,7 +235,7 @@ def test_exports_by_hand_are_made_again_after_an_interruption(tmp_path: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nybble.tune._absorb", killed)
+        patch.setattr("nybble.tune._save", killed)
         with reopened(options(tmp_path, epochs=1, lora_rank_space=(8, 1), resume=True)) as trained:
             put_in_place(trained, (1, 1))
     made: list[str] = []

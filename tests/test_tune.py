@@ -38,7 +38,7 @@ def options(folder: Path, **changes: Any) -> TuneOptions:
     base: dict[str, Any] = {
         "pretrained": str(model), "output_dir": str(folder / "run"), "task": str(task), "seq_len": 32, "epochs": 2, "batch_size": 8,
         "microbatch": 4, "lr": 1e-2, "lora_rank_space": (8, 4, 2), "num_min_loss_configs": 2, "export": (), "start": "rtn",
-        "save_every": 2, "tensorboard": False, "test_samples": 2,
+        "save_every": 2, "tensorboard": False, "test_samples": 2, "adapters": "inside",
     }  # fmt: skip
     return TuneOptions(**base | changes)
 
@@ -79,6 +79,98 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeyp
     tune(options(tmp_path, resume=True))
     assert codes(tmp_path / "run") == codes(tmp_path / "undisturbed")
     assert results(tmp_path / "run")["configuration"] == results(tmp_path / "undisturbed")["configuration"]
+
+
+def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
+    tune(options(tmp_path, epochs=6, adapters="before", start="se+gptq"))
+    found = results(tmp_path / "run")
+    models = found["models"]
+    assert list(models) == ["16bit", "learnt", "compressed", "tuned"]
+    likelihoods = {row: measured.get("task:letters log_likelihood") for row, measured in models.items()}
+    assert likelihoods["compressed"] is None, "it is not what ships, and held-out rows score it"
+    assert min(likelihoods["learnt"], likelihoods["tuned"]) > likelihoods["16bit"] + 0.5
+    assert found["scales"]["validation"][-1]["loss"] < found["scales"]["validation"][0]["loss"], "scales and norms have learnt too"
+    assert models["learnt"]["bytes"] == models["16bit"]["bytes"] > 2 * models["tuned"]["bytes"]
+    assert len(found["training"]) == 6 * (48 // 8)
+    assert len(found["scales"]["training"]) == 48 // 8
+    assert found["scales"]["best_step"] > 0
+    assert found["training"][-1]["loss"] < 0.5 * found["training"][0]["loss"]
+    candidates = found["candidates"]
+    assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [("median", {4}), ("largest", {8})]
+    assert found["configuration"] == max(candidates, key=lambda row: row["log_likelihood"])["configuration"]
+    assert "codes_changed" not in found, "there were none before"
+    written = (tmp_path / "run" / "report.md").read_text()
+    assert "| 16 bit, tuned |" in written
+    assert "## Validation of adapters" in written
+    assert "## Validation of scales and norms" in written
+    assert not (tmp_path / "run" / "compress").exists()
+
+
+def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed by rounding to nearest and not trained any further, the codes are those of weight + lora_b lora_a at the chosen ranks."""
+    from nybble import models
+    from nybble.grid import Grid, min_max, quantize
+
+    tune(options(tmp_path, adapters="before", scale_epochs=0, custom_rank_config=(8, 2)))
+    weights, _ = checkpoint.load_weights(tmp_path / "run" / "quantized")
+    adapters, _ = checkpoint.load_tensors(tmp_path / "run" / "best.safetensors")
+    plain = models.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
+    grid, moved = Grid(group_size=64), 0
+    for name, rank in (("model.layers.0.mlp.up_proj", 8), ("model.layers.1.self_attn.q_proj", 2)):
+        weight = plain.get_submodule(name).weight.detach()
+        merged = torch.addmm(weight, adapters[f"{name}.lora_b"][:, :rank], adapters[f"{name}.lora_a"][:rank])
+        scale, zero = min_max(merged, grid)
+        assert torch.equal(weights[name].codes_OI, quantize(merged, scale, zero, grid))
+        moved += int((quantize(weight, scale, zero, grid) != weights[name].codes_OI).sum())
+    assert moved > 100
+    assert "scales" not in results(tmp_path / "run")
+
+
+@pytest.mark.parametrize("steps", [3, 15])
+def test_interrupted_in_either_training_it_ends_with_the_same_bits(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"adapters": "before", "start": "se", "scale_epochs": 3}
+    tune(options(tmp_path, output_dir=str(tmp_path / "undisturbed"), **changes))
+    with monkeypatch.context() as patch:
+        interrupt_after(steps, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(options(tmp_path, **changes))
+    assert (tmp_path / "run" / "scales-last.safetensors").exists() == (steps > 12), "the adapters' are 12 steps, the scales' 18"
+    tune(options(tmp_path, resume=True, **changes))
+    assert codes(tmp_path / "run") == codes(tmp_path / "undisturbed")
+    resumed, undisturbed = (results(tmp_path / name) for name in ("run", "undisturbed"))
+    assert resumed["configuration"] == undisturbed["configuration"]
+    assert [row["loss"] for row in resumed["scales"]["training"]] == [row["loss"] for row in undisturbed["scales"]["training"]]
+
+
+def test_a_configuration_is_tried_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It scores what a run with it ships, and changes nothing in the run."""
+    run = options(tmp_path, adapters="before", start="se")
+    tune(run)
+    before, model = results(tmp_path / "run"), codes(tmp_path / "run")
+    tune(options(tmp_path, adapters="before", start="se", resume=True, eval_only=True, custom_rank_config=(2, 8)))
+    tune(options(tmp_path, adapters="before", start="se", resume=True, eval_only=True))
+    after = results(tmp_path / "run")
+    assert codes(tmp_path / "run") == model
+    assert not (tmp_path / "run" / "trial").exists()
+    assert {key: after[key] for key in before if key not in ("seconds", "peak_memory_bytes")} == {
+        key: before[key] for key in before if key not in ("seconds", "peak_memory_bytes")
+    }
+    tried, chosen = after["tested"]
+    assert chosen["acc"] == after["models"]["tuned"]["task:letters acc"]
+    assert chosen["configuration"] == after["configuration"] != tried["configuration"] == [2, 8]
+    shipped = options(tmp_path, adapters="before", start="se", output_dir=str(tmp_path / "other"), custom_rank_config=(2, 8))
+    tune(shipped)
+    assert tried["acc"] == results(tmp_path / "other")["models"]["tuned"]["task:letters acc"]
+    assert "letters.jsonl at ranks 2 8: acc" in capsys.readouterr().out
+
+
+def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None:
+    from nybble.errors import OptionError
+
+    tune(options(tmp_path, epochs=1))
+    with pytest.raises(OptionError, match="must be a method where adapters learn before the model has 4 bits; it is a folder with one"):
+        tune(options(tmp_path, adapters="before", start=str(tmp_path / "run"), output_dir=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("start", ["rtn", "se"])

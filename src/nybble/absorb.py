@@ -1,4 +1,4 @@
-"""Fake-quantized layers -> QuantizedWeight, bit for bit, and back to plain nn.Linear.
+"""Trained layers -> plain nn.Linear: fake-quantized ones by way of their QuantizedWeight, adapters on 16-bit weights by their sum; bit for bit.
 
 What leaves here is what the forward computed with. That is asserted on every layer of every run, with the adapters and without.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.layers import QuantizedLinear
+from nybble.layers import LoRALinear, QuantizedLinear
 from nybble.quantized import QuantizedWeight
 
 
@@ -27,10 +27,9 @@ def assert_absorbs_exactly(name: str, layer: QuantizedLinear) -> None:
         assert torch.equal(layer(inputs), plain), f"{name} at rank {rank}: absorbed codes differ from the forward; please report this"
 
 
-def plain_linear(quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """nn.Linear with the dequantized weight, frozen."""
-    weight_OI = quantized.dequantize().to(dtype)
-    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta", dtype=dtype)
+def plain_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
+    """nn.Linear with this weight, frozen."""
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta", dtype=weight_OI.dtype)
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -48,9 +47,21 @@ def absorb(model: Any, layers: dict[str, QuantizedLinear]) -> dict[str, Quantize
         layer.drop_step_cache()
         assert_absorbs_exactly(name, layer)
         absorbed = layer.absorb()
-        model.set_submodule(name, plain_linear(absorbed, layer.bias, layer.dtype))
+        model.set_submodule(name, plain_linear(absorbed.dequantize().to(layer.dtype), layer.bias))
         quantized[name] = absorbed.cpu()
     return quantized
+
+
+@torch.no_grad()
+def merge(model: Any, layers: dict[str, LoRALinear]) -> None:
+    """Replace every layer by a plain one with the weight of its forward at the active rank, in place, taking it out of `layers`."""
+    for name in list(layers):
+        layer = layers.pop(name)
+        layer.drop_step_cache()
+        plain = plain_linear(layer.made_weight(), layer.bias)
+        inputs = torch.randn(4, layer.in_features, device=layer.weight.device).to(layer.dtype)
+        assert torch.equal(layer(inputs), plain(inputs)), f"{name} at rank {layer.active_rank}: the merged weight differs from the forward; please report this"
+        model.set_submodule(name, plain)
 
 
 def codes_changed(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> tuple[float, dict[str, float]]:

@@ -4,13 +4,14 @@ config.toml          the options, resolved
 log.txt              what the console said since the folder exists, with times
 results.json         measurements and seconds per stage, growing; report.md is the same for people
 teacher/             the teacher's hidden states (train states are deleted when training is done)
-compress/            finished blocks of the compression (deleted when the 4-bit model is saved; kept by nybble tune, whose adapters can be tried at other ranks)
+compress/            finished blocks of the compression (deleted when the 4-bit model is saved, unless adapters inside the rounding may be tried at other ranks)
 last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
 best.safetensors     adapters and scales with the lowest validation loss
+scales-*.safetensors the same of nybble tune's second training, in 4 bits
 quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
 openvino/            exports
 and, where the run has them: self.safetensors (text that the model wrote), search.db (trials of nybble search), tensorboard/, report.html,
-merged/ and texts/ (16-bit LoRA of nybble tune --compare)
+trial/ (a configuration that is being tested), merged/ and texts/ (16-bit LoRA of nybble tune --compare)
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class Run:
     Use `Run.open`. `results` is what results.json holds; change it and call `save_results`.
     """
 
-    def __init__(self, path: Path, lock: IO[str], results: dict[str, Any]) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None, results: dict[str, Any]) -> None:
         self.path, self.results, self._lock = path, results, lock
 
     @staticmethod
@@ -200,7 +201,8 @@ class Run:
 
     def close(self) -> None:
         """Let go of the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -85,7 +85,8 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     nls, lora = run("qat-nls"), run("qat-lora", lora_rank_space=(largest,))
     last = ("tuned", *options.export)[-1]
     _unless_done(nls, tune.tune, last)
-    before = {row: measured for row, measured in checkpoint.read_results(nls.folder)["models"].items() if row in ("16bit", "compressed")}
+    alike = ("16bit",) if options.adapters == "before" else ("16bit", "compressed")
+    before = {row: measured for row, measured in checkpoint.read_results(nls.folder)["models"].items() if row in alike}
     _unless_done(lora, lambda options: tune.tune(options, before), last)
     full = run("lora", lora_rank_space=(largest,), export=())
     _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")

@@ -201,7 +201,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions):
-    """Tune a 4-bit model on a downstream task, with adapters of elastic rank whose best ranks are then chosen; export it, and measure it."""
+    """Tune a model on a downstream task, with adapters of elastic rank whose best ranks are then chosen, into a 4-bit model; export it, and measure it."""
 
     KIND: ClassVar[str] = "tune"
 
@@ -215,6 +215,9 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     loss_on: Literal["auto", "choices", "answer", "all"] = "auto"
     # 16-bit model tuned on the task, same vocabulary, whose predictions are learnt instead of the right answers (--compare leaves one in TASK/lora/merged).
     teacher: str | None = None
+    # before: adapters learn on the 16-bit weights; then these are compressed, and scales and norms learn in 4 bits.
+    # inside: adapters learn inside the rounding of a model that was compressed first.
+    adapters: Literal["before", "inside"] = "before"
     lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
     sampling: Literal["random", "sandwich"] = "random"  # A step trains one random configuration; or the largest, the smallest and a random one.
     num_min_loss_configs: int = 5  # Configurations with the least training loss that are candidates afterwards.
@@ -226,7 +229,9 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
+    scale_epochs: int = 1  # --adapters before: passes over the training rows with scales and norms in 4 bits, after the adapters' own.
     lr: float = 1e-3  # Peak learning rate of the adapters.
+    norm_lr: float = 5e-4  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
     warmup: float = 0.1  # Share of the steps with a rising rate.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
     start: str = "awq+se"
@@ -245,7 +250,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
         self.check_compression()
         self.check_run()
         self.check_training()
-        _require(self, ("train_rows", "select_rows", "num_min_loss_configs"), lambda value: value >= 0, "0 or more")
+        _require(self, ("norm_lr",), lambda value: 0 <= value < float("inf"), "0 or more")
+        _require(self, ("train_rows", "select_rows", "num_min_loss_configs", "scale_epochs"), lambda value: value >= 0, "0 or more")
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.dtype == "float16":
             raise OptionError(_FLOAT16)

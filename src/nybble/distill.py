@@ -76,7 +76,8 @@ def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.P
         steps, options.batch_size, options.seq_len, tokens / 1e6, seen, count,
     )  # fmt: skip
     states = options.seq_len * (count + len(sequences.validation) + len(sequences.test))
-    return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len)  # type: ignore[no-any-return]
+    copies = 2 if options.scale_lr and options.lora_rank else 1
+    return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len, copies)  # type: ignore[no-any-return]
 
 
 def _course(job: Job, states: Mapping[str, States], which: Tensor, layers: Mapping[str, QuantizedLinear]) -> Course:

@@ -1,4 +1,4 @@
-"""Put fake-quantized layers in place of nn.Linear, and 8-bit weights into embedding and head.
+"""Put layers that are trained in place of nn.Linear, and 8-bit weights into embedding and head.
 
 Plain module replacement, no graph tracing: a new model family works as soon as transformers has it.
 """
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nybble.compress import Start
 from nybble.families import family_of
 from nybble.grid import INT8_ROW, Grid, min_max
-from nybble.layers import FakeQuantizedLoRALinear, QuantizedLinear, ScaledCodesLinear, ShiftedWeight
+from nybble.layers import FakeQuantizedLoRALinear, LoRALinear, ScaledCodesLinear, ShiftedWeight, StepLinear
 from nybble.quantized import QuantizedWeight
 
 _ROWS = 4096  # of an embedding whose float32 copies exist at a time
@@ -46,6 +46,20 @@ def insert_codes(model: Any, starts: Mapping[str, QuantizedWeight], seed: int) -
     for name, start in starts.items():
         linear = model.get_submodule(name)
         layers[name] = ScaledCodesLinear(start.to(linear.weight.device), linear.bias, linear.weight.dtype, generator)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def insert_adapters(model: Any, names: Iterable[str], rank: int, seed: int) -> dict[str, LoRALinear]:
+    """Replace every layer named, in place, by one with adapters on its own 16-bit weight.
+
+    Returns: name -> layer, in the order of `names`. Until trained, the model computes as before.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        layers[name] = LoRALinear(linear.weight.detach(), linear.bias, rank, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
@@ -96,8 +110,8 @@ def settle_norms(model: Any) -> None:
 
 
 @contextmanager
-def step_cache(layers: Iterable[QuantizedLinear], push: bool = True) -> Iterator[None]:
-    """Quantize every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
+def step_cache(layers: Iterable[StepLinear], push: bool = True) -> Iterator[None]:
+    """Make every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
     layers = list(layers)
     try:
         for layer in layers:

@@ -1,22 +1,26 @@
-"""The layers that take the place of nn.Linear while a model is trained inside its 4 bits.
+"""The layers that take the place of nn.Linear while a model is trained.
+
+LoRALinear, 16-bit weights with adapters, for what is learnt before the weights are compressed:
+
+    output = input @ (weight + lora_b[:, :r] @ lora_a[:r]).T + bias                                     r = active_rank
 
 FakeQuantizedLoRALinear, whose adapters are inside the rounding, so that they vanish into the codes:
 
-    codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / start_scale) + zero, 0, 15)            r = active_rank
+    codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / start_scale) + zero, 0, 15)
     scale  = round7(start_scale * exp(log_scale_shift))
     W_q    = scale * (codes - zero)
     output = input @ W_q.T + bias
 
 ScaledCodesLinear, without adapters: the codes are those of the start and the only weight that is kept, a byte each; scales are trained.
 
-lora_b starts at zero, log_scale_shift somewhere in what rounds to the start: the untrained layer is exactly the compressed one.
+lora_b starts at zero, log_scale_shift somewhere in what rounds to the start: the untrained layer is exactly what it takes the place of.
 Codes are made with the scales of the start, so a trained scale moves no code: only adapters do.
 The shift is the logarithm of what the scale is multiplied with, so its learning rate is a relative one: 1e-3 moves a scale
 by about 0.1 % a step.
 
 The weights do not change within an optimizer step, which gives two ways to compute, with the same gradients:
-- recompute: W_q is made in every forward and again in every backward; nothing is kept.
-- step cache: `fill_step_cache` makes W_q once, and all microbatches run on it. With adapters and trained scales it is a leaf that adds up its gradient;
+- recompute: W_q (of LoRALinear the sum) is made in every forward and again in every backward; nothing is kept.
+- step cache: `fill_step_cache` makes it once, and all microbatches run on it. With adapters and trained scales it is a leaf that adds up its gradient;
   `push_step_cache` sends that gradient through the quantizer and the adapters once. Costs one weight, and with a leaf one gradient copy.
 
 Where no weight needs a leaf, no gradient of the size of a weight is kept. With D = grad_output, summed over tokens,
@@ -43,10 +47,10 @@ from nybble.quantized import QuantizedWeight
 
 
 class _ThinGradient(torch.autograd.Function):
-    """input @ W_q.T + bias, whose gradient reaches the adapters as if nothing were rounded; W_q is the layer's cache, or made again in the backward."""
+    """input @ W.T + bias, whose gradient reaches the adapters as if nothing were rounded; W is the layer's cache, or made again in the backward."""
 
     @staticmethod
-    def forward(ctx, layer: FakeQuantizedLoRALinear, inputs: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, layer: LoRALinear | FakeQuantizedLoRALinear, inputs: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.layer = layer
         ctx.save_for_backward(inputs, a_RI, b_OR)
         return F.linear(inputs, layer.weight_of_step(), layer.bias)
@@ -61,54 +65,36 @@ class _ThinGradient(torch.autograd.Function):
         return None, grad_inputs, grad_a.to(a_RI.dtype), grad_b.to(b_OR.dtype)
 
 
-class QuantizedLinear(nn.Module):
-    """What the layers share: scales that are trained, and the step cache.
+class StepLinear(nn.Module):
+    """What the layers share: a weight that is made of what is trained, in every forward or once a step.
 
     Args:
         shape: [O, I] of the weight.
-        scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
-        grid: of the codes.
         bias: [O] or None, frozen.
         dtype: of inputs and outputs; the weight is cast to it just before the matrix product.
-        generator: for the random start of log_scale_shift.
     """
 
     rank = active_rank = 0
 
-    def __init__(
-        self, shape: torch.Size, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None
-    ) -> None:
+    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.grid, self.dtype = grid, dtype
+        self.dtype = dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.start_scale: Tensor
-        self.zero: Tensor
-        self.register_buffer("start_scale", scale_OG.float())
-        self.register_buffer("zero", zero_OG.float())
-        self.log_scale_shift = nn.Parameter(g.shift_within_cell(self.start_scale, generator))
         self.step_weight: Tensor | None = None
 
-    def scale_OG(self) -> Tensor:
-        """Current scale, on the scale grid; float32, differentiable."""
-        return g.round_scale_through(self.start_scale * self.log_scale_shift.exp())
-
     def made_weight(self) -> Tensor:
-        """W_q in `dtype`, made anew."""
-        raise NotImplementedError
-
-    def absorb(self) -> QuantizedWeight:
-        """The codes of W_q."""
+        """The weight in `dtype`, made anew."""
         raise NotImplementedError
 
     @torch.no_grad()
     def weight_of_step(self) -> Tensor:
-        """W_q in `dtype`: the step cache, or made anew."""
+        """The weight in `dtype`: the step cache, or made anew."""
         return self.made_weight() if self.step_weight is None else self.step_weight
 
     @torch.no_grad()
     def fill_step_cache(self) -> None:
-        """Make W_q once for all microbatches until `push_step_cache`."""
+        """Make the weight once for all microbatches until `push_step_cache`."""
         self.step_weight = self.made_weight()
 
     def push_step_cache(self) -> None:
@@ -119,6 +105,79 @@ class QuantizedLinear(nn.Module):
     def drop_step_cache(self) -> None:
         """Forget the cache (after evaluation)."""
         self.step_weight = None
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank {self.active_rank} of {self.rank}"
+
+
+def _adapters(shape: torch.Size, rank: int, device: torch.device, generator: torch.Generator | None) -> tuple[nn.Parameter, nn.Parameter]:
+    """lora_a [R, I] and lora_b [O, R]; float32."""
+    outputs, inputs = shape
+    rank = min(rank, outputs, inputs)
+    # Uniform with variance 1 / I (peft's lora_A: a third of it); drawn on the CPU so that every device starts alike.
+    lora_a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * math.sqrt(3 / inputs)
+    return nn.Parameter(lora_a.to(device)), nn.Parameter(torch.zeros(outputs, rank, device=device))
+
+
+def _merged(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, rank: int) -> Tensor:
+    """weight + b @ a at a rank; float32, differentiable."""
+    return torch.addmm(weight_OI.float(), b_OR[:, :rank], a_RI[:rank]) if rank else weight_OI.float()
+
+
+class LoRALinear(StepLinear):
+    """Replaces nn.Linear while adapters are trained on 16-bit weights.
+
+    The forward computes with the sum rounded to `dtype`, the weight that `absorb.merge` leaves; gradients reach the adapters as if it were not.
+
+    Args:
+        weight_OI: frozen; the sum with the adapters is made in float32.
+        bias, dtype: see StepLinear.
+        rank: of the adapters, clamped to min(O, I).
+        generator: for the random start of lora_a.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias: Tensor | None, rank: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+        super().__init__(weight_OI.shape, bias, dtype)
+        self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+        self.lora_a, self.lora_b = _adapters(weight_OI.shape, rank, weight_OI.device, generator)
+        self.rank = self.active_rank = len(self.lora_a)
+
+    def made_weight(self) -> Tensor:
+        return _merged(self.weight, self.lora_a, self.lora_b, self.active_rank).to(self.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        r = self.active_rank
+        return _ThinGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
+
+
+class QuantizedLinear(StepLinear):
+    """What the 4-bit layers share: scales that are trained.
+
+    Args:
+        shape, bias, dtype: see StepLinear.
+        scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
+        grid: of the codes.
+        generator: for the random start of log_scale_shift.
+    """
+
+    def __init__(
+        self, shape: torch.Size, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> None:
+        super().__init__(shape, bias, dtype)
+        self.grid = grid
+        self.start_scale: Tensor
+        self.zero: Tensor
+        self.register_buffer("start_scale", scale_OG.float())
+        self.register_buffer("zero", zero_OG.float())
+        self.log_scale_shift = nn.Parameter(g.shift_within_cell(self.start_scale, generator))
+
+    def scale_OG(self) -> Tensor:
+        """Current scale, on the scale grid; float32, differentiable."""
+        return g.round_scale_through(self.start_scale * self.log_scale_shift.exp())
+
+    def absorb(self) -> QuantizedWeight:
+        """The codes of W_q."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"
@@ -145,22 +204,16 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> None:
-        (outputs, inputs), device = weight_OI.shape, weight_OI.device
-        rank = min(rank, outputs, inputs)
-        # Uniform with variance 1 / I (peft's lora_A: a third of it); drawn on the CPU so that every device starts alike.
-        lora_a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * math.sqrt(3 / inputs)
+        device = weight_OI.device
+        lora_a, lora_b = _adapters(weight_OI.shape, rank, device, generator)
         super().__init__(weight_OI.shape, scale_OG.to(device), zero_OG.to(device), grid, bias, dtype, generator)
-        self.rank = self.active_rank = rank
         self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
-        self.lora_a = nn.Parameter(lora_a.to(device))
-        self.lora_b = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.lora_a, self.lora_b = lora_a, lora_b
+        self.rank = self.active_rank = len(lora_a)
 
     def merged_OI(self) -> Tensor:
         """weight + lora_b @ lora_a at the active rank; float32, differentiable."""
-        weight_OI = self.weight.float()
-        if self.active_rank == 0:
-            return weight_OI
-        return torch.addmm(weight_OI, self.lora_b[:, : self.active_rank], self.lora_a[: self.active_rank])
+        return _merged(self.weight, self.lora_a, self.lora_b, self.active_rank)
 
     def quantized_OI(self) -> Tensor:
         """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""

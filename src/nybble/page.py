@@ -72,7 +72,11 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     """What the template shows of one run."""
     errors = results.get("layer_errors", {})
     charts = [
-        ("Loss and validation", _draw(_curves, results) if results.get("training") or results.get("validation") else ""),
+        *(
+            (f"Loss and validation{title}", _draw(_curves, {"task": results.get("task"), **training}))
+            for title, training in report.trainings(results)
+            if training.get("training") or training.get("validation")
+        ),
         ("Ranks", _draw(_ranks, results) if len(results.get("candidates", [])) > 1 else ""),
         ("Layers", _draw(_layers, results) if errors else ""),
         ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
@@ -148,7 +152,7 @@ def _curves(figure: Any, results: dict[str, Any]) -> None:
     training, validation = results.get("training", []), results.get("validation", [])
     left.plot([row["step"] for row in training], [row["loss"] for row in training], color=COLORS["tuned"], alpha=0.5, linewidth=1, label="training")
     steps = [row["step"] for row in validation]
-    if "task" in results:  # the losses of training and validation are not of the same thing: not on one axis
+    if results.get("task"):  # the losses of training and validation are not of the same thing: not on one axis
         left.set(xlabel="step", ylabel="training loss")
         right.set(xlabel="step", ylabel="held-out loss")
         right.plot(steps, [row["loss"] for row in validation], "o-", color=COLORS["compressed"])

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from nybble.errors import OptionError
-from nybble.layers import QuantizedLinear
+from nybble.layers import StepLinear
 
 log = logging.getLogger("nybble")
 
@@ -59,7 +59,7 @@ def check_configuration(values: Sequence[int], space: Sequence[int], count: int)
     return tuple(values)
 
 
-def activate(layers: Mapping[str, QuantizedLinear], configuration: Configuration) -> None:
+def activate(layers: Mapping[str, StepLinear], configuration: Configuration) -> None:
     """Set the rank of every layer, in place; a layer that is narrower keeps its own largest."""
     for name, block in decoder_layers(list(layers)).items():
         layers[name].active_rank = min(configuration[block], layers[name].rank)

@@ -18,6 +18,7 @@ MADE_HERE = "<!-- made by nybble report -->"
 ROWS = {
     "16bit": "16 bit",
     "lora16": "16 bit + LoRA",
+    "learnt": "16 bit, tuned",
     "compressed": "4 bit, compressed",
     "tuned": "4 bit, tuned (torch)",
     "openvino": "4 bit, tuned (OpenVINO)",
@@ -114,7 +115,7 @@ def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
     models, name, trained, task = results["models"], results["model"], tunes(results), "task" in results
     last = "openvino" if "openvino" in models else "lora16" if "lora16" in models else "tuned" if trained else "compressed"
-    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "compressed", last)
+    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "learnt" if "learnt" in models else "compressed", last)
     measured = [models.get(row, {}) for row in needed]
     metric = task_column(results) if task else "word_perplexity" if all("word_perplexity" in row for row in measured) else "token_perplexity"
     if not all(metric in row for row in measured):
@@ -124,12 +125,13 @@ def sentence(results: dict[str, Any]) -> str:
         return f"{name} tuned in 16 bit by LoRA: {heading(metric)} {after}, against {full} before."
     where, seconds, size = "OpenVINO" if last == "openvino" else "torch", results["seconds"], models[last]["bytes"]
     if trained:
-        text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against {before[0]} before tuning and {full} in 16 bit"
+        text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against "
+        text += f"{before[0]} tuned in 16 bit and {full}" if "learnt" in models else f"{before[0]} before tuning and {full} in 16 bit"
         repaired = None if task else improvement(models, last)
         if repaired is not None:
             text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
         text += " without tuning" if task else ""
-        text += f", in {seconds.get('train', 0) / 60:.1f} minutes of training"
+        text += f", in {sum(seconds.get(stage, 0) for stage in ('train', 'train scales')) / 60:.1f} minutes of training"
     else:
         text = f"{name} in 4 bits by {results['method']} ({where}): {heading(metric)} {after} against {full} in 16 bit"
         text += f", in {seconds.get('compress', 0):.0f} s of compression"
@@ -218,6 +220,11 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
     )
 
 
+def trainings(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Of what the run trained, and its losses: one training, or that of adapters on 16-bit weights and then that of scales and norms in 4 bits."""
+    return [(" of adapters", results), (" of scales and norms", results["scales"])] if "scales" in results else [("", results)]
+
+
 def _errors_markdown(results: dict[str, Any]) -> str:
     lines = [[name, *error_cells(error)] for name, error in results["layer_errors"].items()]
     return f"## Compression ({results.get('method', 'rtn')})\n\n{LAYER_NOTE}\n\n{as_markdown(LAYER_HEADINGS, lines)}"
@@ -236,10 +243,11 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
-    if results.get("validation"):
-        keys = [key for key in results["validation"][0] if key not in ("step", "tokens")]
-        lines = [[f"{measured['step']:.0f}", *(f"{measured[key]:.4f}" for key in keys)] for measured in results["validation"]]
-        parts.append("## Validation\n\n" + as_markdown(["step", *map(heading, keys)], lines))
+    for title, training in trainings(results):
+        if training.get("validation"):
+            keys = [key for key in training["validation"][0] if key not in ("step", "tokens")]
+            lines = [[f"{measured['step']:.0f}", *(f"{measured[key]:.4f}" for key in keys)] for measured in training["validation"]]
+            parts.append(f"## Validation{title}\n\n" + as_markdown(["step", *map(heading, keys)], lines))
     if results.get("candidates"):
         parts.append(_candidates_markdown(results))
     if "search" in results:

@@ -1,4 +1,10 @@
-"""The flow of `nybble tune`: a 4-bit model learns a downstream task, with adapters of elastic rank; then the best ranks are chosen.
+"""The flow of `nybble tune`: a model learns a downstream task, with adapters of elastic rank; the best ranks are chosen, and it gets 4 bits.
+
+load -> rows of the task -> insert -> train, a random configuration a step -> choose on held-out rows -> merge -> compress
+     -> train scales and norms in 4 bits -> absorb -> save -> export -> measure
+
+That is `--adapters before`: the adapters learn on 16-bit weights. With `--adapters inside` they learn inside the rounding of a model that is compressed first,
+as in the reference:
 
 load -> rows of the task -> compress -> insert -> train, a random configuration a step -> choose on held-out rows -> absorb -> save -> export -> measure
 
@@ -7,6 +13,7 @@ What is chosen (epoch, configuration) is chosen on held-out rows; the test rows 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +25,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nybble import absorb, checkpoint, data, evaluate, models, questions, ranks, report, stages, tuning
+from nybble import absorb, checkpoint, data, evaluate, insert, models, questions, ranks, report, stages, starts, tuning
+from nybble.checkpoint import Run
 from nybble.config import TuneOptions
 from nybble.console import bar, console
 from nybble.data import Rows
 from nybble.errors import DataError, ModelError, OptionError, RunError
-from nybble.layers import QuantizedLinear
+from nybble.layers import QuantizedLinear, StepLinear
 from nybble.losses import Head
 from nybble.quantized import QuantizedWeight
 from nybble.questions import Question, Score, Task, Text
@@ -44,6 +52,9 @@ PLAIN_ATTENTION = 160
 # Of the softmax over choices that are scored by length. At 1 the first steps follow the few questions that are most wrong; from 10 on, the model is driven
 # to margins that cost it its language (docs/log.md).
 TEMPERATURE = 4.0
+
+# The training in 4 bits that comes after the adapters' own: name of its checkpoints and results.
+SCALES = "scales"
 
 
 @dataclass(frozen=True)
@@ -78,14 +89,14 @@ class Trained:
     """A trained run, opened again: its layers hold the adapters of the best epoch.
 
     Attributes:
-        compressed: what the run started from, 8-bit weights included.
+        compressed: what the run started from, 8-bit weights included; None where the adapters learnt on 16-bit weights.
         reference: the 16-bit model's logits on the test sequences.
     """
 
     job: Job
     lesson: Lesson
-    layers: dict[str, QuantizedLinear]
-    compressed: dict[str, QuantizedWeight]
+    layers: dict[str, Any]  # of StepLinear
+    compressed: dict[str, QuantizedWeight] | None
     reference: evaluate.Logits
 
     def score(self, configuration: Configuration, rows: Sequence[Question]) -> Score:
@@ -141,6 +152,10 @@ def _check_trained(path: Path) -> None:
 def opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, Lesson]]:
     """The run's folder, model and rows; checks everything first. `custom`: a configuration to check too, or ()."""
     options = settled(options)
+    if options.adapters == "before" and starts.start_run(options.start):
+        raise OptionError(
+            f"--start {options.start} must be a method where adapters learn before the model has 4 bits; it is a folder with one; use --adapters inside"
+        )
     lessons: list[Lesson] = []
 
     def cut(options: TuneOptions, loaded: models.LoadedModel) -> Sequences:
@@ -243,7 +258,9 @@ def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan
              " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
     longest = max(_tokens(lesson))
     rows = None if lesson.choices else MOST_ROWS.get(loaded.model.device.type)
-    return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), sequences.test.ids.numel(), longest, rows)  # type: ignore[no-any-return]
+    copies = 2 if options.adapters == "inside" and options.scale_lr else 1
+    states = sequences.test.ids.numel()
+    return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), states, longest, copies, rows)  # type: ignore[no-any-return]
 
 
 def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
@@ -274,22 +291,35 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
 
 
 def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
-    run, options, loaded = job.run, job.options, job.loaded
+    run, options = job.run, job.options
     run.results["models"] = {**known, **run.results["models"]}
     run.results["task"] = described(lesson)
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
     if not job.quantized.exists():
-        compressed, layers = tuning.insert_layers(job, max(lesson.space))
-        with _for_measuring(options, layers):
-            stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
+        compressed, layers = _inserted(job, lesson)
+        if compressed is not None:
+            _measure_compressed(job, reference, compressed, layers)
         tuning.train_layers(run, options, layers, course(job, lesson, layers))
         chosen = tuple(run.results.get("applied", ())) or options.custom_rank_config or _choose(job, lesson, layers)
-        ranks.activate(layers, chosen)
-        _absorb(Trained(job, lesson, layers, compressed, reference), chosen)
+        _save(Trained(job, lesson, layers, compressed, reference), chosen)
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
+
+
+def _inserted(job: Job, lesson: Lesson) -> tuple[dict[str, QuantizedWeight] | None, dict[str, Any]]:
+    """All 4-bit weights as they start, or None with --adapters before; and the layers with adapters, in place."""
+    rank = max(lesson.space)
+    return (None, dict(tuning.insert_adapters(job, rank))) if job.options.adapters == "before" else tuning.insert_layers(job, rank)
+
+
+def _measure_compressed(
+    job: Job, reference: evaluate.Logits, compressed: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear], known: dict[str, Any] | None = None
+) -> None:
+    model = job.loaded.model
+    with _for_measuring(job.options, layers):
+        stages.measure(job, reference, "compressed", model, job.loaded.tokenizer, stages.size_of(model, compressed), known)
 
 
 def described(lesson: Lesson) -> dict[str, Any]:
@@ -349,7 +379,7 @@ def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
     return loss, len
 
 
-def course(job: Job, lesson: Lesson, layers: Mapping[str, QuantizedLinear]) -> Course:
+def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course:
     """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
     configuration."""
     options, loaded = job.options, job.loaded
@@ -413,7 +443,7 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
     return found
 
 
-def _choose(job: Job, lesson: Lesson, layers: Mapping[str, QuantizedLinear]) -> Configuration:
+def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Configuration:
     """The candidate with the best score on held-out rows; what each scored goes into the results."""
     run, options, found = job.run, job.options, candidates(job, lesson)
     on_test = options.select_on == "test"
@@ -439,7 +469,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, QuantizedLinear]) -> 
     return tuple(rows[best]["configuration"])
 
 
-def _for_measuring(options: TuneOptions, layers: Mapping[str, QuantizedLinear]) -> Any:
+def _for_measuring(options: TuneOptions, layers: Mapping[str, StepLinear]) -> Any:
     """Weights quantized once, with --fast_eval or where training does so too."""
     return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
 
@@ -454,10 +484,10 @@ def _test_metric(job: Job, lesson: Lesson) -> float:
 
 
 def _trained(job: Job, lesson: Lesson) -> Trained:
-    """Compress again (from the blocks that the run kept), and load the adapters."""
+    """Insert again (compressed from the blocks that the run kept), and load the adapters."""
     states = stages.teach(job, {"test": job.sequences.test}, 1)  # of the 16-bit model, which is gone afterwards
-    compressed, layers = tuning.insert_layers(job, max(lesson.space))
-    tensors, _ = checkpoint.load_tensors(job.run.path / "best.safetensors")
+    compressed, layers = _inserted(job, lesson)
+    tensors, _ = checkpoint.load_tensors(job.run.path / tuning.checkpoints()[1])
     with torch.no_grad():
         for name, tensor in tensors.items():
             layer, leaf = name.rsplit(".", 1)
@@ -468,55 +498,108 @@ def _trained(job: Job, lesson: Lesson) -> Trained:
 def _test_one(trained: Trained, custom: Configuration) -> None:
     """--eval_only: measure one configuration of a trained run on the task's test rows."""
     job, lesson, results = trained.job, trained.lesson, trained.job.run.results
-    chosen = custom or tuple(results.get("configuration", ())) or ranks.middle(lesson.space, lesson.count)
+    in_place = tuple(results.get("configuration", ()))
+    chosen = custom or in_place or ranks.middle(lesson.space, lesson.count)
     ranks.activate(trained.layers, chosen)
-    with job.run.stage("test"), _for_measuring(job.options, trained.layers):
-        value = _test_metric(job, lesson)
-    fast = job.options.fast_eval or job.options.cache == "step"
+    with job.run.stage("test"):
+        if trained.compressed is not None:
+            with _for_measuring(job.options, trained.layers):
+                value = _test_metric(job, lesson)
+        elif chosen == in_place and job.quantized.exists():
+            loaded = job.loaded
+            model, tokenizer, _ = checkpoint.load_quantized(job.quantized, loaded.model.dtype, job.options.trust_remote_code)
+            value = _test_metric(replace(job, loaded=replace(loaded, model=model.to(loaded.model.device), tokenizer=tokenizer)), lesson)
+        else:
+            with _aside(job) as trial:
+                _in_4_bits(replace(trained, job=trial))
+                value = _test_metric(trial, lesson)
+    fast = trained.compressed is None or job.options.fast_eval or job.options.cache == "step"
     tested = {"configuration": list(chosen), lesson.task.metric: value, "fast_eval": fast}
     results.setdefault("tested", []).append(tested)
     job.run.save_results()
-    if "warnings" in results:  # the run is finished
+    if report.finished(results):
         checkpoint.write_text(job.run.path / "report.md", report.markdown(results))
     console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
+
+
+@contextmanager
+def _aside(job: Job) -> Iterator[Job]:
+    """The same job in a folder of its own inside the run's, which is deleted afterwards: what is tried there changes nothing in the run."""
+    folder = job.run.path / "trial"
+    checkpoint.remove_folder(folder)
+    folder.mkdir()
+    try:
+        yield replace(job, run=Run(folder, None, copy.deepcopy(job.run.results)))
+    finally:
+        checkpoint.remove_folder(folder)
 
 
 def put_in_place(trained: Trained, chosen: Configuration) -> None:
     """Absorb another configuration than before; save, export and measure it. Killed in between, `nybble tune --resume` ends with the same."""
     job, results = trained.job, trained.job.run.results
     kinds = stages.kinds_of(job)
-    for row in ("tuned", *kinds):
+    for row in ("tuned", *kinds, *(("learnt", "compressed") if trained.compressed is None else ())):
         results["models"].pop(row, None)
     results["applied"] = list(chosen)
+    results.pop(SCALES, None)
     job.run.save_results()
     for name in (*kinds, job.quantized.name):
         checkpoint.remove_folder(job.run.path / name)
-    ranks.activate(trained.layers, chosen)
-    _absorb(trained, chosen)
+    for name in tuning.checkpoints(SCALES):
+        (job.run.path / name).unlink(missing_ok=True)
+    _save(trained, chosen)
     stages.measure_saved(job, trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
 
 
-def _absorb(trained: Trained, chosen: Configuration) -> None:
+def _save(trained: Trained, chosen: Configuration) -> None:
     """The layers, with the chosen ranks active, become the run's 4-bit model."""
+    job, loaded = trained.job, trained.job.loaded
+    ranks.activate(trained.layers, chosen)
+    job.run.results["configuration"] = list(chosen)
+    quantized = _in_4_bits(trained)
+    checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, quantized)
+    if trained.compressed is None:
+        checkpoint.remove_folder(job.run.path / "compress")  # of weights with these ranks; others are compressed anew
+
+
+def _in_4_bits(trained: Trained) -> dict[str, QuantizedWeight]:
+    """The layers, with the ranks that are active, become plain ones in place. Returns: all quantized weights."""
     job, results = trained.job, trained.job.run.results
-    results["configuration"] = list(chosen)
+    before, layers = _compress_learnt(trained) if trained.compressed is None else (trained.compressed, trained.layers)
     with job.run.stage("absorb"):
-        tuned = absorb.absorb(job.loaded.model, trained.layers)
-        results["codes_changed"], results["layer_codes_changed"] = absorb.codes_changed(trained.compressed, tuned)
-        job.run.save_results()
-        checkpoint.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, trained.compressed | tuned)
+        insert.settle_norms(job.loaded.model)
+        tuned = absorb.absorb(job.loaded.model, layers)
+        if trained.compressed is not None:
+            results["codes_changed"], results["layer_codes_changed"] = absorb.codes_changed(before, tuned)
+    return before | tuned
+
+
+def _compress_learnt(trained: Trained) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedLinear]]:
+    """Merge adapters into 16-bit weights, compress these, and train scales and norms on the task, with codes that stay. Returns: all quantized weights as
+    compressed; and the trained layers."""
+    job, model = trained.job, trained.job.loaded.model
+    absorb.merge(model, trained.layers)
+    stages.measure(job, trained.reference, "learnt", model, job.loaded.tokenizer, 2 * sum(p.numel() for p in model.parameters()))
+    compressed, layers = tuning.insert_layers(job, 0)
+    _measure_compressed(job, trained.reference, compressed, layers, {})  # what it scores, held-out rows say
+    options = replace(job.options, epochs=job.options.scale_epochs)
+    if options.epochs and (options.scale_lr or options.norm_lr):
+        norms = insert.train_norms(model) if options.norm_lr else {}
+        tuning.train_layers(job.run, options, layers, course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
+    return compressed, layers
 
 
 def _judge(job: Job, lesson: Lesson) -> list[str]:
     """Warnings in plain words."""
     results, warnings = job.run.results, []
     if results.get("best_step") == 0:
-        warnings.append("no epoch of tuning was better on held-out rows than the compressed start, so the start was kept; use more rows or another --lr")
+        warnings.append("no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr")
     if results.get("selected_on") == "test" and not report.replaced(results):
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
-    column = report.task_column(results)
-    before, after = (results["models"].get(row, {}).get(column) for row in ("compressed", "tuned"))
-    if before is not None and after is not None and after < before:
-        warnings.append(f"tuning made {report.heading(column)} on the test rows worse: {before:.4f} before, {after:.4f} after")
+    column, models = report.task_column(results), results["models"]
+    for before, after, what in (("16bit", "learnt", "the adapters"), ("compressed", "tuned", "tuning in 4 bits")):
+        values = [models.get(row, {}).get(column) for row in (before, after)]
+        if None not in values and values[1] < values[0]:
+            warnings.append(f"{what} made {report.heading(column)} on the test rows worse: {values[0]:.4f} before, {values[1]:.4f} after")
     return warnings

@@ -17,7 +17,7 @@ from nybble import checkpoint, estimate, insert, models, stages
 from nybble.checkpoint import Run
 from nybble.console import bar
 from nybble.errors import TrainingError
-from nybble.layers import QuantizedLinear
+from nybble.layers import LoRALinear, QuantizedLinear, StepLinear
 from nybble.quantized import QuantizedWeight
 from nybble.stages import Job
 from nybble.text import Sequences
@@ -61,7 +61,15 @@ class Course:
 
 
 def resolve(
-    options: Any, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, rank: int, states: int, length: int, rows: int | None = None
+    options: Any,
+    loaded: models.LoadedModel,
+    plan: models.Plan,
+    sequences: Sequences,
+    rank: int,
+    states: int,
+    length: int,
+    copies: int,
+    rows: int | None = None,
 ) -> Any:
     """Fill in cache and microbatch, print the estimate, refuse a disk that is too small, and warn of memory.
 
@@ -69,6 +77,7 @@ def resolve(
         rank: of the adapters.
         states: tokens whose teacher states are kept on the disk.
         length: tokens in the longest sequence that is trained on.
+        copies: of the weights that the step cache keeps.
         rows: at most so many in an automatic microbatch; None = what memory allows.
 
     Returns: the options.
@@ -84,10 +93,10 @@ def resolve(
     sizes = (shapes, rank, options.group_size)
     available = stages.free_memory(loaded)
     logits = stages.measured_logits(options, loaded, sequences)
-    cache, of_step = options.cache, 2 if options.scale_lr and rank else 1  # copies of the weights
+    cache = options.cache
     if cache == "auto":
-        cache = "step" if estimate.memory(*sizes, length, CHUNK, of_step, logits) < 0.7 * available else "recompute"
-    copies = of_step if cache == "step" else 0
+        cache = "step" if estimate.memory(*sizes, length, CHUNK, copies, logits) < 0.7 * available else "recompute"
+    copies = copies if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
     microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, most_tokens(device, loaded.model.dtype))
     calibration = stages.check_calibration(options, options.start, sequences)
@@ -101,25 +110,38 @@ def resolve(
 
 
 def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedLinear]]:
-    """Compress, and put trainable layers in place of the model's. Returns: all quantized weights as they start, on the CPU; and the layers."""
+    """Compress, and put 4-bit layers that are trained in place of the model's. Returns: all quantized weights as they start, on the CPU; and the layers."""
     starts, compressed = stages.compress_model(job, job.options.start)
     model, seed = job.loaded.model, job.options.seed
     codes = {name: compressed[name] for name in starts}
     layers: dict[str, QuantizedLinear] = {**(insert.insert(model, starts, job.grid, rank, seed) if rank else insert.insert_codes(model, codes, seed))}
-    job.run.results["lora_rank"] = rank
-    clamped = sum(layer.rank < rank for layer in layers.values())
-    if clamped:
-        log.info("rank %d clamped in %d layers that are narrower", rank, clamped)
+    _say_rank(job, layers, rank)
     return compressed, layers
 
 
-def train_layers(run: Run, options: Any, layers: Mapping[str, QuantizedLinear], course: Course, norms: Mapping[str, torch.nn.Parameter] | None = None) -> None:
-    """Train adapters, scales and `norms` (insert.train_norms); afterwards the model holds what was best on held-out text."""
+def insert_adapters(job: Job, rank: int) -> dict[str, LoRALinear]:
+    """Put layers with adapters on their 16-bit weights in place of those that will get 4 bits."""
+    layers = insert.insert_adapters(job.loaded.model, job.plan.int4, rank, job.options.seed)
+    _say_rank(job, layers, rank)
+    return layers
+
+
+def _say_rank(job: Job, layers: Mapping[str, StepLinear], rank: int) -> None:
+    job.run.results.setdefault("lora_rank", rank)
+    clamped = sum(layer.rank < rank for layer in layers.values())
+    if clamped:
+        log.info("rank %d clamped in %d layers that are narrower", rank, clamped)
+
+
+def train_layers(
+    run: Run, options: Any, layers: Mapping[str, StepLinear], course: Course, norms: Mapping[str, torch.nn.Parameter] | None = None, part: str = ""
+) -> None:
+    """Train adapters, scales and `norms` (insert.train_norms); afterwards the model holds what was best on held-out text. `part`: see `train`."""
     step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
     groups = _groups(options, layers)
     if norms:
         groups.append({"params": dict(norms), "lr": options.norm_lr, "weight_decay": 0.0})
-    train(run, options, groups, course, step)
+    train(run, options, groups, course, step, part)
 
 
 def train(
@@ -128,12 +150,14 @@ def train(
     groups: list[dict[str, Any]],
     course: Course,
     during_step: Callable[[], AbstractContextManager[None]] = nullcontext,
+    part: str = "",
 ) -> None:
     """Train parameters; afterwards they are those that were best on held-out text.
 
     Args:
         groups: see Trainer.
         during_step: what to hold around all microbatches of a step.
+        part: name of this training in a run that has several: of its checkpoints and of what it leaves in the results.
     """
     steps = course.steps_per_epoch * options.epochs
     trainer = Trainer(
@@ -146,7 +170,7 @@ def train(
         course.passes,
         course.enter,
     )
-    last, best = run.path / "last.safetensors", run.path / "best.safetensors"
+    last, best = (run.path / name for name in checkpoints(part))
     if last.exists():
         tensors, note = checkpoint.load_tensors(last)
         trainer.load_state(tensors)
@@ -168,7 +192,8 @@ def train(
     def stale() -> bool:
         return bool(0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history))
 
-    with run.stage("train"), _curves(run, options) as curves, bar("train", steps, "loss") as advance:
+    stage = " ".join(filter(None, ("train", part)))
+    with run.stage(stage), _curves(run, options, part) as curves, bar(stage, steps, "loss") as advance:
         advance(progress.step)
         try:
             if not progress.history:
@@ -190,29 +215,36 @@ def train(
             raise TrainingError(
                 "the device must hold one microbatch; it ran out of memory; go on with --resume after a smaller --microbatch or --cache recompute"
             ) from error
-    run.results |= {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
+    found = {"training": progress.curve, "validation": progress.history, "best_step": progress.best_step}
+    run.results |= {part: found} if part else found
     tensors, _ = checkpoint.load_tensors(best)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(tensors[name])
 
 
-def _groups(options: Any, layers: Mapping[str, QuantizedLinear]) -> list[dict[str, Any]]:
+def checkpoints(part: str = "") -> tuple[str, str]:
+    """Names of a training's newest and best checkpoint."""
+    prefix = f"{part}-" if part else ""
+    return f"{prefix}last.safetensors", f"{prefix}best.safetensors"
+
+
+def _groups(options: Any, layers: Mapping[str, StepLinear]) -> list[dict[str, Any]]:
     adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() if layer.rank for leaf in ("lora_a", "lora_b")}
-    scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items()}
+    scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
     for shift in scales.values():
         shift.requires_grad_(options.scale_lr > 0)  # without, the layers need no gradient of the size of a weight
     groups = [{"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay}] if adapters else []
-    return [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}] if options.scale_lr else groups
+    return [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}] if scales and options.scale_lr else groups
 
 
-def fixed_weights(options: Any, layers: Mapping[str, QuantizedLinear]) -> AbstractContextManager[None]:
-    """For measuring: quantize once, where the memory for it was found."""
+def fixed_weights(options: Any, layers: Mapping[str, StepLinear]) -> AbstractContextManager[None]:
+    """For measuring: make the weights once, where the memory for it was found."""
     return insert.step_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
 
 
 @contextmanager
-def _curves(run: Run, options: Any) -> Iterator[Callable[[int, dict[str, float]], None]]:
+def _curves(run: Run, options: Any, part: str) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """TensorBoard, where it is wanted and installed."""
     try:
         if not options.tensorboard:
@@ -227,6 +259,6 @@ def _curves(run: Run, options: Any) -> Iterator[Callable[[int, dict[str, float]]
 
         def write(step: int, values: dict[str, float]) -> None:
             for key, value in values.items():
-                writer.add_scalar(key, value, step)
+                writer.add_scalar(f"{part} {key}".strip(), value, step)
 
         yield write
