@@ -56,7 +56,9 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert checkpoint.read_options(folder / "openbookqa" / "ptwc")["pretrained"] == str(folder / "openbookqa" / "lora" / "merged")
     assert (found["ptwc"]["method"], found["qat-nls"]["method"]) == ("awq+se+gptq", "se")
     assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"].value
-    assert len(scored) == 6, "one measurement for each column, and one of the start"
+    assert len(scored) == 7, "one measurement for each column, and one of both tuned models before compression"
+    steps = {name: [len(found[name]["training"]), len(found[name].get("scales", {}).get("training", []))] for name in ("qat-nls", "qat-lora", "lora")}
+    assert steps == {"qat-nls": [6, 6], "qat-lora": [6, 6], "lora": [12, 0]}, "as many steps in all"
     assert found["lora"]["training"][-1]["loss"] != found["qat-lora"]["training"][-1]["loss"]
     rights = [found[run]["models"][row]["right:openbookqa acc_norm"] for run, row in (("qat-nls", "16bit"), ("qat-nls", "tuned"), ("ptwc", "compressed"))]
     for right, column in zip(rights, ("BF16", "INT4, QAT + NLS", "INT4, LoRA + PTWC"), strict=True):

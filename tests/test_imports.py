@@ -9,7 +9,7 @@ ORDER = [
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
     "layers", "insert", "losses", "teacher", "train", "ranks", "absorb", "checkpoint", "writing", "estimate",
     "export", "export.openvino", "evaluate", "questions", "report", "page", "console",
-    "starts", "text", "stages", "post_training", "tuning", "distill", "tune", "search", "columns", "compare", "commands", "cli",
+    "starts", "text", "stages", "post_training", "tuning", "distill", "lessons", "tune", "search", "columns", "compare", "commands", "cli",
     "", "__main__",
 ]  # fmt: skip
 

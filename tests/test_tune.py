@@ -669,10 +669,10 @@ def test_a_run_of_another_command_is_not_gone_on_with(tmp_path: Path, capsys: py
 def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> None:
     """As `docs/method.md` says: softmax of log p, by length / 4 times the mean length of the question's choices / its own; fewer choices count for nothing."""
     from nybble import questions
+    from nybble.lessons import Lesson, _choice_loss
     from nybble.losses import Head
     from nybble.models import LoadedModel
     from nybble.questions import Question, Task
-    from nybble.tune import Lesson, _choice_loss
 
     from .tiny import make_model, make_tokenizer
 
@@ -696,7 +696,7 @@ def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> No
 
 @pytest.mark.parametrize(("limit", "used"), [(160, "eager"), (4, "sdpa")])
 def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import tune as module
+    from nybble import lessons as module
 
     seen = []
     original = module._choice_loss

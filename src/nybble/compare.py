@@ -1,7 +1,7 @@
 """`nybble tune --compare TASK...`: what tuning in 4 bits is worth, in the five columns in which it is published.
 
     BF16                    the model as it came
-    BF16 + LoRA             tuned in 16 bit by the peft library: same places, rows, epochs, batch and choice of the epoch
+    BF16 + LoRA             tuned in 16 bit by the peft library: same places, rows, batch and choice of the epoch, as many epochs as nybble tune takes in all
     INT4, LoRA + PTWC       that model, merged, then compressed by PTWC, the best method without training (docs/log.md)
     INT4, QAT + LoRA        nybble tune with the largest rank of the space alone
     INT4, QAT + NLS         nybble tune with the whole space
@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble import checkpoint, columns, evaluate, models, page, post_training, report, stages, tune, tuning
+from nybble import checkpoint, columns, evaluate, lessons, models, page, post_training, report, stages, tune, tuning
 from nybble.columns import Compared, Figure
 from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
 from nybble.errors import MissingExtraError, OptionError
+from nybble.lessons import Lesson
 from nybble.stages import Job
-from nybble.tune import Lesson
 
 log = logging.getLogger("nybble")
 
@@ -88,7 +88,8 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     alike = ("16bit",) if options.adapters == "before" else ("16bit", "compressed")
     before = {row: measured for row, measured in checkpoint.read_results(nls.folder)["models"].items() if row in alike}
     _unless_done(lora, lambda options: tune.tune(options, before), last)
-    full = run("lora", lora_rank_space=(largest,), export=())
+    passes = options.epochs + (options.scale_epochs if options.adapters == "before" else 0)
+    full = run("lora", lora_rank_space=(largest,), export=(), epochs=passes)
     _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")
     same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
     compressed = CompressOptions(
@@ -135,7 +136,7 @@ def tune_16bit(options: TuneOptions, before: dict[str, Any]) -> Path:
     """The same tuning of the 16-bit model, by peft; the merged model is written to the run's folder `merged`. `before`: what that model measured."""
     with tune.opened(options, ()) as (job, lesson):
         run = job.run
-        run.results["task"] = tune.described(lesson)
+        run.results["task"] = lessons.described(lesson)
         run.results["text_length"] = job.sequences.test.ids.shape[1]
         run.results["models"].setdefault("16bit", before)
         reference = evaluate.logits_from_states(job.head, stages.teach(job, {"test": job.sequences.test}, 1)["test"])
@@ -169,7 +170,7 @@ def _train_lora(job: Job, lesson: Lesson) -> None:
     adapters: dict[str, nn.Parameter] = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     log.info("16-bit LoRA by peft: %d adapters of rank %d, scaled by 2", len(adapters) // 2, rank)
     groups = [{"params": adapters, "lr": job.options.lr, "weight_decay": job.options.weight_decay}]
-    tuning.train(job.run, job.options, groups, tune.course(job, lesson, {}))
+    tuning.train(job.run, job.options, groups, lessons.course(job, lesson, {}))
     wrapped.merge_and_unload()
 
 

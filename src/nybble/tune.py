@@ -14,74 +14,32 @@ What is chosen (epoch, configuration) is chosen on held-out rows; the test rows 
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from nybble import absorb, checkpoint, data, evaluate, insert, models, questions, ranks, report, stages, starts, tuning
+from nybble import absorb, checkpoint, evaluate, insert, lessons, models, ranks, report, stages, starts, tuning
 from nybble.checkpoint import Run
 from nybble.config import TuneOptions
 from nybble.console import bar, console
-from nybble.data import Rows
-from nybble.errors import DataError, ModelError, OptionError, RunError
+from nybble.errors import OptionError, RunError
 from nybble.layers import QuantizedLinear, StepLinear
-from nybble.losses import Head
+from nybble.lessons import Lesson
 from nybble.quantized import QuantizedWeight
-from nybble.questions import Question, Score, Task, Text
+from nybble.questions import Question, Score
 from nybble.ranks import Configuration
 from nybble.stages import Job
-from nybble.text import NO_ROWS, Sequences
-from nybble.tuning import Course
+from nybble.text import Sequences
 
 log = logging.getLogger("nybble")
 
-# Rows in a microbatch, where it costs little to have few: padding doubles the tokens of 16 rows, but adds a fifth to those of 4 of like length (docs/log.md).
-MOST_ROWS = {"cpu": 4}
-
-
-# Up to so many tokens in a text, the fused attention of torch on a CPU takes longer than its plain products: a step on openbookqa an eighth (docs/log.md).
-PLAIN_ATTENTION = 160
-
-# Of the softmax over choices that are scored by length. At 1 the first steps follow the few questions that are most wrong; from 10 on, the model is driven
-# to margins that cost it its language (docs/log.md).
-TEMPERATURE = 4.0
-
 # The training in 4 bits that comes after the adapters' own: name of its checkpoints and results.
 SCALES = "scales"
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a task gives to a run.
-
-    Attributes:
-        task: rows.
-        loss_on: choices, answer or all.
-        texts: encoded training texts: prompts with their right answers.
-        choices: of the training rows, every choice encoded, where it is those that are learnt; else none.
-        held_out: the rows that are chosen by.
-        fresh: held-out rows that nothing is chosen by.
-        space: ranks.
-        count: decoder layers.
-        teacher: of --teacher, as long as there is training to be done.
-    """
-
-    task: Task
-    loss_on: str
-    texts: Sequence[Text]
-    choices: Sequence[Sequence[Text]]
-    held_out: Sequence[Question]
-    fresh: Sequence[Question]
-    space: tuple[int, ...]
-    count: int
-    teacher: Any = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +60,8 @@ class Trained:
     def score(self, configuration: Configuration, rows: Sequence[Question]) -> Score:
         """Of one configuration on held-out rows."""
         ranks.activate(self.layers, configuration)
-        with _for_measuring(self.job.options, self.layers):
-            return _score(self.job, self.lesson, rows)
+        with lessons.for_measuring(self.job.options, self.layers):
+            return lessons.score(self.job, self.lesson, rows)
 
 
 def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None) -> Path:
@@ -156,135 +114,17 @@ def opened(options: TuneOptions, custom: Configuration) -> Iterator[tuple[Job, L
         raise OptionError(
             f"--start {options.start} must be a method where adapters learn before the model has 4 bits; it is a folder with one; use --adapters inside"
         )
-    lessons: list[Lesson] = []
+    prepared: list[Lesson] = []
 
     def cut(options: TuneOptions, loaded: models.LoadedModel) -> Sequences:
-        lessons.append(_prepare(options, loaded, options.lora_rank_space, custom))
-        return _sequences(options, loaded, lessons[0])
+        prepared.append(lessons.prepare(options, loaded, options.lora_rank_space, custom))
+        return lessons.sequences_of(options, loaded, prepared[0])
 
     def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> TuneOptions:
-        return _resolve(options, loaded, plan, sequences, lessons[0])
+        return lessons.resolve(options, loaded, plan, sequences, prepared[0])
 
     with stages.opened(options, options.start, "--start", cut, resolve) as job:
-        yield replace(job, score=_own_score(job, lessons[0])), lessons[0]
-
-
-# --- before training ----------------------------------------------------------------------------------------------------------
-
-
-def _prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int, ...], custom: Configuration) -> Lesson:
-    task = questions.load_task(options.task, options.data_dir, options.seed, options.train_rows)
-    count = len(set(ranks.decoder_layers(list(models.plan(loaded.model).int4)).values()))
-    if custom:
-        ranks.check_configuration(custom, space, count)
-    loss_on = _loss_on(options, task)
-    choices = questions.encode_choices(loaded.tokenizer, task.train, options.seq_len) if loss_on == "choices" else []
-    texts = _right(task.train, choices) if choices else questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
-    if len(texts) < options.batch_size:
-        raise OptionError(f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows")
-    order = data.order(len(task.held_out), len(task.held_out), options.seed)
-    held_out = [task.held_out[i] for i in order.tolist()]
-    count_held = options.select_rows or len(held_out)
-    held_out, fresh = held_out[:count_held], held_out[count_held:]
-    log.info("%s: %d rows to train on (loss on %s), %d held out to choose by, reported as %s", task.name, len(texts), loss_on, len(held_out), task.metric)
-    return Lesson(task, loss_on, texts, choices, held_out, fresh, space, count, _teacher(options, loaded))
-
-
-def _right(asked: Sequence[Question], encoded: Sequence[Sequence[Text]]) -> list[Text]:
-    return [texts[question.gold] for question, texts in zip(asked, encoded, strict=True)]
-
-
-def _loss_on(options: TuneOptions, task: Task) -> str:
-    """--loss_on with auto resolved; OptionError for choices where there are none."""
-    alternatives = all(len(question.pairs) > 1 for question in task.train)
-    if options.loss_on == "choices" and not alternatives:
-        raise OptionError(f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer")
-    return options.loss_on if options.loss_on != "auto" else "choices" if alternatives else "answer"
-
-
-def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
-    """The model of --teacher; None without, or where training is over."""
-    if not options.teacher or ((options.folder / "quantized").exists() and not options.overwrite):
-        return None
-    try:
-        model = models.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
-    except ModelError as error:
-        raise ModelError(str(error).replace("--pretrained", "--teacher")) from error
-    theirs, ours = (loaded.get_output_embeddings().weight.shape[0] for loaded in (model, student.model))
-    if theirs != ours:
-        raise ModelError(f"--teacher must have the vocabulary of --pretrained, {ours} tokens; {options.teacher} has {theirs}; tune --pretrained itself for it")
-    return model
-
-
-def _sequences(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
-    """Right answers as running text, for calibration and for perplexity and KL beside the task's own measure."""
-    tokenizer, task = loaded.tokenizer, lesson.task
-    end = data.end_tokens(tokenizer)
-
-    def joined(texts: Sequence[Text]) -> torch.Tensor:
-        return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
-
-    questions.encode_choices(tokenizer, task.scored, options.seq_len)  # raises now what would be raised at the end
-    held_out = joined(_right(task.held_out, questions.encode_choices(tokenizer, task.held_out, options.seq_len)))
-    train = joined(lesson.texts)
-    length = text_length(options, len(train), len(held_out))
-    calibration, test = (data.cut(tokens, length, data.begin_tokens(tokenizer)) for tokens in (train, held_out))
-    calibration = calibration[data.order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
-    rows = repr((lesson.texts, task.train, lesson.held_out, lesson.fresh, task.scored))
-    others = {"rows of the task": hashlib.sha256(rows.encode()).hexdigest()[:16]}
-    if lesson.teacher is not None:
-        others["teacher"] = models.identity(lesson.teacher)
-    measured = Rows.of(test[: options.test_samples or None])
-    return Sequences(NO_ROWS, calibration, NO_ROWS, measured, f"held-out rows of {task.name} with their right answers", others)
-
-
-def text_length(options: TuneOptions, train: int, held_out: int) -> int:
-    """Tokens in a sequence of running text: 256, or less where there are too few to calibrate with 8 sequences and measure on one.
-
-    Raises:
-        DataError: fewer than 8 sequences of 16 tokens.
-    """
-    length = 256
-    while length > 16 and (length > options.seq_len or train < 9 * length or held_out < 2 * length):
-        length //= 2
-    if train < 9 * length or held_out < length + 1:
-        raise DataError(f"the rows of --task must have at least {9 * length} tokens to train on and {length + 1} held out; got {train} and {held_out}")
-    return length
-
-
-def _resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, lesson: Lesson) -> TuneOptions:
-    steps = _steps_per_epoch(options, lesson)
-    log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
-             " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
-    longest = max(_tokens(lesson))
-    rows = None if lesson.choices else MOST_ROWS.get(loaded.model.device.type)
-    copies = 2 if options.adapters == "inside" and options.scale_lr else 1
-    states = sequences.test.ids.numel()
-    return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), states, longest, copies, rows)  # type: ignore[no-any-return]
-
-
-def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
-    return len(lesson.texts) // options.batch_size
-
-
-def _tokens(lesson: Lesson) -> list[int]:
-    """Tokens that go through the model for each training row."""
-    return [questions.tokens_of(choices) for choices in lesson.choices] or [len(ids) for ids, _ in lesson.texts]
-
-
-def _own_score(job: Job, lesson: Lesson) -> Any:
-    """A task of one's own is scored here, not by lm-eval."""
-    scored, name = lesson.task.scored[: job.options.task_limit], Path(lesson.task.name).stem
-
-    def score(model: Any, tokenizer: Any) -> dict[str, float]:
-        if not scored:
-            return {}
-        head = Head.of(model) if model.get_output_embeddings() is not None else None  # exported models have none
-        found = questions.score(model, head, tokenizer, scored, lesson.task.by_length, job.options.seq_len)
-        measured = {f"task:{name} log_likelihood": found.log_likelihood, f"documents:{name}": len(scored)}
-        return measured if found.accuracy is None else {f"task:{name} acc": found.accuracy} | measured
-
-    return score
+        yield replace(job, score=lessons.own_score(job, prepared[0])), prepared[0]
 
 
 # --- the flow -----------------------------------------------------------------------------------------------------------------
@@ -293,7 +133,7 @@ def _own_score(job: Job, lesson: Lesson) -> Any:
 def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     run, options = job.run, job.options
     run.results["models"] = {**known, **run.results["models"]}
-    run.results["task"] = described(lesson)
+    run.results["task"] = lessons.described(lesson)
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
@@ -301,7 +141,7 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
         compressed, layers = _inserted(job, lesson)
         if compressed is not None:
             _measure_compressed(job, reference, compressed, layers)
-        tuning.train_layers(run, options, layers, course(job, lesson, layers))
+        tuning.train_layers(run, options, layers, lessons.course(job, lesson, layers))
         chosen = tuple(run.results.get("applied", ())) or options.custom_rank_config or _choose(job, lesson, layers)
         _save(Trained(job, lesson, layers, compressed, reference), chosen)
     stages.measure_saved(job, reference, "tuned")
@@ -318,106 +158,8 @@ def _measure_compressed(
     job: Job, reference: evaluate.Logits, compressed: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear], known: dict[str, Any] | None = None
 ) -> None:
     model = job.loaded.model
-    with _for_measuring(job.options, layers):
+    with lessons.for_measuring(job.options, layers):
         stages.measure(job, reference, "compressed", model, job.loaded.tokenizer, stages.size_of(model, compressed), known)
-
-
-def described(lesson: Lesson) -> dict[str, Any]:
-    """For the results."""
-    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on}
-
-
-def _configuration(options: TuneOptions, lesson: Lesson, step: int, number: int) -> Configuration:
-    """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other."""
-    if options.sampling == "sandwich" and number < 2:
-        return ranks.uniform((max, min)[number](lesson.space), lesson.count)
-    return ranks.sample(lesson.space, lesson.count, options.seed, step)
-
-
-# Indices of rows [M] -> their mean loss; and how much of it they are, by which a microbatch counts in its batch.
-_Loss = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], int]]
-
-
-def _token_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
-    """Of each token of the answers (--loss_on all: of the prompts too): -log p, or KL to the teacher."""
-    model, head, everything = loaded.model, Head.of(loaded.model), lesson.loss_on == "all"
-    teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
-    learnt = torch.tensor([len(text.ids) - 1 if everything else text.answered for text in lesson.texts])
-
-    def loss(indices: torch.Tensor) -> torch.Tensor:
-        batch = questions.pad([lesson.texts[i] for i in indices.tolist()], everything)
-        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
-
-    return loss, lambda indices: int(learnt[indices].sum())
-
-
-def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
-    """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's.
-
-    What is shared out is log p(answer), as it is scored; where the metric counts it by length, times the mean length of its question's choices / its own, at
-    TEMPERATURE. (By character, as it is scored, the shares are nearly flat: 1.41 nats before training on openbookqa, where guessing gives 1.39.)
-    """
-    asked = lesson.task.train
-    gold = torch.tensor([question.gold for question in asked])
-    factors = torch.ones(len(asked), max(map(len, lesson.choices)))
-    if lesson.task.by_length:
-        for row, question in zip(factors, asked, strict=True):
-            row[: len(question.lengths)] = sum(question.lengths) / len(question.lengths) / torch.tensor(question.lengths) / TEMPERATURE
-
-    def scores(model: Any, indices: torch.Tensor) -> torch.Tensor:
-        found = questions.choice_log_probs(model, Head.of(model), [lesson.choices[i] for i in indices.tolist()])
-        return found * factors[indices, : found.shape[1]].to(found.device)
-
-    def loss(indices: torch.Tensor) -> torch.Tensor:
-        found = scores(loaded.model, indices)
-        if lesson.teacher is None:
-            return F.cross_entropy(found, gold[indices].to(found.device))
-        with torch.no_grad():
-            taught = scores(lesson.teacher, indices)
-        return F.kl_div(found.log_softmax(-1).masked_fill(found.isinf(), 0), taught.softmax(-1), reduction="batchmean")
-
-    return loss, len
-
-
-def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course:
-    """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
-    configuration."""
-    options, loaded = job.options, job.loaded
-    if loaded.model.device.type == "cpu" and max(len(text.ids) for texts in (lesson.choices or [lesson.texts]) for text in texts) <= PLAIN_ATTENTION:
-        loaded.model.set_attn_implementation("eager")
-    steps = _steps_per_epoch(options, lesson)
-    lengths = torch.tensor(_tokens(lesson))
-    order = data.order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
-    loss, counted = (_choice_loss if lesson.choices else _token_loss)(loaded, lesson)
-
-    def draw(step: int) -> torch.Tensor:
-        """By length, so that a microbatch has little padding."""
-        rows = order[step * options.batch_size : (step + 1) * options.batch_size]
-        return rows[lengths[rows].argsort(stable=True)]
-
-    def validate() -> dict[str, float]:
-        ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
-        with _for_measuring(options, layers):
-            found = _score(job, lesson, lesson.held_out)
-        return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
-
-    return Course(
-        steps_per_epoch=steps,
-        draw=draw,
-        loss=loss,
-        tokens=counted,
-        validate=validate,
-        criterion="loss",
-        pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
-        describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
-        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 else 1,
-        enter=lambda step, number: ranks.activate(layers, _configuration(options, lesson, step, number)),
-    )
-
-
-def _score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
-    model = job.loaded.model
-    return questions.score(model, Head.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------------------
@@ -452,8 +194,8 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Confi
     with run.stage("choose"), bar("choose", len(found), "best") as advance:
         for configuration, why in found.items():
             ranks.activate(layers, configuration)
-            with _for_measuring(options, layers):
-                score = _score(job, lesson, lesson.held_out)
+            with lessons.for_measuring(options, layers):
+                score = lessons.score(job, lesson, lesson.held_out)
                 row = {"why": why, "configuration": list(configuration), "log_likelihood": score.log_likelihood, "accuracy": score.accuracy}
                 if on_test:
                     row["test"] = _test_metric(job, lesson)
@@ -467,11 +209,6 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Confi
     log.info("of %d candidates the best on %s rows: %s, %s", len(rows), "test" if on_test else "held-out", rows[best]["why"],
              " ".join(map(str, rows[best]["configuration"])))  # fmt: skip
     return tuple(rows[best]["configuration"])
-
-
-def _for_measuring(options: TuneOptions, layers: Mapping[str, StepLinear]) -> Any:
-    """Weights quantized once, with --fast_eval or where training does so too."""
-    return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
 
 
 def _test_metric(job: Job, lesson: Lesson) -> float:
@@ -503,7 +240,7 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
     ranks.activate(trained.layers, chosen)
     with job.run.stage("test"):
         if trained.compressed is not None:
-            with _for_measuring(job.options, trained.layers):
+            with lessons.for_measuring(job.options, trained.layers):
                 value = _test_metric(job, lesson)
         elif chosen == in_place and job.quantized.exists():
             loaded = job.loaded
@@ -586,7 +323,7 @@ def _compress_learnt(trained: Trained) -> tuple[dict[str, QuantizedWeight], dict
     options = replace(job.options, epochs=job.options.scale_epochs)
     if options.epochs and (options.scale_lr or options.norm_lr):
         norms = insert.train_norms(model) if options.norm_lr else {}
-        tuning.train_layers(job.run, options, layers, course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
+        tuning.train_layers(job.run, options, layers, lessons.course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
     return compressed, layers
 
 

@@ -1,0 +1,290 @@
+"""What a task gives to a run: rows, encoded; what is learnt of them, and by what it is judged.
+
+    loss on choices     -log of the right choice's share among the choices
+    loss on answers     -log p of each token of the right answer; with `all` of the prompt too
+    with a teacher      KL of what it says of the same
+    held out            log-likelihood of the right answer, at the middle configuration of the ranks
+
+docs/method.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nybble import data, models, questions, ranks, tuning
+from nybble.config import TuneOptions
+from nybble.data import Rows
+from nybble.errors import DataError, ModelError, OptionError
+from nybble.layers import StepLinear
+from nybble.losses import Head
+from nybble.questions import Question, Score, Task, Text
+from nybble.ranks import Configuration
+from nybble.stages import Job
+from nybble.text import NO_ROWS, Sequences
+from nybble.tuning import Course
+
+log = logging.getLogger("nybble")
+
+# Rows in a microbatch, where it costs little to have few: padding doubles the tokens of 16 rows, but adds a fifth to those of 4 of like length (docs/log.md).
+MOST_ROWS = {"cpu": 4}
+
+# Up to so many tokens in a text, the fused attention of torch on a CPU takes longer than its plain products: a step on openbookqa an eighth (docs/log.md).
+PLAIN_ATTENTION = 160
+
+# Of the softmax over choices that are scored by length. At 1 the first steps follow the few questions that are most wrong; from 10 on, the model is driven
+# to margins that cost it its language (docs/log.md).
+TEMPERATURE = 4.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a task gives to a run.
+
+    Attributes:
+        task: rows.
+        loss_on: choices, answer or all.
+        texts: encoded training texts: prompts with their right answers.
+        choices: of the training rows, every choice encoded, where it is those that are learnt; else none.
+        held_out: the rows that are chosen by.
+        fresh: held-out rows that nothing is chosen by.
+        space: ranks.
+        count: decoder layers.
+        teacher: of --teacher, as long as there is training to be done.
+    """
+
+    task: Task
+    loss_on: str
+    texts: Sequence[Text]
+    choices: Sequence[Sequence[Text]]
+    held_out: Sequence[Question]
+    fresh: Sequence[Question]
+    space: tuple[int, ...]
+    count: int
+    teacher: Any = None
+
+
+def prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int, ...], custom: Configuration) -> Lesson:
+    task = questions.load_task(options.task, options.data_dir, options.seed, options.train_rows)
+    count = len(set(ranks.decoder_layers(list(models.plan(loaded.model).int4)).values()))
+    if custom:
+        ranks.check_configuration(custom, space, count)
+    loss_on = _loss_on(options, task)
+    choices = questions.encode_choices(loaded.tokenizer, task.train, options.seq_len) if loss_on == "choices" else []
+    texts = _right(task.train, choices) if choices else questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
+    if len(texts) < options.batch_size:
+        raise OptionError(f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows")
+    if loaded.model.device.type == "cpu" and max(len(text.ids) for row in (choices or [texts]) for text in row) <= PLAIN_ATTENTION:
+        loaded.model.set_attn_implementation("eager")  # from here on: what is compressed, or tested again, later must come out the same
+    order = data.order(len(task.held_out), len(task.held_out), options.seed)
+    held_out = [task.held_out[i] for i in order.tolist()]
+    count_held = options.select_rows or len(held_out)
+    held_out, fresh = held_out[:count_held], held_out[count_held:]
+    log.info("%s: %d rows to train on (loss on %s), %d held out to choose by, reported as %s", task.name, len(texts), loss_on, len(held_out), task.metric)
+    return Lesson(task, loss_on, texts, choices, held_out, fresh, space, count, _teacher(options, loaded))
+
+
+def _right(asked: Sequence[Question], encoded: Sequence[Sequence[Text]]) -> list[Text]:
+    return [texts[question.gold] for question, texts in zip(asked, encoded, strict=True)]
+
+
+def _loss_on(options: TuneOptions, task: Task) -> str:
+    """--loss_on with auto resolved; OptionError for choices where there are none."""
+    alternatives = all(len(question.pairs) > 1 for question in task.train)
+    if options.loss_on == "choices" and not alternatives:
+        raise OptionError(f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer")
+    return options.loss_on if options.loss_on != "auto" else "choices" if alternatives else "answer"
+
+
+def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
+    """The model of --teacher; None without, or where training is over."""
+    if not options.teacher or ((options.folder / "quantized").exists() and not options.overwrite):
+        return None
+    try:
+        model = models.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
+    except ModelError as error:
+        raise ModelError(str(error).replace("--pretrained", "--teacher")) from error
+    theirs, ours = (loaded.get_output_embeddings().weight.shape[0] for loaded in (model, student.model))
+    if theirs != ours:
+        raise ModelError(f"--teacher must have the vocabulary of --pretrained, {ours} tokens; {options.teacher} has {theirs}; tune --pretrained itself for it")
+    return model
+
+
+def sequences_of(options: TuneOptions, loaded: models.LoadedModel, lesson: Lesson) -> Sequences:
+    """Right answers as running text, for calibration and for perplexity and KL beside the task's own measure."""
+    tokenizer, task = loaded.tokenizer, lesson.task
+    end = data.end_tokens(tokenizer)
+
+    def joined(texts: Sequence[Text]) -> torch.Tensor:
+        return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
+
+    questions.encode_choices(tokenizer, task.scored, options.seq_len)  # raises now what would be raised at the end
+    held_out = joined(_right(task.held_out, questions.encode_choices(tokenizer, task.held_out, options.seq_len)))
+    train = joined(lesson.texts)
+    length = text_length(options, len(train), len(held_out))
+    calibration, test = (data.cut(tokens, length, data.begin_tokens(tokenizer)) for tokens in (train, held_out))
+    calibration = calibration[data.order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
+    rows = repr((lesson.texts, task.train, lesson.held_out, lesson.fresh, task.scored))
+    others = {"rows of the task": hashlib.sha256(rows.encode()).hexdigest()[:16]}
+    if lesson.teacher is not None:
+        others["teacher"] = models.identity(lesson.teacher)
+    measured = Rows.of(test[: options.test_samples or None])
+    return Sequences(NO_ROWS, calibration, NO_ROWS, measured, f"held-out rows of {task.name} with their right answers", others)
+
+
+def text_length(options: TuneOptions, train: int, held_out: int) -> int:
+    """Tokens in a sequence of running text: 256, or less where there are too few to calibrate with 8 sequences and measure on one.
+
+    Raises:
+        DataError: fewer than 8 sequences of 16 tokens.
+    """
+    length = 256
+    while length > 16 and (length > options.seq_len or train < 9 * length or held_out < 2 * length):
+        length //= 2
+    if train < 9 * length or held_out < length + 1:
+        raise DataError(f"the rows of --task must have at least {9 * length} tokens to train on and {length + 1} held out; got {train} and {held_out}")
+    return length
+
+
+def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, lesson: Lesson) -> TuneOptions:
+    steps = _steps_per_epoch(options, lesson)
+    log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
+             " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
+    longest = max(_tokens(lesson))
+    rows = None if lesson.choices else MOST_ROWS.get(loaded.model.device.type)
+    copies = 2 if options.adapters == "inside" and options.scale_lr else 1
+    states = sequences.test.ids.numel()
+    return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), states, longest, copies, rows)  # type: ignore[no-any-return]
+
+
+def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
+    return len(lesson.texts) // options.batch_size
+
+
+def _tokens(lesson: Lesson) -> list[int]:
+    """Tokens that go through the model for each training row."""
+    return [questions.tokens_of(choices) for choices in lesson.choices] or [len(ids) for ids, _ in lesson.texts]
+
+
+def described(lesson: Lesson) -> dict[str, Any]:
+    """For the results."""
+    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on}
+
+
+# Indices of rows [M] -> their mean loss; and how much of it they are, by which a microbatch counts in its batch.
+_Loss = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], int]]
+
+
+def _token_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+    """Of each token of the answers (--loss_on all: of the prompts too): -log p, or KL to the teacher."""
+    model, head, everything = loaded.model, Head.of(loaded.model), lesson.loss_on == "all"
+    teacher_head = Head.of(lesson.teacher) if lesson.teacher is not None else None
+    learnt = torch.tensor([len(text.ids) - 1 if everything else text.answered for text in lesson.texts])
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        batch = questions.pad([lesson.texts[i] for i in indices.tolist()], everything)
+        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
+
+    return loss, lambda indices: int(learnt[indices].sum())
+
+
+def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
+    """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's.
+
+    What is shared out is log p(answer), as it is scored; where the metric counts it by length, times the mean length of its question's choices / its own, at
+    TEMPERATURE. (By character, as it is scored, the shares are nearly flat: 1.41 nats before training on openbookqa, where guessing gives 1.39.)
+    """
+    asked = lesson.task.train
+    gold = torch.tensor([question.gold for question in asked])
+    factors = torch.ones(len(asked), max(map(len, lesson.choices)))
+    if lesson.task.by_length:
+        for row, question in zip(factors, asked, strict=True):
+            row[: len(question.lengths)] = sum(question.lengths) / len(question.lengths) / torch.tensor(question.lengths) / TEMPERATURE
+
+    def scores(model: Any, indices: torch.Tensor) -> torch.Tensor:
+        found = questions.choice_log_probs(model, Head.of(model), [lesson.choices[i] for i in indices.tolist()])
+        return found * factors[indices, : found.shape[1]].to(found.device)
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        found = scores(loaded.model, indices)
+        if lesson.teacher is None:
+            return F.cross_entropy(found, gold[indices].to(found.device))
+        with torch.no_grad():
+            taught = scores(lesson.teacher, indices)
+        return F.kl_div(found.log_softmax(-1).masked_fill(found.isinf(), 0), taught.softmax(-1), reduction="batchmean")
+
+    return loss, len
+
+
+def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course:
+    """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
+    configuration."""
+    options, loaded = job.options, job.loaded
+    steps = _steps_per_epoch(options, lesson)
+    lengths = torch.tensor(_tokens(lesson))
+    order = data.order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
+    loss, counted = (_choice_loss if lesson.choices else _token_loss)(loaded, lesson)
+
+    def draw(step: int) -> torch.Tensor:
+        """By length, so that a microbatch has little padding."""
+        rows = order[step * options.batch_size : (step + 1) * options.batch_size]
+        return rows[lengths[rows].argsort(stable=True)]
+
+    def validate() -> dict[str, float]:
+        ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
+        with for_measuring(options, layers):
+            found = score(job, lesson, lesson.held_out)
+        return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
+
+    return Course(
+        steps_per_epoch=steps,
+        draw=draw,
+        loss=loss,
+        tokens=counted,
+        validate=validate,
+        criterion="loss",
+        pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
+        describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
+        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 else 1,
+        enter=lambda step, number: ranks.activate(layers, configuration_of(options, lesson, step, number)),
+    )
+
+
+def configuration_of(options: TuneOptions, lesson: Lesson, step: int, number: int) -> Configuration:
+    """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other."""
+    if options.sampling == "sandwich" and number < 2:
+        return ranks.uniform((max, min)[number](lesson.space), lesson.count)
+    return ranks.sample(lesson.space, lesson.count, options.seed, step)
+
+
+def score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
+    model = job.loaded.model
+    return questions.score(model, Head.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len)
+
+
+def for_measuring(options: TuneOptions, layers: Mapping[str, StepLinear]) -> Any:
+    """Weights quantized once, with --fast_eval or where training does so too."""
+    return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
+
+
+def own_score(job: Job, lesson: Lesson) -> Any:
+    """A task of one's own is scored here, not by lm-eval."""
+    scored, name = lesson.task.scored[: job.options.task_limit], Path(lesson.task.name).stem
+
+    def score(model: Any, tokenizer: Any) -> dict[str, float]:
+        if not scored:
+            return {}
+        head = Head.of(model) if model.get_output_embeddings() is not None else None  # exported models have none
+        found = questions.score(model, head, tokenizer, scored, lesson.task.by_length, job.options.seq_len)
+        measured = {f"task:{name} log_likelihood": found.log_likelihood, f"documents:{name}": len(scored)}
+        return measured if found.accuracy is None else {f"task:{name} acc": found.accuracy} | measured
+
+    return score
