@@ -56,7 +56,7 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert checkpoint.read_options(folder / "openbookqa" / "ptwc")["pretrained"] == str(folder / "openbookqa" / "lora" / "merged")
     assert (found["ptwc"]["method"], found["qat-nls"]["method"]) == ("awq+se+gptq", "se")
     assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"].value
-    assert len(scored) == 7, "one measurement for each column, and one of both tuned models before compression"
+    assert len(scored) == 9, "one measurement for each column, and two of both tuned models on their way, in 16 bit and compressed"
     steps = {name: [len(found[name]["training"]), len(found[name].get("scales", {}).get("training", []))] for name in ("qat-nls", "qat-lora", "lora")}
     assert steps == {"qat-nls": [6, 6], "qat-lora": [6, 6], "lora": [12, 0]}, "as many steps in all"
     assert found["lora"]["training"][-1]["loss"] != found["qat-lora"]["training"][-1]["loss"]

@@ -314,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeyp
     monkeypatch.setattr("nybble.evaluate.measure", lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1})
     for dtype, remedy in (("float32", "another --start"), ("bfloat16", "--dtype float32")):
         assert cli.main([*arguments, "--overwrite", "--dtype", dtype]) == 2
-        assert f"that of the compressed start is none; use {remedy}" in capsys.readouterr().err
+        assert f"before this training it is none; use {remedy}" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

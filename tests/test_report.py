@@ -175,3 +175,21 @@ def test_a_16_bit_model_with_adapters_is_not_published_as_int4() -> None:
     nls = models | {"compressed": {"task:arc acc": 0.4, "bytes": 1}, "tuned": {"task:arc acc": 0.6, "bytes": 1}}
     lines = report.published_rows(report.compare({"lora": COMPRESSED | task | {"models": models}, "nls": COMPRESSED | task | {"models": nls}}))[1]
     assert [line[1:3] for line in lines] == [["16 bit", "0.500"], ["INT4, best PTWC (awq+se)", "0.400"], ["INT4, QAT + LoRA", "0.600"]]
+
+
+def test_what_learnt_before_it_was_compressed_is_called_so() -> None:
+    results = copy.deepcopy(RESULTS) | {"kind": "tune", "method": "se", "task": {"name": "arc_easy", "metric": "acc", "space": [8, 4]}}
+    results["models"]["learnt"] = {"token_perplexity": 13.0, "kl_to_teacher": 0.1, "bytes": 400_000_000}
+    for row, value in (("16bit", 0.5), ("learnt", 0.8), ("compressed", 0.6), ("tuned", 0.7), ("openvino", 0.75)):
+        results["models"][row]["task:arc_easy acc"] = value
+    results["seconds"]["train scales"] = 60.0
+    (comparison,) = report.compare({"one": results})
+    assert [entry.label for entry in comparison.entries] == [
+        "16 bit", "16 bit, tuned on arc_easy", "4 bit, tuned on arc_easy, then se", "4 bit, tuned on arc_easy before and after se",
+        "4 bit, tuned on arc_easy before and after se (OpenVINO)",
+    ]  # fmt: skip
+    assert [entry.label for entry in comparison.shipped] == ["4 bit, tuned on arc_easy before and after se (OpenVINO)"], "none in 16 bit, none on the way"
+    assert comparison.untrained == []
+    assert report.sentence(results).startswith(
+        "Small in 4 bits (OpenVINO): arc_easy acc 0.7500, against 0.8000 tuned in 16 bit and 0.5000 without tuning, in 3.0 "
+    )

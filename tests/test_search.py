@@ -197,24 +197,37 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert results(tmp_path / "run")["tested"][-1]["configuration"] == best["configuration"]
 
 
-def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while scales learn again, it ends as a run that was given these ranks."""
+@pytest.mark.parametrize("killed_in", ["discarding", "merging", "training", "saving"])
+def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed on the way, it ends as a run that was given these ranks."""
     write_task(tmp_path / "letters.jsonl", 120)
     changes: dict[str, Any] = {"epochs": 1, "scale_epochs": 2, "start": "se", "lora_rank_space": (8, 1), "adapters": "before"}
     with monkeypatch.context() as patch:
         patch.setattr("nybble.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})
         tune(options(tmp_path, **changes))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        interrupt_after(3, patch)
+        if killed_in == "discarding":
+            patch.setattr("nybble.tuning.checkpoints", lambda part="": killed() if part else ("last.safetensors", "best.safetensors"))
+        elif killed_in == "training":
+            interrupt_after(3, patch)
+        else:
+            patch.setattr({"merging": "nybble.absorb.merge", "saving": "nybble.checkpoint.save_quantized"}[killed_in], killed)
         with pytest.raises(KeyboardInterrupt):
             search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
-    assert list(results(tmp_path / "run")["models"]) == ["16bit", "learnt", "compressed"]
+    assert not (tmp_path / "run" / "quantized").exists()
+    if killed_in == "saving":
+        with pytest.raises(RunError, match="must be a finished run of nybble tune"):
+            search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     tune(options(tmp_path, resume=True, **changes))
     found = results(tmp_path / "run")
     assert found["configuration"] == found["applied"] != found["chosen"]
-    given = tuple(found["applied"])
-    tune(options(tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": given}))
+    tune(options(tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": tuple(found["applied"])}))
     assert codes(tmp_path / "run") == codes(tmp_path / "given")
+    assert found["models"] == results(tmp_path / "given")["models"]
 
 
 def test_given_ranks_that_were_replaced_are_not_tested_again(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
     found = results(tmp_path / "run")
     models = found["models"]
     assert list(models) == ["16bit", "learnt", "compressed", "tuned"]
-    likelihoods = {row: measured.get("task:letters log_likelihood") for row, measured in models.items()}
-    assert likelihoods["compressed"] is None, "it is not what ships, and held-out rows score it"
+    likelihoods = {row: measured["task:letters log_likelihood"] for row, measured in models.items()}
     assert min(likelihoods["learnt"], likelihoods["tuned"]) > likelihoods["16bit"] + 0.5
+    assert likelihoods["learnt"] != likelihoods["compressed"] != likelihoods["tuned"]
     assert found["scales"]["validation"][-1]["loss"] < found["scales"]["validation"][0]["loss"], "scales and norms have learnt too"
     assert models["learnt"]["bytes"] == models["16bit"]["bytes"] > 2 * models["tuned"]["bytes"]
     assert len(found["training"]) == 6 * (48 // 8)
@@ -142,26 +142,72 @@ def test_interrupted_in_either_training_it_ends_with_the_same_bits(steps: int, t
     assert [row["loss"] for row in resumed["scales"]["training"]] == [row["loss"] for row in undisturbed["scales"]["training"]]
 
 
-def test_a_configuration_is_tried_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def write_words(path: Path) -> Path:
+    """Answers in the model's own words, which are scored by their likelihood."""
+    path.write_text("".join(json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2))
+    return path
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It scores what a run with it ships, and changes nothing in the run."""
-    run = options(tmp_path, adapters="before", start="se")
-    tune(run)
+    changes: dict[str, Any] = {"adapters": "before", "start": "se", "task": str(write_words(tmp_path / "words.jsonl")), "epochs": 1}
+    changes |= {"teacher": str(taught(tmp_path))} if with_teacher else {}
+    tune(options(tmp_path, **changes))
     before, model = results(tmp_path / "run"), codes(tmp_path / "run")
-    tune(options(tmp_path, adapters="before", start="se", resume=True, eval_only=True, custom_rank_config=(2, 8)))
-    tune(options(tmp_path, adapters="before", start="se", resume=True, eval_only=True))
+    tune(options(tmp_path, resume=True, eval_only=True, custom_rank_config=(2, 8), **changes))
+    tune(options(tmp_path, resume=True, eval_only=True, **changes))
     after = results(tmp_path / "run")
     assert codes(tmp_path / "run") == model
     assert not (tmp_path / "run" / "trial").exists()
-    assert {key: after[key] for key in before if key not in ("seconds", "peak_memory_bytes")} == {
-        key: before[key] for key in before if key not in ("seconds", "peak_memory_bytes")
-    }
+    kept = before.keys() - {"seconds", "peak_memory_bytes"}
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
     tried, chosen = after["tested"]
-    assert chosen["acc"] == after["models"]["tuned"]["task:letters acc"]
+    scored = "task:words log_likelihood"
+    assert chosen["log_likelihood"] == after["models"]["tuned"][scored]
     assert chosen["configuration"] == after["configuration"] != tried["configuration"] == [2, 8]
-    shipped = options(tmp_path, adapters="before", start="se", output_dir=str(tmp_path / "other"), custom_rank_config=(2, 8))
-    tune(shipped)
-    assert tried["acc"] == results(tmp_path / "other")["models"]["tuned"]["task:letters acc"]
-    assert "letters.jsonl at ranks 2 8: acc" in capsys.readouterr().out
+    tune(options(tmp_path, output_dir=str(tmp_path / "other"), custom_rank_config=(2, 8), **changes))
+    shipped = results(tmp_path / "other")["models"]
+    assert tried["log_likelihood"] == pytest.approx(shipped["tuned"][scored], abs=1e-6), "the layers in place and the saved model add up in another order"
+    assert abs(shipped["tuned"][scored] - shipped["compressed"][scored]) > 1e-4
+    assert "words.jsonl at ranks 2 8: log_likelihood" in capsys.readouterr().out
+
+
+def test_other_ranks_on_resume_make_all_of_4_bits_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"adapters": "before", "start": "se", "scale_epochs": 3}
+    with monkeypatch.context() as patch:
+        interrupt_after(15, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(options(tmp_path, custom_rank_config=(8, 8), **changes))
+    tune(options(tmp_path, custom_rank_config=(2, 2), resume=True, **changes))
+    tune(options(tmp_path, custom_rank_config=(2, 2), output_dir=str(tmp_path / "other"), **changes))
+    assert codes(tmp_path / "run") == codes(tmp_path / "other")
+    assert results(tmp_path / "run")["models"] == results(tmp_path / "other")["models"]
+
+
+def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble import lessons
+
+    seen: list[int] = []
+    original = lessons._choice_loss
+
+    def counted(*given: Any) -> Any:
+        loss, weight = original(*given)
+        return lambda indices: seen.append(len(indices)) or loss(indices), weight  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(lessons, "_choice_loss", counted)
+    tune(options(tmp_path, adapters="before", sampling="sandwich", epochs=1))
+    assert sum(seen) == 3 * 48 + 48
+
+
+def test_what_the_way_of_the_adapters_does_not_use_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tune(options(tmp_path, epochs=1, norm_lr=1e-3))
+    assert "--norm_lr has no effect with --adapters inside" in caplog.text
+    tune(options(tmp_path, epochs=1, adapters="before", scale_epochs=0, scale_lr=1e-4, overwrite=True))
+    assert "--scale_lr has no effect with --adapters before and --scale_epochs 0" in caplog.text
+    caplog.clear()
+    tune(options(tmp_path, epochs=1, adapters="before", scale_lr=1e-4, norm_lr=0.0, overwrite=True))
+    assert "no effect" not in caplog.text
 
 
 def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None:
@@ -571,8 +617,7 @@ def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path) -> Non
 def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     from nybble.errors import OptionError
 
-    path = tmp_path / "words.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2))
+    path = write_words(tmp_path / "words.jsonl")
     tune(options(tmp_path, task=str(path), epochs=3))
     found = results(tmp_path / "run")
     models = found["models"]

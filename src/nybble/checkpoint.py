@@ -104,8 +104,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder that is no longer needed, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Delete a folder that is no longer needed, if it is there. Killed meanwhile, it is gone all the same."""
+    leaving = path.with_name(path.name + ".tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        path.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 class BlockStore:

@@ -201,7 +201,7 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
         "Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
         + f" The first two columns are computed in {', '.join(dict.fromkeys(one.dtype for one in compared))}."
-        + f" PTWC: {PTWC}; QAT from {', '.join(dict.fromkeys(one.setting['start'] for one in compared))}. Loss on: {learnt}."
+        + f" PTWC: {PTWC}; QAT: {', '.join(dict.fromkeys(_qat(one.setting) for one in compared))}. Loss on: {learnt}."
     )
     seeds = {len(members) for members in settings}
     if seeds == {1}:
@@ -212,11 +212,23 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
     most = max(sum(other[0].model == members[0].model for other in settings) for members in settings)
     if most > 1:
         first = compared[0].setting
-        changed = [key for key in first if any(one.setting.get(key) != first[key] for one in compared)]
+        changed = [
+            key for key in dict.fromkeys(key for one in compared for key in one.setting) if any(one.setting.get(key) != first.get(key) for one in compared)
+        ]
         values = (", ".join(dict.fromkeys(_readable(one.setting.get(key)) for one in compared)) for key in changed)
         differ = "; ".join(f"--{key} {value}" for key, value in zip(changed, values, strict=True))
         text += f" Each figure is the best of {most} settings ({differ}) on these very rows, as published figures are: none is one on unseen rows."
     return text
+
+
+def _qat(setting: Mapping[str, Any]) -> str:
+    """How the last two columns were tuned."""
+    start = setting["start"]
+    return (
+        f"adapters in 16 bit, then {start}, then scales and norms in 4 bits"
+        if setting.get("adapters") == "before"
+        else f"adapters inside the rounding, from {start}"
+    )
 
 
 def _readable(value: Any) -> str:

@@ -132,7 +132,8 @@ def inspect(options: InspectOptions) -> None:
         table.add_row(name, " x ".join(map(str, weight.codes_OI.shape)), str(weight.grid), *cells, f"{float(ends):.2%}")
     console.print(table)
     if errors and tuned:
-        console.print(f"The errors are those of the start ({results.get('method', 'rtn')}), before tuning.", highlight=False)
+        what = "before scales and norms were trained" if report.learns_first(results) else "before tuning"
+        console.print(f"The errors are those of the start ({results.get('method', 'rtn')}), {what}.", highlight=False)
     counts = Counter(str(weight.grid) for weight in weights.values())
     size = sum(weight.nbytes for weight in weights.values())
     console.print(f"{', '.join(f'{count} x {grid}' for grid, count in counts.items())}; {size / 1e6:.1f} MB.", highlight=False)

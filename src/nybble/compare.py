@@ -88,8 +88,7 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     alike = ("16bit",) if options.adapters == "before" else ("16bit", "compressed")
     before = {row: measured for row, measured in checkpoint.read_results(nls.folder)["models"].items() if row in alike}
     _unless_done(lora, lambda options: tune.tune(options, before), last)
-    passes = options.epochs + (options.scale_epochs if options.adapters == "before" else 0)
-    full = run("lora", lora_rank_space=(largest,), export=(), epochs=passes)
+    full = run("lora", lora_rank_space=(largest,), export=(), epochs=options.epochs + options.scale_passes)
     _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")
     same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
     compressed = CompressOptions(
@@ -170,7 +169,8 @@ def _train_lora(job: Job, lesson: Lesson) -> None:
     adapters: dict[str, nn.Parameter] = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     log.info("16-bit LoRA by peft: %d adapters of rank %d, scaled by 2", len(adapters) // 2, rank)
     groups = [{"params": adapters, "lr": job.options.lr, "weight_decay": job.options.weight_decay}]
-    tuning.train(job.run, job.options, groups, lessons.course(job, lesson, {}))
+    with lessons.plain_attention(job, lesson):
+        tuning.train(job.run, job.options, groups, lessons.course(job, lesson, {}))
     wrapped.merge_and_unload()
 
 

@@ -224,8 +224,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     select_rows: int = 200  # Held-out rows that epochs and configurations are chosen by; 0 = all.
     select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.
     custom_rank_config: tuple[int, ...] = ()  # One rank for each decoder layer, to be used instead of choosing.
-    eval_only: bool = False  # Only measure: the run's adapters, as chosen or with --custom_rank_config; needs --resume.
-    fast_eval: bool = False  # Measure on weights quantized once, also with --cache recompute (with the step cache it is always so): the same numbers.
+    eval_only: bool = False  # Train no adapters: measure those of the run, as chosen or with --custom_rank_config; needs --resume.
+    fast_eval: bool = False  # Measure on weights made once, also with --cache recompute (with the step cache it is always so): the same numbers.
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
@@ -233,7 +233,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     lr: float = 1e-3  # Peak learning rate of the adapters.
     norm_lr: float = 5e-4  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
     warmup: float = 0.1  # Share of the steps with a rising rate.
-    # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
+    # Compression: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; with --adapters inside also a finished run, whose 4-bit model it goes on
+    # with.
     start: str = "awq+se"
     tasks: tuple[str, ...] = ()  # More lm-eval tasks to measure; needs the extra eval.
     test_samples: int = 16  # Sequences of held-out rows for token perplexity and KL; 0 = all.
@@ -259,6 +260,11 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
             raise OptionError("--eval_only needs --resume and the folder of a run that was trained")
 
     @property
+    def scale_passes(self) -> int:
+        """Epochs of training in 4 bits after the adapters' own."""
+        return self.scale_epochs if self.adapters == "before" and (self.scale_lr or self.norm_lr) else 0
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return _folder(self.output_dir, self.pretrained, Path(self.task).stem)
@@ -273,7 +279,7 @@ class SearchOptions:
     sampler: Literal["nsga2", "tpe", "hill", "random"] = "tpe"  # How the next one is proposed.
     random_draws: bool = True  # As many random draws besides, to compare with.
     seed: int = 0  # Of the search.
-    apply: bool = False  # Put the best in place of tune's choice: absorb, save, export, measure.
+    apply: bool = False  # Put the best in place of tune's choice: into 4 bits as tune does, save, export, measure.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""

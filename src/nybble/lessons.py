@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,6 @@ def prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int, 
     texts = _right(task.train, choices) if choices else questions.encode_gold(loaded.tokenizer, task.train, options.seq_len)
     if len(texts) < options.batch_size:
         raise OptionError(f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows")
-    if loaded.model.device.type == "cpu" and max(len(text.ids) for row in (choices or [texts]) for text in row) <= PLAIN_ATTENTION:
-        loaded.model.set_attn_implementation("eager")  # from here on: what is compressed, or tested again, later must come out the same
     order = data.order(len(task.held_out), len(task.held_out), options.seed)
     held_out = [task.held_out[i] for i in order.tolist()]
     count_held = options.select_rows or len(held_out)
@@ -105,8 +104,9 @@ def _loss_on(options: TuneOptions, task: Task) -> str:
 
 
 def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
-    """The model of --teacher; None without, or where training is over."""
-    if not options.teacher or ((options.folder / "quantized").exists() and not options.overwrite):
+    """The model of --teacher; None without, or where training is over. (Other ranks are tried with scales of their own, --adapters before.)"""
+    over = (options.folder / "quantized").exists() and not (options.overwrite or (options.eval_only and options.scale_passes))
+    if not options.teacher or over:
         return None
     try:
         model = models.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
@@ -155,6 +155,7 @@ def text_length(options: TuneOptions, train: int, held_out: int) -> int:
 
 
 def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences, lesson: Lesson) -> TuneOptions:
+    _say_what_is_not_used(options)
     steps = _steps_per_epoch(options, lesson)
     log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
              " ".join(map(str, lesson.space)), lesson.count)  # fmt: skip
@@ -163,6 +164,14 @@ def resolve(options: TuneOptions, loaded: models.LoadedModel, plan: models.Plan,
     copies = 2 if options.adapters == "inside" and options.scale_lr else 1
     states = sequences.test.ids.numel()
     return tuning.resolve(options, loaded, plan, sequences, max(lesson.space), states, longest, copies, rows)  # type: ignore[no-any-return]
+
+
+def _say_what_is_not_used(options: TuneOptions) -> None:
+    """Warn of options that the way of the adapters has no use for."""
+    unused = ("scale_epochs", "norm_lr") if options.adapters == "inside" else () if options.scale_passes else ("scale_lr", "norm_lr")
+    for name in unused:
+        if getattr(options, name) not in (0, getattr(TuneOptions, name)):
+            log.warning("--%s has no effect with --adapters %s", name, options.adapters + ("" if options.adapters == "inside" else " and --scale_epochs 0"))
 
 
 def _steps_per_epoch(options: TuneOptions, lesson: Lesson) -> int:
@@ -253,7 +262,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course
         criterion="loss",
         pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
         describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
-        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 else 1,
+        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 and any(layer.rank for layer in layers.values()) else 1,
         enter=lambda step, number: ranks.activate(layers, configuration_of(options, lesson, step, number)),
     )
 
@@ -265,13 +274,27 @@ def configuration_of(options: TuneOptions, lesson: Lesson, step: int, number: in
     return ranks.sample(lesson.space, lesson.count, options.seed, step)
 
 
+@contextmanager
+def plain_attention(job: Job, lesson: Lesson) -> Iterator[None]:
+    """For training on rows and scoring them: attention by plain products, where that is faster."""
+    model, texts = job.loaded.model, [text for row in (lesson.choices or [lesson.texts]) for text in row]
+    before = model.config._attn_implementation
+    short = model.device.type == "cpu" and max(len(text.ids) for text in texts) <= PLAIN_ATTENTION
+    try:
+        if short:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def score(job: Job, lesson: Lesson, rows: Sequence[Question]) -> Score:
     model = job.loaded.model
     return questions.score(model, Head.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len)
 
 
 def for_measuring(options: TuneOptions, layers: Mapping[str, StepLinear]) -> Any:
-    """Weights quantized once, with --fast_eval or where training does so too."""
+    """Weights made once, with --fast_eval or where training does so too."""
     return tuning.fixed_weights(replace(options, cache="step") if options.fast_eval else options, layers)
 
 

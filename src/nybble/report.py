@@ -23,6 +23,7 @@ ROWS = {
     "tuned": "4 bit, tuned (torch)",
     "openvino": "4 bit, tuned (OpenVINO)",
 }
+_IN_16_BITS = ("16bit", "lora16", "learnt")
 
 
 def label(results: dict[str, Any], row: str) -> str:
@@ -51,6 +52,11 @@ def replaced(results: dict[str, Any]) -> bool:
 def starts_tuned(results: dict[str, Any]) -> bool:
     """Whether the run goes on with a model that had been trained end to end."""
     return bool(results.get("start_tuned", False))
+
+
+def learns_first(results: dict[str, Any]) -> bool:
+    """Whether what the run compresses has learnt a task in 16 bit."""
+    return "learnt" in results["models"]
 
 
 def improvement(models: dict[str, Any], tuned: str) -> float | None:
@@ -115,7 +121,7 @@ def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
     models, name, trained, task = results["models"], results["model"], tunes(results), "task" in results
     last = "openvino" if "openvino" in models else "lora16" if "lora16" in models else "tuned" if trained else "compressed"
-    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "learnt" if "learnt" in models else "compressed", last)
+    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "learnt" if learns_first(results) else "compressed", last)
     measured = [models.get(row, {}) for row in needed]
     metric = task_column(results) if task else "word_perplexity" if all("word_perplexity" in row for row in measured) else "token_perplexity"
     if not all(metric in row for row in measured):
@@ -126,7 +132,7 @@ def sentence(results: dict[str, Any]) -> str:
     where, seconds, size = "OpenVINO" if last == "openvino" else "torch", results["seconds"], models[last]["bytes"]
     if trained:
         text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against "
-        text += f"{before[0]} tuned in 16 bit and {full}" if "learnt" in models else f"{before[0]} before tuning and {full} in 16 bit"
+        text += f"{before[0]} tuned in 16 bit and {full}" if learns_first(results) else f"{before[0]} before tuning and {full} in 16 bit"
         repaired = None if task else improvement(models, last)
         if repaired is not None:
             text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
@@ -212,8 +218,9 @@ def _search_markdown(results: dict[str, Any]) -> str:
 
 
 def _candidates_markdown(results: dict[str, Any]) -> str:
+    rows = f"{results['selected_on'].replace('_', '-')} rows" + (", in 16 bit" if learns_first(results) else "")
     return (
-        f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {results['selected_on'].replace('_', '-')} rows. "
+        f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {rows}. "
         "Log-likelihood: of the right answer among the choices, mean over the held-out rows; behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
         + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if replaced(results) else "")
@@ -329,7 +336,7 @@ class Comparison:
     def shipped(self) -> list[Entry]:
         """The 4-bit models, those exported in place of what they were exported from."""
         exported = {(entry.run, entry.tuned) for entry in self.entries if entry.kind == "openvino"}
-        quantized = [entry for entry in self.entries if entry.kind not in ("16bit", "lora16")]
+        quantized = [entry for entry in self.entries if entry.kind not in _IN_16_BITS]
         return [entry for entry in quantized if entry.kind == "openvino" or (entry.run, entry.tuned) not in exported]
 
     @property
@@ -358,10 +365,13 @@ def _entry_label(results: dict[str, Any], row: str) -> str:
         return ROWS[row]
     if not tunes(results):
         return f"4 bit, {method}" + (" (OpenVINO)" if row == "openvino" else "")
-    if row == "compressed":
-        return f"4 bit, {method} ({'tuned before' if starts_tuned(results) else 'start'})"
     made = f"tuned on {Path(results['task']['name']).stem}" if "task" in results else "distilled"
-    return f"4 bit, {made} from {method}" + (" (OpenVINO)" if row == "openvino" else "")
+    if row == "learnt":
+        return f"16 bit, {made}"
+    if row == "compressed":
+        return f"4 bit, {made}, then {method}" if learns_first(results) else f"4 bit, {method} ({'tuned before' if starts_tuned(results) else 'start'})"
+    made += f" before and after {method}" if learns_first(results) else f" from {method}"
+    return f"4 bit, {made}" + (" (OpenVINO)" if row == "openvino" else "")
 
 
 def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
@@ -389,7 +399,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 results.get("method", "rtn"),
                 results["models"][row],
                 name,
-                row != "16bit" and (starts_tuned(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
+                row != "16bit" and (starts_tuned(results) or learns_first(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
                 _training(results),
                 _recipe(name, results),
             )

@@ -43,7 +43,7 @@ def search(options: SearchOptions) -> None:
         raise MissingExtraError("search", "nybble search")
     path = Path(options.run)
     found = checkpoint.read_results(path)
-    if found.get("kind") != "tune" or "configuration" not in found:
+    if found.get("kind") != "tune" or "configuration" not in found or not (path / "quantized").exists():
         raise RunError(f"{path} must be a finished run of nybble tune; it is none")
     values = from_toml(TuneOptions, path / checkpoint.CONFIG)
     with tune.reopened(TuneOptions(**values | {"output_dir": str(path), "resume": True})) as trained:

@@ -60,7 +60,7 @@ class Trained:
     def score(self, configuration: Configuration, rows: Sequence[Question]) -> Score:
         """Of one configuration on held-out rows."""
         ranks.activate(self.layers, configuration)
-        with lessons.for_measuring(self.job.options, self.layers):
+        with lessons.plain_attention(self.job, self.lesson), lessons.for_measuring(self.job.options, self.layers):
             return lessons.score(self.job, self.lesson, rows)
 
 
@@ -96,7 +96,7 @@ def settled(options: TuneOptions) -> TuneOptions:
 def reopened(options: TuneOptions) -> Iterator[Trained]:
     """A run that was trained, with the options that it was trained with."""
     _check_trained(options.folder)
-    with opened(options, ()) as (job, lesson):
+    with opened(replace(options, eval_only=True), ()) as (job, lesson):
         yield _trained(job, lesson)
 
 
@@ -137,13 +137,19 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
     states = stages.teach(job, {"test": job.sequences.test}, 1)
     reference = evaluate.logits_from_states(job.head, states["test"])
     stages.measure_16bit(job, reference)
+    applied = tuple(run.results.get("applied", ()))
+    if applied and applied != tuple(run.results.get("configuration", ())):  # `nybble search --apply` was interrupted
+        _discard_4_bits(job)
     if not job.quantized.exists():
         compressed, layers = _inserted(job, lesson)
         if compressed is not None:
             _measure_compressed(job, reference, compressed, layers)
-        tuning.train_layers(run, options, layers, lessons.course(job, lesson, layers))
-        chosen = tuple(run.results.get("applied", ())) or options.custom_rank_config or _choose(job, lesson, layers)
+        with lessons.plain_attention(job, lesson):
+            tuning.train_layers(run, options, layers, lessons.course(job, lesson, layers))
+            chosen = applied or options.custom_rank_config or tuple(run.results.get("chosen", ())) or _choose(job, lesson, layers)
         _save(Trained(job, lesson, layers, compressed, reference), chosen)
+    for leftover in ("trial", *(("compress",) if options.adapters == "before" else ())):
+        checkpoint.remove_folder(run.path / leftover)
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
 
@@ -154,12 +160,9 @@ def _inserted(job: Job, lesson: Lesson) -> tuple[dict[str, QuantizedWeight] | No
     return (None, dict(tuning.insert_adapters(job, rank))) if job.options.adapters == "before" else tuning.insert_layers(job, rank)
 
 
-def _measure_compressed(
-    job: Job, reference: evaluate.Logits, compressed: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear], known: dict[str, Any] | None = None
-) -> None:
-    model = job.loaded.model
+def _measure_compressed(job: Job, reference: evaluate.Logits, compressed: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear]) -> None:
     with lessons.for_measuring(job.options, layers):
-        stages.measure(job, reference, "compressed", model, job.loaded.tokenizer, stages.size_of(model, compressed), known)
+        stages.measure(job, reference, "compressed", job.loaded.model, job.loaded.tokenizer, stages.size_of(job.loaded.model, compressed))
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------------------
@@ -273,17 +276,9 @@ def _aside(job: Job) -> Iterator[Job]:
 
 def put_in_place(trained: Trained, chosen: Configuration) -> None:
     """Absorb another configuration than before; save, export and measure it. Killed in between, `nybble tune --resume` ends with the same."""
-    job, results = trained.job, trained.job.run.results
-    kinds = stages.kinds_of(job)
-    for row in ("tuned", *kinds, *(("learnt", "compressed") if trained.compressed is None else ())):
-        results["models"].pop(row, None)
-    results["applied"] = list(chosen)
-    results.pop(SCALES, None)
+    job = trained.job
+    job.run.results["applied"] = list(chosen)
     job.run.save_results()
-    for name in (*kinds, job.quantized.name):
-        checkpoint.remove_folder(job.run.path / name)
-    for name in tuning.checkpoints(SCALES):
-        (job.run.path / name).unlink(missing_ok=True)
     _save(trained, chosen)
     stages.measure_saved(job, trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
@@ -291,13 +286,26 @@ def put_in_place(trained: Trained, chosen: Configuration) -> None:
 
 def _save(trained: Trained, chosen: Configuration) -> None:
     """The layers, with the chosen ranks active, become the run's 4-bit model."""
-    job, loaded = trained.job, trained.job.loaded
+    job, loaded, results = trained.job, trained.job.loaded, trained.job.run.results
+    if results.get("configuration") != list(chosen):
+        _discard_4_bits(job)
+        results["configuration"] = list(chosen)
+        job.run.save_results()
     ranks.activate(trained.layers, chosen)
-    job.run.results["configuration"] = list(chosen)
     quantized = _in_4_bits(trained)
     checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, quantized)
-    if trained.compressed is None:
-        checkpoint.remove_folder(job.run.path / "compress")  # of weights with these ranks; others are compressed anew
+
+
+def _discard_4_bits(job: Job) -> None:
+    """Forget what was made with other ranks. As long as `configuration` is that of these, an interruption ends here again."""
+    results, kinds = job.run.results, stages.kinds_of(job)
+    for name in (job.quantized.name, *kinds):
+        checkpoint.remove_folder(job.run.path / name)
+    for name in tuning.checkpoints(SCALES):
+        (job.run.path / name).unlink(missing_ok=True)
+    for row in ("tuned", *kinds, *(("learnt", "compressed") if job.options.adapters == "before" else ())):
+        results["models"].pop(row, None)
+    results.pop(SCALES, None)
 
 
 def _in_4_bits(trained: Trained) -> dict[str, QuantizedWeight]:
@@ -319,11 +327,12 @@ def _compress_learnt(trained: Trained) -> tuple[dict[str, QuantizedWeight], dict
     absorb.merge(model, trained.layers)
     stages.measure(job, trained.reference, "learnt", model, job.loaded.tokenizer, 2 * sum(p.numel() for p in model.parameters()))
     compressed, layers = tuning.insert_layers(job, 0)
-    _measure_compressed(job, trained.reference, compressed, layers, {})  # what it scores, held-out rows say
-    options = replace(job.options, epochs=job.options.scale_epochs)
-    if options.epochs and (options.scale_lr or options.norm_lr):
+    _measure_compressed(job, trained.reference, compressed, layers)
+    options = replace(job.options, epochs=job.options.scale_passes)
+    if options.epochs:
         norms = insert.train_norms(model) if options.norm_lr else {}
-        tuning.train_layers(job.run, options, layers, lessons.course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
+        with lessons.plain_attention(job, trained.lesson):
+            tuning.train_layers(job.run, options, layers, lessons.course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
     return compressed, layers
 
 
@@ -332,6 +341,8 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
     results, warnings = job.run.results, []
     if results.get("best_step") == 0:
         warnings.append("no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr")
+    if results.get(SCALES, {}).get("best_step") == 0:
+        warnings.append("no epoch of training in 4 bits was better on held-out rows than the compressed model, which was kept; use another --scale_lr")
     if results.get("selected_on") == "test" and not report.replaced(results):
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
     column, models = report.task_column(results), results["models"]

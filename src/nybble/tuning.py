@@ -184,7 +184,7 @@ def train(
         log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
         if not (progress.step or math.isfinite(measured[course.criterion])):
             remedy = "another --start" if options.dtype == "float32" else "--dtype float32"
-            raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; that of the compressed start is none; use {remedy}")
+            raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; before this training it is none; use {remedy}")
         if measured[course.criterion] < progress.best_loss:
             progress.best_loss, progress.best_step = measured[course.criterion], progress.step
             checkpoint.save_tensors(best, dict(trainer.parameters), vars(progress))
