@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble import insert
-from nybble.absorb import assert_absorbs_exactly, merge, plain_linear
+from nybble.absorb import assert_absorbs_exactly, changes, merge, plain_linear
 from nybble.grid import Grid, min_max
 from nybble.insert import step_cache
 from nybble.layers import FakeQuantizedLoRALinear, LoRALinear, QuantizedLinear, ScaledCodesLinear
@@ -340,3 +340,18 @@ def test_what_is_merged_is_what_was_trained(dtype: torch.dtype) -> None:
     torch.testing.assert_close(model[0].weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
     untrained = adapted(dtype, tuned=False)
     assert torch.equal(untrained(inputs), F.linear(inputs, untrained.weight, untrained.bias))
+
+
+def test_changes_are_counted_by_layer_and_in_all() -> None:
+    grid = Grid(group_size=2)
+    ones = torch.ones(1, 2, dtype=torch.uint8)
+
+    def weight(codes: list[int], scales: list[float]) -> QuantizedWeight:
+        return QuantizedWeight(torch.tensor([codes], dtype=torch.uint8), torch.tensor([scales]), ones, grid)
+
+    before = {"a": weight([1, 2, 3, 4], [1.0, 2.0]), "b": weight([5, 6, 7, 8], [1.0, 1.0])}
+    after = {"a": weight([1, 2, 3, 9], [1.5, 2.0]), "b": weight([5, 6, 7, 8], [1.0, 1.0])}
+    found = changes(before, after)
+    assert (found["codes_changed"], found["layer_codes_changed"]) == (1 / 8, {"a": 1 / 4, "b": 0.0})
+    assert found["scales_moved"] == pytest.approx((0.25 / 4) ** 0.5)
+    assert found["layer_scales_moved"] == {"a": pytest.approx((0.25 / 2) ** 0.5), "b": 0.0}

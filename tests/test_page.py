@@ -21,6 +21,8 @@ WHOLE: dict[str, Any] = RESULTS | {
     "warnings": ["careful <b>now</b>"],
     "layer_errors": {name: {"rtn": 0.01, "start": 0.005 * 0.1**i, "weight": 0.1, "clipped": 0.0} for i, name in enumerate(LAYERS)},
     "layer_codes_changed": dict.fromkeys(LAYERS, 0.0123),
+    "layer_scales_moved": dict.fromkeys(LAYERS, 0.0345),
+    "scales_moved": 0.025,
     "block_losses": {"model.layers.0": [0.02, 0.01], "model.layers.1": [0.03, 0.02]},
 }
 
@@ -70,13 +72,22 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
         "60%",
         "nybble distill --pretrained small",
         "careful <b>now</b>",
-        "6.25% of all 4-bit codes",
+        "changed 6.2% of the codes, and scales by 2.50%",
         "1.23%",
+        "3.45%",
         "model.layers.1.mlp.down_proj",
     ):
         assert part in text, part
     assert text.count("0.001%") == 2 + 1  # beside the colours of both maps of errors; in the table of layers
-    for axis in ("token perplexity", "KL to 16 bit", "output error, round-to-nearest", "codes changed by tuning", "relative error of its outputs", "seconds"):
+    for axis in (
+        "token perplexity",
+        "KL to 16 bit",
+        "output error, round-to-nearest",
+        "codes changed by training",
+        "scales moved by training",
+        "relative error of its outputs",
+        "seconds",
+    ):
         assert axis in text, axis
     assert len(re.findall("<svg", html)) == 1 + 4 + 1  # the comparison; curves, layers, blocks, times of one run; times of the other
     assert reader.fetched == []

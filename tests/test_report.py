@@ -61,7 +61,7 @@ def test_markdown_table() -> None:
     assert "| 4 bit, tuned (torch) | 11.000 | 0.2000 | 100.0 MB | 75% |" in text
     assert "| all | 121.0 |" in text
     assert "Peak memory: 2.00 GB (cpu)." in text
-    assert "Tuning changed 6.2% of the 4-bit codes of 7 layers." in text
+    assert "Training in 4 bits changed 6.2% of the codes (7 layers)." in text
     assert "    nybble distill --pretrained small" in text
 
 

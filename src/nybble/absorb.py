@@ -5,6 +5,7 @@ What leaves here is what the forward computed with. That is asserted on every la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +65,17 @@ def merge(model: Any, layers: dict[str, LoRALinear]) -> None:
         model.set_submodule(name, plain)
 
 
-def codes_changed(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> tuple[float, dict[str, float]]:
-    """Share of the codes that tuning moved to another value: of all, and of each layer."""
-    changed = {name: int((before[name].codes_OI != weight.codes_OI).sum()) for name, weight in after.items()}
-    shares = {name: changed[name] / weight.codes_OI.numel() for name, weight in after.items()}
-    return sum(changed.values()) / sum(weight.codes_OI.numel() for weight in after.values()), shares
+def changes(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    """What training did to the 4-bit weights, for the results: of all layers, and by layer.
+
+    codes_changed: share of the codes that have another value. scales_moved: root mean square of the relative changes of scales.
+    """
+    codes = {name: int((before[name].codes_OI != weight.codes_OI).sum()) for name, weight in after.items()}
+    squares = {name: float((weight.scale_OG / before[name].scale_OG - 1).square().sum()) for name, weight in after.items()}
+    weights, scales = ({name: getattr(weight, part).numel() for name, weight in after.items()} for part in ("codes_OI", "scale_OG"))
+    return {
+        "codes_changed": sum(codes.values()) / sum(weights.values()),
+        "scales_moved": math.sqrt(sum(squares.values()) / sum(scales.values())),
+        "layer_codes_changed": {name: codes[name] / weights[name] for name in after},
+        "layer_scales_moved": {name: math.sqrt(squares[name] / scales[name]) for name in after},
+    }

@@ -55,7 +55,7 @@ def _run(job: Job) -> None:
         with run.stage("absorb"):
             insert.settle_norms(loaded.model)
             tuned = absorb.absorb(loaded.model, layers)
-            run.results["codes_changed"], run.results["layer_codes_changed"] = absorb.codes_changed(compressed, tuned)
+            run.results |= absorb.changes(compressed, tuned)
             run.save_results()
             checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
     for leftover in run.path.glob("teacher/train.*"):

@@ -14,6 +14,8 @@ from nybble.errors import MissingExtraError
 from nybble.report import Comparison
 
 # Of 16 bit, compressed, tuned: readable without telling red from green.
+# What training in 4 bits did to a layer: key in the results -> what people read.
+_MOVED = {"layer_codes_changed": "codes changed by training", "layer_scales_moved": "scales moved by training"}
 COLORS = {"16bit": "#8a8f98", "compressed": "#d98c3f", "tuned": "#2f6db5"}
 # Names of runs may have dollars in them: no mathematics.
 _SETTINGS: Any = {
@@ -82,9 +84,9 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
         ("Time", _draw(_times, results)),
     ]
-    headings = [*report.LAYER_HEADINGS, "codes changed by tuning"]
-    shares = results.get("layer_codes_changed", {})
-    lines = [[layer, *report.error_cells(error), f"{shares[layer]:.2%}" if layer in shares else "-"] for layer, error in errors.items()]
+    headings = [*report.LAYER_HEADINGS, *_MOVED.values()]
+    shares = [results.get(key, {}) for key in _MOVED]
+    lines = [[layer, *report.error_cells(error), *(f"{share[layer]:.2%}" if layer in share else "-" for share in shares)] for layer, error in errors.items()]
     tables = [("Search for ranks", report.search_rows(results), report.SEARCH_NOTE)] if "search" in results else []
     tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
     tables += [("Tested configurations", report.tested_rows(results), report.TESTED_NOTE)] if "tested" in results else []
@@ -94,7 +96,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         "Command": results.get("command", ""),
         "Time": f"{sum(results['seconds'].values()):.0f} s",
         "Peak memory": memory,
-        "Codes changed": f"{results['codes_changed']:.2%} of all 4-bit codes" if "codes_changed" in results else "",
+        "4-bit weights": report.moved(results) if "codes_changed" in results else "",
         "Seed": str(results.get("seed", "")),
         "Machine": ", ".join(str(results.get("machine", {}).get(key, "")) for key in ("platform", "cpu", "cuda") if results.get("machine", {}).get(key)),
         "Versions": ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).get("versions", {}).items()),
@@ -173,7 +175,7 @@ def _percent(value: float, position: int | None = None) -> str:
 
 
 def _layers(figure: Any, results: dict[str, Any]) -> None:
-    """Maps of block by kind of layer: output error (weight error without calibration text) rounded to nearest and compressed, and codes that tuning changed."""
+    """Maps of block by kind of layer: output error (weight error without calibration text) by rtn and compressed, and what training changed."""
     from matplotlib.colors import LogNorm, Normalize
 
     errors = results["layer_errors"]
@@ -197,8 +199,7 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
     numbers = [value for lines in maps.values() for line in lines for value in line if value > 0]  # not of nan
     least, most = min(numbers, default=0), max(numbers, default=1)
     shared = (LogNorm if 0 < 10 * least < most else Normalize)(least, most)  # a logarithmic bar has labels at powers of ten only
-    if results.get("layer_codes_changed"):
-        maps["codes changed by tuning"] = grid(results["layer_codes_changed"])
+    maps |= {title: grid(results[key]) for key, title in _MOVED.items() if any(results.get(key, {}).values())}
     figure.set_size_inches(10, 0.7 + 0.22 * len(kinds) * -(-len(maps) // 2) + 0.5 * (-(-len(maps) // 2)))
     all_axes = figure.subplots(-(-len(maps) // 2), min(2, len(maps)), squeeze=False).flatten()
     for axes, (title, lines) in zip(all_axes, maps.items(), strict=False):

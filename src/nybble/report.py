@@ -227,6 +227,12 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
     )
 
 
+def moved(results: dict[str, Any]) -> str:
+    """What training did to the 4-bit weights, in words."""
+    text = f"Training in 4 bits changed {results['codes_changed']:.1%} of the codes"
+    return text + (f", and scales by {results['scales_moved']:.2%} (root mean square)" if "scales_moved" in results else "")
+
+
 def trainings(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Of what the run trained, and its losses: one training, or that of adapters on 16-bit weights and then that of scales and norms in 4 bits."""
     return [(" of adapters", results), (" of scales and norms", results["scales"])] if "scales" in results else [("", results)]
@@ -267,7 +273,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts[-1] += f"\n| all | {sum(seconds.values()):.1f} |"
     parts.append("Peak memory: " + ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in memory.items() if value) + ".")
     if "codes_changed" in results:
-        parts.append(f"Tuning changed {results['codes_changed']:.1%} of the 4-bit codes of {results['layers']['int4']} layers.")
+        parts.append(f"{moved(results)} ({results['layers']['int4']} layers).")
     parts.append(
         f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. " + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items())
     )

@@ -310,13 +310,12 @@ def _discard_4_bits(job: Job) -> None:
 
 def _in_4_bits(trained: Trained) -> dict[str, QuantizedWeight]:
     """The layers, with the ranks that are active, become plain ones in place. Returns: all quantized weights."""
-    job, results = trained.job, trained.job.run.results
+    job = trained.job
     before, layers = _compress_learnt(trained) if trained.compressed is None else (trained.compressed, trained.layers)
     with job.run.stage("absorb"):
         insert.settle_norms(job.loaded.model)
         tuned = absorb.absorb(job.loaded.model, layers)
-        if trained.compressed is not None:
-            results["codes_changed"], results["layer_codes_changed"] = absorb.codes_changed(before, tuned)
+        job.run.results |= absorb.changes(before, tuned)
     return before | tuned
 
 

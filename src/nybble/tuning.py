@@ -28,11 +28,8 @@ log = logging.getLogger("nybble")
 CHUNK = 128  # tokens whose logits exist at a time in the loss (docs/log.md)
 
 
-def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """More tokens than this in a microbatch gain little and cost memory: the matrix products are already large (docs/log.md)."""
-    if device.type == "cuda":
-        return 32768
-    return 4096 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1024
+# More tokens than this in a microbatch gain little and cost memory: the matrix products are already large (docs/log.md; cuda: not measured).
+MOST_TOKENS = {"cpu": 1024, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def resolve(
         cache = "step" if estimate.memory(*sizes, length, CHUNK, copies, logits) < 0.7 * available else "recompute"
     copies = copies if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
-    microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, most_tokens(device, loaded.model.dtype))
+    microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, MOST_TOKENS.get(device.type, 1024))
     calibration = stages.check_calibration(options, options.start, sequences)
     memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies, logits)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
