@@ -132,7 +132,8 @@ def test_compression_beats_rounding_to_nearest(method: str, most: float, run: Pa
     arguments = f"compress --pretrained smollm2 --data python-docs --seq_len 128 --calib_samples 32 --test_samples 8 --tasks --export --method {method}"
     assert cli.main([*arguments.split(), "--output_dir", str(tmp_path / "run")]) == 0
     rows, nearest = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", run))
-    assert rows["models"]["16bit"] == nearest["models"]["16bit"]
+    # The teacher's states come in batches of other sizes; in bfloat16 these add up in another order on some CPUs (AMX: 18.495 and 18.471).
+    assert rows["models"]["16bit"]["token_perplexity"] == pytest.approx(nearest["models"]["16bit"]["token_perplexity"], rel=5e-3)
     assert rows["models"]["compressed"]["kl_to_teacher"] < most * nearest["models"]["compressed"]["kl_to_teacher"]
     errors = rows["layer_errors"].values()
     assert len(errors) == 210
