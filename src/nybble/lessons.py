@@ -74,6 +74,7 @@ class Lesson:
 
 
 def prepare(options: TuneOptions, loaded: models.LoadedModel, space: tuple[int, ...], custom: Configuration) -> Lesson:
+    """Rows of the task, encoded, and the teacher; raises NybbleError for whatever does not fit. `custom`: a configuration to check, or ()."""
     task = questions.load_task(options.task, options.data_dir, options.seed, options.train_rows)
     count = len(set(ranks.decoder_layers(list(models.plan(loaded.model).int4)).values()))
     if custom:
