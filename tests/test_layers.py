@@ -319,7 +319,7 @@ def test_gradients_of_adapters_on_16_bit_weights_equal_float64(active: int, cach
         (layer(inputs) * upstream).sum().backward()
     a, b, x = (tensor.detach().double().requires_grad_() for tensor in (layer.lora_a, layer.lora_b, inputs))
     weight, bias = layer.weight.double(), layer.bias.double()
-    (F.linear(x, weight + b[:, :active] @ a[:active], bias) * upstream.double()).sum().backward()
+    (F.linear(x, weight + 2 * b[:, :active] @ a[:active], bias) * upstream.double()).sum().backward()
     expected = (a.grad, b.grad, x.grad)
     for found, wanted in zip((layer.lora_a.grad, layer.lora_b.grad, inputs.grad), expected, strict=True):
         torch.testing.assert_close(found.double(), torch.zeros_like(found).double() if wanted is None else wanted, rtol=1e-5, atol=1e-6)
@@ -331,7 +331,7 @@ def test_what_is_merged_is_what_was_trained(dtype: torch.dtype) -> None:
     before = F.linear(inputs, layer.weight, layer.bias)
     layer.active_rank = 3
     computed = layer(inputs)
-    exact = layer.weight.double() + layer.lora_b[:, :3].double() @ layer.lora_a[:3].double()
+    exact = layer.weight.double() + 2 * layer.lora_b[:, :3].double() @ layer.lora_a[:3].double()
     model = torch.nn.Sequential(layer)
     merge(model, {"0": layer})
     assert type(model[0]) is torch.nn.Linear
@@ -340,6 +340,16 @@ def test_what_is_merged_is_what_was_trained(dtype: torch.dtype) -> None:
     torch.testing.assert_close(model[0].weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
     untrained = adapted(dtype, tuned=False)
     assert torch.equal(untrained(inputs), F.linear(inputs, untrained.weight, untrained.bias))
+
+
+def test_adapters_on_16_bit_weights_start_and_count_as_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    layer = LoRALinear(torch.zeros(96, 256), None, 64, torch.float32, torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(torch.nn.Linear(256, 96))
+    other = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=128, target_modules=["0"])).base_model.model[0]
+    assert other.scaling["default"] == layer.SCALING
+    assert float(layer.lora_a.detach().std()) == pytest.approx(float(other.lora_A["default"].weight.detach().std()), rel=0.05)
+    assert float(layer.lora_a.detach().abs().max()) <= 1 / 16
 
 
 def test_changes_are_counted_by_layer_and_in_all() -> None:

@@ -108,7 +108,7 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
 
 
 def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compressed by rounding to nearest and not trained any further, the codes are those of weight + lora_b lora_a at the chosen ranks."""
+    """Compressed by rounding to nearest and not trained any further, the codes are those of weight + 2 lora_b lora_a at the chosen ranks."""
     from nybble import models
     from nybble.grid import Grid, min_max, quantize
 
@@ -119,7 +119,7 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     grid, moved = Grid(group_size=64), 0
     for name, rank in (("model.layers.0.mlp.up_proj", 8), ("model.layers.1.self_attn.q_proj", 2)):
         weight = plain.get_submodule(name).weight.detach()
-        merged = torch.addmm(weight, adapters[f"{name}.lora_b"][:, :rank], adapters[f"{name}.lora_a"][:rank])
+        merged = torch.addmm(weight, 2 * adapters[f"{name}.lora_b"][:, :rank], adapters[f"{name}.lora_a"][:rank])
         scale, zero = min_max(merged, grid)
         assert torch.equal(weights[name].codes_OI, quantize(merged, scale, zero, grid))
         moved += int((quantize(weight, scale, zero, grid) != weights[name].codes_OI).sum())
