@@ -1,5 +1,6 @@
 """Conversations through a chat template: what counts, how rows are packed, and the words of every refusal."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,3 +77,16 @@ def test_refusals() -> None:
         data.check_conversations({"a": ["plain text"], "b": ["more"]})
     data.check_conversations({"a": ["plain text"], "b": [TALK]})
     assert bool(data.sequences(make_chat_tokenizer(), ["plain text"], 4, "training", assistant_only=True).counted.all())
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], 3])
+def test_content_must_be_text(content: Any) -> None:
+    with pytest.raises(DataError, match="chats.jsonl: row 2 must have text as the content of its messages"):
+        chat.check_messages([TALK[0], {"role": "assistant", "content": content}], "chats.jsonl: row 2")
+    assert chat.check_messages([TALK[0], {"role": "assistant", "content": None}], "") != TALK, "a call of a tool says nothing"
+
+
+def test_a_tokenizer_that_knows_no_places_is_refused() -> None:
+    tokenizer = SimpleNamespace(is_fast=False, chat_template=TEMPLATE, apply_chat_template=make_chat_tokenizer().apply_chat_template)
+    with pytest.raises(DataError, match="needs a fast tokenizer.*use --loss_on all"):
+        chat.encode(tokenizer, TALK, assistant_only=True)

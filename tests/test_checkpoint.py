@@ -128,6 +128,19 @@ def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
     assert results["peak_memory_bytes"]["cpu"] > 10**8
 
 
+def test_a_killed_process_leaves_the_seconds_of_what_it_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 107.0, 110.0])
+    monkeypatch.setattr("nybble.checkpoint.time.perf_counter", lambda: next(clock))
+    run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
+    with run.stage("train"):
+        run.save_results()
+        assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] == {"train": 7.0}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] == {"train": 10.0}
+    run.save_results()
+    assert run.results["seconds"] == {"train": 10.0}, "what happens between stages counts for none"
+    run.close()
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})

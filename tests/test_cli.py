@@ -225,3 +225,21 @@ def test_waiting_threads_spin_briefly_unless_told_otherwise(chosen: dict[str, st
         [sys.executable, "-m", "nybble", "env"], env=plain | chosen | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+def test_a_device_without_memory_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def full(options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("nybble.commands.inspect", full)
+    assert cli.main(["inspect", "runs/demo"]) == 2
+    assert capsys.readouterr().err == "nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu\n"
+
+    def wrong(options: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("nybble.commands.inspect", wrong)
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["inspect", "runs/demo"])

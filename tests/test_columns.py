@@ -141,8 +141,41 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     figures = {"a": dict.fromkeys(COLUMNS, known("01"))}
     one, other = (comparison(tmp_path / name, figures) for name in ("one", "other"))
-    assert "must differ in seed, setting or model" in error_of(one, other, "--table")
+    assert "must differ in seed, setting, model or tasks" in error_of(one, other, "--table")
     (tmp_path / "run").mkdir()
     assert f"got {one}, which is a comparison, and {tmp_path / 'run'}, which is none" in error_of(str(tmp_path / "run"), one)
     (tmp_path / "one" / "compare.json").write_text('{"openbookqa": {"BF16": [0.5, 12]}}')
     assert "must be written by this version of nybble tune --compare" in error_of(one)
+
+
+def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Path) -> None:
+    row = dict.fromkeys(COLUMNS, known("01"))
+    comparison(tmp_path, {"a": row}, epochs=2)
+    comparison(tmp_path, {"b": row}, epochs=2)
+    assert list(columns.read(tmp_path).figures) == ["a", "b"]
+    comparison(tmp_path, {"c": row}, epochs=3)
+    assert list(columns.read(tmp_path).figures) == ["c"], "another setting"
+    (tmp_path / columns.FILE).write_text("{}")
+    comparison(tmp_path, {"d": row})
+    assert list(columns.read(tmp_path).figures) == ["d"], "what cannot be read is written anew"
+
+
+def test_seeds_are_counted_task_by_task(tmp_path: Path) -> None:
+    row = dict.fromkeys(COLUMNS, known("01"))
+    one, two = (columns.read(Path(comparison(tmp_path / name, {name: row}, seed=seed))) for name, seed in (("a", 0), ("b", 1)))
+    assert "Seed 0, 1." in columns.together([one, two]).note
+    same = columns.read(Path(comparison(tmp_path / "c", {"c": row}, seed=0)))
+    assert list(columns.together([one, same]).figures) == ["a", "c"], "of one seed, but not of the same tasks"
+
+
+def test_one_comparison_by_two_names_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = comparison(tmp_path / "runs", {"a": dict.fromkeys(COLUMNS, known("01"))})
+    assert main(["report", folder, f"{folder}/../runs", "--table"]) == 0
+    assert "Seed 0." in capsys.readouterr().out
+
+
+def test_a_comparison_without_matplotlib_names_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = comparison(tmp_path / "runs", {"a": dict.fromkeys(COLUMNS, known("01"))})
+    monkeypatch.setattr("nybble.page.available", lambda: False)
+    assert main(["report", folder]) == 2
+    assert "report" in capsys.readouterr().err

@@ -1,18 +1,20 @@
 """Five columns: each a run of its own, gone on with where the last sitting stopped; errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import GraniteConfig
 
 from nybble import checkpoint, columns, evaluate
 from nybble import compare as comparing
 from nybble.cli import main
 from nybble.columns import COLUMNS
 from nybble.compare import compare
-from nybble.config import TuneOptions
+from nybble.config import CompressOptions, TuneOptions, to_toml
 from nybble.errors import OptionError, RunError
 
 from .tiny import save_model
@@ -94,3 +96,31 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         compare(options(tmp_path, tmp_path, compare=("own.jsonl",)))
     assert main(["tune", "--pretrained", "x", "--task", "arc_easy", "--compare", "arc_easy"]) == 2
     assert "--task and --compare contradict each other" in capsys.readouterr().err
+
+
+def test_a_family_without_awq_has_another_third_column(tmp_path: Path) -> None:
+    assert comparing._ptwc(save_model(tmp_path / "known", "smollm"), False) == "awq+se+gptq"
+    GraniteConfig(hidden_size=64).save_pretrained(tmp_path / "other")
+    assert comparing._ptwc(tmp_path / "other", False) == "se+gptq"
+
+
+def test_a_finished_column_is_the_same_wherever_the_comparison_lies(tmp_path: Path) -> None:
+    """What was automatic, and the paths inside the comparison, are those of the run."""
+
+    def finished(folder: Path, options: Any) -> Any:
+        folder.mkdir()
+        checkpoint.write_text(folder / "config.toml", to_toml(options))
+        checkpoint.write_text(folder / "results.json", json.dumps({"models": {"tuned": {}, "compressed": {}}}))
+        return replace(options, output_dir=str(folder))
+
+    def never(options: Any) -> None:
+        raise AssertionError("made again")
+
+    tuned = finished(tmp_path / "qat-nls", TuneOptions(pretrained="m", task="openbookqa", tasks=("openbookqa",), start="awq+se+blockwise"))
+    comparing._unless_done(replace(tuned, start="auto"), never, "tuned")
+    with pytest.raises(RunError, match="--start was awq"):
+        comparing._unless_done(replace(tuned, start="se"), never, "tuned")
+    ptwc = finished(tmp_path / "ptwc", CompressOptions(pretrained="runs/lora/merged", data=("runs/lora/texts",)))
+    comparing._unless_done(replace(ptwc, pretrained="/moved/lora/merged", data=("/moved/lora/texts",)), never, "compressed")
+    with pytest.raises(RunError, match="--method was"):
+        comparing._unless_done(replace(ptwc, method="rtn"), never, "compressed")

@@ -226,12 +226,12 @@ def test_only_the_wanted_splits_must_have_text(tmp_path: Path) -> None:
 def test_what_is_measured_is_never_used_twice() -> None:
     many, few = (data.Rows.of(torch.arange(first, first + count)[:, None].expand(-1, 4)) for first, count in ((0, 100), (1000, 100)))
     shared = data.Mixture.parse(["a=0.9", "b=0.1"])
-    every = shared.first([many, few], 0, 0).ids[:, 0].tolist()
+    every = shared.first([many, few], 0).ids[:, 0].tolist()
     assert (len(every), len(set(every)), sum(i >= 1000 for i in every)) == (111, 111, 11)
-    assert len(shared.first([many, few], 1000, 0)) == 111
-    assert len(shared.first([many, few], 20, 0)) == 20
-    assert len(data.Mixture.parse(["a", "b"]).first([many, few], 0, 0)) == 200
-    assert data.Mixture.parse(["a"]).first([many], 3, 0).ids[:, 0].tolist() == [0, 1, 2]
+    assert len(shared.first([many, few], 1000)) == 111
+    assert len(shared.first([many, few], 20)) == 20
+    assert len(data.Mixture.parse(["a", "b"]).first([many, few], 0)) == 200
+    assert data.Mixture.parse(["a"]).first([many], 3).ids[:, 0].tolist() == [0, 1, 2]
     for nothing in ("", " ", "=0.5"):
         with pytest.raises(OptionError, match="--data must name every source"):
             data.Mixture.parse([nothing])
@@ -290,3 +290,35 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": [{"role": "user"}]}))
     with pytest.raises(DataError, match="row 1, column messages must be a list of messages"):
         data.load_texts(str(path))
+
+
+def write_rows(path: Path, rows: list[str], column: str = "text") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+
+
+def test_wikitext_from_a_folder_is_one_text_as_from_the_hub(tmp_path: Path) -> None:
+    lines = [" = Title = \n", "", " words \n"]
+    for split in data.SPLITS:
+        write_rows(tmp_path / "wikitext" / "wikitext-2-raw-v1" / f"{split}.jsonl", lines)
+        write_rows(tmp_path / "wikitext" / "wikitext-103-raw-v1" / f"{split}.jsonl", ["other"])
+        write_rows(tmp_path / "wikitext" / "document_level" / f"{split}.jsonl", ["page"], "page")
+    texts = data.load_texts("wikitext2", data_dir=str(tmp_path))
+    assert [texts[split] for split in data.SPLITS] == [["".join(lines)]] * 3
+
+
+def test_a_folder_of_data_sets_holds_any_by_its_name(tmp_path: Path) -> None:
+    for split in data.SPLITS:
+        write_rows(tmp_path / "mine" / f"{split}.jsonl", [split])
+    for name in ("mine", "someone/mine"):
+        assert data.load_texts(name, data_dir=str(tmp_path)).test == ["test"]
+    with pytest.raises(DataError, match="--data_dir .*nowhere must be a folder of data sets"):
+        data.load_texts("mine", data_dir=str(tmp_path / "nowhere"))
+
+
+def test_training_text_gives_up_only_what_is_lacking(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [f"row {i}" for i in range(100)])
+    write_rows(tmp_path / "test.jsonl", ["test"])
+    texts = data.load_texts(str(tmp_path))
+    assert (len(texts.train), len(texts.validation), texts.test) == (90, 10, ["test"])
+    assert len({*texts.train, *texts.validation}) == 100

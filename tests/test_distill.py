@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from nybble import checkpoint, cli, insert
-from nybble.config import to_toml
+from nybble import checkpoint, cli, insert, models, stages, text
+from nybble.config import CompressOptions, DistillOptions, to_toml
+from nybble.data import Rows
 from nybble.distill import _judge, distill
+from nybble.errors import DataError, OptionError, RunError
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.losses import kl_to_teacher
+from nybble.post_training import compress
 from nybble.teacher import hidden_states
+from nybble.text import Sequences
 from tests.test_chat import TEMPLATE
 from tests.test_families import options
 from tests.tiny import make_model, save_model
@@ -402,3 +406,61 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monk
     assert cli.main(command(model, tmp_path / "run")[3:]) == 2
     assert "GB for teacher states and checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_needs_no_disk_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = options(save_model(tmp_path / "model", "llama"), tmp_path / "run")
+    distill(given)
+    capsys.readouterr()
+    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    distill(dataclasses.replace(given, resume=True))
+    assert "of disk" not in capsys.readouterr().err
+
+
+def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    shared = {
+        "pretrained": str(model),
+        "output_dir": str(tmp_path / "run"),
+        "data": ("python-docs",),
+        "seq_len": 32,
+        "test_samples": 2,
+        "tasks": (),
+        "export": (),
+    }
+    compress(CompressOptions(**shared, method="rtn"))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="run was begun by nybble compress; choose another --output_dir"):
+        distill(DistillOptions(**shared, resume=True))  # type: ignore[arg-type]
+
+
+def test_calibration_text_must_suit_the_model() -> None:
+    known = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(5, 2), config=SimpleNamespace(max_position_embeddings=8))
+    rows = Rows.of(torch.zeros(1, 4, dtype=torch.int64))
+    loaded = SimpleNamespace(model=known, name="m")
+    stages._check_tokens(loaded, Sequences(rows, rows.ids, rows, rows, ""))
+    with pytest.raises(DataError, match="m knows the tokens 0 to 4; its tokenizer gives 5"):
+        stages._check_tokens(loaded, Sequences(rows, rows.ids + 5, rows, rows, ""))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(OptionError, match="leave nothing to train"):
+        DistillOptions(pretrained="m", lora_rank=8, lr=0, scale_lr=0, norm_lr=0).check()
+
+
+def test_epochs_of_what_the_model_writes_repeat_as_many_sequences_as_asked_for(tmp_path: Path) -> None:
+    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    given = DistillOptions(pretrained="m", data=("self",), samples=4, calib_samples=8, batch_size=2, epochs=2, seq_len=32)
+    found = text.sequences_of(given, loaded, "se", train=8, least=1, validation=8)
+    assert (len(found.train), len(found.calibration)) == (4, 8)
+
+
+def test_held_out_text_of_a_mixture_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    (tmp_path / "b.txt").write_text("".join(f"line {i} of the other text\n" for i in range(2000)))
+    found = []
+    for seed in (0, 1):
+        given = DistillOptions(pretrained="m", data=("python-docs=0.7", f"{tmp_path / 'b.txt'}=0.3"), seq_len=32, test_samples=20, seed=seed)
+        found.append(text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8))
+    assert torch.equal(found[0].test.ids, found[1].test.ids)
+    assert torch.equal(found[0].validation.ids, found[1].validation.ids)
+    assert not torch.equal(found[0].train.ids, found[1].train.ids)

@@ -170,6 +170,13 @@ def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: 
     assert "| Large | 16 bit |" in printed
 
 
+def test_a_run_by_two_names_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "one", WHOLE)
+    (tmp_path / "one" / "config.toml").write_text('pretrained = "m"\nseed = 0\n')
+    assert main(["report", run, f"{run}/", f"{run}/../one", "--table"]) == 0
+    assert "seeds" not in capsys.readouterr().out
+
+
 def test_command_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "new", {"model": "Small", "models": {}})
     assert main(["report", str(tmp_path)]) == 2

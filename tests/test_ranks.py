@@ -8,7 +8,7 @@ import torch
 
 from nybble import insert, ranks
 from nybble.compress import compress
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
 from nybble.grid import Grid
 from nybble.layers import FakeQuantizedLoRALinear
 from nybble.models import plan
@@ -85,3 +85,8 @@ def test_a_narrow_layer_keeps_its_largest_rank() -> None:
     assert layers["model.layers.0.self_attn.k_proj"].active_rank == 32
     assert layers["model.layers.1.self_attn.k_proj"].active_rank == 32
     assert layers["model.layers.1.mlp.up_proj"].active_rank == 40
+
+
+def test_layers_outside_of_the_decoder_have_no_rank() -> None:
+    with pytest.raises(ModelError, match="outside of them: model.decoder.project_in; use nybble distill"):
+        ranks.decoder_layers(["model.decoder.layers.0.fc1", "model.decoder.project_in"])

@@ -3,10 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nybble import cli
+from nybble.compress import automatic
+from nybble.config import DistillOptions, from_toml, to_toml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,10 +37,18 @@ def test_flags_in_the_text_exist() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_are_options_of_a_command(recipe: Path) -> None:
+def test_recipes_are_options_of_a_command(recipe: Path, tmp_path: Path) -> None:
     command = "tune --task arc_easy" if recipe.stem.startswith("tune") else "distill"
     options, _ = cli.parse([*command.split(), "--pretrained", "m", "--config", str(recipe)])
     options.check()
+    (tmp_path / "config.toml").write_text(to_toml(options))
+    assert type(options)(**from_toml(type(options), tmp_path / "config.toml")) == options, "a run can be gone on with"
+
+
+def test_the_standard_recipe_says_what_the_defaults_are() -> None:
+    options = DistillOptions(**{"pretrained": "m"} | from_toml(DistillOptions, ROOT / "recipes" / "standard.toml"))
+    assert options == DistillOptions(pretrained="m", start=options.start)
+    assert options.start == automatic(SimpleNamespace(model_type="llama"))
 
 
 def test_python_runs() -> None:

@@ -167,6 +167,10 @@ def test_published_table_shows_the_mean_of_seeds_and_their_spread() -> None:
     lines = report.published_rows(report.compare(runs))[1]
     assert lines[2] == ["Small", "INT4, QAT + LoRA, 3 seeds", "11.500 (11.000 to 12.000)", "40.0% (20.0% to 60.0%)"]
     assert lines[3][-1] == "40.0%"
+    runs["d"] = run(3, 11.5, microbatch=2, cache="recompute", data_dir="elsewhere")
+    assert "4 seeds" in report.published_rows(report.compare(runs))[1][2][1], "how fast, and where, is no recipe"
+    runs["again"] = run(3, 11.5)
+    assert "5 runs of 4 seeds" in report.published_rows(report.compare(runs))[1][2][1]
 
 
 def test_a_16_bit_model_with_adapters_is_not_published_as_int4() -> None:
@@ -193,3 +197,9 @@ def test_what_learnt_before_it_was_compressed_is_called_so() -> None:
     assert report.sentence(results).startswith(
         "Small in 4 bits (OpenVINO): arc_easy acc 0.7500, against 0.8000 tuned in 16 bit and 0.5000 without tuning, in 3.0 "
     )
+
+
+def test_the_report_of_a_16_bit_model_does_not_speak_of_4_bits() -> None:
+    models = {"16bit": {"task:arc acc": 0.5, "bytes": 1}, "lora16": {"task:arc acc": 0.9, "bytes": 1}}
+    found = COMPRESSED | {"kind": "tune", "task": {"name": "arc", "metric": "acc", "space": [4]}, "models": models}
+    assert report.markdown(found).splitlines()[0] == "# Small: 16-bit LoRA, tuning on arc"

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
+from nybble import checkpoint, lessons
 from nybble import search as searching
 from nybble.cli import main
 from nybble.config import SearchOptions
@@ -19,6 +20,7 @@ from nybble.tune import Trained, put_in_place, reopened, tune
 
 from .test_families import interrupt_after
 from .test_tune import codes, options, results, write_task
+from .tiny import save_model
 
 
 @pytest.fixture(scope="module")
@@ -228,15 +230,51 @@ def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in
     tune(options(tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": tuple(found["applied"])}))
     assert codes(tmp_path / "run") == codes(tmp_path / "given")
     assert found["models"] == results(tmp_path / "given")["models"]
+    assert not (tmp_path / "run" / "compress").exists()
 
 
-def test_given_ranks_that_were_replaced_are_not_tested_again(tmp_path: Path) -> None:
+def test_a_winner_in_place_leaves_no_blocks_and_no_seconds_of_what_it_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"epochs": 1, "start": "se", "lora_rank_space": (8, 1), "adapters": "before", "custom_rank_config": (8, 1)}
+    tune(options(tmp_path, **given))
+    saved = results(tmp_path / "run")
+    saved["seconds"] |= {"compress": 1000.0, "train scales": 1000.0, "absorb": 1000.0}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(saved))
+    with reopened(options(tmp_path, **given, resume=True)) as trained:
+        put_in_place(trained, (1, 1))
+    assert not (tmp_path / "run" / "compress").exists()
+    found = results(tmp_path / "run")["seconds"]
+    assert found["train"] == saved["seconds"]["train"]
+    assert 0 < max(found[stage] for stage in ("compress", "train scales", "absorb")) < 1000
+
+
+def test_a_winner_that_was_not_put_in_place_yet_still_has_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"epochs": 1, "lora_rank_space": (8, 1), "adapters": "before", "custom_rank_config": (8, 1)}
+    given |= {"teacher": str(save_model(tmp_path / "teacher", "smollm", seed=1)), "resume": True}
+    tune(options(tmp_path, **given))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nybble.tune._discard_4_bits", lambda job: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with reopened(options(tmp_path, **given)) as trained:
+            put_in_place(trained, (1, 1))
+    assert (tmp_path / "run" / "quantized").exists()
+    seen = []
+    original = lessons.prepare
+    monkeypatch.setattr(lessons, "prepare", lambda *known: seen.append(original(*known)) or seen[-1])
+    tune(options(tmp_path, **given))
+    assert results(tmp_path / "run")["configuration"] == [1, 1]
+    tune(options(tmp_path, **given))
+    assert [lesson.teacher is not None for lesson in seen] == [True, False], "and none where nothing is left to be learnt"
+
+
+def test_ranks_that_were_replaced_can_still_be_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"epochs": 1, "lora_rank_space": (8, 1), "custom_rank_config": (8, 1)}
     tune(options(tmp_path, **given))
     with reopened(options(tmp_path, **given, resume=True)) as trained:
         put_in_place(trained, (1, 1))
-    tune(options(tmp_path, **given, resume=True, eval_only=True))  # the command line fills in what the run was given
-    assert results(tmp_path / "run")["tested"][-1]["configuration"] == [1, 1]
+    command = ["tune", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), "--task", str(tmp_path / "letters.jsonl"), "--resume"]
+    assert main([*command, "--eval_only"]) == 0
+    assert main([*command, "--eval_only", "--custom_rank_config", "8", "1"]) == 0
+    assert [tested["configuration"] for tested in results(tmp_path / "run")["tested"]] == [[1, 1], [8, 1]]
+    assert checkpoint.read_options(tmp_path / "run")["custom_rank_config"] == [8, 1]
 
 
 def test_exports_by_hand_are_made_again_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

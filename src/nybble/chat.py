@@ -25,6 +25,9 @@ def check_messages(value: Any, where: str) -> list[Message]:
     fine = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
     if not fine:
         raise DataError(f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}')
+    odd = next((m["content"] for m in value if not isinstance(m["content"], str | None)), None)
+    if odd is not None:
+        raise DataError(f"{where} must have text as the content of its messages; got {str(odd)[:80]}; join the texts of its parts")
     return list(value)
 
 
@@ -35,6 +38,8 @@ def encode(tokenizer: Any, messages: Sequence[Message], assistant_only: bool) ->
         DataError: no chat template; it refuses the conversation; it renders a turn differently once more turns follow (with assistant_only).
     """
     text = _render(tokenizer, messages)
+    if assistant_only and not tokenizer.is_fast:
+        raise DataError("--loss_on assistant needs a fast tokenizer, which says where in the text a token stands; this model's is none; use --loss_on all")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False)
     if not assistant_only:
         return encoded.input_ids, [True] * len(encoded.input_ids)

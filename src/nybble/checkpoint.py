@@ -162,6 +162,7 @@ class Run:
 
     def __init__(self, path: Path, lock: IO[str] | None, results: dict[str, Any]) -> None:
         self.path, self.results, self._lock = path, results, lock
+        self._stage: tuple[str, float] | None = None  # its name, and up to when its seconds are counted
 
     @staticmethod
     def check(path: Path, resume: bool, overwrite: bool) -> bool:
@@ -210,18 +211,21 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, over all sittings. It begins without what earlier ones freed."""
+        """Count the seconds of a stage, over all sittings. It begins without what earlier ones freed; none is inside another."""
         hand_back_freed_memory()
-        started = time.perf_counter()
+        self._stage = name, time.perf_counter()
         try:
             yield
         finally:
-            seconds = self.results["seconds"]
-            seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 2)
             self.save_results()
+            self._stage = None
 
     def save_results(self) -> None:
-        """Write results.json."""
+        """Write results.json, with the seconds so far."""
+        if self._stage is not None:
+            (name, since), now, seconds = self._stage, time.perf_counter(), self.results["seconds"]
+            seconds[name] = round(seconds.get(name, 0) + now - since, 3)
+            self._stage = name, now
         memory = self.results.setdefault("peak_memory_bytes", {})
         for kind, value in peak_memory().items():
             memory[kind] = max(value, memory.get(kind, 0))

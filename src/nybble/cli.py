@@ -84,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NybbleError, OSError) as error:  # OSError: a full disk, a folder without permission, a name that is too long
         print(f"nybble: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded yet
+            raise
+        print("nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         kind = COMMANDS[arguments[0]][0] if arguments[0] in COMMANDS else None
         print("nybble: interrupted" + ("; the same command with --resume goes on from the last checkpoint" if hasattr(kind, "resume") else ""), file=sys.stderr)
@@ -133,7 +138,10 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
         saved = _parse_flags(name, kind, flags, values).folder / "config.toml"
         if saved.is_file():
             _check_kind(kind, saved.parent)
-            values = from_toml(kind, saved) | values
+            run = from_toml(kind, saved)
+            if "--eval-only" in flags:  # what the run was given need not be what is in place: `nybble search` puts other ranks there
+                run.pop("custom_rank_config", None)
+            values = run | values
     return _parse_flags(name, kind, flags, values), command
 
 

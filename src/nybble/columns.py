@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from nybble.errors import OptionError, RunError
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
-# What the third column is compressed by, whatever --start is: the best method that trains nothing (docs/log.md).
-PTWC = "awq+se+gptq"
+# What the third column is compressed by, whatever --start is: the best method that trains nothing (docs/log.md), as far as a family has it.
+PTWC, PTWC_WITHOUT_AWQ = "awq+se+gptq", "se+gptq"
 # Of the runs of a task, those that a page shows.
 TUNED = ("qat-nls", "qat-lora")
 # Options that say where things lie, or how fast; and those that every run of a comparison has its own value of.
@@ -73,6 +74,7 @@ class Compared:
         folder: where it lies.
         setting: the options that its seeds have in common.
         dtype: of the first two columns.
+        ptwc: what the third column is compressed by.
         learnt: task -> what the loss was on.
     """
 
@@ -81,18 +83,26 @@ class Compared:
     seed: int
     setting: dict[str, Any]
     dtype: str
+    ptwc: str
     learnt: Mapping[str, str]
     figures: Figures
 
 
 def write(folder: Path, options: TuneOptions, figures: Figures) -> Compared:
-    """Save compare.json, from the figures and what the tuned runs say of themselves; returns what was saved."""
+    """Save compare.json, from the figures and what the runs say of themselves; returns what was saved. Other tasks that were compared there before, in the same
+    setting, stay in it."""
+    setting = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in _NO_SETTING}))
+    with suppress(RunError):  # none yet, or of another version
+        earlier = read(folder)
+        if (earlier.model, earlier.seed, earlier.setting) == (options.pretrained, options.seed, setting):
+            figures = {task: row for task, row in earlier.figures.items() if (folder / task / TUNED[0] / checkpoint.RESULTS).is_file()} | dict(figures)
     results = {task: checkpoint.read_results(folder / task / TUNED[0]) for task in figures}
     found = {
         "model": options.pretrained,
         "seed": options.seed,
         "dtype": next(iter(results.values()))["dtype"],
-        "setting": {key: value for key, value in asdict(options).items() if key not in _NO_SETTING},
+        "ptwc": checkpoint.read_results(folder / next(iter(figures)) / "ptwc").get("method", PTWC),
+        "setting": setting,
         "learnt": {task: of["task"].get("loss_on", options.loss_on) for task, of in results.items()},
         "figures": {
             task: {
@@ -114,7 +124,7 @@ def read(folder: Path) -> Compared:
             task: {column: Figure(row[column]["value"], row[column]["documents"], tuple(map(float, row[column]["right"]))) for column in COLUMNS}
             for task, row in found["figures"].items()
         }
-        return Compared(folder, found["model"], found["seed"], found["setting"], found["dtype"], found["learnt"], figures)
+        return Compared(folder, found["model"], found["seed"], found["setting"], found["dtype"], found.get("ptwc", PTWC), found["learnt"], figures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder / FILE} must be written by this version of nybble tune --compare; it is not ({type(error).__name__}: {error}); "
@@ -145,7 +155,7 @@ class Together:
 
 
 def together(compared: Sequence[Compared]) -> Together:
-    """Put comparisons together; OptionError where two are of the same setting and seed."""
+    """Put comparisons together; OptionError where two are of the same setting, seed and task."""
     settings: list[tuple[Any, list[Compared]]] = []
     for one in compared:
         key = (one.model, one.setting)
@@ -153,8 +163,8 @@ def together(compared: Sequence[Compared]) -> Together:
         if same is None:
             settings.append((key, same := []))
         for other in same:
-            if other.seed == one.seed:
-                raise OptionError(f"comparisons must differ in seed, setting or model; {other.folder} and {one.folder} do not; name one of them")
+            if other.seed == one.seed and other.figures.keys() & one.figures.keys():
+                raise OptionError(f"comparisons must differ in seed, setting, model or tasks; {other.folder} and {one.folder} do not; name one of them")
         same.append(one)
     models = list(dict.fromkeys(one.model for one in compared))
     figures: dict[str, dict[str, Figure]] = {}
@@ -201,9 +211,10 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
         "Epochs were chosen on held-out rows, ranks "
         + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
         + f" The first two columns are computed in {', '.join(dict.fromkeys(one.dtype for one in compared))}."
-        + f" PTWC: {PTWC}; QAT: {', '.join(dict.fromkeys(_qat(one.setting) for one in compared))}. Loss on: {learnt}."
+        + f" PTWC: {', '.join(dict.fromkeys(one.ptwc for one in compared))};"
+        + f" QAT: {', '.join(dict.fromkeys(_qat(one.setting) for one in compared))}. Loss on: {learnt}."
     )
-    seeds = {len(members) for members in settings}
+    seeds = {sum(task in one.figures for one in members) for members in settings for task in dict.fromkeys(task for one in members for task in one.figures)}
     if seeds == {1}:
         text += f" Seed {', '.join(dict.fromkeys(str(one.seed) for one in compared))}."
     else:

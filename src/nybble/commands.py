@@ -112,7 +112,7 @@ def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> data.Rows
     if assistant:
         data.check_conversations(texts)
     parts = [data.sequences(opened.tokenizer, documents, options.seq_len, options.split, assistant_only=assistant) for documents in texts.values()]
-    return mixture.first(parts, options.samples, 0)
+    return mixture.first(parts, options.samples)
 
 
 def inspect(options: InspectOptions) -> None:
@@ -153,7 +153,7 @@ def make_report(options: ReportOptions) -> None:
 
 
 def _report_comparisons(options: ReportOptions) -> None:
-    found = columns.together([columns.read(folder) for folder in map(Path, dict.fromkeys(options.runs))])
+    found = columns.together([columns.read(folder) for folder in {Path(run).resolve(): Path(run) for run in options.runs}.values()])
     written = "" if options.table else _write_page(options, found.html, lambda: f"{report.MADE_HERE}\n\n{found.markdown()}")
     for table in found.tables:
         console.print(report.as_table(*table))
@@ -162,7 +162,7 @@ def _report_comparisons(options: ReportOptions) -> None:
 
 def _report_runs(options: ReportOptions) -> None:
     runs, unfinished = {}, []
-    for folder in map(Path, options.runs):
+    for folder in {Path(run).resolve(): Path(run) for run in options.runs}.values():
         results = checkpoint.read_results(folder)
         if not results and not checkpoint.is_run(folder):
             raise RunError(f"{folder} must be a run folder; it has no {checkpoint.RESULTS}")

@@ -2,7 +2,7 @@
 
     BF16                    the model as it came
     BF16 + LoRA             tuned in 16 bit by the peft library: same places, rows, batch and choice of the epoch, as many epochs as nybble tune takes in all
-    INT4, LoRA + PTWC       that model, merged, then compressed by PTWC, the best method without training (docs/log.md)
+    INT4, LoRA + PTWC       that model, merged, then compressed by PTWC, the best method without training (docs/log.md; without awq where a family has none)
     INT4, QAT + LoRA        nybble tune with the largest rank of the space alone
     INT4, QAT + NLS         nybble tune with the whole space
 
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble import checkpoint, columns, evaluate, lessons, models, page, post_training, report, stages, tune, tuning
+from nybble import checkpoint, columns, evaluate, lessons, models, page, post_training, report, stages, starts, tune, tuning
 from nybble.columns import Compared, Figure
 from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
 from nybble.errors import MissingExtraError, OptionError
+from nybble.families import family_of
 from nybble.lessons import Lesson
 from nybble.stages import Job
 
@@ -91,11 +92,12 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     full = run("lora", lora_rank_space=(largest,), export=(), epochs=options.epochs + options.scale_passes)
     _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")
     same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
+    tuned = (folder / "lora").resolve()
     compressed = CompressOptions(
-        **same | {"pretrained": str(folder / "lora" / "merged")},
-        data=(str(folder / "lora" / "texts"),), data_dir=options.data_dir, seq_len=checkpoint.read_results(folder / "lora")["text_length"],
-        method=columns.PTWC, output_dir=str(folder / "ptwc"), seed=options.seed, test_samples=options.test_samples, tasks=(task,),
-        task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
+        **same | {"pretrained": str(tuned / "merged")},
+        data=(str(tuned / "texts"),), data_dir=options.data_dir, seq_len=checkpoint.read_results(folder / "lora")["text_length"],
+        method=_ptwc(tuned / "merged", options.trust_remote_code), output_dir=str(folder / "ptwc"), seed=options.seed,
+        test_samples=options.test_samples, tasks=(task,), task_limit=options.task_limit, eval_batch_size=options.eval_batch_size, export=options.export,
         resume=(folder / "ptwc").exists() and not options.overwrite, overwrite=options.overwrite,
     )  # fmt: skip
     merged = checkpoint.read_results(folder / "lora")["models"]["lora16"]
@@ -111,13 +113,26 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     }
 
 
+def _ptwc(model: Path, trust_remote_code: bool) -> str:
+    """The method of the third column."""
+    from transformers import AutoConfig
+
+    known = family_of(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)).feeds
+    return columns.PTWC if known else columns.PTWC_WITHOUT_AWQ
+
+
 def _unless_done(options: Any, flow: Any, last: str) -> None:
     """A run whose last row is measured is not opened again; RunError if it was made with other options."""
     if options.overwrite or last not in checkpoint.read_results(options.folder).get("models", {}):
         log.info("%s", options.folder)
         flow(options)
-    else:
-        checkpoint.check_same(options.folder, tune.settled(options) if isinstance(options, TuneOptions) else options)
+        return
+    saved = checkpoint.read_options(options.folder)
+    if isinstance(options, TuneOptions):
+        options = tune.settled(replace(options, start=saved["start"]) if options.start == starts.AUTO else options)
+    else:  # its input lies in the comparison itself, which may have been moved
+        options = replace(options, pretrained=saved["pretrained"], data=tuple(saved["data"]))
+    checkpoint.check_same(options.folder, options)
 
 
 def _figure(run: Path, row: str, named_by: Path | None = None) -> Figure:

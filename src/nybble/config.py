@@ -179,7 +179,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
         self.check_training()
         _require(self, ("lora_rank",), lambda value: value >= 0, "0 (no adapters) or more")
         _require(self, ("norm_lr",), lambda value: 0 <= value < float("inf"), "0 or more")
-        if not (self.lora_rank or self.scale_lr or self.norm_lr):
+        if not ((self.lora_rank and self.lr) or self.scale_lr or self.norm_lr):
             raise OptionError(
                 "--lora_rank, --scale_lr or --norm_lr must be above 0; all are 0 and leave nothing to train; nybble compress makes a model without training"
             )
@@ -407,7 +407,8 @@ def _words(hint: Any) -> str:
 
 def to_toml(options: Any) -> str:
     """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do. Texts, numbers, booleans
-    and lists of them are written as in JSON, but for one character that JSON leaves bare."""
+    and lists of them are written as in JSON, but for one character that JSON leaves bare, and for what is not finite."""
     fields = dataclasses.asdict(options)
-    kept = [key for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only")]
-    return "".join(f"{key} = {json.dumps(fields[key], ensure_ascii=False)}\n" for key in kept).replace("\x7f", "\\u007f")
+    kept = {key: value for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only")}
+    written = {key: str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False) for key, value in kept.items()}
+    return "".join(f"{key} = {text}\n" for key, text in written.items()).replace("\x7f", "\\u007f")

@@ -1,12 +1,12 @@
 """Text for calibration, training, validation and test, cut into token sequences. Seeded; knows nothing of models.
 
 `--data` takes
-- `wikitext2`: wikitext-2-raw from the hub or its cache, or from `--data_dir FOLDER/wikitext` where that exists;
+- `wikitext2`: wikitext-2-raw from the hub or its cache, or from the folder `wikitext` in `--data_dir` where that exists;
 - `self`: what the model itself writes (writing.py);
 - `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
 - a folder with one file a split (names with the word train, validation, valid, val or dev, test);
-- any hub data set id (`--data_column` names the text);
+- any hub data set id (`--data_column` names the text), or a folder of its name in `--data_dir`;
 - several of these, which are mixed: NAME=SHARE each, or no shares at all, and every sequence counts the same.
 Rows with a column `messages` and no text column are conversations (chat.py); those of a column that is named so must be.
 
@@ -45,6 +45,8 @@ SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "val
 _MESSAGES = "messages"
 _PLAIN = (".raw", ".txt", ".md")
 _ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# What may lie beside wikitext-2-raw in --data_dir.
+_OTHER_WIKITEXT = {"document_level", "wikitext-2-v1", "wikitext-103-v1", "wikitext-103-raw-v1"}
 
 
 # Text, or a conversation.
@@ -72,11 +74,11 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     """
     if data == SELF:
         raise DataError("what the model writes itself is for training: --data self of distill and compress; name a text to measure on")
-    local = Path(data_dir, "wikitext") if data_dir else None
+    local = _local(data, data_dir)
     if data == PYTHON_DOCS:
         texts = _held_out(_python_docs())
-    elif data == WIKITEXT2 and local is not None and local.is_dir():
-        texts = _from_folder(local, column, wanted)
+    elif local is not None:
+        texts = _from_folder(local, column, wanted, lines=data == WIKITEXT2)
     elif Path(data).is_dir():
         texts = _from_folder(Path(data), column, wanted)
     elif Path(data).is_file():
@@ -94,14 +96,24 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     return texts
 
 
+def _local(data: str, data_dir: str | None) -> Path | None:
+    """The folder of a hub data set in --data_dir; None where it holds none of this name. DataError if it is no folder."""
+    if data_dir is None or Path(data).exists():
+        return None
+    if not Path(data_dir).is_dir():
+        raise DataError(f"--data_dir {data_dir} must be a folder of data sets; there is none at this path")
+    names = ("wikitext",) if data == WIKITEXT2 else (data, data.split("/")[-1])
+    return next((folder for folder in (Path(data_dir, name) for name in names) if folder.is_dir()), None)
+
+
 def _python_docs() -> list[Document]:
     from pydoc_data.topics import topics
 
     return list(dict.fromkeys(text for _, text in sorted(topics.items())))  # some topics have two names
 
 
-def _held_out(documents: Sequence[Document]) -> Texts:
-    """A tenth of the documents for validation, a tenth for test; a single text is cut into blocks of 100 lines first."""
+def _held_out(documents: Sequence[Document], lacking: Collection[str] = SPLITS[1:]) -> Texts:
+    """A tenth of the documents for validation, a tenth for test, as far as these are `lacking`; a single text is cut into blocks of 100 lines first."""
     if len(documents) < 10 and all(isinstance(document, str) for document in documents):
         lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
         documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
@@ -111,7 +123,7 @@ def _held_out(documents: Sequence[Document]) -> Texts:
     places = few if len(documents) < 10 else [split_of(i) for i in range(len(documents))]
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for split, document in zip(places, documents, strict=True):
-        parts[split].append(document)
+        parts[split if split in lacking else "train"].append(document)
     return Texts(parts["train"], parts["validation"], parts["test"])
 
 
@@ -138,13 +150,17 @@ def _read_file(path: Path, column: str) -> Sequence[Document]:
     return _column(rows, column, str(path))
 
 
-def _from_folder(folder: Path, column: str, wanted: Sequence[str]) -> Texts:
+def _from_folder(folder: Path, column: str, wanted: Sequence[str], lines: bool = False) -> Texts:
+    """`lines`: the rows of a file are the lines of one text, as those of wikitext-2 are, beside which lie others."""
     found: dict[str, Sequence[Document]] = {}
     for split in SPLITS:
         for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
             files = sorted(file for file in folder.rglob(f"*{suffix}") if file.is_file() and split in splits_of(file))
+            if lines:
+                files = [file for file in files if not _OTHER_WIKITEXT & set(file.relative_to(folder).parts)]
             if files:
-                found[split] = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
+                texts = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
+                found[split] = ["".join(map(str, texts))] if lines and suffix in _ROWS else texts
                 break
     lacking = _lacking(found, wanted)
     if lacking:
@@ -170,7 +186,7 @@ def _filled(found: dict[str, Sequence[Document]]) -> Texts:
     """The splits of a source; those that it does not have are taken from its training split, where it has one."""
     if found.keys() >= set(SPLITS):
         return Texts(found["train"], found["validation"], found["test"])
-    rest = _held_out(found.get("train", ()))
+    rest = _held_out(found.get("train", ()), tuple(split for split in SPLITS[1:] if split not in found))
     return Texts(rest.train, found.get("validation", rest.validation), found.get("test", rest.test))
 
 
@@ -385,9 +401,9 @@ class Mixture:
             return sum(map(len, parts))
         return int(min(len(part) * sum(self.shares) / share for part, share in zip(parts, self.shares, strict=True)))
 
-    def first(self, parts: Sequence[Rows], count: int, seed: int) -> Rows:
-        """`count` rows to measure on (0 = all), none of them twice: the first ones of a single source, of several drawn at random."""
-        return parts[0][: count or None] if len(parts) == 1 else self.mix(parts, min(count or self.most(parts), self.most(parts)), seed)
+    def first(self, parts: Sequence[Rows], count: int) -> Rows:
+        """`count` rows to measure on (0 = all), none of them twice: the first ones of a single source, of several drawn at random, always the same ones."""
+        return parts[0][: count or None] if len(parts) == 1 else self.mix(parts, min(count or self.most(parts), self.most(parts)), 0)
 
     def mix(self, parts: Sequence[Rows], wanted: int, seed: int) -> Rows:
         """Draw `wanted` rows at random: by share (a part with too few gives some again), or without shares from all alike (never again)."""

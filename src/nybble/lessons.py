@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nybble import data, models, questions, ranks, tuning
+from nybble import checkpoint, data, models, questions, ranks, tuning
 from nybble.config import TuneOptions
 from nybble.data import Rows
 from nybble.errors import DataError, ModelError, OptionError
@@ -106,7 +106,9 @@ def _loss_on(options: TuneOptions, task: Task) -> str:
 
 def _teacher(options: TuneOptions, student: models.LoadedModel) -> Any:
     """The model of --teacher; None without, or where training is over. (Other ranks are tried with scales of their own, --adapters before.)"""
-    over = (options.folder / "quantized").exists() and not (options.overwrite or (options.eval_only and options.scale_passes))
+    results = {} if options.overwrite else checkpoint.read_results(options.folder)
+    other_ranks = results.get("applied", results.get("configuration")) != results.get("configuration")  # `nybble search --apply` was interrupted
+    over = (options.folder / "quantized").exists() and not (options.overwrite or other_ranks or (options.eval_only and options.scale_passes))
     if not options.teacher or over:
         return None
     try:

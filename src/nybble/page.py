@@ -34,14 +34,18 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def _need_charts() -> None:
+    if not available():
+        raise MissingExtraError("report", "drawing the charts of a report")
+
+
 def page(comparisons: Sequence[Comparison]) -> str:
     """The page as HTML text.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    if not available():
-        raise MissingExtraError("report", "drawing the charts of a report")
+    _need_charts()
     sections = [
         {
             "title": comparison.model,
@@ -58,7 +62,8 @@ def page(comparisons: Sequence[Comparison]) -> str:
 def tasks_page(
     title: str, tables: Sequence[Any], note: str, figures: Mapping[str, Mapping[str, tuple[float, float]]], runs: Mapping[str, dict[str, Any]]
 ) -> str:
-    """The page of a comparison over tasks. Args: task -> column -> value and standard error; name -> results of the tuned runs."""
+    """The page of a comparison over tasks. Args: task -> column -> value and standard error; name -> results of the tuned runs. Raises: see `page`."""
+    _need_charts()
     chart, details = _draw(_tasks, figures), [_run(name, found) for name, found in runs.items()]
     return _render([{"title": title, "tables": tables, "explained": note, "stages": chart, "runs": details}])
 

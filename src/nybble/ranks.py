@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
 from nybble.layers import StepLinear
 
 log = logging.getLogger("nybble")
@@ -38,9 +38,17 @@ def space_of(values: Sequence[int], option: str = "--lora_rank_space") -> tuple[
 
 
 def decoder_layers(names: Sequence[str]) -> dict[str, int]:
-    """Name of each adapted layer -> which decoder layer it is in, counted from 0 in the order of the model."""
+    """Name of each adapted layer -> which decoder layer it is in, counted from 0 in the order of the model.
+
+    Raises:
+        ModelError: some are in none.
+    """
     numbers = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
-    assert len(numbers) == len(names), f"layers outside of the decoder: {sorted(set(names) - numbers.keys())}"
+    if len(numbers) < len(names):
+        outside = ", ".join(sorted(set(names) - numbers.keys()))
+        raise ModelError(
+            f"nybble tune needs all linear layers in numbered decoder layers, which get a rank each; outside of them: {outside}; use nybble distill"
+        )
     order = {number: i for i, number in enumerate(sorted(set(numbers.values())))}
     return {name: order[number] for name, number in numbers.items()}
 

@@ -247,8 +247,9 @@ def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
     what = f"tuning on {results['task']['name']}" if "task" in results else "distillation" if tunes(results) else "compression"
+    title = f"16-bit LoRA, {what}" if "lora16" in results["models"] else f"4-bit {what} ({results.get('method', 'rtn')})"
     parts = [
-        f"# {results['model']}: 4-bit {what} ({results.get('method', 'rtn')})",
+        f"# {results['model']}: {title}",
         sentence(results),
         as_markdown(*rows(results)),
         f"Perplexity and KL on {results.get('test', 'the test split')}."
@@ -296,6 +297,7 @@ class Entry:
         tuned: whether it was trained end to end, rather than only compressed.
         training: how people call that training.
         recipe: what runs that differ only in their seed (and in where they lie) have in common.
+        seed: of its run; None where that is not known.
     """
 
     label: str
@@ -306,6 +308,7 @@ class Entry:
     tuned: bool
     training: str
     recipe: str
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -408,6 +411,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 row != "16bit" and (starts_tuned(results) or learns_first(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
                 _training(results),
                 _recipe(name, results),
+                results.get("options", results).get("seed"),
             )
             for (name, results, row), named in zip(found, labels, strict=True)
         ]
@@ -432,8 +436,11 @@ def _training(results: dict[str, Any]) -> str:
     return "QAT + LoRA" if results.get("lora_rank", 1) else "QAT"
 
 
-# Options that say where things lie, and the seed; --start is told by how it was made.
-_NO_RECIPE = ("seed", "start", "output_dir", "resume", "overwrite", "export", "tensorboard", "save_every")
+# Options that say where things lie or how fast, and the seed; --start is told by how it was made.
+_NO_RECIPE = (
+    "seed", "start", "output_dir", "data_dir", "resume", "overwrite", "export", "tensorboard", "save_every", "cache", "microbatch", "eval_batch_size", "device",
+    "trust_remote_code", "fast_eval",
+)  # fmt: skip
 
 
 def _recipe(name: str, results: dict[str, Any]) -> str:
@@ -477,14 +484,18 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
                 shares = [comparison.improvement(entry, untrained) for entry in group] if group is tuned else []
                 repaired = [share for share in shares if share is not None]
                 improvements += [statistics.fmean(repaired)] if repaired else []
-                name = (
-                    f"INT4, {precision}" + (f" ({_steps(group[0].method)})" if group is untrained else "") + (f", {len(group)} seeds" if len(group) > 1 else "")
-                )
+                name = f"INT4, {precision}" + (f" ({_steps(group[0].method)})" if group is untrained else "") + _repeats(group)
                 lines.append([comparison.model, name, _spread(map(comparison.value, group), ".3f"), _spread(repaired, ".1%")])
     if improvements:
         lines.append(["mean", "", "", f"{statistics.fmean(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}
     return ["model", "precision", heading(metrics.pop()) if len(metrics) == 1 else "measure", "improvement"], lines
+
+
+def _repeats(group: Sequence[Entry]) -> str:
+    """How many runs of one recipe there are, and of how many seeds."""
+    seeds = len({entry.seed for entry in group})
+    return "" if len(group) == 1 else f", {seeds} seeds" if seeds == len(group) else f", {len(group)} runs of {seeds} seed{'s'[: seeds > 1]}"
 
 
 def _by_recipe(entries: Iterable[Entry]) -> list[list[Entry]]:

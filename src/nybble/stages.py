@@ -85,6 +85,9 @@ def opened(
     models.check_path(options.pretrained)
     if not Run.check(path, options.resume, options.overwrite) and options.resume:
         log.info("there is no run in %s to go on with; this is its beginning", path)
+    began = checkpoint.read_results(path).get("kind", options.KIND) if options.resume else options.KIND
+    if began != options.KIND:
+        raise RunError(f"--resume must go on with a run of nybble {options.KIND}; {path} was begun by nybble {began}; choose another --output_dir")
     task = getattr(options, "task", None)  # of tune; it is among those to measure
     for names, asked in (((task,) if task in options.tasks else (), "--task"), (tuple(name for name in options.tasks if name != task), "--tasks")):
         evaluate.check_tasks(names, options.data_dir, asked)
@@ -145,9 +148,9 @@ def _say_what_is_not_used(options: Options, steps: tuple[str, ...]) -> None:
 def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
     """Raise where the text does not suit the model: DataError for tokens that it does not know; a warning where it is longer than the model has seen."""
     known, length = loaded.model.get_input_embeddings().num_embeddings, sequences.test.ids.shape[1]
-    for rows in (sequences.train, sequences.validation, sequences.test):
-        if rows.ids.numel() and rows.ids.device.type != "meta" and int(rows.ids.max()) >= known:
-            raise DataError(f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(rows.ids.max())}; it must be the model's own tokenizer")
+    for ids in (sequences.train.ids, sequences.calibration, sequences.validation.ids, sequences.test.ids):
+        if ids.numel() and ids.device.type != "meta" and int(ids.max()) >= known:
+            raise DataError(f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(ids.max())}; it must be the model's own tokenizer")
     most = getattr(loaded.model.config, "max_position_embeddings", None) or length
     if length > most:
         log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
@@ -233,7 +236,12 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, Q
         store = BlockStore(job.run.path / "compress", f"{options.pretrained} {models.identity(model)} {teacher.fingerprint(ids, method)}")
     with job.run.stage("compress"):
         with bar(f"compress ({method})", len(job.plan.int4), "now") as advance:
-            compressed = compress.compress(model, job.plan.int4, job.grid, method, calibration, store, lambda layers, text: advance(layers, now=text))
+
+            def done(layers: int, text: str) -> None:
+                advance(layers, now=text)
+                job.run.save_results()  # a killed process loses no seconds
+
+            compressed = compress.compress(model, job.plan.int4, job.grid, method, calibration, store, done)
         rows = insert.quantize_rows(model, job.plan.int8)
     job.run.results["layer_errors"] = {name: asdict(error) for name, error in compressed.errors.items()}
     job.run.results["block_losses"] = compressed.blocks

@@ -89,6 +89,7 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
         if options.loss_on == "assistant":
             raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
         writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
+        train = min(train, getattr(options, "samples", 0))  # every epoch repeats these
         rows = Rows(
             *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
         )
@@ -103,7 +104,7 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
             raise data.too_few(what, minimum, options.seq_len, len(rows))
 
     def held(split: str, count: int) -> Rows:
-        return evaluated.first([rows_of(name, split, split) for name in evaluated.names], count, options.seed)
+        return evaluated.first([rows_of(name, split, split) for name in evaluated.names], count)
 
     validated = held("validation", validation) if validation else NO_ROWS
     source = f"the test split of {' + '.join(_evaluated(options))}"

@@ -1,7 +1,7 @@
 """One training loop, on accelerate. Takes a loss; knows of quantization only "parameters with requires_grad".
 
 AdamW, linear warm-up, then cosine decay to zero or a constant rate, gradient clipping, gradient accumulation over microbatches. Several processes
-(accelerate launch) share the sequences of each batch and add up their gradients.
+(accelerate launch) share the sequences of each batch and add up their gradients; the commands run in one process so far.
 
 What a step does depends on its number alone: stopped anywhere and started again from its last saved state, training gives the same bits.
 """

@@ -78,7 +78,6 @@ def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None
         saved = tuple(checkpoint.read_options(path).get("custom_rank_config", ()))
         if options.eval_only:
             options = replace(options, custom_rank_config=saved)  # a trial leaves the run's own options alone
-            custom = () if custom == saved else custom  # they may have been filled in from the run, in which `nybble search` has put others in place
         elif custom != saved and (path / "quantized").exists():
             raise RunError(f"{path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
     with opened(options, custom) as (job, lesson):
@@ -148,8 +147,7 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
             tuning.train_layers(run, options, layers, lessons.course(job, lesson, layers))
             chosen = applied or options.custom_rank_config or tuple(run.results.get("chosen", ())) or _choose(job, lesson, layers)
         _save(Trained(job, lesson, layers, compressed, reference), chosen)
-    for leftover in ("trial", *(("compress",) if options.adapters == "before" else ())):
-        checkpoint.remove_folder(run.path / leftover)
+    _tidy(job)
     stages.measure_saved(job, reference, "tuned")
     stages.finish(run, _judge(job, lesson))
 
@@ -204,7 +202,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Confi
                     row["test"] = _test_metric(job, lesson)
             rows.append(row)
             scores.append(score)
-            advance(1, best=f"{max(row['log_likelihood'] for row in rows):.4f}")
+            advance(1, best=f"{max(row['test' if on_test else 'log_likelihood'] for row in rows):.4f}")
     best = max(range(len(rows)), key=lambda i: rows[i]["test"] if on_test else rows[i]["log_likelihood"])
     for row, score in zip(rows, scores, strict=True):
         row["behind"], row["error"] = scores[best].better_by(score)
@@ -280,6 +278,7 @@ def put_in_place(trained: Trained, chosen: Configuration) -> None:
     job.run.results["applied"] = list(chosen)
     job.run.save_results()
     _save(trained, chosen)
+    _tidy(job)
     stages.measure_saved(job, trained.reference, "tuned")
     stages.finish(job.run, _judge(job, trained.lesson))
 
@@ -296,6 +295,12 @@ def _save(trained: Trained, chosen: Configuration) -> None:
     checkpoint.save_quantized(job.quantized, loaded.model, loaded.tokenizer, quantized)
 
 
+def _tidy(job: Job) -> None:
+    """Delete what was needed only until the 4-bit model was saved. (Inside the rounding, other ranks begin from the compressed blocks.)"""
+    for leftover in ("trial", *(("compress",) if job.options.adapters == "before" else ())):
+        checkpoint.remove_folder(job.run.path / leftover)
+
+
 def _discard_4_bits(job: Job) -> None:
     """Forget what was made with other ranks. As long as `configuration` is that of these, an interruption ends here again."""
     results, kinds = job.run.results, stages.kinds_of(job)
@@ -306,6 +311,8 @@ def _discard_4_bits(job: Job) -> None:
     for row in ("tuned", *kinds, *(("learnt", "compressed") if job.options.adapters == "before" else ())):
         results["models"].pop(row, None)
     results.pop(SCALES, None)
+    for stage in ("absorb", *(("compress", f"train {SCALES}") if job.options.adapters == "before" else ())):
+        results["seconds"].pop(stage, None)
 
 
 def _in_4_bits(trained: Trained) -> dict[str, QuantizedWeight]:

@@ -79,8 +79,9 @@ def resolve(
 
     Returns: the options.
     """
-    path = options.folder
+    path, trained = options.folder, False
     if options.resume and checkpoint.is_run(path):
+        trained = (path / "quantized").exists() and not getattr(options, "eval_only", False)
         # What was chosen automatically when the run started stays: other microbatches would give other bits.
         saved = checkpoint.read_options(path)
         cache = saved["cache"] if options.cache == "auto" else options.cache
@@ -100,9 +101,10 @@ def resolve(
     memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies, logits)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
-    checkpoint.check_disk(path, disk)
-    log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
-    stages.check_memory(memory, available, "a smaller rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less")
+    if not trained:
+        checkpoint.check_disk(path, disk)
+        log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
+        stages.check_memory(memory, available, "a smaller rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less")
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 
@@ -204,6 +206,7 @@ def train(
                     curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
                 if progress.step % options.save_every == 0 or progress.step % course.steps_per_epoch == 0:
                     checkpoint.save_tensors(last, trainer.state(), vars(progress))
+                    run.save_results()  # a killed process loses no seconds
                 if stale():
                     count = options.patience
                     log.info("stopped at step %d: the last %d validations were no better than that of step %d", progress.step, count, progress.best_step)
