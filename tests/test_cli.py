@@ -193,7 +193,10 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as error:
         export.check_formats(["openvino"])
-    assert str(error.value) == 'the extra "openvino" is needed for exporting to openvino; install it with: pip install "nybble[openvino]"'
+    assert (
+        str(error.value)
+        == 'the extra "openvino" is needed for exporting to openvino; install it, in the clone, with: pip install -c constraints.txt -e ".[openvino]"'
+    )
     with pytest.raises(MissingExtraError, match=r'the extra "eval" is needed for measuring wikitext .*pip install "nybble\[eval\]"'):
         measuring.check_tasks(["wikitext"], None)
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
 
 from nybble import models
@@ -130,3 +132,37 @@ def test_identity_sees_every_parameter() -> None:
             assert models.identity(model) != before, name
             parameter.copy_(kept)
     assert models.identity(model) == before
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    """transformers would draw them at random."""
+    folder = save_model(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"must have all weights of a LlamaForCausalLM; 1 are not in its files \(first: model.layers.1.mlp.down_proj.weight\)"):
+        load(folder)
+    load(save_model(tmp_path / "tied", "smollm"))
+
+
+def test_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ModelError, match="model cannot be loaded: "):
+        load(folder)
+
+
+def test_a_model_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(ModelError, match="must be a 16-bit model; it is quantized already, by awq; name the model that it was made from"):
+        load(folder)
+
+
+def test_models_with_other_senses_are_refused() -> None:
+    model = make_model("gemma3")
+    model.config = SimpleNamespace(get_text_config=lambda: None)
+    with pytest.raises(ModelError, match="m must be a language model alone; Gemma3ForCausalLM has other parts"):
+        models.check_supported(model, "m")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from nybble import checkpoint, cli, compress, models
 from nybble.compress import Calibration, blockwise
@@ -78,7 +79,7 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert cli.main(["inspect", str(run / "openvino")]) == 2
-    assert 'pip install "nybble[openvino]"' in capsys.readouterr().err
+    assert 'pip install -c constraints.txt -e ".[openvino]"' in capsys.readouterr().err
     save_file({"a": torch.zeros(2)}, run / "quantized" / checkpoint.WEIGHTS)
     assert cli.main(["inspect", str(run)]) == 2
     assert "must be a 4-bit model that nybble wrote (nybble-1); it is something else" in capsys.readouterr().err
@@ -402,3 +403,43 @@ def test_rtn_needs_no_text_to_learn_from(tmp_path: Path) -> None:
     assert all(error["rtn"] is None and error["weight"] > 0 for error in results["layer_errors"].values())
     shutil.rmtree(tmp_path / "run" / "quantized")
     assert cli.main(["inspect", str(tmp_path / "run")]) == 2
+
+
+@pytest.mark.parametrize(("function", "words"), [("convert_model", "LlamaForCausalLM cannot be traced"), ("tokenizer", "cannot be converted")])
+def test_an_export_that_fails_is_said_after_all_else_is_reported(
+    function: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    openvino, tokenizers = pytest.importorskip("openvino"), pytest.importorskip("openvino_tokenizers")
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("not this one")
+
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    flags = f"--pretrained {model} --output_dir {run} --method rtn --data python-docs --seq_len 32 --group_size 32 --test_samples 4 --tasks"
+    with monkeypatch.context() as patch:
+        patch.setattr(*((openvino, "convert_model") if function == "convert_model" else (tokenizers, "convert_tokenizer")), fail)
+        assert cli.main(["compress", *flags.split(), "--export", "openvino"]) == 2
+    said = capsys.readouterr()
+    assert words in said.err.splitlines()[-1]
+    assert "TypeError: not this one" in said.err.splitlines()[-1]
+    assert "**Warning:** not exported: " in (run / "report.md").read_text()
+    assert not (run / "openvino").exists()
+    assert cli.main(["compress", *flags.split(), "--export", "openvino", "--resume"]) == 0
+    assert "Warning" not in (run / "report.md").read_text()
+    assert (run / "openvino").is_dir()
+
+
+def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    config = BioGptConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    BioGptForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    compress_flow(options(folder, tmp_path / "run", method="rtn"))
+    loaded, _, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    assert loaded.output_projection.weight is loaded.get_input_embeddings().weight
+
+
+def test_options_that_nothing_follows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compress_flow(options(save_model(tmp_path / "model", "llama"), tmp_path / "run", method="rtn", limit_blocks=1))
+    assert "--limit_blocks has no effect: nothing is calibrated" in caplog.text

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.config import read_toml, to_toml
-from nybble.errors import OptionError, RunError
+from nybble.errors import ExportError, OptionError, RunError
 from nybble.grid import Grid
 from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 
@@ -162,6 +162,7 @@ class Run:
 
     def __init__(self, path: Path, lock: IO[str] | None, results: dict[str, Any]) -> None:
         self.path, self.results, self._lock = path, results, lock
+        self.failed: list[ExportError] = []  # exports of this sitting
         self._stage: tuple[str, float] | None = None  # its name, and up to when its seconds are counted
 
     @staticmethod
@@ -400,7 +401,8 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    embedding = model.get_input_embeddings().weight
+    tied = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding and config.tie_word_embeddings}
     if set(missing) - tied or unknown:
         raise RunError(f"{folder} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, unknown {list(unknown)[:3]}")
     return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), quantized

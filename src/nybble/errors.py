@@ -41,4 +41,4 @@ class MissingExtraError(NybbleError):
     """
 
     def __init__(self, extra: str, purpose: str) -> None:
-        super().__init__(f'the extra "{extra}" is needed for {purpose}; install it with: pip install "nybble[{extra}]"')
+        super().__init__(f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: pip install -c constraints.txt -e ".[{extra}]"')

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.data import SPLITS, splits_of
-from nybble.errors import DataError, MissingExtraError, OptionError
+from nybble.errors import DataError, MissingExtraError, NybbleError, OptionError
 from nybble.losses import Head
 from nybble.teacher import States
 
@@ -107,6 +107,8 @@ def _explained(tasks: Sequence[str], remedy: str = ", or leave them out") -> Ite
     """Data that cannot be had becomes a DataError, which says where it is looked for."""
     try:
         yield
+    except NybbleError:
+        raise
     except Exception as error:  # the hub's errors have no common base
         if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")):
             places = ", ".join(str(Path("FOLDER", *filter(None, _place(task)))) for task in tasks if not _is_group(task)) or "FOLDER/NAME"

@@ -71,6 +71,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(feeds=_feeds(), exported=True),
     "gemma2": Family(softcap="final_logit_softcapping", feeds=_feeds("pre_feedforward_layernorm"), norm_offset=1.0, exported=True),
     "gemma3_text": Family(softcap="final_logit_softcapping", feeds=_feeds("pre_feedforward_layernorm"), norm_offset=1.0, exported=True),
+    "gemma": Family(norm_offset=1.0),
+    "vaultgemma": Family(norm_offset=1.0),
     "phi3": Family(feeds=_feeds(fused=True), exported=True),
     "granite": Family(logit_divisor="logits_scaling"),
     "cohere": Family(logit_scale="logit_scale"),

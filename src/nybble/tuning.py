@@ -252,7 +252,7 @@ def _curves(run: Run, options: Any, part: str) -> Iterator[Callable[[int, dict[s
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         if options.tensorboard:
-            log.info('no curves: TensorBoard is not installed (pip install "nybble[tensorboard]")')
+            log.info('no curves: TensorBoard is not installed (pip install -c constraints.txt -e ".[tensorboard]")')
         yield lambda step, values: None
         return
     with SummaryWriter(str(run.path / "tensorboard")) as writer:

@@ -134,7 +134,10 @@ def _trace(model: Any) -> Any:
     states = [torch.zeros(batch, heads, past, width) for _ in range(2 * config.num_hidden_layers)]
     with torch.no_grad(), warnings.catch_warnings(), _static_rope(model):
         warnings.simplefilter("ignore")  # the tracer warns of every branch on a shape; the check of logits is the judge
-        irs = ov.convert_model(_WithPast(model).eval(), example_input=(*example.values(), *states))
+        try:
+            irs = ov.convert_model(_WithPast(model).eval(), example_input=(*example.values(), *states))
+        except Exception as error:  # the tracer's, OpenVINO's and the model's own errors
+            raise ExportError(f"{type(model).__name__} cannot be traced for OpenVINO, with keys and values of past tokens ({_first_line(error)})") from error
 
     stateful = {}
     shapes = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
@@ -301,12 +304,19 @@ def _check_logits(folder: Path, model: Any, length: int = 48) -> float:
     return difference
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
 
     tokenizer.save_pretrained(folder)
-    text_to_ids, ids_to_text = convert_tokenizer(tokenizer, with_detokenizer=True)
+    try:
+        text_to_ids, ids_to_text = convert_tokenizer(tokenizer, with_detokenizer=True)
+    except Exception as error:
+        raise ExportError(f"{type(tokenizer).__name__} cannot be converted for OpenVINO ({_first_line(error)})") from error
     ov.save_model(text_to_ids, folder / "openvino_tokenizer.xml")
     ov.save_model(ids_to_text, folder / "openvino_detokenizer.xml")
 
