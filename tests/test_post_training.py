@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BioGptConfig, BioGptForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForCausalLM
 
 from nybble import checkpoint, cli, compress, models
 from nybble.compress import Calibration, blockwise
@@ -443,3 +443,12 @@ def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:
 def test_options_that_nothing_follows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compress_flow(options(save_model(tmp_path / "model", "llama"), tmp_path / "run", method="rtn", limit_blocks=1))
     assert "--limit_blocks has no effect: nothing is calibrated" in caplog.text
+
+
+def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=32)).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    flags = "--method rtn --data python-docs --seq_len 32 --group_size 32 --test_samples 4 --tasks --export"
+    assert cli.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), *flags.split()]) == 2
+    assert "MambaForCausalLM reads the weight of backbone.layers.0.mixer.dt_proj without calling the layer (1 such)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from nybble import teacher
 from nybble.losses import last_hidden
@@ -79,3 +80,11 @@ def test_states_of_something_else_are_made_anew(change: str, tmp_path: Path, cou
     assert counted == [2, 2]
     with torch.no_grad():
         assert torch.equal(states[:], last_hidden(model, ids))
+
+
+def test_states_are_as_wide_as_the_head_is(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=260, hidden_size=64, word_embed_proj_dim=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, max_position_embeddings=64
+    )
+    states = teacher.hidden_states(tmp_path / "states", OPTForCausalLM(config).eval(), torch.zeros(2, 8, dtype=torch.int64), 1, "x")
+    assert states[torch.tensor([0, 1])].shape == (2, 8, 32)

@@ -76,7 +76,7 @@ def hidden_states(
 
     Returns: [S, T, D], in the dtype of the model.
     """
-    (count, length), width = input_ids.shape, model.config.hidden_size
+    (count, length), width = input_ids.shape, model.get_output_embeddings().weight.shape[1]
     dtype = next(model.parameters()).dtype
     sign = {"tokens": fingerprint(input_ids, identity), "shape": [count, length, width], "dtype": str(dtype)}
     note = path.with_suffix(".json")

@@ -14,7 +14,7 @@ function stays the same. Afterwards its layers hold the weights of the starts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from nybble.compress.blocks import Blocks, Statistics, check_chain, linear
 from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import Quadratic
 from nybble.compress.start import Start
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
 from nybble.families import family_of
 from nybble.grid import Grid, min_max, quantize, quantize_dequantize, wide
 
@@ -112,10 +112,28 @@ class Compressed:
 
 def check_model(model: Any, names: Iterable[str], input_ids: Tensor, steps: tuple[str, ...]) -> None:
     """Raise OptionError or ModelError, before the expensive part, for a model that these steps cannot compress; input_ids [2, T] are any text."""
+    names = list(names)
+    _check_called(model, names, input_ids)
     if "awq" in steps:
         awq.check_family(model.config)
     if steps:
-        check_chain(model, list(names), input_ids)
+        check_chain(model, names, input_ids)
+
+
+def _check_called(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Raise ModelError for a layer whose weight the model reads without calling it: another layer cannot take its place."""
+    called: set[str] = set()
+    around = {name.rpartition(".")[0] for name in names}
+    hooks = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in {*names, *around}]
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    read = [name for name in names if name not in called and name.rpartition(".")[0] in called]  # an expert without tokens is in no module that was called
+    if read:
+        raise ModelError(f"{type(model).__name__} reads the weight of {read[0]} without calling the layer ({len(read)} such), so it cannot get 4 bits")
 
 
 class Store(Protocol):
