@@ -452,3 +452,17 @@ def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path, cap
     assert cli.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), *flags.split()]) == 2
     assert "MambaForCausalLM reads the weight of backbone.layers.0.mixer.dt_proj without calling the layer (1 such)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_mine.py").write_text("from transformers import LlamaConfig\n\nclass Config(LlamaConfig):\n    model_type = 'mine'\n")
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import Config\n\nclass Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    compress_flow(options(folder, tmp_path / "run", method="rtn", trust_remote_code=True))
+    loaded, _, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32, trust_remote_code=True)
+    assert type(loaded).__name__ == "Model"

@@ -341,6 +341,8 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
 
     Keys: NAME.weight.codes uint8, NAME.weight.scale float16 [O, G], NAME.weight.zero uint8 [O, G]; the header's note holds the grid by NAME.
     """
+    from transformers.dynamic_module_utils import custom_object_save
+
     tensors = other_tensors(model, quantized)
     for name, weight in quantized.items():
         four = weight.grid.bits == 4
@@ -350,6 +352,8 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
     note = {"format": FORMAT, "grids": {name: asdict(weight.grid) for name, weight in quantized.items()}}
     with whole_folder(folder) as temporary:
         save_tensors(temporary / WEIGHTS, tensors, note)
+        if model._auto_class is not None:  # Python code that came with the model
+            custom_object_save(model, temporary, config=model.config)
         model.config.save_pretrained(temporary)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
