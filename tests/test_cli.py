@@ -197,7 +197,7 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         str(error.value)
         == 'the extra "openvino" is needed for exporting to openvino; install it, in the clone, with: pip install -c constraints.txt -e ".[openvino]"'
     )
-    with pytest.raises(MissingExtraError, match=r'the extra "eval" is needed for measuring wikitext .*pip install "nybble\[eval\]"'):
+    with pytest.raises(MissingExtraError, match=r'the extra "eval" is needed for measuring wikitext .*pip install -c constraints.txt -e "\.\[eval\]"'):
         measuring.check_tasks(["wikitext"], None)
 
 

@@ -266,7 +266,7 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     start = "awq+se+gptq+blockwise"
     shared = {"start": start, "calib_samples": 8, "group_size": 32}
-    distill(test_families.options(model, tmp_path / "untrained", lr=0.0, scale_lr=0.0, norm_lr=0.0, **shared))
+    distill(test_families.options(model, tmp_path / "untrained", lr=1e-12, scale_lr=0.0, norm_lr=0.0, **shared))
     compress_flow(options(model, tmp_path / "compressed", calib_samples=8, seed=0, method=start))
     untrained, compressed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("untrained", "compressed"))
     assert untrained["codes_changed"] == 0
@@ -276,7 +276,7 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
     for name, expected in codes(tmp_path / "compressed").items():
         assert torch.equal(codes(tmp_path / "untrained")[name], expected), "the same seed takes the same calibration text"
     assert untrained["method"] == start
-    plain = distill(test_families.options(model, tmp_path / "plain", lr=0.0, scale_lr=0.0, norm_lr=0.0, group_size=32))
+    plain = distill(test_families.options(model, tmp_path / "plain", lr=1e-12, scale_lr=0.0, norm_lr=0.0, group_size=32))
     before = json.loads((plain / "results.json").read_text())["models"]["compressed"]["kl_to_teacher"]
     assert untrained["models"]["compressed"]["kl_to_teacher"] < before
 
