@@ -98,7 +98,7 @@ def test_eval_takes_its_target_by_position() -> None:
         ("distill --batch_sizes 3", "unknown flag --batch_sizes of nybble distill; did you mean --batch_size?; see nybble distill --help"),
         ("distill", "--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2"),
         ("distill --pretrained m --lora_rank -1", "--lora_rank must be 0 (no adapters) or more; got -1"),
-        ("distill --pretrained m --scale_lr 0 --norm_lr 0", "--lora_rank, --scale_lr or --norm_lr must be above 0; all are 0 and leave nothing to train"),
+        ("distill --pretrained m --scale_lr 0 --norm_lr 0", "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0"),
         ("distill --pretrained m --norm_lr -1", "--norm_lr must be 0 or more; got -1"),
         ("distill --pretrained m --batch_size 64 --samples 32", "--batch_size must not be larger than --samples; got 64 and 32"),
         ("distill --pretrained m --lr -1", "--lr must be 0 or more; got -1.0"),

@@ -443,7 +443,7 @@ def test_calibration_text_must_suit_the_model() -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(OptionError, match="leave nothing to train"):
+    with pytest.raises(OptionError, match="--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, else nothing is trained"):
         DistillOptions(pretrained="m", lora_rank=8, lr=0, scale_lr=0, norm_lr=0).check()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble import checkpoint
+from nybble import checkpoint, families
 from nybble.config import DistillOptions
 from nybble.distill import distill
 from nybble.export import openvino as ov_export
@@ -128,3 +129,18 @@ def test_generation_goes_on_from_the_state(tmp_path: Path) -> None:
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(runtime.generate(prompt, **arguments), model.generate(prompt, **arguments))
     assert lengths == [9, *[1] * 7]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text", "vaultgemma"])
+def test_the_norm_offset_is_that_of_the_models_own_norms(family: str) -> None:
+    config = AutoConfig.for_model(
+        family, vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32
+    )
+    norm = AutoModelForCausalLM.from_config(config).base_model.norm
+    inputs = torch.randn(4, 64)
+    with torch.no_grad():
+        norm.weight.fill_(1.0)
+        one = norm(inputs)
+        norm.weight.fill_(2.0)
+        ratio = float((norm(inputs) / one).mean())
+    assert ratio == pytest.approx((2 + families.family_of(config).norm_offset) / (1 + families.family_of(config).norm_offset), rel=1e-4)

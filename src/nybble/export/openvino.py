@@ -137,7 +137,7 @@ def _trace(model: Any) -> Any:
         try:
             irs = ov.convert_model(_WithPast(model).eval(), example_input=(*example.values(), *states))
         except Exception as error:  # the tracer's, OpenVINO's and the model's own errors
-            raise ExportError(f"{type(model).__name__} cannot be traced for OpenVINO, with keys and values of past tokens ({_first_line(error)})") from error
+            raise ExportError(f"{type(model).__name__} cannot be traced for OpenVINO, with keys and values of past tokens ({_brief(error)})") from error
 
     stateful = {}
     shapes = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
@@ -304,7 +304,7 @@ def _check_logits(folder: Path, model: Any, length: int = 48) -> float:
     return difference
 
 
-def _first_line(error: Exception) -> str:
+def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -316,7 +316,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         text_to_ids, ids_to_text = convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:
-        raise ExportError(f"{type(tokenizer).__name__} cannot be converted for OpenVINO ({_first_line(error)})") from error
+        raise ExportError(f"{type(tokenizer).__name__} cannot be converted for OpenVINO ({_brief(error)})") from error
     ov.save_model(text_to_ids, folder / "openvino_tokenizer.xml")
     ov.save_model(ids_to_text, folder / "openvino_detokenizer.xml")
 
