@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
-from nybble import checkpoint, cli, insert, models, stages, text
+from nybble import checkpoint, cli, estimate, insert, models, stages, text
 from nybble.config import CompressOptions, DistillOptions, to_toml
 from nybble.data import Rows
 from nybble.distill import _judge, distill
@@ -417,6 +418,16 @@ def test_a_finished_run_needs_no_disk_for_training(tmp_path: Path, monkeypatch: 
     assert "of disk" not in capsys.readouterr().err
 
 
+def test_memory_for_the_export_at_the_end_is_missed_at_the_beginning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = models.LoadedModel(make_model("llama"), None, "tiny")
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    for free, warned in ((estimate.exporting(parameters) - 4 * parameters, False), (estimate.exporting(parameters) - 4 * parameters - 1, True)):
+        monkeypatch.setattr("nybble.stages.psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        caplog.clear()
+        stages._check_export_memory(loaded, Path("run"))
+        assert ("nybble export writes it on a larger machine" in caplog.text) == warned
+
+
 def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     shared = {
@@ -440,6 +451,23 @@ def test_calibration_text_must_suit_the_model() -> None:
     stages._check_tokens(loaded, Sequences(rows, rows.ids, rows, rows, ""))
     with pytest.raises(DataError, match="m knows the tokens 0 to 4; its tokenizer gives 5"):
         stages._check_tokens(loaded, Sequences(rows, rows.ids + 5, rows, rows, ""))
+
+
+def test_sequences_longer_than_positions_that_were_learnt_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    opt = OPTForCausalLM(OPTConfig(vocab_size=260, ffn_dim=32, word_embed_proj_dim=32, **sizes))
+    rotary = make_model("llama", max_position_embeddings=16)
+
+    def check(model: Any, length: int) -> None:
+        rows = Rows.of(torch.zeros(1, length, dtype=torch.int64))
+        stages._check_tokens(models.LoadedModel(model, None, "m"), Sequences(rows, rows.ids, rows, rows, ""))
+
+    check(opt, 16)
+    with pytest.raises(OptionError, match="--seq_len must be at most 16, for m has learnt so many positions; got 17"):
+        check(opt, 17)
+    assert "more than" not in caplog.text
+    check(rotary, 17)  # computes positions: a warning
+    assert "--seq_len 17 is more than the 16 positions that m was made for" in caplog.text
 
 
 def test_nothing_to_train_is_refused() -> None:

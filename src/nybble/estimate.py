@@ -100,6 +100,11 @@ def compression(shapes: Shapes, sequences: int, length: int, gpu: bool) -> int:
     return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, IN_MEMORY) + at_hand
 
 
+def exporting(parameters: int) -> int:
+    """Peak of an export to OpenVINO, which traces a float32 copy: 9.7 bytes a parameter where they were measured (docs/log.md)."""
+    return _OVERHEAD + 10 * parameters
+
+
 def blocks_disk(shapes: Shapes, calibration: int) -> int:
     """Finished blocks and both streams of a compression with so many tokens of calibration; nothing without."""
     return (shapes.parameters + 2 * calibration * shapes.hidden) * shapes.itemsize if calibration else 0

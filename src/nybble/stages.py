@@ -121,6 +121,8 @@ def opened(
     if options.export and exported is not True:
         log.warning("export of %s is not tested%s; if it fails, the 4-bit model in %s/quantized is kept", loaded.model.config.model_type,
                     f" ({exported})" if exported else "", path)  # fmt: skip
+    if options.export:
+        _check_export_memory(loaded, path)
     head = Head.of(loaded.model, copy=True)
     head.verify(loaded.model, probe_T[None].to(device))
 
@@ -157,6 +159,9 @@ def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
             raise DataError(f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(ids.max())}; it must be the model's own tokenizer")
     most = getattr(loaded.model.config, "max_position_embeddings", None) or length
     if length > most:
+        words = loaded.model.get_input_embeddings()
+        if any(isinstance(module, torch.nn.Embedding) and module is not words and "pos" in name for name, module in loaded.model.named_modules()):
+            raise OptionError(f"--seq_len must be at most {most}, for {loaded.name} has learnt so many positions; got {length}")
         log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
 
 
@@ -393,6 +398,18 @@ def check_memory(needed: int, available: int, remedy: str) -> None:
     """Warn where the estimate does not fit."""
     if needed > available:
         log.warning("the estimate is above the free memory (%.1f GB); %s", available / 1e9, remedy)
+
+
+def _check_export_memory(loaded: models.LoadedModel, path: Path) -> None:
+    """Warn where the export at the end will not fit into the machine's memory, whatever the device: the 16-bit model is gone by then."""
+    parameters = list(loaded.model.parameters())
+    held = sum(p.numel() * p.dtype.itemsize for p in parameters if p.device.type == "cpu")
+    needed, available = estimate.exporting(sum(p.numel() for p in parameters)), psutil.virtual_memory().available + held
+    if needed > available:
+        log.warning(
+            "the export at the end takes about %.1f GB of memory, %.1f GB are free; if it fails, the 4-bit model in %s/quantized is kept, and "
+            "nybble export writes it on a larger machine; to do without: --export", needed / 1e9, available / 1e9, path,
+        )  # fmt: skip
 
 
 def estimate_compression(options: Options, loaded: models.LoadedModel, shapes: estimate.Shapes, count: int) -> int:
