@@ -305,6 +305,17 @@ def test_training_stops_early_where_that_is_wanted(tmp_path: Path) -> None:
     assert len(results["training"]) == 4
 
 
+def test_means_of_weights_are_what_is_measured_and_kept(tmp_path: Path) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    distill(options(model, run, schedule="mean", lr=1e-3, scale_lr=2e-3, norm_lr=1e-3))
+    best, note = checkpoint.load_tensors(run / "best.safetensors")
+    last, _ = checkpoint.load_tensors(run / "last.safetensors")
+    assert note["best_step"] == 4
+    for name, tensor in best.items():
+        assert torch.equal(tensor, last[f"mean:{name}"])
+        assert not torch.equal(tensor, last[name])
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
 

@@ -16,7 +16,9 @@ from nybble.train import Progress, Recipe, Trainer, rate
 DATA = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 
 
-def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Tensor | None = None) -> tuple[Trainer, dict[str, nn.Parameter]]:
+def make(
+    steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Tensor | None = None, schedule: str = "cosine"
+) -> tuple[Trainer, dict[str, nn.Parameter]]:
     generator = torch.Generator().manual_seed(1)
     parameters = {"a": nn.Parameter(torch.randn(8, 8, generator=generator)), "b": nn.Parameter(torch.randn(8, generator=generator))}
 
@@ -26,7 +28,7 @@ def make(steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Ten
         return value * math.nan if trainer.progress.step == poison_at else value
 
     groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
-    trainer = Trainer(groups, Recipe(steps, microbatch, 0.25, 1.0), loss, lambda step: torch.arange(step, step + 4) % 32)
+    trainer = Trainer(groups, Recipe(steps, microbatch, 0.25, 1.0, schedule), loss, lambda step: torch.arange(step, step + 4) % 32)
     if weights is not None:
         trainer.tokens = lambda indices: int(weights[indices].sum())
     return trainer, parameters
@@ -38,7 +40,27 @@ def test_schedule_rises_then_falls_to_zero() -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[9:]))
     assert 0 < rates[-1] < 1e-3
     assert rate(0, 1, 0.0) == 1.0
-    assert [rate(step, 10, 0.2, "constant") for step in range(10)] == [0.5] + [1.0] * 9
+    for schedule in ("constant", "mean"):
+        assert [rate(step, 10, 0.2, schedule) for step in range(10)] == [0.5] + [1.0] * 9
+
+
+def test_means_are_over_all_steps_but_the_first_third() -> None:
+    trainer, parameters = make(steps=12, schedule="mean")
+    seen = []
+    for record in trainer.run():
+        seen.append(parameters["a"].detach().double())
+        counted = seen[4:] or seen[-1:]  # of 12 steps, all but the first 4
+        with trainer.averaged():
+            torch.testing.assert_close(parameters["a"].double(), torch.stack(counted).mean(0), rtol=0, atol=1e-6)
+            assert parameters["a"].requires_grad
+        assert torch.equal(parameters["a"].double(), seen[-1]), record["step"]
+    assert not torch.allclose(seen[-1], torch.stack(counted).mean(0), atol=1e-3)
+    plain, parameters = make()
+    for _ in plain.run():
+        pass
+    before = parameters["a"].detach().clone()
+    with plain.averaged():
+        assert torch.equal(parameters["a"], before)
 
 
 def test_groups_have_their_own_rates() -> None:
@@ -71,20 +93,22 @@ def test_sequences_with_unequal_numbers_of_tokens_add_up_too() -> None:
         whole, _ = make(microbatch=4, weights=weights)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "mean"])
 @pytest.mark.parametrize("stop", [0, 1, 5, 11])
-def test_resumed_training_gives_the_same_bits(stop: int) -> None:
-    trainer, expected = make()
+def test_resumed_training_gives_the_same_bits(stop: int, schedule: str) -> None:
+    trainer, expected = make(schedule=schedule)
     losses = [record["loss"] for record in trainer.run()]
-    first, _ = make()
+    first, _ = make(schedule=schedule)
     before = [record["loss"] for record in itertools.islice(first.run(), stop)]
     state = {name: tensor.clone() for name, tensor in first.state().items()}
-    second, parameters = make()
+    second, parameters = make(schedule=schedule)
     second.load_state(state)
     second.progress = Progress(step=first.progress.step)
     after = [record["loss"] for record in second.run()]
     assert before + after == losses
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter, expected[name])
+    with trainer.averaged(), second.averaged():
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, expected[name])
 
 
 def test_non_finite_loss_names_step_and_remedy_and_leaves_the_weights() -> None:

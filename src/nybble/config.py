@@ -135,7 +135,8 @@ class TrainingOptions:
     scale_lr: float = 1e-3  # Peak relative learning rate of the scales: 1e-3 moves a scale by about 0.1 % a step.
     weight_decay: float = 0.0  # Of the adapters (decoupled).
     warmup: float = 0.05  # Share of the steps with a rising rate.
-    schedule: Literal["cosine", "constant"] = "cosine"  # Of the rate after that: falling to zero, or as it is.
+    # Of the rate after that: cosine: falling to zero; constant; mean: constant, and what counts are the weights' means over all steps but the first third.
+    schedule: Literal["cosine", "constant", "mean"] = "cosine"
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf = never.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
     # auto: awq+se+blockwise, without awq for a family that it does not know.
@@ -233,6 +234,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     lr: float = 1e-3  # Peak learning rate of the adapters.
     norm_lr: float = 5e-4  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
     warmup: float = 0.1  # Share of the steps with a rising rate.
+    # Of the rate after that: cosine: falling to zero; constant; mean: constant, and what counts are the weights' means over all steps but the first third.
+    schedule: Literal["cosine", "constant", "mean"] = "mean"
     # Compression: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; with --adapters inside also a finished run, whose 4-bit model it goes on
     # with.
     start: str = "awq+se"

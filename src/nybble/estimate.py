@@ -68,7 +68,7 @@ def memory(shapes: Shapes, rank: int, group_size: int, tokens: int, chunk: int, 
     model = frozen + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
     kept = copies * shapes.int4 * shapes.itemsize
     one_layer = 6 * shapes.largest * _FLOAT32
-    trained = _ADAM * (shapes.features * rank + shapes.int4 // group_size)
+    trained = (_ADAM + 2 * _FLOAT32) * (shapes.features * rank + shapes.int4 // group_size)  # and means, and what stands aside while these are measured
     activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
     loss = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
     return _OVERHEAD + model + kept + one_layer + trained + max(activations, logits) + loss
@@ -111,9 +111,9 @@ def blocks_disk(shapes: Shapes, calibration: int) -> int:
 
 
 def disk(shapes: Shapes, rank: int, group_size: int, tokens: int) -> int:
-    """Teacher states of `tokens`, two checkpoints (one being written), best weights, and the results."""
+    """Teacher states of `tokens`, two checkpoints of weights, moments and means (one being written), best weights twice, and the results."""
     trained = shapes.features * rank + shapes.int4 // group_size
-    return tokens * shapes.hidden * shapes.itemsize + (2 * 3 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
+    return tokens * shapes.hidden * shapes.itemsize + (2 * 4 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
 
 
 def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, copies: int, available: int, most: int) -> int:

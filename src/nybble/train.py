@@ -1,7 +1,8 @@
 """One training loop, on accelerate. Takes a loss; knows of quantization only "parameters with requires_grad".
 
-AdamW, linear warm-up, then cosine decay to zero or a constant rate, gradient clipping, gradient accumulation over microbatches. Several processes
-(accelerate launch) share the sequences of each batch and add up their gradients; the commands run in one process so far.
+AdamW, linear warm-up, then cosine decay to zero or a constant rate, at which the weights may be averaged over steps, gradient clipping, gradient
+accumulation over microbatches. Several processes (accelerate launch) share the sequences of each batch and add up their gradients; the commands run in
+one process so far.
 
 What a step does depends on its number alone: stopped anywhere and started again from its last saved state, training gives the same bits.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,8 @@ class Recipe:
         microbatch: sequences in one forward and backward of one process.
         warmup: share of the steps with a rising rate.
         max_grad_norm: gradients are scaled down to this norm.
-        schedule: see `rate`.
+        schedule: see `rate`; "mean" is a constant rate too, and the weights that count are their means over all steps but the first third
+            (arXiv 1803.05407).
     """
 
     steps: int
@@ -59,11 +61,11 @@ class Progress:
 
 
 def rate(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0 or, with "constant", 1."""
+    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0 or, with "constant" and "mean", 1."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    if schedule == "constant":
+    if schedule != "cosine":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
 
@@ -104,6 +106,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(plain, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
+        self.means: dict[str, Tensor] = {}  # of parameters over steps, from the first that counts
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train from the current step to the last; after each step yields step, loss, loss of the last pass, grad_norm, lr, seconds."""
@@ -122,6 +125,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
+            self._average()
             yield {
                 "step": self.progress.step,
                 "loss": loss,
@@ -150,9 +154,31 @@ class Trainer:
                 parameter.grad = accelerator.reduce(parameter.grad, "sum")
         return float(losses.sum()), float(losses[-1]) * self.passes
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        first = self.recipe.steps // 3 + 1
+        if self.recipe.schedule != "mean" or self.progress.step < first:
+            return
+        for name, parameter in self.parameters.items():
+            mean = self.means.setdefault(name, torch.zeros_like(parameter))
+            mean.lerp_(parameter, 1 / (self.progress.step - first + 1))
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Within, the parameters are their means over steps, where the schedule is "mean" and a third of the steps is done; else as they are."""
+        kept = {name: self.parameters[name].clone() for name in self.means}
+        for name, mean in self.means.items():
+            self.parameters[name].copy_(mean)
+        try:
+            yield
+        finally:
+            for name, own in kept.items():
+                self.parameters[name].copy_(own)
+
     def state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer moments by name; what `load_state` takes."""
-        tensors = {}
+        """Parameters, their means and optimizer moments by name; what `load_state` takes."""
+        tensors = {f"mean:{name}": mean for name, mean in self.means.items()}
         for name, parameter in self.parameters.items():
             tensors[f"{name}"] = parameter.detach()
             for moment in ("exp_avg", "exp_avg_sq", "step"):
@@ -165,6 +191,8 @@ class Trainer:
         """Restore what `state` gave, bit for bit."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
+            if f"mean:{name}" in tensors:
+                self.means[name] = tensors[f"mean:{name}"].to(parameter.device, copy=True)
             if f"step:{name}" in tensors:
                 moments = ("exp_avg", "exp_avg_sq", "step")
                 self.optimizer.state[parameter] = {moment: tensors[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in moments}

@@ -178,6 +178,10 @@ def train(
     progress = trainer.progress
 
     def validate() -> None:
+        with trainer.averaged():
+            judge()
+
+    def judge() -> None:
         measured = course.validate()
         progress.history.append({"step": progress.step} | measured)
         log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
