@@ -202,7 +202,7 @@ def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, mo
 
 
 def test_what_the_way_of_the_adapters_does_not_use_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tune(options(tmp_path, epochs=1, norm_lr=1e-3))
+    tune(options(tmp_path, epochs=1, norm_lr=5e-3))
     assert "--norm_lr has no effect with --adapters inside" in caplog.text
     tune(options(tmp_path, epochs=1, adapters="before", scale_epochs=0, scale_lr=1e-4, overwrite=True))
     assert "--scale_lr has no effect with --adapters before and --scale_epochs 0" in caplog.text

@@ -232,7 +232,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     batch_size: int = 16  # Rows in an optimizer step.
     scale_epochs: int = 1  # --adapters before: passes over the training rows with scales and norms in 4 bits, after the adapters' own.
     lr: float = 1e-3  # Peak learning rate of the adapters.
-    norm_lr: float = 5e-4  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
+    scale_lr: float = 2e-3  # Peak relative learning rate of the scales: 2e-3 moves a scale by about 0.2 % a step.
+    norm_lr: float = 1e-3  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
     warmup: float = 0.1  # Share of the steps with a rising rate.
     # Of the rate after that: cosine: falling to zero; constant; mean: constant, and what counts are the weights' means over all steps but the first third.
     schedule: Literal["cosine", "constant", "mean"] = "mean"
