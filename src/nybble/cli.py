@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,18 @@ from typing import Any
 
 import tyro
 
-from nybble.config import CompressOptions, DistillOptions, EvalOptions, ExportOptions, InspectOptions, ReportOptions, SearchOptions, TuneOptions, from_toml
+from nybble.config import (
+    CompressOptions,
+    DistillOptions,
+    EvalOptions,
+    ExportOptions,
+    InspectOptions,
+    ReportOptions,
+    SearchOptions,
+    TuneOptions,
+    check_kind,
+    from_toml,
+)
 from nybble.errors import NybbleError, OptionError
 
 # Numbers of mallopt(3).
@@ -137,22 +147,12 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
     if "--resume" in flags:
         saved = _parse_flags(name, kind, flags, values).folder / "config.toml"
         if saved.is_file():
-            _check_kind(kind, saved.parent)
+            check_kind(saved.parent, kind)
             run = from_toml(kind, saved)
             if "--eval-only" in flags:  # what the run was given need not be what is in place: `nybble search` puts other ranks there
                 run.pop("custom_rank_config", None)
             values = run | values
     return _parse_flags(name, kind, flags, values), command
-
-
-def _check_kind(kind: Any, folder: Path) -> None:
-    """Raise OptionError for a run that another command began."""
-    try:
-        began = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("kind", kind.KIND)
-    except (OSError, ValueError, AttributeError):
-        return  # not there yet, or not what nybble wrote, which the command itself will say
-    if began != kind.KIND:
-        raise OptionError(f"--resume must go on with a run of nybble {kind.KIND}; {folder} was begun by nybble {began}; choose another --output_dir")
 
 
 def _parse_flags(name: str, kind: type, flags: list[str], values: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from nybble.errors import OptionError
+from nybble.errors import OptionError, RunError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -356,6 +356,17 @@ def _require(options: Any, names: tuple[str, ...], valid: Any, range_: str) -> N
 
 
 Options = TypeVar("Options")
+
+
+def check_kind(folder: Path, options: Any) -> None:
+    """Raise RunError where another command than that of `options`, or of a class of them, began the run in `folder`."""
+    kind = options.KIND
+    try:
+        began = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("kind", kind)
+    except (OSError, ValueError, AttributeError):
+        return  # not there yet, or not what nybble wrote, which is said where it is read
+    if began != kind:
+        raise RunError(f"--resume must go on with a run of nybble {kind}; {folder} was begun by nybble {began}; choose another --output_dir")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

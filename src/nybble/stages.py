@@ -18,7 +18,7 @@ from nybble import checkpoint, compress, data, estimate, evaluate, export, inser
 from nybble.checkpoint import BlockStore, Run
 from nybble.compress import Calibration, Compressed, blockwise
 from nybble.compress.start import Start
-from nybble.config import CompressionOptions, CompressOptions, DistillOptions, TuneOptions
+from nybble.config import CompressionOptions, CompressOptions, DistillOptions, TuneOptions, check_kind
 from nybble.console import bar, console, log_to
 from nybble.data import Rows
 from nybble.errors import DataError, ExportError, OptionError, RunError
@@ -85,9 +85,8 @@ def opened(
     models.check_path(options.pretrained)
     if not Run.check(path, options.resume, options.overwrite) and options.resume:
         log.info("there is no run in %s to go on with; this is its beginning", path)
-    began = checkpoint.read_results(path).get("kind", options.KIND) if options.resume else options.KIND
-    if began != options.KIND:
-        raise RunError(f"--resume must go on with a run of nybble {options.KIND}; {path} was begun by nybble {began}; choose another --output_dir")
+    if options.resume:
+        check_kind(path, options)
     task = getattr(options, "task", None)  # of tune; it is among those to measure
     for names, asked in (((task,) if task in options.tasks else (), "--task"), (tuple(name for name in options.tasks if name != task), "--tasks")):
         evaluate.check_tasks(names, options.data_dir, asked)
