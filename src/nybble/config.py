@@ -235,8 +235,6 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     scale_lr: float = 2e-3  # Peak relative learning rate of the scales: 2e-3 moves a scale by about 0.2 % a step.
     norm_lr: float = 1e-3  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
     warmup: float = 0.1  # Share of the steps with a rising rate.
-    # Of the rate after that: cosine: falling to zero; constant; mean: constant, and what counts are the weights' means over all steps but the first third.
-    schedule: Literal["cosine", "constant", "mean"] = "mean"
     # Compression: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; with --adapters inside also a finished run, whose 4-bit model it goes on
     # with.
     start: str = "awq+se"
