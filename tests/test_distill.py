@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
 from nybble import checkpoint, cli, estimate, insert, models, stages, text
 from nybble.config import CompressOptions, DistillOptions, to_toml
@@ -473,9 +473,11 @@ def test_sequences_longer_than_positions_that_were_learnt_are_refused(caplog: py
         rows = Rows.of(torch.zeros(1, length, dtype=torch.int64))
         stages._check_tokens(models.LoadedModel(model, None, "m"), Sequences(rows, rows.ids, rows, rows, ""))
 
-    check(opt, 16)
-    with pytest.raises(OptionError, match="--seq_len must be at most 16, for m has learnt so many positions; got 17"):
-        check(opt, 17)
+    neo = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 16, "attention_types": [[["global"], 1]]}
+    for learnt in (opt, GPTNeoForCausalLM(GPTNeoConfig(vocab_size=260, **neo))):
+        check(learnt, 16)
+        with pytest.raises(OptionError, match="--seq_len must be at most 16, for m has learnt so many positions; got 17"):
+            check(learnt, 17)
     assert "more than" not in caplog.text
     check(rotary, 17)  # computes positions: a warning
     assert "--seq_len 17 is more than the 16 positions that m was made for" in caplog.text

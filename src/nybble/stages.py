@@ -159,7 +159,8 @@ def _check_tokens(loaded: models.LoadedModel, sequences: Sequences) -> None:
     most = getattr(loaded.model.config, "max_position_embeddings", None) or length
     if length > most:
         words = loaded.model.get_input_embeddings()
-        if any(isinstance(module, torch.nn.Embedding) and module is not words and "pos" in name for name, module in loaded.model.named_modules()):
+        tables = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
+        if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT's has two rows more than positions
             raise OptionError(f"--seq_len must be at most {most}, for {loaded.name} has learnt so many positions; got {length}")
         log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
 

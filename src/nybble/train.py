@@ -160,8 +160,10 @@ class Trainer:
         if self.recipe.schedule != "mean" or self.progress.step < first:
             return
         for name, parameter in self.parameters.items():
-            mean = self.means.setdefault(name, torch.zeros_like(parameter))
-            mean.lerp_(parameter, 1 / (self.progress.step - first + 1))
+            if self.progress.step == first:
+                self.means[name] = parameter.detach().clone()
+            else:
+                self.means[name].lerp_(parameter, 1 / (self.progress.step - first + 1))
 
     @contextmanager
     @torch.no_grad()

@@ -179,18 +179,15 @@ def train(
 
     def validate() -> None:
         with trainer.averaged():
-            judge()
-
-    def judge() -> None:
-        measured = course.validate()
-        progress.history.append({"step": progress.step} | measured)
-        log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
-        if not (progress.step or math.isfinite(measured[course.criterion])):
-            remedy = "another --start" if options.dtype == "float32" else "--dtype float32"
-            raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; before this training it is none; use {remedy}")
-        if measured[course.criterion] < progress.best_loss:
-            progress.best_loss, progress.best_step = measured[course.criterion], progress.step
-            checkpoint.save_tensors(best, dict(trainer.parameters), vars(progress))
+            measured = course.validate()
+            progress.history.append({"step": progress.step} | measured)
+            log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
+            if not (progress.step or math.isfinite(measured[course.criterion])):
+                remedy = "another --start" if options.dtype == "float32" else "--dtype float32"
+                raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; before this training it is none; use {remedy}")
+            if measured[course.criterion] < progress.best_loss:
+                progress.best_loss, progress.best_step = measured[course.criterion], progress.step
+                checkpoint.save_tensors(best, dict(trainer.parameters), vars(progress))
 
     def stale() -> bool:
         return bool(0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history))
