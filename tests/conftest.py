@@ -23,6 +23,12 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def needs_openvino() -> None:
+    """For tests that export: a bare GPU machine has no OpenVINO."""
+    pytest.importorskip("openvino", reason="the extra openvino")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

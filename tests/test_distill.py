@@ -148,6 +148,7 @@ def test_norms_learn_at_a_relative_rate() -> None:
     assert "model.norm.weight" in model.state_dict()
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
     distill(options(model, tmp_path / "run"))
@@ -200,7 +201,7 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
     assert set(results["seconds"]) == {"load", "teacher", "measure", "compress", "train", "absorb"}
     assert results["layers"] == {"int4": 14, "int8": 2, "tied": False}
     assert results["seed"] == 0
-    assert results["machine"]["versions"]["torch"] == torch.__version__
+    assert results["machine"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "peak_memory_bytes" in results
     text = (tmp_path / "run" / "report.md").read_text()
     assert results["command"] in text

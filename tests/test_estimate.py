@@ -53,3 +53,5 @@ def test_writing_takes_as_many_sequences_as_fit_into_a_gibibyte() -> None:
     assert estimate.writing_batch(eight_b, 1024, 2) == (1 << 30) // (2 * 32 * 8 * 128 * 1024 * 2) == 8
     assert estimate.writing_batch(eight_b, 1 << 20, 2) == 1
     assert estimate.writing_batch(eight_b, 8, 2) == 128
+    assert estimate.writing_batch(eight_b, 1024, 2, gpu_memory=80 << 30) == (80 << 30) // 4 // (2 * 32 * 8 * 128 * 1024 * 2) == 160
+    assert estimate.writing_batch(eight_b, 8, 2, gpu_memory=80 << 30) == 1024

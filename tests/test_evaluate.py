@@ -73,6 +73,7 @@ def test_all_files_of_a_split_are_read_each_by_its_own_kind(data_dir: Path) -> N
     assert (len(task.training_docs()), len(task.test_docs())) == (5, 5)
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     (tmp_path / "ov").mkdir()
@@ -101,7 +102,7 @@ def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
 
 
 def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["distill", "--pretrained", "m", "--tasks", "arc_esy"]) == 2
+    assert main(["distill", "--pretrained", "m", "--tasks", "arc_esy", "--export"]) == 2
     assert "--tasks must be ones that lm-eval knows; got arc_esy; did you mean arc_easy" in capsys.readouterr().err
     with pytest.raises(OptionError, match="--compare must be ones that lm-eval knows; got 0000; lm-eval ls tasks shows them"):
         evaluate.open_task("0000", None, "--compare")

@@ -49,6 +49,7 @@ def quick(families: Iterable[str]) -> list[object]:
     return [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
+@pytest.mark.usefixtures("needs_openvino")
 @pytest.mark.parametrize("family", quick(FAMILIES))
 def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", family, begin=family.startswith("gemma"))
@@ -89,6 +90,7 @@ def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
     assert results["best_step"] > 0
 
 
+@pytest.mark.usefixtures("needs_openvino")
 @pytest.mark.parametrize("family", quick(["smollm", "mistral", "gemma2", "gemma3"]))
 def test_exported_model_handles_padding_and_windows(family: str, tmp_path: Path) -> None:
     """Two sequences of different length, left-padded, longer than the sliding window: logits as torch gives for each alone."""
@@ -110,6 +112,7 @@ def test_exported_model_handles_padding_and_windows(family: str, tmp_path: Path)
         torch.testing.assert_close(logits[1:, 7:], model(short).logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_generation_goes_on_from_the_state(tmp_path: Path) -> None:
     """Greedy generation through OpenVINO's key-value state gives torch's tokens, and computes each token once."""
     from tests.tiny import make_model

@@ -38,6 +38,7 @@ def saved(run: Path) -> bytes:
     return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model, run = save_model(tmp_path / "model", "qwen2"), tmp_path / "run"
     flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks"

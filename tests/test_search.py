@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import pytest
 
 from nybble import checkpoint, lessons
@@ -21,6 +20,8 @@ from nybble.tune import Trained, put_in_place, reopened, tune
 from .test_families import interrupt_after
 from .test_tune import codes, options, results, write_task
 from .tiny import save_model
+
+optuna = pytest.importorskip("optuna", reason="the extra search")
 
 
 @pytest.fixture(scope="module")

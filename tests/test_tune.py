@@ -279,6 +279,7 @@ def test_epochs_are_judged_at_the_middle_configuration(cache: str, tmp_path: Pat
     assert own_task == [{4}, {4}]
 
 
+@pytest.mark.usefixtures("needs_openvino")
 def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
     tune(options(tmp_path, epochs=1, export=("openvino",)))
     models = results(tmp_path / "run")["models"]
@@ -297,7 +298,7 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     original = questions.pad
     monkeypatch.setattr(questions, "pad", lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
     monkeypatch.setattr(questions, "score", lambda *arguments: questions.Score((-1.0,), (True,)))  # it pads too
-    tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, loss_on="answer"))
+    tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, loss_on="answer", device="cpu"))
     assert len(padded) == 12  # 48 rows
     assert {len(lengths) for lengths in padded} == {4}
     for first, second in zip(padded[::2], padded[1::2], strict=True):
@@ -748,5 +749,5 @@ def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_pa
     original = module._choice_loss
     monkeypatch.setattr(module, "PLAIN_ATTENTION", limit)
     monkeypatch.setattr(module, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
-    tune(options(tmp_path, epochs=1))
+    tune(options(tmp_path, epochs=1, device="cpu"))
     assert seen == [used]

@@ -90,7 +90,7 @@ def _course(job: Job, states: Mapping[str, States], which: Tensor, layers: Mappi
         rows = sequences.train[indices]
         counted = rows.counted.to(device)
         hidden = last_hidden(model, rows.ids.to(device))
-        return kl_to_teacher(hidden[counted], states["train"][which[indices]].to(device)[counted], student, job.head, tuning.CHUNK)
+        return kl_to_teacher(hidden[counted], states["train"][which[indices]].to(device)[counted], student, job.head)
 
     def validate() -> dict[str, float]:
         held = sequences.validation

@@ -124,9 +124,13 @@ def pick_microbatch(shapes: Shapes, rank: int, group_size: int, length: int, bat
     return size
 
 
-def writing_batch(config: Any, length: int, itemsize: int) -> int:
-    """Sequences that the model writes at a time: what fits into 1 GiB of keys and values, at most 128."""
+def writing_batch(config: Any, length: int, itemsize: int, gpu_memory: int = 0) -> int:
+    """Sequences that the model writes at a time: what fits into 1 GiB of keys and values, at most 128; on a GPU into a quarter of its memory, at most 1024.
+
+    Each token takes one pass over the whole model, and on a GPU that pass takes as long for one sequence as for hundreds.
+    """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * width * length * itemsize
-    return max(1, min(128, int((1 << 30) // row)))
+    bytes_, most = (gpu_memory // 4, 1024) if gpu_memory else (1 << 30, 128)
+    return max(1, min(most, int(bytes_ // row)))

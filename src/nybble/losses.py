@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 from nybble.errors import ModelError
 from nybble.families import logit_transform
 
+# Tokens whose logits exist at a time, by device (docs/log.md).
+CHUNK = {"cpu": 128, "cuda": 2048}
+
 
 @dataclass(frozen=True)
 class Head:
@@ -70,6 +73,11 @@ class Head:
             )
 
 
+def chunk_on(device: torch.device) -> int:
+    """Tokens whose logits should exist at a time on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
+
+
 def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
     """Last hidden states [B, T, D], after the final norm, before the head."""
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
@@ -81,7 +89,8 @@ _Chunk = Callable[[Tensor, slice, bool], tuple[Tensor, Any]]
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, head: Head, of: _Chunk, chunk: int) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, hidden_ND: Tensor, head: Head, of: _Chunk, chunk: int | None) -> Tensor:  # type: ignore[no-untyped-def,override]
+        chunk = chunk or chunk_on(hidden_ND.device)
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden_ND), chunk):
@@ -128,13 +137,13 @@ def _through_head(grad: Tensor, z: Tensor, head: Head) -> Tensor:
     return grad if head.multiplier == 1.0 else grad.mul_(head.multiplier)
 
 
-def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int = 128) -> Tensor:
+def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher: Head, chunk: int | None = None) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats; differentiable in the student's hidden states.
 
     Args:
         student_ND, teacher_ND: last hidden states, flattened to [tokens, D].
         student, teacher: their heads.
-        chunk: tokens whose logits exist at a time; memory is about 4 * chunk * V * 4 bytes.
+        chunk: tokens whose logits exist at a time, None = `chunk_on` their device; memory is about 4 * chunk * V * 4 bytes.
     """
 
     def of(z_student: Tensor, part: slice, need_grad: bool) -> tuple[Tensor, Any]:
@@ -143,7 +152,7 @@ def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: Head, teacher
     return _TokenLosses.apply(student_ND, student, of, chunk).mean()  # type: ignore[no-any-return]
 
 
-def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: int = 128) -> Tensor:
+def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: int | None = None) -> Tensor:
     """-log q(target) of each token, in nats: float32 [N]; differentiable in the hidden states.
 
     Args:

@@ -122,7 +122,9 @@ def written(run: Run, options: CompressOptions | DistillOptions | TuneOptions, l
     count = max(len(sequences.train), len(sequences.calibration))
     if not count or sequences.calibration.device.type != "meta":
         return sequences
-    batch = estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize)
+    device = loaded.model.device
+    gpu_memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0  # not what is free: the batch decides what is written
+    batch = min(count, estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize, gpu_memory))
     try:
         with run.stage("write"), bar("write", count) as advance:
             ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble import checkpoint, estimate, insert, models, stages
+from nybble import checkpoint, estimate, insert, losses, models, stages
 from nybble.checkpoint import Run
 from nybble.console import bar
 from nybble.errors import TrainingError
@@ -24,8 +24,6 @@ from nybble.text import Sequences
 from nybble.train import Progress, Recipe, Trainer
 
 log = logging.getLogger("nybble")
-
-CHUNK = 128  # tokens whose logits exist at a time in the loss (docs/log.md)
 
 
 # More tokens than this in a microbatch gain little and cost memory: the matrix products are already large (docs/log.md; cuda: not measured).
@@ -86,19 +84,19 @@ def resolve(
         saved = checkpoint.read_options(path)
         cache = saved["cache"] if options.cache == "auto" else options.cache
         options = replace(options, cache=cache, microbatch=options.microbatch or saved["microbatch"])
-    device = loaded.model.device
+    device, chunk = loaded.model.device, losses.chunk_on(loaded.model.device)
     shapes = estimate.Shapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     sizes = (shapes, rank, options.group_size)
     available = stages.free_memory(loaded)
     logits = stages.measured_logits(options, loaded, sequences)
     cache = options.cache
     if cache == "auto":
-        cache = "step" if estimate.memory(*sizes, length, CHUNK, copies, logits) < 0.7 * available else "recompute"
+        cache = "step" if estimate.memory(*sizes, length, chunk, copies, logits) < 0.7 * available else "recompute"
     copies = copies if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
-    microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, CHUNK, copies, available, MOST_TOKENS.get(device.type, 1024))
+    microbatch = options.microbatch or estimate.pick_microbatch(*sizes, length, most, chunk, copies, available, MOST_TOKENS.get(device.type, 1024))
     calibration = stages.check_calibration(options, options.start, sequences)
-    memory = estimate.memory(*sizes, microbatch * length, CHUNK, copies, logits)
+    memory = estimate.memory(*sizes, microbatch * length, chunk, copies, logits)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
     disk = estimate.disk(*sizes, states) + estimate.blocks_disk(shapes, sequences.calibration.numel())
     if not trained:
