@@ -116,7 +116,7 @@ def draw(input_ids: Tensor, scores_SV: Tensor) -> Tensor:
     """
     cumulated_SV = scores_SV.float().softmax(-1).cumsum_(-1)
     places_S1 = torch.rand(len(scores_SV), 1, device=scores_SV.device) * cumulated_SV[:, -1:]
-    drawn_S1 = torch.searchsorted(cumulated_SV, places_S1, right=True).clamp_(max=scores_SV.shape[1] - 1)
+    drawn_S1 = torch.searchsorted(cumulated_SV, places_S1)
     return torch.full_like(scores_SV, -torch.inf).scatter_(1, drawn_S1, 0.0)
 
 
