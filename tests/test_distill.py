@@ -28,7 +28,7 @@ from nybble.teacher import hidden_states
 from nybble.text import Sequences
 from tests.test_chat import TEMPLATE
 from tests.test_families import options
-from tests.tiny import make_model, save_model
+from tests.tiny import make_model, make_tokenizer, save_model
 
 
 def command(model: Path, run: Path, *more: str) -> list[str]:
@@ -238,6 +238,28 @@ def test_the_model_writes_its_own_text_and_another_run_reads_it(tmp_path: Path) 
     validation = json.loads((tmp_path / "other" / "results.json").read_text())["validation"]
     assert validation[0] == results["validation"][0]
     assert validation[-1] != results["validation"][-1], "the same sequences in another order"
+
+
+def test_the_model_goes_on_from_the_beginnings_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path, run = save_model(tmp_path / "model", "smollm"), tmp_path / "lines.txt", tmp_path / "run"
+    path.write_text("".join(f"line {i} of few\n" for i in range(400)))
+    flags = [*command(model, run)[3:], "--data", f"self:{path}"]
+    assert cli.main(flags) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"].startswith(f"the test split of {path} (")
+    written, _ = checkpoint.load_tensors(run / "self.safetensors")
+    pieces = {make_tokenizer().decode(row[:8]) for row in written["ids"]}  # a token a letter, and a quarter of 32
+    assert len(pieces) > 4
+    assert all(piece in path.read_text() for piece in pieces)
+    path.write_text("another text\n" * 400)
+    assert cli.main([*flags, "--resume"]) == 2
+    assert "the beginnings changed" in capsys.readouterr().err
+    assert cli.main([*flags[:-1], "self:./nowhere.txt", "--overwrite"]) == 2
+    assert "./nowhere.txt must be an existing file" in capsys.readouterr().err
+    rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * 20}]} for i in range(60)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main([*flags[:-1], f"self:{tmp_path / 'chats.jsonl'}", "--overwrite"]) == 2
+    assert "self:SOURCE needs plain text to go on from; it has conversations" in capsys.readouterr().err
 
 
 def test_conversations_count_only_what_the_assistant_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,25 @@ def test_samples_follow_the_models_distribution(tmp_path: Path) -> None:
     assert counts[~often].sum() > 0  # the tail is there
 
 
+def test_the_model_goes_on_from_beginnings(tmp_path: Path) -> None:
+    """Each beginning as often as the others; and what comes next follows the model's distribution after the whole of it."""
+    model, tokenizer = make_model("smollm"), make_tokenizer(begin=True)
+    beginnings = torch.tensor([[256, 70, 71, 72], [256, 80, 81, 82]])
+    ids = writing.write(tmp_path / "ids", model, tokenizer, 2000, 9, 0, 1000, beginnings=beginnings)
+    assert ids.shape == (2000, 9)
+    for beginning in beginnings:
+        own = ids[(ids[:, :4] == beginning).all(1)]
+        assert len(own) == 1000
+        p = model(beginning[None]).logits[0, -1].double().softmax(-1)
+        often = p * len(own) > 5
+        counts = torch.bincount(own[:, 4], minlength=len(p)).double()
+        chi_square = ((counts - p * len(own)) ** 2 / (p * len(own)))[often].sum()
+        freedom = int(often.sum()) - 1
+        assert abs(float(chi_square) - freedom) < 5 * (2 * freedom) ** 0.5
+    other = writing.write(tmp_path / "ids", model, tokenizer, 100, 9, 0, 1000, beginnings=beginnings[:1])
+    assert (other[:, :4] == beginnings[0]).all(), "what was written from other beginnings is not gone on with"
+
+
 def test_writing_goes_on_after_an_end_of_text(tmp_path: Path) -> None:
     model, tokenizer = make_model("smollm"), make_tokenizer(begin=True)
     end = model.generation_config.eos_token_id = 65  # one that this model writes often

@@ -34,8 +34,8 @@ class ModelOptions:
 class DataOptions:
     """Which text."""
 
-    # wikitext2, python-docs, self (the model writes it), a text / jsonl / csv / parquet file, a folder with a file a split, a hub data set; or several of
-    # them, NAME=SHARE each.
+    # wikitext2, python-docs, a text / jsonl / csv / parquet file, a folder with a file a split, a hub data set; or several of them, NAME=SHARE each.
+    # Or self: the model writes it; self:SOURCE: it goes on from the beginnings of another source.
     data: tuple[str, ...] = ("wikitext2",)
     data_column: str = "text"  # Column with the text, for row-wise data.
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.

@@ -2,7 +2,7 @@
 
 `--data` takes
 - `wikitext2`: wikitext-2-raw from the hub or its cache, or from the folder `wikitext` in `--data_dir` where that exists;
-- `self`: what the model itself writes (writing.py);
+- `self`: what the model itself writes, or `self:SOURCE`: what it writes from the beginnings of another of these (writing.py);
 - `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
 - a folder with one file a split (names with the word train, validation, valid, val or dev, test);
@@ -66,13 +66,21 @@ class Texts:
         return getattr(self, split)  # type: ignore[no-any-return]
 
 
+def written_from(name: str) -> str | None:
+    """Of a source that the model writes: whose beginnings it goes on from ("self:notes.txt" -> "notes.txt"; "self" -> ""). None for other sources."""
+    if Path(name).exists() and name != SELF:
+        return None
+    kind, _, source = name.partition(":")
+    return source if kind == SELF else None
+
+
 def load_texts(data: str, column: str = "text", data_dir: str | None = None, wanted: Sequence[str] = SPLITS) -> Texts:
     """Read the three splits of a source (see the head of this file), of which those `wanted` must not be empty.
 
     Raises:
         DataError: not found, no such column (the valid ones are named), empty.
     """
-    if data == SELF:
+    if written_from(data) is not None:
         raise DataError("what the model writes itself is for training: --data self of distill and compress; name a text to measure on")
     local = _local(data, data_dir)
     if data == PYTHON_DOCS:

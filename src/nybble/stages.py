@@ -186,6 +186,7 @@ def _keep_inputs(options: Options, path: Path) -> None:
     for flag in ("pretrained", "start", "teacher", "data", "eval_data", "data_dir", "task"):
         value = getattr(options, flag, None)
         for name in (value,) if isinstance(value, str) else data.Mixture.parse(value).names if value else ():
+            name = data.written_from(name) or name
             if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
                 raise OptionError(f"--overwrite would delete --{flag} {name}, which this run is to read; choose another --output_dir")
 

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nybble import checkpoint, data, estimate, models, writing
+from nybble import checkpoint, data, estimate, models, teacher, writing
 from nybble.checkpoint import Run
 from nybble.config import LEAST_CALIBRATION, CompressOptions, DistillOptions, TextOptions, TuneOptions
 from nybble.console import bar
@@ -27,7 +28,8 @@ class Sequences:
     """Token sequences of the three splits; of the training text as many, chosen at random, as the run will train on, and calibrate with.
 
     `test_source` says in words what the test sequences are; `others` are fingerprints of what else the run reads.
-    With --data self, those of the training text are on the device "meta", without values, until the model has written them.
+    With --data self, those of the training text are on the device "meta", without values, until the model has written them; from `beginnings`, if it is to
+    go on from those of a text.
     """
 
     train: Rows
@@ -36,6 +38,7 @@ class Sequences:
     test: Rows
     test_source: str
     others: Mapping[str, str] = field(default_factory=dict)
+    beginnings: Tensor | None = None
 
 
 NO_ROWS = Rows.of(torch.empty(0, 8, dtype=torch.int64))
@@ -50,6 +53,8 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
         OptionError: sources or shares that contradict each other.
     """
     mixture, tokenizer = data.Mixture.parse(options.data), loaded.tokenizer
+    own = next((source for source in map(data.written_from, mixture.names) if source is not None), None)
+    to_train = mixture.names if not own else [own]
     evaluated = data.Mixture.parse(_evaluated(options))
     for name in mixture.names:  # also where nothing of them is used (rtn), and the text to measure on would be another
         if Path(name).suffix == Path(writing.FILE).suffix and not Path(name).is_file():
@@ -58,11 +63,11 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
     @functools.cache
     def texts_of(name: str) -> data.Texts:
         held = ("validation", "test") if validation else ("test",)
-        splits = ("train",) * (name in mixture.names and wanted > 0) + held * (name in evaluated.names)
+        splits = ("train",) * (name in to_train and wanted > 0) + held * (name in evaluated.names)
         try:
             return data.load_texts(name, options.data_column, options.data_dir, splits)
         except DataError as error:
-            if name in mixture.names:
+            if name in to_train:
                 raise
             raise DataError(str(error).replace("--data ", "--eval_data ", 1)) from error
 
@@ -83,12 +88,15 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
 
     calibrate = options.calib_samples if steps_of(method) else 0
     wanted = max(train, calibrate)
-    if data.SELF in mixture.names:
+    beginnings = None
+    if own is not None:
         if len(mixture.names) > 1:
             raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
         if options.loss_on == "assistant":
             raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
-        writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
+        beginnings = _beginnings(tokenizer, texts_of(own)["train"], options.seq_len) if own and wanted else None
+        if beginnings is None:
+            writing.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
         train = min(train, getattr(options, "samples", 0))  # every epoch repeats these
         rows = Rows(
             *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
@@ -108,13 +116,23 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
 
     validated = held("validation", validation) if validation else NO_ROWS
     source = f"the test split of {' + '.join(_evaluated(options))}"
-    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source)
+    others = {} if beginnings is None else {"beginnings": teacher.fingerprint(beginnings, "")}
+    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source, others, beginnings)
+
+
+def _beginnings(tokenizer: Any, documents: Sequence[data.Document], length: int) -> Tensor:
+    """What the model goes on from: all pieces of a text of a quarter of a sequence's length."""
+    if not all(isinstance(document, str) for document in documents):
+        raise DataError("--data self:SOURCE needs plain text to go on from; it has conversations; use --data SOURCE")
+    return data.sequences(tokenizer, documents, max(2, length // 4), "training").ids
 
 
 def _evaluated(options: TextOptions) -> tuple[str, ...]:
     """Sources of validation and test text."""
-    written = all(name == data.SELF or Path(name).suffix == Path(writing.FILE).suffix for name in data.Mixture.parse(options.data).names)
-    return options.eval_data or ((data.PYTHON_DOCS,) if written else options.data)
+    names = data.Mixture.parse(options.data).names
+    gone_on_from = tuple(filter(None, map(data.written_from, names)))
+    written = all(data.written_from(name) is not None or Path(name).suffix == Path(writing.FILE).suffix for name in names)
+    return options.eval_data or gone_on_from or ((data.PYTHON_DOCS,) if written else options.data)
 
 
 def written(run: Run, options: CompressOptions | DistillOptions | TuneOptions, loaded: models.LoadedModel, sequences: Sequences) -> Sequences:
@@ -127,7 +145,8 @@ def written(run: Run, options: CompressOptions | DistillOptions | TuneOptions, l
     batch = min(count, estimate.writing_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize, gpu_memory))
     try:
         with run.stage("write"), bar("write", count) as advance:
-            ids = writing.write(run.path / writing.FILE, loaded.model, loaded.tokenizer, count, options.seq_len, options.seed, batch, advance)
+            path, seed, beginnings = run.path / writing.FILE, options.seed, sequences.beginnings
+            ids = writing.write(path, loaded.model, loaded.tokenizer, count, options.seq_len, seed, batch, advance, beginnings)
     except DataError:  # the model cannot write, so there is no run
         if not run.results["models"]:
             checkpoint.remove_folder(run.path)

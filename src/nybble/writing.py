@@ -1,9 +1,9 @@
 """`--data self`: the 16-bit model writes its own training text, for when there is none at hand. (LLM-QAT, arXiv 2305.17888.)
 
 Sampled from the model's own distribution (temperature 1, nothing cut off), many sequences at a time, each from the begin-of-text token or, where the
-tokenizer has none, from a random ordinary token. Sequences that repeat themselves are thrown away. What a batch gives depends on the seed and its number
-alone; finished batches are kept in one file (`self.safetensors` in the run folder), so an interrupted run goes on, and other runs can use it
-(`--data RUN/self.safetensors`).
+tokenizer has none, from a random ordinary token; or from the beginnings of a text that there is too little of. Sequences that repeat themselves are thrown
+away. What a batch gives depends on the seed and its number alone; finished batches are kept in one file (`self.safetensors` in the run folder), so an
+interrupted run goes on, and other runs can use it (`--data RUN/self.safetensors`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nybble import checkpoint
-from nybble.data import begin_tokens
+from nybble.data import begin_tokens, order
 from nybble.errors import DataError, ModelError
 
 FILE = "self.safetensors"
@@ -57,7 +57,15 @@ def first_tokens(model: Any, tokenizer: Any, count: int, generator: torch.Genera
 
 
 def write(
-    path: Path, model: Any, tokenizer: Any, count: int, length: int, seed: int, batch: int, advance: Callable[[int], None] = lambda sequences: None
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    batch: int,
+    advance: Callable[[int], None] = lambda sequences: None,
+    beginnings: Tensor | None = None,
 ) -> Tensor:
     """Token sequences [count, length] of the model's own; written to `path`, and gone on with if they are there in part.
 
@@ -65,12 +73,15 @@ def write(
         model: the 16-bit model.
         batch: sequences written at a time.
         advance: called with the number of sequences just kept.
+        beginnings: tokens [N, P], P < length, that sequences go on from, each as often as the others; they are part of the sequences. None: see above.
 
     Raises:
         DataError: the model repeats itself all the time.
         ModelError: there is no token to start from.
     """
     identity = {"length": length, "seed": seed, "batch": batch, "tokenizer": fingerprint(tokenizer)}
+    if beginnings is not None:
+        identity["beginnings"] = hashlib.sha256(beginnings.numpy().tobytes()).hexdigest()[:16]
     kept, number = torch.empty(0, length, dtype=torch.int32), 0
     if path.exists():
         tensors, note = checkpoint.load_tensors(path)
@@ -83,7 +94,11 @@ def write(
                 f"--data self needs a model that writes text: of {number * batch} sequences, {number * batch - len(kept)} repeat themselves; "
                 "use --data with a text"
             )
-        made = _sample(model, tokenizer, batch, length, seed * 1_000_003 + number)
+        if beginnings is None:
+            first = first_tokens(model, tokenizer, batch, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        else:
+            first = beginnings[order(len(beginnings), (number + 1) * batch, seed)[number * batch :]]
+        made = _sample(model, first, length, seed * 1_000_003 + number)
         made = made[share_of_different_runs(made) >= LEAST_DIFFERENT].to(torch.int32)
         number += 1
         advance(min(len(made), count - len(kept)))
@@ -121,20 +136,22 @@ def draw(input_ids: Tensor, scores_SV: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sample(model: Any, tokenizer: Any, batch: int, length: int, seed: int) -> Tensor:
-    """[batch, length]; the same for the same seed, whatever was drawn before."""
+def _sample(model: Any, first: Tensor, length: int, seed: int) -> Tensor:
+    """[S, length], going on from `first` [S, P]; the same for the same seed, whatever was drawn before."""
     from transformers import GenerationConfig
 
-    first = first_tokens(model, tokenizer, batch, torch.Generator().manual_seed(seed)).to(model.device)
+    first = first.to(model.device)
     # After an end-of-text token the model goes on with another text, as in packed training text.
     config = GenerationConfig(do_sample=False, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0)
     its_own, model.generation_config = model.generation_config, GenerationConfig()  # what is None above would be taken from there: end token, penalties
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            made = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config, logits_processor=[draw])
-            ids = torch.as_tensor(made).cpu()
+            # All but the last token here: `generate` would multiply a copy of the head for every sequence (7 GB of SmolLM's for 128).
+            known = model.base_model(first[:, :-1], use_cache=True).past_key_values if first.shape[1] > 1 else None
+            given = {"attention_mask": torch.ones_like(first), "past_key_values": known, "logits_processor": [draw]}
+            ids = torch.as_tensor(model.generate(first, generation_config=config, **given)).cpu()
     finally:
         model.generation_config = its_own
-    assert ids.shape == (batch, length), f"asked for {batch} x {length} tokens, got {tuple(ids.shape)}"
+    assert ids.shape == (len(first), length), f"asked for {len(first)} x {length} tokens, got {tuple(ids.shape)}"
     return ids
