@@ -256,6 +256,8 @@ def test_the_model_goes_on_from_the_beginnings_of_a_text(tmp_path: Path, capsys:
     assert "the beginnings changed" in capsys.readouterr().err
     assert cli.main([*flags[:-1], "self:./nowhere.txt", "--overwrite"]) == 2
     assert "./nowhere.txt must be an existing file" in capsys.readouterr().err
+    assert cli.main([*flags[:-1], "self:", "--overwrite"]) == 2
+    assert "--data self:SOURCE must name a text to go on from; got self:" in capsys.readouterr().err
     rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * 20}]} for i in range(60)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main([*flags[:-1], f"self:{tmp_path / 'chats.jsonl'}", "--overwrite"]) == 2

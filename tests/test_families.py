@@ -79,6 +79,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ov_ppl == pytest.approx(torch_ppl, rel=0.02)  # default properties: 8-bit activations where the machine has them
 
 
+@pytest.mark.usefixtures("needs_openvino")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
     wanted = max(train, calibrate)
     beginnings = None
     if own is not None:
+        if f"{data.SELF}:" in mixture.names:
+            raise OptionError("--data self:SOURCE must name a text to go on from; got self: with none; to write from nothing, use --data self")
         if len(mixture.names) > 1:
-            raise OptionError("--data self must stand alone; to mix, let one run write it, then give that run's self.safetensors as one of the sources")
+            raise OptionError("what the model writes must stand alone in --data; to mix, let one run write it, then name that run's self.safetensors")
         if options.loss_on == "assistant":
             raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
         beginnings = _beginnings(tokenizer, texts_of(own)["train"], options.seq_len) if own and wanted else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble import checkpoint
+from nybble import checkpoint, teacher
 from nybble.data import begin_tokens, order
 from nybble.errors import DataError, ModelError
 
@@ -81,7 +81,7 @@ def write(
     """
     identity = {"length": length, "seed": seed, "batch": batch, "tokenizer": fingerprint(tokenizer)}
     if beginnings is not None:
-        identity["beginnings"] = hashlib.sha256(beginnings.numpy().tobytes()).hexdigest()[:16]
+        identity["beginnings"] = teacher.fingerprint(beginnings, "")
     kept, number = torch.empty(0, length, dtype=torch.int32), 0
     if path.exists():
         tensors, note = checkpoint.load_tensors(path)
