@@ -17,7 +17,7 @@ from nybble.compare import compare
 from nybble.config import CompressOptions, TuneOptions, to_toml
 from nybble.errors import OptionError, RunError
 
-from .tiny import save_model
+from .tiny import make_model, save_model
 
 
 def options(folder: Path, data: Path, **changes: object) -> TuneOptions:
@@ -74,6 +74,21 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
     assert "INT4, QAT + NLS" in html
     assert ("decoder layer" in html) == (len(found["qat-nls"]["candidates"]) > 1), "one alone, where the start was best, has no map"
     assert "openbookqa" in capsys.readouterr().out
+
+
+def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits(tmp_path: Path) -> None:
+    import peft
+
+    from nybble import models
+
+    model = make_model("smollm")
+    layers = list(models.plan(model).int4)
+    widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
+    assert len(set(widths.values())) > 1
+    rank = max(widths.values())
+    peft.get_peft_model(model, comparing.peft_config(model, layers, rank))
+    made = {name: (model.get_submodule(name).r["default"], model.get_submodule(name).scaling["default"]) for name in layers}
+    assert made == {name: (width, 2.0) for name, width in widths.items()}
 
 
 def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,9 @@ def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Pat
 
 
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation, test"):
+    with pytest.raises(
+        DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation; .jsonl or .parquet\)"
+    ):
         evaluate.check_tasks(["winogrande"], str(data_dir))
     folder = data_dir / "winogrande" / "winogrande_xl"
     folder.mkdir(parents=True)
@@ -99,6 +101,24 @@ def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
     (data_dir / "arc" / "ARC-Easy" / "train.jsonl").write_text("")
     with pytest.raises(DataError, match=r"train.jsonl cannot be read as json: .+"):
         evaluate.open_task("arc_easy", str(data_dir))
+
+
+def test_splits_may_have_names_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "anli"
+    folder.mkdir()
+    for split, label in (("train_r1", 0), ("train_r2", 1), ("dev_r1", 2)):
+        row = {"premise": "p", "hypothesis": split, "label": label}
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"anli_r1 is scored on the split test_r1; put test_r1.jsonl into .*anli, which has none"):
+        evaluate.check_tasks(["anli_r1"], str(tmp_path))
+    (folder / "test_r1.jsonl").write_text('{"premise": "p", "hypothesis": "test_r1", "label": 0}\n')
+    evaluate.check_tasks(["anli_r1"], str(tmp_path))
+    task = evaluate.open_task("anli_r1", str(tmp_path))
+    assert [[row["hypothesis"] for row in rows()] for rows in (task.training_docs, task.validation_docs, task.test_docs)] == [
+        ["train_r1"],
+        ["dev_r1"],
+        ["test_r1"],
+    ]
 
 
 def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

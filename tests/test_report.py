@@ -181,6 +181,17 @@ def test_a_16_bit_model_with_adapters_is_not_published_as_int4() -> None:
     assert [line[1:3] for line in lines] == [["16 bit", "0.500"], ["INT4, best PTWC (awq+se)", "0.400"], ["INT4, QAT + LoRA", "0.600"]]
 
 
+def test_a_choice_by_the_test_rows_is_said_wherever_its_figure_stands() -> None:
+    models = {row: {"task:arc acc": value, "bytes": 1} for row, value in (("16bit", 0.5), ("compressed", 0.4), ("tuned", 0.6))}
+    found = {"kind": "tune", "task": {"name": "arc", "metric": "acc", "space": [8, 4]}, "models": models, "selected_on": "test", "chosen": [8, 4]}
+    published = COMPRESSED | found | {"applied": [8, 4]}
+    assert report.published_rows(report.compare({"nls": published}))[1][-1][1] == "INT4, QAT + NLS, chosen on test rows"
+    assert "ranks chosen by this very score" in report.sentence(published)
+    for honest in (published | {"selected_on": "held_out"}, published | {"applied": [4, 4]}):  # a search has chosen by other rows since
+        assert report.published_rows(report.compare({"nls": honest}))[1][-1][1] == "INT4, QAT + NLS"
+        assert "this very score" not in report.sentence(honest)
+
+
 def test_what_learnt_before_it_was_compressed_is_called_so() -> None:
     results = copy.deepcopy(RESULTS) | {"kind": "tune", "method": "se", "task": {"name": "arc_easy", "metric": "acc", "space": [8, 4]}}
     results["models"]["learnt"] = {"token_perplexity": 13.0, "kl_to_teacher": 0.1, "bytes": 400_000_000}

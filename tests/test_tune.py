@@ -252,6 +252,48 @@ def test_one_configuration_is_measured_alike_fast_and_slow(
     assert "letters.jsonl at ranks 8 2: acc" in capsys.readouterr().out
 
 
+def test_candidates_before_the_rounding_score_alike_fast_and_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.layers import LoRALinear
+
+    found, calls = [], Counter[str]()
+    made = LoRALinear.made_weight
+    for name, fast in (("slow", False), ("fast", True)):
+
+        def counted(layer: LoRALinear, name: str = name) -> torch.Tensor:
+            calls[name] += 1
+            return made(layer)
+
+        monkeypatch.setattr(LoRALinear, "made_weight", counted)
+        tune(options(tmp_path, adapters="before", start="se", epochs=1, cache="recompute", fast_eval=fast, output_dir=str(tmp_path / name)))
+        found.append(results(tmp_path / name))
+    slow, fast_one = found
+    assert slow["candidates"] == fast_one["candidates"]
+    assert slow["validation"] == fast_one["validation"]
+    assert calls["fast"] < calls["slow"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "metric"), [("openbookqa", "acc_norm"), ("hellaswag", "acc_norm"), ("gsm8k", "exact_match,strict-match")])
+def test_tasks_of_lm_eval_go_through_the_whole_flow(task: str, metric: str, tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real rows; the two commands that people type, the second with ranks of its own."""
+    save_model(tmp_path / "model", "smollm", max_position_embeddings=8192)  # a token a letter
+    changes: dict[str, Any] = {"task": task, "data_dir": str(shared_data), "train_rows": 16, "epochs": 1, "task_limit": 3, "select_rows": 6}
+    changes |= {"adapters": "before", "start": "se", "seq_len": 512, "eval_batch_size": 4, "select_on": "test" if task == "openbookqa" else "held_out"}
+    tune(options(tmp_path, **changes))
+    found = results(tmp_path / "run")
+    column = f"task:{task} {metric}"
+    assert found["task"]["metric"] == metric
+    assert all(found["models"][row][f"documents:{task}"] == 3 for row in ("16bit", "learnt", "compressed", "tuned"))
+    assert all("test" in row for row in found["candidates"]) == (task == "openbookqa")
+    tune(options(tmp_path, resume=True, eval_only=True, **changes))
+    tune(options(tmp_path, resume=True, eval_only=True, custom_rank_config=(2, 8), **changes))
+    shipped, tried = results(tmp_path / "run")["tested"]
+    assert shipped[metric] == found["models"]["tuned"][column]
+    assert tried["configuration"] == [2, 8]
+    assert 0 <= tried[metric] <= 1
+    assert f"{task} at ranks 2 8: {metric}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cache", ["step", "recompute"])
 def test_epochs_are_judged_at_the_middle_configuration(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nybble import questions
@@ -601,7 +643,7 @@ def write_long(folder: Path) -> Path:
     return folder / "long.jsonl"
 
 
-def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path) -> None:
+def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nybble.errors import RunError
 
     tune(options(tmp_path, epochs=1))
@@ -614,6 +656,10 @@ def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path) -> Non
     save_model(tmp_path / "model", "smollm", seed=7)
     with pytest.raises(RunError, match="the model changed"):
         tune(options(tmp_path, epochs=1, resume=True))
+    capsys.readouterr()
+    assert main(["tune", "--config", str(tmp_path / "run" / "config.toml"), "--resume", "--lora_rank_space", "8", "4"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--lora_rank_space was" in line
 
 
 def test_answers_of_ones_own_words(tmp_path: Path) -> None:

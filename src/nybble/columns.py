@@ -220,6 +220,8 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
     else:
         count = str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         text += f" Means of {count} seeds; the errors are those of the rows, and know nothing of other seeds."
+    if any(one.setting.get("sampling") == "sandwich" for one in compared):
+        text += " The last column's adapters were trained on three configurations a step, three times the computation of the others'."
     most = max(sum(other[0].model == members[0].model for other in settings) for members in settings)
     if most > 1:
         first = compared[0].setting

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,22 @@ def tune_16bit(options: TuneOptions, before: dict[str, Any]) -> Path:
         return run.path
 
 
+def peft_config(model: Any, layers: Sequence[str], rank: int) -> Any:
+    """Adapters where nybble has its own, scaled by 2 as those, and clamped in narrower layers as those: the same budget."""
+    import peft
+
+    widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
+    narrow = {name: width for name, width in widths.items() if width < rank}
+    alphas = {name: 2 * width for name, width in narrow.items()}
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(layers), bias="none", rank_pattern=narrow, alpha_pattern=alphas)
+
+
 def _train_lora(job: Job, lesson: Lesson) -> None:
     """Adapters of peft on every layer that would get 4 bits, trained and merged, in place."""
     import peft
 
     rank, model = max(lesson.space), job.loaded.model
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(job.plan.int4), bias="none")
+    config = peft_config(model, list(job.plan.int4), rank)
     torch.manual_seed(job.options.seed)
     wrapped = peft.get_peft_model(model, config)  # puts its layers into `model` itself
     adapters: dict[str, nn.Parameter] = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -276,8 +277,9 @@ def _local_tasks(tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", tr
         config = load_yaml(index[task].yaml_path)
         for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
             config.pop(key, None)
-        folder = _local_folder(data_dir, task)
-        files = _split_files(folder)
+        splits = [config[key] for key in ("training_split", "validation_split", "test_split", "fewshot_split") if config.get(key)]
+        folder = _local_folder(data_dir, task, splits)
+        files = _split_files(folder, splits)
         needed = {"scored": "test_split" if config.get("test_split") else "validation_split"} | ({"trained": "training_split"} if train else {})
         for what, key in needed.items():
             if config.get(key) and config[key] not in files:
@@ -290,21 +292,24 @@ def _local_tasks(tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", tr
     return configs
 
 
-def _local_folder(data_dir: Path, task: str) -> Path:
+def _local_folder(data_dir: Path, task: str, splits: Sequence[str]) -> Path:
     name, subset = _place(task)
     tried = ([data_dir / name / subset] if subset else []) + [data_dir / name, data_dir / task]
     for folder in tried:
-        if folder.is_dir() and _split_files(folder):
+        if folder.is_dir() and _split_files(folder, splits):
             return folder
-    raise DataError(f"--data_dir must hold the data of {task} in {tried[0]} (files named train, validation, test; .jsonl or .parquet); found none")
+    named = ", ".join(dict.fromkeys(splits))
+    raise DataError(f"--data_dir must hold the data of {task} in {tried[0]} (files named {named}; .jsonl or .parquet); found none")
 
 
-def _split_files(folder: Path) -> dict[str, list[str]]:
-    """The files of every split that a folder holds, all of one kind: .jsonl, or where a split has none of those .parquet."""
+def _split_files(folder: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """The files of those splits that a folder holds, all of one kind: .jsonl, or where a split has none of those .parquet."""
     files: dict[str, list[str]] = {}
-    for split in SPLITS:
+    for split in dict.fromkeys(splits):
         for suffix in ("jsonl", "parquet"):
-            found = sorted(str(file) for file in folder.glob(f"*.{suffix}") if split in splits_of(file))
+            of_that_name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}")  # anli's train_r1; dev_r1 is no "validation"
+            candidates = sorted(folder.glob(f"*.{suffix}"))
+            found = [str(file) for file in candidates if of_that_name.fullmatch(file.name) or (split in SPLITS and split in splits_of(file))]
             if found:
                 files.setdefault(split, found)
     return files

@@ -92,7 +92,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
     headings = [*report.LAYER_HEADINGS, *_MOVED.values()]
     shares = [results.get(key, {}) for key in _MOVED]
     lines = [[layer, *report.error_cells(error), *(f"{share[layer]:.2%}" if layer in share else "-" for share in shares)] for layer, error in errors.items()]
-    tables = [("Search for ranks", report.search_rows(results), report.SEARCH_NOTE)] if "search" in results else []
+    tables = [("Search for ranks", report.search_rows(results), report.search_note(results))] if "search" in results else []
     tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
     tables += [("Tested configurations", report.tested_rows(results), report.TESTED_NOTE)] if "tested" in results else []
     tables += [("Every layer", (headings, lines), report.LAYER_NOTE)] if lines else []

@@ -49,6 +49,11 @@ def replaced(results: dict[str, Any]) -> bool:
     return "applied" in results and results["applied"] != results.get("chosen")
 
 
+def chosen_on_test(results: dict[str, Any]) -> bool:
+    """Whether ranks were chosen by the score on the test rows, as published results are."""
+    return results.get("selected_on") == "test" and not replaced(results)
+
+
 def starts_tuned(results: dict[str, Any]) -> bool:
     """Whether the run goes on with a model that had been trained end to end."""
     return bool(results.get("start_tuned", False))
@@ -137,6 +142,7 @@ def sentence(results: dict[str, Any]) -> str:
         if repaired is not None:
             text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
         text += " without tuning" if task else ""
+        text += " (ranks chosen by this very score: not one on unseen rows)" if chosen_on_test(results) else ""
         text += f", in {sum(seconds.get(stage, 0) for stage in ('train', 'train scales')) / 60:.1f} minutes of training"
     else:
         text = f"{name} in 4 bits by {results['method']} ({where}): {heading(metric)} {after} against {full} in 16 bit"
@@ -179,6 +185,11 @@ SEARCH_NOTE = (
 )
 
 
+def search_note(results: dict[str, Any]) -> str:
+    """What the figures of a search are."""
+    return SEARCH_NOTE + (" All of the adapters on 16-bit weights, before these were compressed." if learns_first(results) else "")
+
+
 FRONT_NOTE = "Not beaten by another trial of nsga2 in likelihood and sum of ranks."
 
 
@@ -211,7 +222,7 @@ def tested_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _search_markdown(results: dict[str, Any]) -> str:
     found = results["search"]
-    text = f"## Search\n\nThe first {found['trials']} trials of each sampler. {SEARCH_NOTE}\n\n{as_markdown(*search_rows(results))}"
+    text = f"## Search\n\nThe first {found['trials']} trials of each sampler. {search_note(results)}\n\n{as_markdown(*search_rows(results))}"
     if found.get("front"):
         text += f"\n\n{FRONT_NOTE}\n\n{as_markdown(*front_rows(results))}"
     return text
@@ -432,7 +443,7 @@ def _comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _training(results: dict[str, Any]) -> str:
     """How people call a run's training: QAT + LoRA, QAT + NLS, or QAT alone where only scales and norms are trained."""
     if len(results.get("task", {}).get("space", ())) > 1:
-        return "QAT + NLS"
+        return "QAT + NLS" + (", chosen on test rows" if chosen_on_test(results) else "")
     return "QAT + LoRA" if results.get("lora_rank", 1) else "QAT"
 
 

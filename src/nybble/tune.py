@@ -349,7 +349,7 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
         warnings.append("no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr")
     if results.get(SCALES, {}).get("best_step") == 0:
         warnings.append("no epoch of training in 4 bits was better on held-out rows than the compressed model, which was kept; use another --scale_lr")
-    if results.get("selected_on") == "test" and not report.replaced(results):
+    if report.chosen_on_test(results):
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
     column, models = report.task_column(results), results["models"]
     for before, after, what in (("16bit", "learnt", "the adapters"), ("compressed", "tuned", "tuning in 4 bits")):
