@@ -85,9 +85,7 @@ def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Pat
 
 
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"--data_dir must hold the data of winogrande in .*winogrande_xl \(files named train, validation; .jsonl or .parquet\)"
-    ):
+    with pytest.raises(DataError, match=r"must hold the data of winogrande in .*winogrande_xl \(files named train, validation; .jsonl or .parquet\)"):
         evaluate.check_tasks(["winogrande"], str(data_dir))
     folder = data_dir / "winogrande" / "winogrande_xl"
     folder.mkdir(parents=True)
@@ -101,6 +99,20 @@ def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
     (data_dir / "arc" / "ARC-Easy" / "train.jsonl").write_text("")
     with pytest.raises(DataError, match=r"train.jsonl cannot be read as json: .+"):
         evaluate.open_task("arc_easy", str(data_dir))
+
+
+def test_decoder_errors_begin_where_something_is_wrong() -> None:
+    model = make_model("smollm")
+    ids = torch.randint(0, 256, (24,))
+    wanted = evaluate.decoder_outputs(model, ids)
+    assert wanted.shape == (2, 24, model.config.hidden_size)
+    assert evaluate.decoder_errors(model, ids, wanted) == [0.0, 0.0]
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(2)
+    first, second = evaluate.decoder_errors(model, ids, wanted)
+    assert first == 0.0
+    ours = model.model(ids[None]).last_hidden_state[0].double()
+    theirs = wanted[1].double()
+    assert second == pytest.approx(float((((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)).mean()), rel=1e-4)
 
 
 def test_splits_may_have_names_of_their_own(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["best_step"] > 0, "training must lower the validation KL"
     assert results["codes_changed"] > 0
+    errors = results["decoder_errors"]  # before and after training
+    assert errors.keys() == {"compressed", "tuned"}
+    assert all(len(found) == 2 and all(0 < error < 1 for error in found) for found in errors.values())
+    assert errors["tuned"] != errors["compressed"]
     layers = {"phi3": 8}.get(family, 14)
     tied = FAMILIES[family][1].get("tie_word_embeddings", make_config(family).tie_word_embeddings)
     export = results["exports"]["openvino"]

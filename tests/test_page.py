@@ -23,6 +23,7 @@ WHOLE: dict[str, Any] = RESULTS | {
     "layer_codes_changed": dict.fromkeys(LAYERS, 0.0123),
     "layer_scales_moved": dict.fromkeys(LAYERS, 0.0345),
     "scales_moved": 0.025,
+    "decoder_errors": {"compressed": [0.031, 0.042], "tuned": [0.021, 0.032]},
     "block_losses": {"model.layers.0": [0.02, 0.01], "model.layers.1": [0.03, 0.02]},
 }
 
@@ -86,10 +87,13 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
         "codes changed by training",
         "scales moved by training",
         "relative error of its outputs",
+        "decoder layer",
+        "4.200%",
+        "3.200%",
         "seconds",
     ):
         assert axis in text, axis
-    assert len(re.findall("<svg", html)) == 1 + 4 + 1  # the comparison; curves, layers, blocks, times of one run; times of the other
+    assert len(re.findall("<svg", html)) == 1 + 5 + 1  # the comparison; curves, layers, decoder layers, blocks, times of one run; times of the other
     assert reader.fetched == []
 
 
@@ -115,7 +119,8 @@ def test_ranks_are_mapped_where_there_was_a_choice() -> None:
     for words in ("score on the test rows", "0.6250", "Tested configurations"):
         assert words in text, words
     assert "| 0.6250 | 2 2 |" in report.markdown(found)
-    assert "decoder layer" not in " ".join(read(page.page(report.compare({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
+    assert "Ranks" in text
+    assert "Ranks" not in " ".join(read(page.page(report.compare({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
 
 
 def test_the_same_runs_give_the_same_page() -> None:

@@ -65,6 +65,18 @@ def test_markdown_table() -> None:
     assert "    nybble distill --pretrained small" in text
 
 
+def test_markdown_says_of_every_layer_what_the_page_says() -> None:
+    error = {"rtn": 0.02, "start": 0.01, "weight": 0.1, "clipped": 0.0}
+    layers = {"layer_errors": {"q": error, "k": error}, "layer_codes_changed": {"q": 0.0123}, "layer_scales_moved": {"q": 0.0345, "k": 0.01}}
+    decoder = {"decoder_errors": {"compressed": [0.031, 0.042], "tuned": [0.021, 0.032]}, "block_losses": {"0": [0.02, 0.01], "1": [0.03, 0.02]}}
+    text = report.markdown(RESULTS | layers | decoder)
+    assert "| layer | output error, rtn | compressed | weight error | clipped | codes changed by training | scales moved by training |" in text
+    assert "| q | 2.000% | 1.000% | 10.00% | 0.000% | 1.23% | 3.45% |" in text
+    assert "| k | 2.000% | 1.000% | 10.00% | 0.000% | - | 1.00% |" in text
+    assert "| decoder layer | error, compressed | error, tuned (torch) | reconstruction, before | after |" in text
+    assert "| 1 | 4.200% | 3.200% | 3.000% | 2.000% |" in text
+
+
 def test_lm_eval_metrics_become_columns() -> None:
     headings, lines = report.rows(changed(tuned={"task:arc_easy acc_norm": 0.4567}))
     assert headings == ["model", "token perplexity", "KL to 16 bit", "arc_easy acc_norm", "size", "repaired"]

@@ -14,8 +14,6 @@ from nybble.errors import MissingExtraError
 from nybble.report import Comparison
 
 # Of 16 bit, compressed, tuned: readable without telling red from green.
-# What training in 4 bits did to a layer: key in the results -> what people read.
-_MOVED = {"layer_codes_changed": "codes changed by training", "layer_scales_moved": "scales moved by training"}
 COLORS = {"16bit": "#8a8f98", "compressed": "#d98c3f", "tuned": "#2f6db5"}
 # Names of runs may have dollars in them: no mathematics.
 _SETTINGS: Any = {
@@ -86,16 +84,16 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         ),
         ("Ranks", _draw(_ranks, results) if len(results.get("candidates", [])) > 1 else ""),
         ("Layers", _draw(_layers, results) if errors else ""),
+        ("Error after each decoder layer", _draw(_decoder, results) if results.get("decoder_errors") else ""),
         ("Block-wise reconstruction", _draw(_blocks, results) if results.get("block_losses") else ""),
         ("Time", _draw(_times, results)),
     ]
-    headings = [*report.LAYER_HEADINGS, *_MOVED.values()]
-    shares = [results.get(key, {}) for key in _MOVED]
-    lines = [[layer, *report.error_cells(error), *(f"{share[layer]:.2%}" if layer in share else "-" for share in shares)] for layer, error in errors.items()]
     tables = [("Search for ranks", report.search_rows(results), report.search_note(results))] if "search" in results else []
     tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
     tables += [("Tested configurations", report.tested_rows(results), report.TESTED_NOTE)] if "tested" in results else []
-    tables += [("Every layer", (headings, lines), report.LAYER_NOTE)] if lines else []
+    decoder = report.decoder_rows(results)
+    tables += [("Decoder layers", decoder, report.DECODER_NOTE)] if decoder[1] else []
+    tables += [("Every layer", report.layer_rows(results), report.LAYER_NOTE)] if errors else []
     memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
     facts = {
         "Command": results.get("command", ""),
@@ -204,7 +202,7 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
     numbers = [value for lines in maps.values() for line in lines for value in line if value > 0]  # not of nan
     least, most = min(numbers, default=0), max(numbers, default=1)
     shared = (LogNorm if 0 < 10 * least < most else Normalize)(least, most)  # a logarithmic bar has labels at powers of ten only
-    maps |= {title: grid(results[key]) for key, title in _MOVED.items() if any(results.get(key, {}).values())}
+    maps |= {title: grid(results[key]) for key, title in report.MOVED.items() if any(results.get(key, {}).values())}
     figure.set_size_inches(10, 0.7 + 0.22 * len(kinds) * -(-len(maps) // 2) + 0.5 * (-(-len(maps) // 2)))
     all_axes = figure.subplots(-(-len(maps) // 2), min(2, len(maps)), squeeze=False).flatten()
     for axes, (title, lines) in zip(all_axes, maps.items(), strict=False):
@@ -215,6 +213,18 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         figure.colorbar(image, ax=axes, format=_percent).minorticks_off()
     for axes in all_axes[len(maps) :]:
         axes.set_axis_off()
+
+
+def _decoder(figure: Any, results: dict[str, Any]) -> None:
+    """Error of what comes out of each decoder layer, compressed and tuned."""
+    figure.set_size_inches(10, 2.4)
+    axes = figure.subplots()
+    for row, found in results["decoder_errors"].items():
+        axes.plot(found, "o-", markersize=3, color=COLORS[row], label=report.label(results, row))
+    axes.set(xlabel="decoder layer", ylabel="relative error", ylim=(0, None))
+    axes.yaxis.set_major_formatter(_percent)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False)
 
 
 def _blocks(figure: Any, results: dict[str, Any]) -> None:

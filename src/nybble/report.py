@@ -168,6 +168,35 @@ def error_cells(error: dict[str, Any]) -> list[str]:
     return [*outputs, f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
 
 
+MOVED = {"layer_codes_changed": "codes changed by training", "layer_scales_moved": "scales moved by training"}
+
+
+def layer_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: of every 4-bit layer what compression did, and where there was training, what that changed."""
+    shares = {heading: results[key] for key, heading in MOVED.items() if results.get(key)}
+    lines = [
+        [name, *error_cells(error), *(f"{share[name]:.2%}" if name in share else "-" for share in shares.values())]
+        for name, error in results["layer_errors"].items()
+    ]
+    return [*LAYER_HEADINGS, *shares], lines
+
+
+DECODER_NOTE = (
+    "Error: of what comes out of a decoder layer, all layers before it being 4-bit ones too, relative to the 16-bit model's (mean over tokens of squared "
+    "distance by squared length; the beginning of the test text; the last layer's after the final norm). Reconstruction: error of what one layer alone "
+    "gives for the compressed model's inputs, on held-out sequences, before and after it was trained block-wise."
+)
+
+
+def decoder_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: of every decoder layer its error compressed and tuned, and what block-wise reconstruction did."""
+    errors = {f"error, {label(results, row).removeprefix('4 bit, ')}": found for row, found in results.get("decoder_errors", {}).items()}
+    blocks = list(results.get("block_losses", {}).values())
+    columns = errors | ({"reconstruction, before": [before for before, _ in blocks], "after": [after for _, after in blocks]} if blocks else {})
+    count = max(map(len, columns.values()), default=0)
+    return ["decoder layer", *columns], [[str(i), *(f"{found[i]:.3%}" if i < len(found) else "-" for found in columns.values())] for i in range(count)]
+
+
 def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that were compared after training."""
     on_test = "test" in results["candidates"][0]
@@ -250,8 +279,7 @@ def trainings(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _errors_markdown(results: dict[str, Any]) -> str:
-    lines = [[name, *error_cells(error)] for name, error in results["layer_errors"].items()]
-    return f"## Compression ({results.get('method', 'rtn')})\n\n{LAYER_NOTE}\n\n{as_markdown(LAYER_HEADINGS, lines)}"
+    return f"## Compression ({results.get('method', 'rtn')})\n\n{LAYER_NOTE}\n\n{as_markdown(*layer_rows(results))}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -279,6 +307,8 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(_search_markdown(results))
     if "tested" in results:
         parts.append(f"## Tested configurations\n\n{TESTED_NOTE}\n\n{as_markdown(*tested_rows(results))}")
+    if (decoder := decoder_rows(results))[1]:
+        parts.append(f"## Decoder layers\n\n{DECODER_NOTE}\n\n{as_markdown(*decoder)}")
     if results.get("layer_errors"):
         parts.append(_errors_markdown(results))
     parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from nybble import checkpoint, compress, data, estimate, evaluate, export, insert, models, report, starts, teacher, text
 from nybble.checkpoint import BlockStore, Run
@@ -32,6 +33,9 @@ from nybble.text import Sequences
 
 log = logging.getLogger("nybble")
 
+# Tokens of the test text on which the errors of decoder layers are measured.
+_TRACED = 256
+
 Options = CompressOptions | DistillOptions | TuneOptions
 
 
@@ -43,6 +47,7 @@ class Job:
         options: resolved.
         head: the 16-bit head, a copy.
         score: model and tokenizer -> more measures, beside perplexity, KL and lm-eval's tasks.
+        outputs: of the decoder layers of the 16-bit model on the first tokens of the test text [L, T, D]; not where the model is to learn something else.
     """
 
     run: Run
@@ -52,6 +57,7 @@ class Job:
     sequences: Sequences
     head: Head
     score: Callable[[Any, Any], dict[str, float]] = lambda model, tokenizer: {}
+    outputs: Tensor | None = None
 
     @property
     def grid(self) -> Grid:
@@ -124,6 +130,7 @@ def opened(
         _check_export_memory(loaded, path)
     head = Head.of(loaded.model, copy=True)
     head.verify(loaded.model, probe_T[None].to(device))
+    outputs = evaluate.decoder_outputs(loaded.model, sequences.test.ids[0, :_TRACED]) if task is None else None
 
     run = Run.open(path, options, options.resume, options.overwrite)
     try:
@@ -134,7 +141,7 @@ def opened(
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
             _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences, starts.start_run(method)))
-            yield Job(run, options, loaded, plan, text.written(run, options, loaded, sequences), head)
+            yield Job(run, options, loaded, plan, text.written(run, options, loaded, sequences), head, outputs=outputs)
     finally:
         run.close()
 
@@ -320,6 +327,8 @@ def measure(job: Job, reference: evaluate.Logits, row: str, model: Any, tokenize
             tasks = evaluate.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
             measured |= evaluate.columns(tasks)
         measured |= job.score(model, tokenizer) if known is None else known
+        if job.outputs is not None and row in ("compressed", "tuned"):
+            run.results.setdefault("decoder_errors", {})[row] = evaluate.decoder_errors(model, test.ids[0, : job.outputs.shape[1]], job.outputs)
     run.results["models"][row] = measured | {"bytes": size}
     run.save_results()
     log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
