@@ -530,3 +530,23 @@ def test_held_out_text_of_a_mixture_is_the_same_for_every_seed(tmp_path: Path) -
     assert torch.equal(found[0].test.ids, found[1].test.ids)
     assert torch.equal(found[0].validation.ids, found[1].validation.ids)
     assert not torch.equal(found[0].train.ids, found[1].train.ids)
+
+
+def test_a_source_of_a_mixture_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    given = DistillOptions(pretrained="m", data=("python-docs=0.7", "./nowhere.txt=0.3"), seq_len=32)
+    with pytest.raises(DataError) as refused:
+        text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8)
+    assert str(refused.value).startswith("--data ./nowhere.txt must be an existing file")
+
+
+def test_malformed_shares_are_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def never(*given: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(models, "load", never)
+    model = save_model(tmp_path / "model", "llama")
+    for flag in ("--data", "--eval_data"):
+        assert cli.main([*command(model, tmp_path / "run")[3:], flag, "python-docs=x"]) == 2
+        assert "must be NAME=SHARE for every source" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -87,6 +87,9 @@ def opened(
     if not automatic:
         starts.steps_of(method, flag)
     export.check_formats(options.export)
+    for named in (getattr(options, "data", ()), getattr(options, "eval_data", ())):
+        if named:
+            data.Mixture.parse(named)
     path = options.folder
     models.check_path(options.pretrained)
     if not Run.check(path, options.resume, options.overwrite) and options.resume:

@@ -80,7 +80,8 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
         try:
             return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
         except DataError as error:
-            raise error if len(mixture.names) == len(evaluated.names) == 1 else DataError(f"{name}: {error}") from error
+            alone = len(mixture.names) == len(evaluated.names) == 1 or name in str(error)
+            raise error if alone else DataError(f"{name}: {error}") from error
 
     def documents_of(name: str, split: str) -> Sequence[data.Document]:
         """The texts of a split of one source; none where it holds tokens."""
