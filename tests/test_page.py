@@ -98,11 +98,11 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
 
 
 def test_ranks_are_mapped_where_there_was_a_choice() -> None:
-    row = {"log_likelihood": -1.2, "behind": 0.0, "error": 0.1, "accuracy": 0.5}
-    candidates = [row | {"why": "median", "configuration": [4, 4]}, row | {"why": "least loss 1", "configuration": [2, 4], "log_likelihood": -1.1}]
+    row = {"score": 0.3, "behind": 0.0, "error": 0.1, "accuracy": 0.5}
+    candidates = [row | {"why": "median", "configuration": [4, 4]}, row | {"why": "least loss 1", "configuration": [2, 4], "score": 0.31}]
     tuned = {
         "validation": [],
-        "task": {"name": "letters", "metric": "acc", "space": [4, 2]},
+        "task": {"name": "letters", "metric": "acc", "space": [4, 2], "scored_by": "share"},
         "candidates": candidates,
         "chosen": [2, 4],
         "selected_on": "held_out",

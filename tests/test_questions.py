@@ -226,12 +226,22 @@ def test_answers_that_are_cut_off_are_counted(caplog: pytest.LogCaptureFixture) 
     assert not caplog.text
 
 
-def test_candidates_are_compared_row_by_row() -> None:
-    one, other = Score((-1.0, -2.0, -3.0), (True, False, True)), Score((-1.5, -2.5, -3.5), ())
+def test_a_few_rows_that_are_confidently_wrong_do_not_outweigh_the_others() -> None:
+    timid = Score(tuple(map(math.log, (0.5, 0.5, 0.4, 0.4))), (True, True, False, False))
+    bold = Score(tuple(map(math.log, (0.7, 0.7, 0.6, 0.01))), (True, True, True, False))
+    assert bold.log_likelihood < timid.log_likelihood
+    assert bold.scores == pytest.approx((0.7, 0.7, 0.6, 0.01))
+    assert bold.score == pytest.approx(0.5025)
+    assert bold.better_by(timid)[0] == pytest.approx(0.0525)
+    assert bold.better_by(timid)[1] == pytest.approx(float(torch.tensor([0.2, 0.2, 0.2, -0.39]).std()) / 2)
+
+
+def test_candidates_without_choices_are_compared_row_by_row() -> None:
+    one, other = Score((-1.0, -2.0, -3.0), ()), Score((-1.5, -2.5, -3.5), ())
     assert one.better_by(other) == (0.5, 0.0)
-    assert one.accuracy == pytest.approx(2 / 3)
+    assert Score(one.log_likelihoods, (True, False, True)).accuracy == pytest.approx(2 / 3)
     assert other.accuracy is None
-    assert one.log_likelihood == -2.0
+    assert one.score == one.log_likelihood == -2.0
     unequal = Score((-2.0, -2.0, -5.0), ())  # differences 1, 0, 2: their variance is 1, that of their mean a third
     assert one.better_by(unequal) == (1.0, pytest.approx(math.sqrt(1 / 3)))
     assert Score((-1.0,), ()).better_by(Score((-3.0,), ())) == (2.0, 0.0)

@@ -1,6 +1,7 @@
 """Searching ranks: it goes on where it stopped, is compared with random draws, and judges on rows that it did not search on."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +48,8 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     found = results(trained)["search"]["winners"]
     assert [row["by"] for row in found] == ["heuristics (tune)", sampler, "random"]
     assert found[0]["configuration"] == results(trained)["configuration"]
-    likelihoods = {row["by"]: row["log_likelihood"] for row in found}
-    assert likelihoods[sampler] >= likelihoods["heuristics (tune)"], "the heuristics' candidates are the first trials of every search"
+    scores = {row["by"]: row["score"] for row in found}
+    assert scores[sampler] >= scores["heuristics (tune)"], "the heuristics' candidates are the first trials of every search"
     assert all(row["fresh"] is not None for row in found)
     assert min(row["behind"] for row in found) == 0
     assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
@@ -65,10 +66,10 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
         return
     scored = {tuple(int(trial.params[f"layer{i}"]) for i in range(2)): trial.values for trial in trials}
     beaten = {a for a, (p, n) in scored.items() for q, m in scored.values() if q >= p and m <= n and (q, m) != (p, n)}
-    assert {tuple(row["configuration"]): [row["log_likelihood"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
-    shown = [written.split("Not beaten by another trial")[1], (trained / "page.html").read_text().split("Likelihood against ranks")[1]]
+    assert {tuple(row["configuration"]): [row["score"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
+    shown = [written.split("Not beaten by another trial")[1], (trained / "page.html").read_text().split("Score against ranks")[1]]
     assert all(" ".join(map(str, row["configuration"])) in text for row in front for text in shown)
-    assert front[0]["log_likelihood"] == max(row["log_likelihood"] for row in front) == likelihoods[sampler]
+    assert front[0]["score"] == max(row["score"] for row in front) == scores[sampler]
 
 
 def test_as_many_trials_of_each_are_compared(trained: Path) -> None:
@@ -79,7 +80,7 @@ def test_as_many_trials_of_each_are_compared(trained: Path) -> None:
     assert "The first 6 trials of each sampler." in (trained / "report.md").read_text()
     search(SearchOptions(run=str(trained), sampler="random", trials=9, seed=12))
     search(SearchOptions(run=str(trained), sampler="tpe", trials=4, seed=12))
-    found = {row["by"]: row["log_likelihood"] for row in results(trained)["search"]["winners"]}
+    found = {row["by"]: row["score"] for row in results(trained)["search"]["winners"]}
     first = [trial.values[0] for trial in study(trained, "random-12").trials[:4] if trial.state == optuna.trial.TrialState.COMPLETE]
     assert found["random"] == pytest.approx(max(first))
 
@@ -175,7 +176,7 @@ def test_winners_are_judged_on_rows_that_nothing_was_chosen_by(trained: Path, mo
     chosen_by, fresh = ({id(row) for rows, _ in part for row in rows} for part in (searched, [by_tune, by_search]))
     assert (len(chosen_by), len(fresh)) == (8, 4)
     assert not chosen_by & fresh
-    assert [row["fresh"] for row in results(trained)["search"]["winners"]] == [found.log_likelihood for _, found in (by_tune, by_search)]
+    assert [row["fresh"] for row in results(trained)["search"]["winners"]] == [found.score for _, found in (by_tune, by_search)]
 
 
 def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +188,7 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results_ = results(tmp_path / "run")
     search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     found = results(tmp_path / "run")
-    best = max(found["search"]["winners"], key=lambda row: row["log_likelihood"])  # all held-out rows were searched: none are fresh
+    best = max(found["search"]["winners"], key=lambda row: row["score"])  # all held-out rows were searched: none are fresh
     assert found["configuration"] == best["configuration"] != results_["configuration"]
     assert codes(tmp_path / "run") != before
     kl = found["models"]["tuned"]["kl_to_teacher"]
@@ -328,3 +329,12 @@ def test_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(RunError, match="has the single rank 4; there is nothing to search"):
         search(SearchOptions(run=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "results.json").read_text()).get("search") is None
+
+
+def test_a_run_that_was_scored_otherwise_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    found = results(tmp_path / "old")
+    del found["task"]["scored_by"]
+    (tmp_path / "old" / "results.json").write_text(json.dumps(found))
+    assert main(["search", str(tmp_path / "old")]) == 2
+    assert "must be a run of this version of nybble tune" in capsys.readouterr().err

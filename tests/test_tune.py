@@ -62,7 +62,7 @@ def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
     assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [("median", {4}), ("largest", {8})]
     assert 2 <= len(candidates) <= 5  # and the most frequent, two of the least loss; equal ones are one
     assert len({tuple(row["configuration"]) for row in candidates}) == len(candidates)
-    best = max(candidates, key=lambda row: row["log_likelihood"])
+    best = max(candidates, key=lambda row: row["score"])
     assert found["configuration"] == best["configuration"]
     assert best["behind"] == 0
     assert all(row["behind"] >= 0 for row in candidates)
@@ -97,7 +97,7 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
     assert found["training"][-1]["loss"] < 0.5 * found["training"][0]["loss"]
     candidates = found["candidates"]
     assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [("median", {4}), ("largest", {8})]
-    assert found["configuration"] == max(candidates, key=lambda row: row["log_likelihood"])["configuration"]
+    assert found["configuration"] == max(candidates, key=lambda row: row["score"])["configuration"]
     assert found["codes_changed"] == 0
     assert 0 < min(found["layer_scales_moved"].values()) < found["scales_moved"] < max(found["layer_scales_moved"].values())
     written = (tmp_path / "run" / "report.md").read_text()
@@ -448,7 +448,7 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
         found = score(*given)
         if given[3][0] is tasks[0].scored[0]:
             return questions.Score(found.log_likelihoods, (-likelihoods[-1],)) if likelihoods else found  # type: ignore[arg-type]
-        likelihoods.append(found.log_likelihood)
+        likelihoods.append(found.score)
         return found
 
     monkeypatch.setattr(questions, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
@@ -457,9 +457,9 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
     found = results(tmp_path / "run")
     assert found["selected_on"] == "test"
     assert "chosen on the test rows" in " ".join(found["warnings"])
-    assert [row["test"] for row in found["candidates"]] == [-row["log_likelihood"] for row in found["candidates"]]
-    worst = min(found["candidates"], key=lambda row: row["log_likelihood"])
-    assert worst["log_likelihood"] < max(row["log_likelihood"] for row in found["candidates"])
+    assert [row["test"] for row in found["candidates"]] == [-row["score"] for row in found["candidates"]]
+    worst = min(found["candidates"], key=lambda row: row["score"])
+    assert worst["score"] < max(row["score"] for row in found["candidates"])
     assert found["configuration"] == worst["configuration"]
 
 
@@ -671,7 +671,7 @@ def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     models = found["models"]
     assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
     assert found["candidates"][0]["accuracy"] is None
-    assert torch.isfinite(torch.tensor([row["log_likelihood"] for row in found["candidates"]])).all()
+    assert torch.isfinite(torch.tensor([row["score"] for row in found["candidates"]])).all()
     with pytest.raises(OptionError, match="--loss_on choices needs a task with choices"):
         tune(options(tmp_path, task=str(path), loss_on="choices", overwrite=True))
 

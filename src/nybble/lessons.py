@@ -3,7 +3,7 @@
     loss on choices     -log of the right choice's share among the choices
     loss on answers     -log p of each token of the right answer; with `all` of the prompt too
     with a teacher      KL of what it says of the same
-    held out            log-likelihood of the right answer, at the middle configuration of the ranks
+    held out            1 - share of the right choice, or -log p per token of an answer, at the middle configuration of the ranks
 
 docs/method.md has the formulas.
 """
@@ -188,7 +188,8 @@ def _tokens(lesson: Lesson) -> list[int]:
 
 def described(lesson: Lesson) -> dict[str, Any]:
     """For the results."""
-    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on}
+    by = "share" if len(lesson.held_out[0].pairs) > 1 else "log-likelihood"
+    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on, "scored_by": by}
 
 
 # Indices of rows [M] -> their mean loss; and how much of it they are, by which a microbatch counts in its batch.
@@ -237,7 +238,7 @@ def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
 
 
 def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course:
-    """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the likelihood of the right choice at the middle
+    """Cross-entropy, or KL to a teacher, of the choices or of the answers' tokens; validated by the share of the right choice at the middle
     configuration."""
     options, loaded = job.options, job.loaded
     steps = _steps_per_epoch(options, lesson)
@@ -254,7 +255,7 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course
         ranks.activate(layers, ranks.middle(lesson.space, lesson.count))  # before the weights are quantized
         with for_measuring(options, layers):
             found = score(job, lesson, lesson.held_out)
-        return {"loss": -found.log_likelihood} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
+        return {"loss": (1.0 if found.correct else 0.0) - found.score} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
 
     return Course(
         steps_per_epoch=steps,

@@ -89,7 +89,7 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         ("Time", _draw(_times, results)),
     ]
     tables = [("Search for ranks", report.search_rows(results), report.search_note(results))] if "search" in results else []
-    tables += [("Likelihood against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
+    tables += [("Score against ranks (nsga2)", report.front_rows(results), report.FRONT_NOTE)] if results.get("search", {}).get("front") else []
     tables += [("Tested configurations", report.tested_rows(results), report.TESTED_NOTE)] if "tested" in results else []
     decoder = report.decoder_rows(results)
     tables += [("Decoder layers", decoder, report.DECODER_NOTE)] if decoder[1] else []
@@ -268,12 +268,15 @@ def _tasks(figure: Any, figures: Mapping[str, Mapping[str, tuple[float, float]]]
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
+def _score(row: dict[str, Any], on_test: bool) -> float:
+    return float(row["test"]) if on_test else report.score_of(row)
+
+
 def _ranks(figure: Any, results: dict[str, Any]) -> None:
     """The rank of every decoder layer, a row per candidate, best first, and last what a search put in their place; beside it the scores they are chosen by."""
-    score, what = (
-        ("test", "score on the test rows") if "test" in results["candidates"][0] else ("log_likelihood", "log-likelihood (bars: error of the difference)")
-    )
-    candidates = sorted(results["candidates"], key=lambda row: -row[score])
+    on_test = "test" in results["candidates"][0]
+    what = "score on the test rows" if on_test else f"{report.scored_by(results)[0]} (bars: error of the difference)"
+    candidates = sorted(results["candidates"], key=lambda row: -_score(row, on_test))
     labels = [row["why"] + (" (chosen)" if row["configuration"] == results["chosen"] else "") for row in candidates]
     shown = [row["configuration"] for row in candidates]
     if report.replaced(results):
@@ -285,8 +288,8 @@ def _ranks(figure: Any, results: dict[str, Any]) -> None:
     left.set_xlabel("decoder layer")
     left.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
-    errors = [0.0 if score == "test" else row["error"] for row in candidates]
-    right.errorbar([row[score] for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
+    errors = [0.0 if on_test else row["error"] for row in candidates]
+    right.errorbar([_score(row, on_test) for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
     right.set_ylim(left.get_ylim())  # each beside its row
     right.set_yticks([])
     right.locator_params(axis="x", nbins=5)  # their labels are long

@@ -8,9 +8,10 @@ A task is one that lm-eval knows (with a training split), or a .jsonl file of on
                 then gives up those that nearly repeat them
     scored      lm-eval's own affair, on its test split (or validation): see evaluate.run_tasks
 
-The score of held-out rows is the log-likelihood of the right answer among the choices,
-    log softmax_c (log p(answer_c | prompt_c) / length_c) [gold],    length: characters where the task's metric is acc_norm, else 1
-(of an answer without alternatives: log p per token), which tells candidates apart long before their accuracies do.
+The score of held-out rows is the share of the right answer among the choices,
+    softmax_c (log p(answer_c | prompt_c) / length_c) [gold],    length: characters where the task's metric is acc_norm, else 1
+(of an answer without alternatives: log p per token). It tells candidates apart long before their accuracies do, and unlike the logarithm of that share it
+goes with them: a few rows that are confidently wrong do not outweigh all others (docs/log.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ class Score:
     """Of held-out questions.
 
     Attributes:
-        log_likelihoods: of the right answer among the choices, a question each (see the head of this file).
+        log_likelihoods: of each question the logarithm of the right answer's share; without alternatives log p per token (see the head of this file).
         correct: whether the most likely choice is the right one; empty without alternatives.
     """
 
@@ -332,12 +333,21 @@ class Score:
         return sum(self.log_likelihoods) / len(self.log_likelihoods)
 
     @property
+    def scores(self) -> tuple[float, ...]:
+        """What candidates are compared by, question by question."""
+        return tuple(map(math.exp, self.log_likelihoods)) if self.correct else self.log_likelihoods
+
+    @property
+    def score(self) -> float:
+        return sum(self.scores) / len(self.scores)
+
+    @property
     def accuracy(self) -> float | None:
         return sum(self.correct) / len(self.correct) if self.correct else None
 
     def better_by(self, other: Score) -> tuple[float, float]:
-        """Mean difference of the log-likelihoods, question by question, and its standard error (0 for a single question)."""
-        differences = torch.tensor([a - b for a, b in zip(self.log_likelihoods, other.log_likelihoods, strict=True)], dtype=torch.float64)
+        """Mean difference of the scores, question by question, and its standard error (0 for a single question)."""
+        differences = torch.tensor([a - b for a, b in zip(self.scores, other.scores, strict=True)], dtype=torch.float64)
         return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
 
 

@@ -197,29 +197,36 @@ def decoder_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["decoder layer", *columns], [[str(i), *(f"{found[i]:.3%}" if i < len(found) else "-" for found in columns.values())] for i in range(count)]
 
 
+def scored_by(results: dict[str, Any]) -> tuple[str, str]:
+    """What configurations were compared by, as a heading, and in a sentence. (Runs of earlier versions: always by log-likelihood.)"""
+    if results["task"].get("scored_by") == "share":
+        return "share", "Share: of the right answer among the choices, mean over rows."
+    return "log-likelihood", "Log-likelihood: of the right answer, mean over rows."
+
+
+def score_of(row: dict[str, Any]) -> float:
+    """Of a configuration; runs of earlier versions call it otherwise."""
+    return float(row["score"] if "score" in row else row["log_likelihood"])
+
+
 def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that were compared after training."""
     on_test = "test" in results["candidates"][0]
     lines = []
     for row in results["candidates"]:
         behind = "chosen" if row["configuration"] == results["chosen"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
-        line = [row["why"], f"{row['log_likelihood']:.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
+        line = [row["why"], f"{score_of(row):.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
         lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), " ".join(map(str, row["configuration"]))])
-    return ["candidate", "log-likelihood", "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
-
-
-SEARCH_NOTE = (
-    "Log-likelihood: of the right answer among the choices, mean over the rows searched, and over fresh rows, by which neither tune nor a search has chosen; "
-    "behind: mean difference row by row, with its standard error."
-)
+    return ["candidate", scored_by(results)[0], "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
 
 
 def search_note(results: dict[str, Any]) -> str:
     """What the figures of a search are."""
-    return SEARCH_NOTE + (" All of the adapters on 16-bit weights, before these were compressed." if learns_first(results) else "")
+    note = f"{scored_by(results)[1]} Fresh rows: by which neither tune nor a search has chosen; behind: mean difference row by row, with its standard error."
+    return note + (" All of the adapters on 16-bit weights, before these were compressed." if learns_first(results) else "")
 
 
-FRONT_NOTE = "Not beaten by another trial of nsga2 in likelihood and sum of ranks."
+FRONT_NOTE = "Not beaten by another trial of nsga2 in score and sum of ranks."
 
 
 def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -229,14 +236,14 @@ def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     headings = ["found by", "rows searched", "fresh rows", f"behind the best ({judged})", f"accuracy ({judged})", "sum of ranks", "rank of each decoder layer"]
     lines = []
     for row in found:
-        line = [row["by"], f"{row['log_likelihood']:.4f}", "-" if row["fresh"] is None else f"{row['fresh']:.4f}", f"{row['behind']:.4f} +- {row['error']:.4f}"]
+        line = [row["by"], f"{score_of(row):.4f}", "-" if row["fresh"] is None else f"{row['fresh']:.4f}", f"{row['behind']:.4f} +- {row['error']:.4f}"]
         lines.append([*line, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))])
     return headings, lines
 
 
 def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that no other one searched by nsga2 beats in both aims."""
-    lines = [[f"{row['log_likelihood']:.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))] for row in results["search"]["front"]]
+    lines = [[f"{score_of(row):.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))] for row in results["search"]["front"]]
     return ["rows searched", "sum of ranks", "rank of each decoder layer"], lines
 
 
@@ -261,7 +268,7 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
     rows = f"{results['selected_on'].replace('_', '-')} rows" + (", in 16 bit" if learns_first(results) else "")
     return (
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {rows}. "
-        "Log-likelihood: of the right answer among the choices, mean over the held-out rows; behind: mean difference row by row, with its standard error.\n\n"
+        f"{scored_by(results)[1]} Behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
         + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if replaced(results) else "")
     )

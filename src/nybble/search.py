@@ -1,10 +1,10 @@
 """`nybble search RUN`: a stronger search for ranks after `nybble tune`, over the same space, by optuna.
 
-A trial is one configuration, scored by the log-likelihood of the right answers on the rows that `tune` chose by. Samplers:
+A trial is one configuration, scored as `tune` scores (the share of the right answers) on the rows that it chose by. Samplers:
 
-    nsga2    two aims, likelihood and a small sum of ranks: NSGA-II
-    tpe      likelihood alone: tree-structured Parzen estimator
-    hill     likelihood alone: the best so far with one decoder layer moved to a neighbouring rank (SQFT, arXiv 2410.03750)
+    nsga2    two aims, score and a small sum of ranks: NSGA-II
+    tpe      score alone: tree-structured Parzen estimator
+    hill     score alone: the best so far with one decoder layer moved to a neighbouring rank (SQFT, arXiv 2410.03750)
     random   uniform draws, what every search has to beat
 
 All but nsga2 give up on a configuration whose first quarter, then half, of the rows are worse than most others' (successive halving), but for those that
@@ -45,6 +45,8 @@ def search(options: SearchOptions) -> None:
     found = checkpoint.read_results(path)
     if found.get("kind") != "tune" or "configuration" not in found or not (path / "quantized").exists():
         raise RunError(f"{path} must be a finished run of nybble tune; it is none")
+    if "scored_by" not in found["task"]:
+        raise RunError(f"{path} must be a run of this version of nybble tune; an earlier one, which scored configurations otherwise, made it; tune again")
     values = from_toml(TuneOptions, path / checkpoint.CONFIG)
     with tune.reopened(TuneOptions(**values | {"output_dir": str(path), "resume": True})) as trained:
         if len(trained.lesson.space) == 1:
@@ -71,14 +73,14 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     run.save_results()
     checkpoint.write_text(path / "report.md", report.markdown(run.results))
     if front:
-        console.print("Not beaten by another trial in likelihood and sum of ranks:", report.as_table(*report.front_rows(run.results)))
+        console.print("Not beaten by another trial in score and sum of ranks:", report.as_table(*report.front_rows(run.results)))
     console.print(report.as_table(*report.search_rows(run.results)))
-    judged = "fresh" if compared[0]["fresh"] is not None else "log_likelihood"
+    judged = "fresh" if compared[0]["fresh"] is not None else "score"
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
     if judged == "fresh" and report.replaced(run.results):
         rows += " (an earlier --apply has chosen by them)"
-    console.print(f"Best on {rows}: {best['by']}. Log-likelihood of the right answer among the choices; higher is better.", highlight=False)
+    console.print(f"Best on {rows}: {best['by']}. {report.scored_by(run.results)[1]} Higher is better.", highlight=False)
     if options.apply and best["configuration"] == run.results["configuration"]:
         console.print("It is in place.")
     elif options.apply:
@@ -126,11 +128,11 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
             trial = study.ask()
             configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
             reported = None if sampler == "nsga2" else trial
-            likelihood = _score_unless_hopeless(trained, configuration, reported, configuration in known, scored.setdefault(configuration, []))
-            if likelihood is None:
+            score = _score_unless_hopeless(trained, configuration, reported, configuration in known, scored.setdefault(configuration, []))
+            if score is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
-                study.tell(trial, [likelihood, sum(configuration)] if sampler == "nsga2" else likelihood)
+                study.tell(trial, [score, sum(configuration)] if sampler == "nsga2" else score)
             advance(1, best=f"{_best(study).values[0]:.4f}" if _complete(study) else "")
     if not _complete(study):
         raise RunError(f"no trial of {sampler} was finished; give more --trials")
@@ -143,10 +145,10 @@ def _configuration_of(trial: Any) -> Configuration:
 
 
 def _front(study: Any) -> list[dict[str, Any]]:
-    """The trials that no other one beats in both aims, likeliest first."""
+    """The trials that no other one beats in both aims, the best score first."""
     best = {_configuration_of(trial): trial.values for trial in study.best_trials}
-    found = [{"configuration": list(ranks), "log_likelihood": values[0], "rank_sum": int(values[1])} for ranks, values in best.items()]
-    return sorted(found, key=lambda row: -row["log_likelihood"])
+    found = [{"configuration": list(ranks), "score": values[0], "rank_sum": int(values[1])} for ranks, values in best.items()]
+    return sorted(found, key=lambda row: -row["score"])
 
 
 def _sampler(name: str, seed: int) -> Any:
@@ -166,12 +168,12 @@ def _neighbours(study: Any, space: Sequence[int], names: Sequence[str]) -> list[
 
 
 def _score_unless_hopeless(trained: Trained, configuration: Configuration, trial: Any, spared: bool, scored: list[float]) -> float | None:
-    """Log-likelihood on all rows; None where `trial` has given up on the way, unless it is spared. `scored` are the rows scored already; it grows."""
+    """Mean score on all rows; None where `trial` has given up on the way, unless it is spared. `scored` are the rows scored already; it grows."""
     rows = list(trained.lesson.held_out)
 
     def mean_of(count: int) -> float:
         if count > len(scored):
-            scored.extend(trained.score(configuration, rows[len(scored) : count]).log_likelihoods)
+            scored.extend(trained.score(configuration, rows[len(scored) : count]).scores)
         return sum(scored[:count]) / count
 
     for step, share in enumerate(_RUNGS if trial is not None else (), 1):
@@ -196,7 +198,7 @@ def _done(study: Any) -> list[Any]:
 
 
 def _best(study: Any, count: int | None = None) -> Any:
-    """The likeliest of the first `count` trials."""
+    """The best of the first `count` trials."""
     complete = {trial.number for trial in _complete(study)}
     return max((trial for trial in _done(study)[:count] if trial.number in complete), key=lambda trial: trial.values[0])
 
@@ -207,7 +209,7 @@ def _compare(trained: Trained, winners: dict[str, Configuration]) -> list[dict[s
     scores = {by: trained.score(configuration, lesson.held_out) for by, configuration in winners.items()}
     fresh = {by: trained.score(configuration, lesson.fresh) for by, configuration in winners.items()} if lesson.fresh else {}
     judged = fresh or scores
-    best = max(judged, key=lambda by: judged[by].log_likelihood)
+    best = max(judged, key=lambda by: judged[by].score)
     rows = []
     for by, configuration in winners.items():
         behind, error = judged[best].better_by(judged[by])
@@ -216,9 +218,9 @@ def _compare(trained: Trained, winners: dict[str, Configuration]) -> list[dict[s
                 "by": by,
                 "configuration": list(configuration),
                 "rank_sum": sum(configuration),
-                "log_likelihood": scores[by].log_likelihood,
+                "score": scores[by].score,
                 "accuracy": judged[by].accuracy,
-                "fresh": fresh[by].log_likelihood if fresh else None,
+                "fresh": fresh[by].score if fresh else None,
                 "behind": behind,
                 "error": error,
             }

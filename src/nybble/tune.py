@@ -197,13 +197,13 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Confi
             ranks.activate(layers, configuration)
             with lessons.for_measuring(options, layers):
                 score = lessons.score(job, lesson, lesson.held_out)
-                row = {"why": why, "configuration": list(configuration), "log_likelihood": score.log_likelihood, "accuracy": score.accuracy}
+                row = {"why": why, "configuration": list(configuration), "score": score.score, "accuracy": score.accuracy}
                 if on_test:
                     row["test"] = _test_metric(job, lesson)
             rows.append(row)
             scores.append(score)
-            advance(1, best=f"{max(row['test' if on_test else 'log_likelihood'] for row in rows):.4f}")
-    best = max(range(len(rows)), key=lambda i: rows[i]["test"] if on_test else rows[i]["log_likelihood"])
+            advance(1, best=f"{max(row['test' if on_test else 'score'] for row in rows):.4f}")
+    best = max(range(len(rows)), key=lambda i: rows[i]["test" if on_test else "score"])
     for row, score in zip(rows, scores, strict=True):
         row["behind"], row["error"] = scores[best].better_by(score)
     run.results["candidates"], run.results["selected_on"], run.results["chosen"] = rows, options.select_on, rows[best]["configuration"]
