@@ -80,6 +80,12 @@ def test_the_note_says_what_ranks_were_chosen_on(select_on: str, said: str, tmp_
     assert said in note
     assert "Seed 5." in note
     assert "best of" not in note
+    assert "three configurations a step" not in note
+
+
+def test_the_note_says_that_the_sandwich_rule_costs_more(tmp_path: Path) -> None:
+    comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, sampling="sandwich")
+    assert "trained on three configurations a step, three times the computation" in columns.together([columns.read(tmp_path)]).note
 
 
 def test_seeds_are_averaged_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,13 @@ def test_a_choice_by_the_test_rows_is_said_wherever_its_figure_stands() -> None:
         assert "this very score" not in report.sentence(honest)
 
 
+def test_a_search_says_whether_its_figures_are_of_16_bit_adapters() -> None:
+    task = {"task": {"scored_by": "share"}}
+    assert "16-bit weights" not in report.search_note(RESULTS | task)
+    learnt = RESULTS | task | {"models": RESULTS["models"] | {"learnt": {}}}
+    assert report.search_note(learnt).endswith("All of the adapters on 16-bit weights, before these were compressed.")
+
+
 def test_what_learnt_before_it_was_compressed_is_called_so() -> None:
     results = copy.deepcopy(RESULTS) | {"kind": "tune", "method": "se", "task": {"name": "arc_easy", "metric": "acc", "space": [8, 4]}}
     results["models"]["learnt"] = {"token_perplexity": 13.0, "kl_to_teacher": 0.1, "bytes": 400_000_000}

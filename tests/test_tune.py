@@ -66,6 +66,9 @@ def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
     assert found["configuration"] == best["configuration"]
     assert best["behind"] == 0
     assert all(row["behind"] >= 0 for row in candidates)
+    assert all(0 < row["score"] < 1 for row in candidates), "shares, not their logarithms"
+    assert all(0 < row["loss"] < 1 for row in found["validation"])
+    assert "| candidate | share | behind |" in (tmp_path / "run" / "report.md").read_text()
     assert found["selected_on"] == "held_out"
 
 
@@ -671,6 +674,7 @@ def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     models = found["models"]
     assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
     assert found["candidates"][0]["accuracy"] is None
+    assert "| candidate | log-likelihood | behind |" in (tmp_path / "run" / "report.md").read_text()
     assert torch.isfinite(torch.tensor([row["score"] for row in found["candidates"]])).all()
     with pytest.raises(OptionError, match="--loss_on choices needs a task with choices"):
         tune(options(tmp_path, task=str(path), loss_on="choices", overwrite=True))

@@ -80,7 +80,7 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: models.Loade
         try:
             return data.sequences(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
         except DataError as error:
-            alone = len(mixture.names) == len(evaluated.names) == 1 or name in str(error)
+            alone = len(mixture.names) == len(evaluated.names) == 1 or f"data {name} " in str(error)  # named already
             raise error if alone else DataError(f"{name}: {error}") from error
 
     def documents_of(name: str, split: str) -> Sequence[data.Document]:
