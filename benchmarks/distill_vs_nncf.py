@@ -2,19 +2,19 @@
 
 python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256] [--epochs 1] [--device cuda]
 
-NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill`, on the same sequences, as it comes
-(without the curves for tensorboard, which NNCF does not write either);
-everything after -- is given to it. nybble-half: the same on the first half of the sequences. nybble-lora: from awq+se, adapters of the same rank.
+NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill --lora_rank 0`, on the same sequences (without
+the curves for tensorboard, which NNCF does not write either); everything after -- is given to it. nybble-half: the same on the first half of the
+sequences. nybble-lora: from awq+se, adapters of the same rank.
 Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading and
 measuring. Finished jobs are not run again: all that they depend on is in their names, but for folder, machine and versions.
 
 Not alike:
 - Calibration: NNCF on 128 sequences of 128 tokens; nybble on the first 128 (or --calib_samples, after --) of those that it trains on, of --length tokens.
-- What is trained: by NNCF adapters and ranges; by nybble, as it comes, scales and norms, without adapters, from awq+se+blockwise. nybble-lora is the
+- What is trained: by NNCF adapters and ranges; by nybble scales and norms, without adapters, from awq+se+blockwise. nybble-lora is the
   like-for-like one: adapters and scales, from awq+se; only rates, schedule, weight decay and clipping are nybble's own.
 - nybble validates before training and after each epoch, within its seconds and memory, and keeps the best; NNCF keeps its last step.
 - Sequences that do not fill a batch are a smaller step for NNCF; nybble leaves them out.
-Run on a CPU only so far, not with --device cuda.
+With --device cuda only NNCF's part was run so far.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, Any]:
     """The command line on the same sequences; then its 4-bit model is measured."""
-    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if peer == "nybble-lora" else options.flags
+    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if peer == "nybble-lora" else ["--lora_rank", "0", *options.flags]
     samples = options.samples // 2 if peer == "nybble-half" else options.samples
     name = f"nybble-distill-{shared(options, samples)}-{readable(flags)}-{seed}"
     out, run = options.folder / f"{name}.json", options.folder / name

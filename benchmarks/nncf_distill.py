@@ -3,7 +3,7 @@
 As published: all sequences in every epoch, each time in another random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr),
 no clipping, KL on all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere in float32, and one
 thing is changed in its favour: its bfloat16 adapters are made float32, like the model, for CPUs without bfloat16 arithmetic take ten times as long over
-them (docs/log.md). `--steps` stops early, for timing alone. Run on a CPU only so far, not with --device cuda.
+them (docs/log.md). `--steps` stops early, for timing alone.
 """
 
 import argparse

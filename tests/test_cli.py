@@ -98,7 +98,7 @@ def test_eval_takes_its_target_by_position() -> None:
         ("distill --batch_sizes 3", "unknown flag --batch_sizes of nybble distill; did you mean --batch_size?; see nybble distill --help"),
         ("distill", "--pretrained is required: a hub id, a local folder, a .gguf file, or smollm2"),
         ("distill --pretrained m --lora_rank -1", "--lora_rank must be 0 (no adapters) or more; got -1"),
-        ("distill --pretrained m --scale_lr 0 --norm_lr 0", "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0"),
+        ("distill --pretrained m --lora_rank 0 --scale_lr 0 --norm_lr 0", "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0"),
         ("distill --pretrained m --norm_lr -1", "--norm_lr must be 0 or more; got -1"),
         ("distill --pretrained m --batch_size 64 --samples 32", "--batch_size must not be larger than --samples; got 64 and 32"),
         ("distill --pretrained m --lr -1", "--lr must be 0 or more; got -1.0"),
@@ -163,7 +163,7 @@ def test_unknown_keys_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--data ./nowhere.txt", "--data ./nowhere.txt must be an existing file or folder"),
         ("--data python-docs --eval_data ./nowhere.txt", "--eval_data ./nowhere.txt must be an existing file or folder"),
         ("--data ./nowhere.safetensors", "--data ./nowhere.safetensors must be a file of tokens that --data self wrote"),
-        ("--data python-docs --seq_len 100000", "the training text must give at least 32 sequences of 100000 tokens"),
+        ("--data python-docs --seq_len 100000", "the training text must give at least 16 sequences of 100000 tokens"),
         ("--data wikitext2", "hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"),
     ],
 )

@@ -63,6 +63,23 @@ def test_wikitext_is_the_raw_text(shared_data: Path) -> None:
     assert texts == data.load_texts(str(shared_data / "wikitext"))
 
 
+def test_plain_wikitext_is_what_lm_eval_reads(shared_data: Path) -> None:
+    theirs = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext").wikitext_detokenizer
+    texts = data.load_texts("wikitext2-plain", data_dir=str(shared_data))
+    for split in ("validation", "test"):
+        rows = (shared_data / f"wikitext/document_level/{split}.jsonl").read_text().splitlines()
+        assert [text.strip() for text in texts[split]] == [theirs(json.loads(row)).strip() for row in rows]
+    assert len(texts.train) > 10
+    assert not any(" @-@ " in str(text) for text in texts.train)
+
+
+def test_articles_begin_at_titles_of_the_first_order() -> None:
+    text = " \n = One = \n\n a\n = = Part = = \n b\n = Two ( 2 ) = \n\n x = y = z \n"
+    assert data.articles(text) == [" = One = \n\n a\n = = Part = = \n b\n", " = Two ( 2 ) = \n\n x = y = z \n"]
+    assert data.articles("before\n" + text)[0] == "before\n \n"
+    assert data.plain(data.articles(text)[1]) == " = Two (2) =\n\nx = y = z\n"
+
+
 def trained_tokenizer(kind: str, text: str) -> Any:
     """Of the three kinds that models come with: split by a pattern into bytes (GPT-2, Llama 3, Qwen), words with a mark in front (Llama 2), and not split at
     all (Gemma)."""

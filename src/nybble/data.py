@@ -2,6 +2,7 @@
 
 `--data` takes
 - `wikitext2`: wikitext-2-raw from the hub or its cache, or from the folder `wikitext` in `--data_dir` where that exists;
+- `wikitext2-plain`: the same as people write it, and as lm-eval reads it: the marks of its tokenization undone, an article a document;
 - `self`: what the model itself writes, or `self:SOURCE`: what it writes from the beginnings of another of these (writing.py);
 - `python-docs`: the prose of CPython's own pydoc_data.topics, on every machine;
 - a file: .txt .raw .md (one document), .jsonl .json .csv .parquet (one document a row, `--data_column`);
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from nybble.errors import DataError, OptionError
 log = logging.getLogger("nybble")
 
 WIKITEXT2 = "wikitext2"
+WIKITEXT2_PLAIN = "wikitext2-plain"
 PYTHON_DOCS = "python-docs"
 SELF = "self"
 SPLITS = ("train", "validation", "test")
@@ -82,6 +85,12 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     """
     if written_from(data) is not None:
         raise DataError("what the model writes itself is for training: --data self of distill and compress; name a text to measure on")
+    if data == WIKITEXT2_PLAIN:
+        try:
+            published = load_texts(WIKITEXT2, column, data_dir, wanted)
+        except DataError as error:
+            raise DataError(str(error).replace(f"--data {WIKITEXT2} ", f"--data {WIKITEXT2_PLAIN} ")) from error
+        return Texts(*([plain(article) for text in published[split] for article in articles(str(text))] for split in SPLITS))
     local = _local(data, data_dir)
     if data == PYTHON_DOCS:
         texts = _held_out(_python_docs())
@@ -92,7 +101,9 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
     elif Path(data).is_file():
         texts = _held_out(_read_file(Path(data), column))
     elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *_ROWS):
-        raise DataError(f"--data {data} must be an existing file or folder, wikitext2, python-docs, or a hub data set; there is nothing at this path")
+        raise DataError(
+            f"--data {data} must be an existing file or folder, wikitext2, wikitext2-plain, python-docs, or a hub data set; there is nothing at this path"
+        )
     else:
         texts = _from_hub(data, column, wanted)
     for split in wanted:
@@ -102,6 +113,46 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
                 "fewer); use more text, or measure on another by --eval_data"
             )
     return texts
+
+
+# A heading of the first order begins an article of wikitext: " = Robert Boulter = ".
+_TITLE = re.compile(r"^ ?= [^=\n].* = ?$", re.MULTILINE)
+# What undoes the tokenization of wikitext, in this order: lm-eval's rules for its task wikitext (lm_eval/tasks/wikitext/preprocess_wikitext.py), with their
+# oddities, so that what is trained is what is measured.
+_PLAIN_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"s '", "s'"),
+        *((f" @{re.escape(mark)}@ ", mark) for mark in "-,."),
+        *((f" {re.escape(mark)} ", f"{mark} ") for mark in ":;.!?,"),
+        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+        (r"{\s*([^}]*?)\s*}", r"{\1}"),
+        (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+        (r"'\s*([^']*?)\s*'", r"'\1'"),
+        (r"= = = =", "===="),
+        (r"= = =", "==="),
+        (r"= =", "=="),
+        (r" ° ", "°"),
+        (r" \n", "\n"),
+        (r"\n ", "\n"),
+        (r" N ", " 1 "),
+        (r" 's", "'s"),
+    )
+]
+
+
+def articles(text: str) -> list[str]:
+    """The articles of wikitext, each from its title on; what stands before the first title is one too, if it is more than space."""
+    starts = [0, *(found.start() for found in _TITLE.finditer(text)), len(text)]
+    return [part for begin, end in pairwise(starts) if (part := text[begin:end]).strip()]
+
+
+def plain(article: str) -> str:
+    """An article of wikitext without the marks of its tokenization (" @-@ ", spaces before commas and inside quotes)."""
+    for pattern, replacement in _PLAIN_RULES:
+        article = pattern.sub(replacement, article)
+    return article
 
 
 def _local(data: str, data_dir: str | None) -> Path | None:
@@ -207,7 +258,7 @@ def _from_hub(data: str, column: str, wanted: Sequence[str]) -> Texts:
     except Exception as error:  # the hub's errors have no common base
         if "not found" in str(error).lower() and "offline" not in str(error).lower() and "reach" not in str(error).lower():
             raise DataError(f"--data {data} was not found on the hub; {_cause(error)}") from error
-        near = [name for name in get_close_matches(data, (WIKITEXT2, PYTHON_DOCS, SELF), 1) if name != data]
+        near = [name for name in get_close_matches(data, (WIKITEXT2, WIKITEXT2_PLAIN, PYTHON_DOCS, SELF), 1) if name != data]
         raise DataError(
             f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; {f'did you mean {near[0]}? else ' if near else ''}"
             f"name a local file or folder, --data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"

@@ -92,6 +92,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives nan for some padded batches (torch 2.11, H200; docs/log.md, 2026-11-28)
     source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
     if pretrained == SMOLLM2:
         source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"

@@ -51,9 +51,11 @@ def parse(method: str, option: str = "--method") -> tuple[str, ...]:
     return parts
 
 
-def automatic(config: Any) -> str:
-    """The method that the least KL was measured with (docs/log.md), as far as it can be applied to this family."""
-    return "awq+se+blockwise" if family_of(config).feeds else "se+blockwise"
+def automatic(config: Any, adapters: bool) -> str:
+    """What training was measured to end best from (docs/log.md), as far as it can be applied to this family: where only scales are trained, what has the least
+    KL; with adapters, whose codes are to move, what leaves the weights between their codes."""
+    method = "se+gptq" if adapters else "se+blockwise"
+    return f"awq+{method}" if family_of(config).feeds else method
 
 
 @dataclass(frozen=True)
