@@ -304,6 +304,16 @@ def test_the_automatic_start_needs_no_row_of_the_family(known: bool, rank: int, 
     distill(test_families.options(model, run, resume=True, **settings))
 
 
+@pytest.mark.parametrize(("start", "rank", "warned"), [("RUN", 4, True), ("RUN", 0, False), ("se+blockwise", 4, True), ("se", 4, False)])
+def test_adapters_over_codes_that_they_hardly_move_are_said(start: str, rank: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    compress_flow(options(model, tmp_path / "first", method="rtn"))
+    caplog.clear()
+    start = start.replace("RUN", str(tmp_path / "first"))
+    distill(test_families.options(model, tmp_path / "run", start=start, calib_samples=8, group_size=32, lora_rank=rank))
+    assert ("adapters hardly move the codes" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_finished_run_is_a_start(dtype: str, tmp_path: Path) -> None:
     """Codes, scales, zeros and folded norms are those of the run; the teacher is the 16-bit model."""

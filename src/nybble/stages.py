@@ -92,10 +92,14 @@ def opened(
             data.Mixture.parse(named)
     path = options.folder
     models.check_path(options.pretrained)
-    if not Run.check(path, options.resume, options.overwrite) and options.resume:
+    begun = Run.check(path, options.resume, options.overwrite)
+    if options.resume and not begun:
         log.info("there is no run in %s to go on with; this is its beginning", path)
     if options.resume:
         check_kind(path, options)
+    if options.resume and begun:  # before the model is loaded; again when it is known what was automatic
+        known = {"start": checkpoint.read_options(path).get("start", starts.AUTO)} if automatic else {}
+        checkpoint.check_same(path, replace(options, **known))  # type: ignore[arg-type]
     task = getattr(options, "task", None)  # of tune; it is among those to measure
     for names, asked in (((task,) if task in options.tasks else (), "--task"), (tuple(name for name in options.tasks if name != task), "--tasks")):
         evaluate.check_tasks(names, options.data_dir, asked)
