@@ -425,11 +425,23 @@ def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path
     assert first_step[2] == ranks.sample((8, 4, 2), 2, 0, 0)
 
 
+def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = ranks.activate
+    monkeypatch.setattr(ranks, "activate", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
+    tune(options(tmp_path, sampling="half", epochs=1))
+    steps = len(results(tmp_path / "run")["training"])
+    trained = seen[1 : 1 + steps]  # after the validation of the start
+    assert steps > 3
+    assert trained[::2] == [(8, 8)] * len(trained[::2])
+    assert trained[1::2] == [ranks.sample((8, 4, 2), 2, 0, step) for step in range(1, steps, 2)]
+
+
 def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate
     monkeypatch.setattr(ranks, "activate", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
-    tune(options(tmp_path, epochs=1, lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6))
+    tune(options(tmp_path, epochs=1, sampling="random", lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6))
     found = results(tmp_path / "run")
     trained = seen[1:7]  # after the validation of the start
     order = sorted(range(6), key=lambda i: found["training"][i]["loss"])

@@ -224,7 +224,9 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     # inside: adapters learn inside the rounding of a model that was compressed first.
     adapters: Literal["before", "inside"] = "before"
     lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
-    sampling: Literal["random", "sandwich"] = "random"  # A step trains one random configuration; or the largest, the smallest and a random one.
+    # What a step trains. half: the largest ranks, every other step, and a random configuration between; random: always a random one, as published; sandwich:
+    # the largest, the smallest and a random one, all three in every step.
+    sampling: Literal["half", "random", "sandwich"] = "half"
     num_min_loss_configs: int = 5  # Configurations with the least training loss that are candidates afterwards.
     select_rows: int = 200  # Held-out rows that epochs and configurations are chosen by; 0 = all.
     select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.

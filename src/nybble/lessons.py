@@ -272,9 +272,11 @@ def course(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Course
 
 
 def configuration_of(options: TuneOptions, lesson: Lesson, step: int, number: int) -> Configuration:
-    """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other."""
+    """What is trained at a step; with the sandwich rule the largest, the smallest and a random one after each other (`number` 0, 1, 2)."""
     if options.sampling == "sandwich" and number < 2:
         return ranks.uniform((max, min)[number](lesson.space), lesson.count)
+    if options.sampling == "half" and step % 2 == 0:
+        return ranks.uniform(max(lesson.space), lesson.count)
     return ranks.sample(lesson.space, lesson.count, options.seed, step)
 
 

@@ -174,7 +174,7 @@ def candidates(job: Job, lesson: Lesson) -> dict[Configuration, str]:
         return {ranks.uniform(lesson.space[0], lesson.count): "the only one"}
     if job.run.results["best_step"] == 0:  # the start was kept: its adapters add nothing at any rank
         return {ranks.middle(lesson.space, lesson.count): "median"}
-    seen = [ranks.sample(lesson.space, lesson.count, options.seed, int(row["step"]) - 1) for row in training]
+    seen = [lessons.configuration_of(options, lesson, int(row["step"]) - 1, 2) for row in training]
     uniform = [ranks.uniform(extreme(lesson.space), lesson.count) for extreme in (max, min)] if options.sampling == "sandwich" else []
     proposed = [(ranks.middle(lesson.space, lesson.count), "median"), (ranks.uniform(max(lesson.space), lesson.count), "largest")]
     proposed.append((ranks.most_frequent([*seen, *(uniform * len(seen))]), "most frequent"))
