@@ -164,6 +164,7 @@ def test_unknown_keys_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--data python-docs --eval_data ./nowhere.txt", "--eval_data ./nowhere.txt must be an existing file or folder"),
         ("--data ./nowhere.safetensors", "--data ./nowhere.safetensors must be a file of tokens that --data self wrote"),
         ("--data python-docs --seq_len 100000", "the training text must give at least 16 sequences of 100000 tokens"),
+        ("--data wikitext2-plain", "--data wikitext2-plain is not on this machine"),
         ("--data wikitext2", "hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"),
     ],
 )

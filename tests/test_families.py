@@ -78,7 +78,9 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (export["weights_u4"], export["weights_u8"]) == (layers, 1 if tied else 2)
     assert export["logit_difference"] <= ov_export.LOGIT_TOLERANCE
     assert FACTS[make_config(family).model_type].exported is True
-    assert "boolean" not in attention_masks(tmp_path / "run" / "openvino")
+    masks = attention_masks(tmp_path / "run" / "openvino")
+    assert masks <= {"f32"}
+    assert masks or family != "smollm"
     # the 4-bit model that was measured is the one on disk, and OpenVINO gives its perplexity
     torch_ppl, ov_ppl = (results["models"][row]["token_perplexity"] for row in ("tuned", "openvino"))
     assert ov_ppl == pytest.approx(torch_ppl, rel=0.02)  # default properties: 8-bit activations where the machine has them

@@ -199,6 +199,11 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
         return self.samples // self.batch_size
 
     @property
+    def moves_codes(self) -> bool:
+        """Whether adapters are trained inside the rounding."""
+        return self.lora_rank > 0 and self.lr > 0
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return _folder(self.output_dir, self.pretrained, self.KIND)
@@ -271,6 +276,11 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     def scale_passes(self) -> int:
         """Epochs of training in 4 bits after the adapters' own."""
         return self.scale_epochs if self.adapters == "before" and (self.scale_lr or self.norm_lr) else 0
+
+    @property
+    def moves_codes(self) -> bool:
+        """Whether adapters are trained inside the rounding."""
+        return self.adapters == "inside"
 
     @property
     def folder(self) -> Path:

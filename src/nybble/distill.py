@@ -68,7 +68,7 @@ def _run(job: Job) -> None:
 def _resolve(options: DistillOptions, loaded: models.LoadedModel, plan: models.Plan, sequences: Sequences) -> DistillOptions:
     if not options.lora_rank and (options.lr, options.weight_decay) != (DistillOptions.lr, DistillOptions.weight_decay):
         log.warning("--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them")
-    if options.lora_rank and options.lr and (starts.start_run(options.start) or "blockwise" in options.start):
+    if options.moves_codes and (starts.start_run(options.start) or "blockwise" in options.start):
         log.warning(
             "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of their cells; "
             "--lora_rank 0 trains scales and norms, in less time and memory; --start awq+se+gptq leaves adapters room"

@@ -114,7 +114,7 @@ def opened(
     for name in plan.int4:
         check_group_size(name, loaded.model.get_submodule(name).in_features, options.group_size)
     if automatic:
-        method = compress.automatic(loaded.model.config, adapters=getattr(options, "lora_rank", 0) > 0)
+        method = compress.automatic(loaded.model.config, adapters=getattr(options, "moves_codes", False))
         options = replace(options, start=method)  # type: ignore[arg-type]
     if flag == "--start" and (start := starts.start_run(method)):
         starts.check(start, loaded, plan, options.group_size)
