@@ -154,13 +154,15 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be written by this version of nybble tune --compare" in error_of(one)
 
 
-def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Path) -> None:
+def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = dict.fromkeys(COLUMNS, known("01"))
     comparison(tmp_path, {"a": row}, epochs=2)
     comparison(tmp_path, {"b": row}, epochs=2)
     assert list(columns.read(tmp_path).figures) == ["a", "b"]
+    assert not caplog.messages
     comparison(tmp_path, {"c": row}, epochs=3)
     assert list(columns.read(tmp_path).figures) == ["c"], "another setting"
+    assert "no longer lists a, b: compared there earlier with other options" in caplog.text
     (tmp_path / columns.FILE).write_text("{}")
     comparison(tmp_path, {"d": row})
     assert list(columns.read(tmp_path).figures) == ["d"], "what cannot be read is written anew"

@@ -15,7 +15,7 @@ from nybble.cli import main
 from nybble.columns import COLUMNS
 from nybble.compare import compare
 from nybble.config import CompressOptions, TuneOptions, to_toml
-from nybble.errors import OptionError, RunError
+from nybble.errors import OptionError, RunError, TrainingError
 
 from .tiny import make_model, save_model
 
@@ -97,6 +97,24 @@ def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: py
     assert main(["tune", "--pretrained", "x", "--output_dir", str(tmp_path), "--compare", "lambada"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--compare takes tasks with a training split; lambada has none" in line
+
+
+def test_a_training_that_cannot_go_on_ends_its_task_alone(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def diverged(options: TuneOptions) -> Path:
+        tried.append(options.task)
+        raise TrainingError("the loss must stay finite: it was not")
+
+    monkeypatch.setattr(comparing.tune, "tune", diverged)
+    given = ["tune", "--pretrained", "x", "--output_dir", str(tmp_path / "runs"), "--data_dir", str(shared_data), "--compare", "openbookqa", "winogrande"]
+    assert main(given) == 2
+    assert tried == ["openbookqa", "winogrande"]
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "all 2 tasks must be tuned; 2 could not" in line
+    assert all(f"{Path('runs') / task / 'qat-nls'}: the loss must stay finite" in line for task in tried)
 
 
 def test_a_loss_that_a_task_does_not_have_is_refused_at_once(tmp_path: Path, shared_data: Path) -> None:

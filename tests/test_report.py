@@ -196,12 +196,21 @@ def test_a_16_bit_model_with_adapters_is_not_published_as_int4() -> None:
 def test_a_choice_by_the_test_rows_is_said_wherever_its_figure_stands() -> None:
     models = {row: {"task:arc acc": value, "bytes": 1} for row, value in (("16bit", 0.5), ("compressed", 0.4), ("tuned", 0.6))}
     found = {"kind": "tune", "task": {"name": "arc", "metric": "acc", "space": [8, 4]}, "models": models, "selected_on": "test", "chosen": [8, 4]}
-    published = COMPRESSED | found | {"applied": [8, 4]}
+    published = COMPRESSED | found | {"configuration": [8, 4], "candidates": [{"configuration": [8, 4]}, {"configuration": [4, 4]}]}
     assert report.published_rows(report.compare({"nls": published}))[1][-1][1] == "INT4, QAT + NLS, chosen on test rows"
     assert "ranks chosen by this very score" in report.sentence(published)
-    for honest in (published | {"selected_on": "held_out"}, published | {"applied": [4, 4]}):  # a search has chosen by other rows since
+    others = ({"selected_on": "held_out"}, {"configuration": [4, 4], "applied": [4, 4]}, {"candidates": published["candidates"][:1]})
+    for honest in (published | other for other in others):  # a search has chosen by other rows since; there was nothing to choose
         assert report.published_rows(report.compare({"nls": honest}))[1][-1][1] == "INT4, QAT + NLS"
         assert "this very score" not in report.sentence(honest)
+
+
+@pytest.mark.parametrize(("applied", "said"), [({"applied": [4, 4]}, "found by nybble search"), ({}, "given")])
+def test_ranks_that_took_the_place_of_those_chosen_are_named(applied: dict[str, Any], said: str) -> None:
+    row = {"why": "largest", "configuration": [8, 8], "score": 0.5, "accuracy": None, "behind": 0.0, "error": 0.0}
+    found = {"task": {"name": "arc", "metric": "acc", "space": [8, 4]}, "selected_on": "held_out", "chosen": [8, 8], "candidates": [row]}
+    assert "In place are" not in report._candidates_markdown(RESULTS | found | {"configuration": [8, 8]})
+    assert f"In place are 4 4, {said}." in report._candidates_markdown(RESULTS | found | {"configuration": [4, 4]} | applied)
 
 
 def test_a_search_says_whether_its_figures_are_of_16_bit_adapters() -> None:

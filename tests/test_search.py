@@ -196,7 +196,12 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["models"]["tuned"]["task:letters acc"] is not None
     assert found["chosen"] == results_["configuration"], "tune's own choice stays on record"
     report = (tmp_path / "run" / "report.md").read_text()
-    assert f"In place are {' '.join(map(str, best['configuration']))}, found by `nybble search`" in report
+    assert f"In place are {' '.join(map(str, best['configuration']))}, found by nybble search" in report
+    with monkeypatch.context() as patch:  # a search that finds less does not replace it
+        patch.setattr("nybble.search._best", lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]))
+        search(SearchOptions(run=str(tmp_path / "run"), sampler="tpe", trials=1, apply=True))
+    assert "in place" in [row["by"] for row in results(tmp_path / "run")["search"]["winners"]]
+    assert results(tmp_path / "run")["configuration"] == best["configuration"]
     tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1), resume=True, eval_only=True))
     assert results(tmp_path / "run")["tested"][-1]["configuration"] == best["configuration"]
 

@@ -262,7 +262,7 @@ def check_same(path: Path, options: Any) -> None:
         if before.get(key) != now.get(key):
             raise RunError(
                 f"--resume must use the options of the run {path}: --{key} was {before.get(key)}, got {now.get(key)}; "
-                "leave the option out to keep it, or choose another --output_dir"
+                "give it as it was, or choose another --output_dir"
             )
 
 

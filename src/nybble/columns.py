@@ -7,6 +7,7 @@ different settings the best for each task and column, as published figures are c
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Any
 from nybble import checkpoint, page, report
 from nybble.config import TuneOptions
 from nybble.errors import OptionError, RunError
+
+log = logging.getLogger("nybble")
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
@@ -96,6 +99,8 @@ def write(folder: Path, options: TuneOptions, figures: Figures) -> Compared:
         earlier = read(folder)
         if (earlier.model, earlier.seed, earlier.setting) == (options.pretrained, options.seed, setting):
             figures = {task: row for task, row in earlier.figures.items() if (folder / task / TUNED[0] / checkpoint.RESULTS).is_file()} | dict(figures)
+        elif others := sorted(earlier.figures.keys() - figures.keys()):
+            log.warning("%s no longer lists %s: compared there earlier with other options; give each its own --output_dir", folder / FILE, ", ".join(others))
     results = {task: checkpoint.read_results(folder / task / TUNED[0]) for task in figures}
     found = {
         "model": options.pretrained,

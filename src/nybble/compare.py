@@ -29,7 +29,7 @@ from nybble import checkpoint, columns, evaluate, lessons, models, page, post_tr
 from nybble.columns import Compared, Figure
 from nybble.config import CompressionOptions, CompressOptions, ModelOptions, TuneOptions
 from nybble.console import console
-from nybble.errors import MissingExtraError, OptionError
+from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.families import family_of
 from nybble.lessons import Lesson
 from nybble.stages import Job
@@ -38,7 +38,7 @@ log = logging.getLogger("nybble")
 
 
 def compare(options: TuneOptions) -> Path:
-    """Make all five for every task, as far as earlier sittings did not; returns the folder."""
+    """Make all five for every task, as far as earlier sittings did not; returns the folder. A training that cannot go on ends its task; the others are made."""
     options.check()
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("compare", "the column BF16 + LoRA")
@@ -53,9 +53,17 @@ def compare(options: TuneOptions) -> Path:
         _check_task(task, options)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
     figures: dict[str, dict[str, Figure]] = {}
+    stopped: list[str] = []
     for task in options.compare:
-        figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
-        _show(columns.write(folder, tune.settled(options), figures))
+        try:
+            figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
+        except TrainingError as error:
+            stopped.append(str(error))
+            log.error("%s", error)
+        else:
+            _show(columns.write(folder, tune.settled(options), figures))
+    if stopped:
+        raise TrainingError(f"all {len(options.compare)} tasks must be tuned; {len(stopped)} could not: {'; '.join(stopped)}")
     return folder
 
 
@@ -126,7 +134,10 @@ def _unless_done(options: Any, flow: Any, last: str) -> None:
     """A run whose last row is measured is not opened again; RunError if it was made with other options."""
     if options.overwrite or last not in checkpoint.read_results(options.folder).get("models", {}):
         log.info("%s", options.folder)
-        flow(options)
+        try:
+            flow(options)
+        except TrainingError as error:
+            raise TrainingError(f"{options.folder}: {error}") from error
         return
     saved = checkpoint.read_options(options.folder)
     if isinstance(options, TuneOptions):

@@ -269,6 +269,8 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.dtype == "float16":
             raise OptionError(_FLOAT16)
+        if not (self.lr or self.scale_passes or (self.scale_lr and self.adapters == "inside")):
+            raise OptionError("--lr, --scale_lr or --norm_lr must be above 0, else nothing is trained; nybble compress makes a model without training")
         if self.eval_only and not self.resume:
             raise OptionError("--eval_only needs --resume and the folder of a run that was trained")
 

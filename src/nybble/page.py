@@ -273,14 +273,14 @@ def _score(row: dict[str, Any], on_test: bool) -> float:
 
 
 def _ranks(figure: Any, results: dict[str, Any]) -> None:
-    """The rank of every decoder layer, a row per candidate, best first, and last what a search put in their place; beside it the scores they are chosen by."""
+    """The rank of every decoder layer, a row per candidate, best first, and last what was put in their place; beside it the scores they are chosen by."""
     on_test = "test" in results["candidates"][0]
     what = "score on the test rows" if on_test else f"{report.scored_by(results)[0]} (bars: error of the difference)"
     candidates = sorted(results["candidates"], key=lambda row: -_score(row, on_test))
     labels = [row["why"] + (" (chosen)" if row["configuration"] == results["chosen"] else "") for row in candidates]
     shown = [row["configuration"] for row in candidates]
     if report.replaced(results):
-        labels, shown = [*labels, "in place (search)"], [*shown, results["applied"]]
+        labels, shown = [*labels, f"in place ({report.replaced_by(results)})"], [*shown, results["configuration"]]
     figure.set_size_inches(10, 0.8 + 0.28 * len(shown))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     image = left.imshow(shown, aspect="auto", cmap="viridis")

@@ -45,13 +45,18 @@ def finished(results: dict[str, Any]) -> bool:
 
 
 def replaced(results: dict[str, Any]) -> bool:
-    """Whether `nybble search` put other ranks in place than those that tune had chosen."""
-    return "applied" in results and results["applied"] != results.get("chosen")
+    """Whether other ranks are in place than those that tune had chosen: from `nybble search --apply`, or given when the run was resumed."""
+    return "chosen" in results and results.get("configuration") not in (None, results["chosen"])
+
+
+def replaced_by(results: dict[str, Any]) -> str:
+    """Where the ranks in place come from, if tune had chosen others."""
+    return "found by nybble search" if results.get("applied") == results["configuration"] else "given"
 
 
 def chosen_on_test(results: dict[str, Any]) -> bool:
     """Whether ranks were chosen by the score on the test rows, as published results are."""
-    return results.get("selected_on") == "test" and not replaced(results)
+    return results.get("selected_on") == "test" and len(results.get("candidates", ())) > 1 and not replaced(results)
 
 
 def starts_tuned(results: dict[str, Any]) -> bool:
@@ -270,7 +275,7 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {rows}. "
         f"{scored_by(results)[1]} Behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
-        + (f"\n\nIn place are {' '.join(map(str, results['applied']))}, found by `nybble search`." if replaced(results) else "")
+        + (f"\n\nIn place are {' '.join(map(str, results['configuration']))}, {replaced_by(results)}." if replaced(results) else "")
     )
 
 

@@ -57,8 +57,11 @@ def search(options: SearchOptions) -> None:
 def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     lesson, run = trained.lesson, trained.job.run
     known = [tuple(row["configuration"]) for row in run.results.get("candidates", [])]
-    first = run.results.get("chosen", run.results["configuration"])  # --apply changes the latter
+    in_place = run.results["configuration"]
+    first = run.results.get("chosen", in_place)
     winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
+    if in_place != first:  # of an earlier --apply, which a search that finds less must not replace
+        winners["in place"] = tuple(in_place)
     with run.stage("search"):
         studies: dict[str, Any] = {}
         for sampler in dict.fromkeys((options.sampler, "random")) if options.random_draws else (options.sampler,):
@@ -78,7 +81,7 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     judged = "fresh" if compared[0]["fresh"] is not None else "score"
     best = max(compared, key=lambda row: row[judged])
     rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
-    if judged == "fresh" and report.replaced(run.results):
+    if judged == "fresh" and "applied" in run.results:
         rows += " (an earlier --apply has chosen by them)"
     console.print(f"Best on {rows}: {best['by']}. {report.scored_by(run.results)[1]} Higher is better.", highlight=False)
     if options.apply and best["configuration"] == run.results["configuration"]:
