@@ -110,11 +110,11 @@ def test_ranks_are_mapped_where_there_was_a_choice() -> None:
     text = " ".join(read(page.page(report.compare({"run": WHOLE | tuned}))).text)
     assert text.index("least loss 1 (chosen)") < text.index("median"), "best first"
     assert "decoder layer" in text
-    tested = {"applied": [4, 2], "tested": [{"configuration": [2, 2], "acc": 0.625}]}
+    tested = {"configuration": [4, 2], "applied": [4, 2], "tested": [{"configuration": [2, 2], "acc": 0.625}]}
     on_test = [row | {"test": value} for row, value in zip(candidates, (0.7, 0.6), strict=True)]
     found = WHOLE | tuned | tested | {"candidates": on_test, "chosen": [4, 4], "selected_on": "test"}
     text = " ".join(read(page.page(report.compare({"run": found}))).text)
-    places = [text.index(words) for words in ("median (chosen)", "least loss 1", "in place (search)")]
+    places = [text.index(words) for words in ("median (chosen)", "least loss 1", "in place (found by nybble search)")]
     assert places == sorted(places), "best on test first"
     for words in ("score on the test rows", "0.6250", "Tested configurations"):
         assert words in text, words

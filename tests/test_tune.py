@@ -362,7 +362,7 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
     from nybble.losses import Head
 
     path = str(taught(tmp_path)) if teacher else None
-    run = options(tmp_path, epochs=1, lr=0.0, scale_lr=0.0, lora_rank_space=(8,), microbatch=3, teacher=path)
+    run = options(tmp_path, epochs=1, lr=1e-12, scale_lr=0.0, lora_rank_space=(8,), microbatch=3, teacher=path)
     tune(run)
     found = results(tmp_path / "run")["training"][0]["loss"]
     task = questions.load_task(run.task, None, 0)
@@ -733,7 +733,7 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
 
     # The first loss is the KL of the compressed model to the teacher on the answers of the first batch.
     teacher = AutoModelForCausalLM.from_pretrained(path)
-    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=0.0, scale_lr=0.0, loss_on="answer")
+    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=1e-12, scale_lr=0.0, loss_on="answer")
     tune(compressed)
     student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "other" / "quantized", torch.float32)
     task = questions.load_task(compressed.task, None, 0)

@@ -1,14 +1,15 @@
 """The flow of `nybble tune`: a model learns a downstream task, with adapters of elastic rank; the best ranks are chosen, and it gets 4 bits.
 
-load -> rows of the task -> insert -> train, a random configuration a step -> choose on held-out rows -> merge -> compress
+load -> rows of the task -> insert -> train, one configuration a step -> choose on held-out rows -> merge -> compress
      -> train scales and norms in 4 bits -> absorb -> save -> export -> measure
 
 That is `--adapters before`: the adapters learn on 16-bit weights. With `--adapters inside` they learn inside the rounding of a model that is compressed first,
 as in the reference:
 
-load -> rows of the task -> compress -> insert -> train, a random configuration a step -> choose on held-out rows -> absorb -> save -> export -> measure
+load -> rows of the task -> compress -> insert -> train, one configuration a step -> choose on held-out rows -> absorb -> save -> export -> measure
 
-What is chosen (epoch, configuration) is chosen on held-out rows; the test rows are scored once. `--select_on test` is the exception, and is called so.
+What is chosen (epoch, configuration) is chosen on held-out rows. The test rows are scored for the report (the 16-bit model, what learnt, what was compressed,
+what ships), and nothing follows from them. `--select_on test` is the exception, and is called so.
 """
 
 from __future__ import annotations
