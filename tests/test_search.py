@@ -107,8 +107,11 @@ def test_what_is_in_place_is_not_made_again(tmp_path: Path, monkeypatch: pytest.
         searching, "_best", lambda study, count=None: SimpleNamespace(params={f"layer{i}": rank for i, rank in enumerate(chosen)}, values=[0.0])
     )
     monkeypatch.setattr(searching.tune, "put_in_place", lambda *_: pytest.fail("made again"))
-    search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=1, apply=True))
-    assert "It is in place." in capsys.readouterr().out
+    for apply in (True, False):
+        search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=1, apply=apply))
+        said = capsys.readouterr().out
+        assert "It is in place." in said
+        assert "--apply ships it" not in said
     assert "chosen on the test rows" in results(tmp_path / "run")["warnings"][0]
 
 

@@ -235,7 +235,7 @@ FRONT_NOTE = "Not beaten by another trial of nsga2 in score and sum of ranks."
 
 
 def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of what `nybble search` compared: what tune had chosen, and the best of each sampler."""
+    """Headings and rows of what `nybble search` compared: what tune had chosen, what is in place if it is another, and the best of each sampler."""
     found = results["search"]["winners"]
     judged = "rows searched" if found[0]["fresh"] is None else "fresh rows"
     headings = ["found by", "rows searched", "fresh rows", f"behind the best ({judged})", f"accuracy ({judged})", "sum of ranks", "rank of each decoder layer"]

@@ -60,7 +60,7 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     in_place = run.results["configuration"]
     first = run.results.get("chosen", in_place)
     winners: dict[str, Configuration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
-    if in_place != first:  # of an earlier --apply, which a search that finds less must not replace
+    if in_place != first:  # of an earlier --apply, or given on resume: a search that finds less must not replace it
         winners["in place"] = tuple(in_place)
     with run.stage("search"):
         studies: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     if judged == "fresh" and "applied" in run.results:
         rows += " (an earlier --apply has chosen by them)"
     console.print(f"Best on {rows}: {best['by']}. {report.scored_by(run.results)[1]} Higher is better.", highlight=False)
-    if options.apply and best["configuration"] == run.results["configuration"]:
+    if best["configuration"] == in_place:
         console.print("It is in place.")
     elif options.apply:
         tune.put_in_place(trained, tuple(best["configuration"]))
