@@ -11,6 +11,7 @@ from nybble import checkpoint, columns
 from nybble.cli import main
 from nybble.columns import COLUMNS, Figure, differences, mean, rows
 from nybble.config import TuneOptions
+from nybble.errors import RunError
 
 
 def known(right: str) -> Figure:
@@ -154,18 +155,30 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be written by this version of nybble tune --compare" in error_of(one)
 
 
-def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Path) -> None:
     row = dict.fromkeys(COLUMNS, known("01"))
     comparison(tmp_path, {"a": row}, epochs=2)
     comparison(tmp_path, {"b": row}, epochs=2)
     assert list(columns.read(tmp_path).figures) == ["a", "b"]
-    assert not caplog.messages
     comparison(tmp_path, {"c": row}, epochs=3)
     assert list(columns.read(tmp_path).figures) == ["c"], "another setting"
-    assert "no longer lists a, b: compared there earlier with other options" in caplog.text
+
+
+def test_a_comparison_with_other_options_is_not_lost(tmp_path: Path) -> None:
+    columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # none yet
+    comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, epochs=2)
+    columns.check_same(tmp_path, TuneOptions(pretrained="m", epochs=2, eval_batch_size=3))
+    for changes, what in (
+        ({}, "--epochs 2; got 3"),
+        ({"epochs": 2, "pretrained": "n"}, "--pretrained m; got n"),
+        ({"epochs": 2, "seed": 7}, "--seed 0; got 7"),
+    ):
+        with pytest.raises(RunError, match=f"has a comparison of a with {what}; give each its own --output_dir"):
+            columns.check_same(tmp_path, TuneOptions(**{"pretrained": "m"} | changes))
     (tmp_path / columns.FILE).write_text("{}")
-    comparison(tmp_path, {"d": row})
-    assert list(columns.read(tmp_path).figures) == ["d"], "what cannot be read is written anew"
+    columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # what cannot be read is written anew
+    comparison(tmp_path, {"b": dict.fromkeys(COLUMNS, known("01"))})
+    assert list(columns.read(tmp_path).figures) == ["b"]
 
 
 def test_seeds_are_counted_task_by_task(tmp_path: Path) -> None:

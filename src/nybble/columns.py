@@ -7,7 +7,6 @@ different settings the best for each task and column, as published figures are c
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from typing import Any
 from nybble import checkpoint, page, report
 from nybble.config import TuneOptions
 from nybble.errors import OptionError, RunError
-
-log = logging.getLogger("nybble")
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
@@ -91,16 +88,37 @@ class Compared:
     figures: Figures
 
 
+def setting_of(options: TuneOptions) -> dict[str, Any]:
+    """The options that all seeds of a comparison have in common, as compare.json has them."""
+    found: dict[str, Any] = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in _NO_SETTING}))
+    return found
+
+
+def check_same(folder: Path, options: TuneOptions) -> None:
+    """Raise RunError, naming the option, if the folder has a comparison with others: that one would be lost."""
+    try:
+        earlier = read(folder)
+    except RunError:  # none yet, or of another version
+        return
+    before, now = ({"pretrained": model, "seed": seed} | setting for model, seed, setting in (
+        (earlier.model, earlier.seed, earlier.setting), (options.pretrained, options.seed, setting_of(options))
+    ))  # fmt: skip
+    for key in now:
+        if before.get(key) != now[key]:
+            raise RunError(
+                f"{folder} has a comparison of {', '.join(earlier.figures)} with --{key} {_readable(before.get(key))}; got {_readable(now[key])}; "
+                "give each its own --output_dir, or --overwrite"
+            )
+
+
 def write(folder: Path, options: TuneOptions, figures: Figures) -> Compared:
     """Save compare.json, from the figures and what the runs say of themselves; returns what was saved. Other tasks that were compared there before, in the same
     setting, stay in it."""
-    setting = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in _NO_SETTING}))
+    setting = setting_of(options)
     with suppress(RunError):  # none yet, or of another version
         earlier = read(folder)
         if (earlier.model, earlier.seed, earlier.setting) == (options.pretrained, options.seed, setting):
             figures = {task: row for task, row in earlier.figures.items() if (folder / task / TUNED[0] / checkpoint.RESULTS).is_file()} | dict(figures)
-        elif others := sorted(earlier.figures.keys() - figures.keys()):
-            log.warning("%s no longer lists %s: compared there earlier with other options; give each its own --output_dir", folder / FILE, ", ".join(others))
     results = {task: checkpoint.read_results(folder / task / TUNED[0]) for task in figures}
     found = {
         "model": options.pretrained,

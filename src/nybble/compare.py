@@ -52,6 +52,8 @@ def compare(options: TuneOptions) -> Path:
     for task in options.compare:
         _check_task(task, options)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
+    if not options.overwrite:
+        columns.check_same(folder, tune.settled(options))
     figures: dict[str, dict[str, Figure]] = {}
     stopped: list[str] = []
     for task in options.compare:
