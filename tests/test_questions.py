@@ -48,7 +48,7 @@ def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None
         ids = torch.tensor([tokenizer(prompt + answer).input_ids])
         log_q = model(ids).logits[0].log_softmax(-1)
         sums.append(sum(float(log_q[t - 1, ids[0, t]]) for t in range(3, ids.shape[1])))
-    for by_length, values in ((False, sums), (True, [sums[0] / 3, sums[1] / 9])):
+    for by_length, values in ((False, sums), (True, [sums[0] * 6 / 3 / 4, sums[1] * 6 / 9 / 4])):  # 6: mean length
         expected = float(torch.tensor(values, dtype=torch.float64).log_softmax(0)[1])
         found = questions.score(model, Head.of(model), tokenizer, [question] * 3, by_length, 64)
         assert found.log_likelihoods == pytest.approx([expected] * 3, abs=1e-5)

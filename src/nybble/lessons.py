@@ -41,10 +41,6 @@ MOST_ROWS = {"cpu": 4}
 # Up to so many tokens in a text, the fused attention of torch on a CPU takes longer than its plain products: a step on openbookqa an eighth (docs/log.md).
 PLAIN_ATTENTION = 160
 
-# Of the softmax over choices that are scored by length. At 1 the first steps follow the few questions that are most wrong; from 10 on, the model is driven
-# to margins that cost it its language (docs/log.md).
-TEMPERATURE = 4.0
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -212,15 +208,13 @@ def _token_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
 def _choice_loss(loaded: models.LoadedModel, lesson: Lesson) -> _Loss:
     """Of each question: -log of the right choice's share among the choices, or KL of the shares to the teacher's.
 
-    What is shared out is log p(answer), as it is scored; where the metric counts it by length, times the mean length of its question's choices / its own, at
-    TEMPERATURE. (By character, as it is scored, the shares are nearly flat: 1.41 nats before training on openbookqa, where guessing gives 1.39.)
+    What is shared out is log p(answer) times `Question.factors`, as in the score of held-out rows.
     """
     asked = lesson.task.train
     gold = torch.tensor([question.gold for question in asked])
     factors = torch.ones(len(asked), max(map(len, lesson.choices)))
-    if lesson.task.by_length:
-        for row, question in zip(factors, asked, strict=True):
-            row[: len(question.lengths)] = sum(question.lengths) / len(question.lengths) / torch.tensor(question.lengths) / TEMPERATURE
+    for row, question in zip(factors, asked, strict=True):
+        row[: len(question.pairs)] = torch.tensor(question.factors(lesson.task.by_length))
 
     def scores(model: Any, indices: torch.Tensor) -> torch.Tensor:
         found = questions.choice_log_probs(model, Head.of(model), [lesson.choices[i] for i in indices.tolist()])

@@ -8,8 +8,8 @@ A task is one that lm-eval knows (with a training split), or a .jsonl file of on
                 then gives up those that nearly repeat them
     scored      lm-eval's own affair, on its test split (or validation): see evaluate.run_tasks
 
-The score of held-out rows is the share of the right answer among the choices,
-    softmax_c (log p(answer_c | prompt_c) / length_c) [gold],    length: characters where the task's metric is acc_norm, else 1
+The score of held-out rows is the share of the right answer among the choices, the one whose logarithm is learnt:
+    softmax_c (log p(answer_c | prompt_c) * factor_c) [gold],    factor: Question.factors where the task's metric is acc_norm, else 1
 (of an answer without alternatives: log p per token). It tells candidates apart long before their accuracies do, and unlike the logarithm of that share it
 goes with them: a few rows that are confidently wrong do not outweigh all others (docs/log.md, 2026-11-28).
 """
@@ -42,6 +42,9 @@ HELD_OUT = 500
 # A training row is left out if more of its runs of three words are in one held-out row. (WinoGrande comes in twins: a sentence, one word changed, the other
 # answer.)
 MOST_SHARED = 0.3
+# Of the softmax over choices that are scored by length. At 1 the first steps follow the few questions that are most wrong; from 10 on, the model is driven
+# to margins that cost it its language (docs/log.md).
+TEMPERATURE = 4.0
 # Tokens, padding included, in one forward of scoring.
 _TOKENS = 2048
 
@@ -57,6 +60,17 @@ class Question:
     pairs: tuple[tuple[str, str], ...]
     gold: int
     lengths: tuple[int, ...] = ()
+
+    def factors(self, by_length: bool) -> list[float]:
+        """What log p of each choice is multiplied by before the softmax over them: 1; or by length, mean length of the choices / its own / TEMPERATURE.
+
+        (log p by character, as lm-eval compares choices, would share out nearly evenly: 1.41 nats before training on openbookqa, where guessing gives 1.39.
+        The order of the choices is the same.)
+        """
+        if not by_length:
+            return [1.0] * len(self.pairs)
+        mean = sum(self.lengths) / len(self.lengths)
+        return [mean / length / TEMPERATURE for length in self.lengths]
 
 
 class Text(NamedTuple):
@@ -371,7 +385,7 @@ def score(
             if len(values) == 1:
                 likely[i] = values[0] / texts[i][0].answered
             else:
-                values = [value / (size if by_length else 1) for value, size in zip(values, questions[i].lengths, strict=True)]
+                values = [value * factor for value, factor in zip(values, questions[i].factors(by_length), strict=True)]
                 likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
                 correct[i] = max(range(len(values)), key=values.__getitem__) == questions[i].gold
     return Score(tuple(likely[i] for i in range(len(questions))), tuple(correct[i] for i in range(len(questions)) if i in correct))
