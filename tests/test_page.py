@@ -118,7 +118,7 @@ def test_ranks_are_mapped_where_there_was_a_choice() -> None:
     assert places == sorted(places), "best on test first"
     for words in ("score on the test rows", "0.6250", "Tested configurations"):
         assert words in text, words
-    assert "| 0.6250 | 2 2 |" in report.markdown(found)
+    assert "| 0.6250 | 2 everywhere |" in report.markdown(found)
     assert "Ranks" in text
     assert "Ranks" not in " ".join(read(page.page(report.compare({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
 

@@ -162,6 +162,10 @@ def test_published_table() -> None:
     ]
 
 
+def test_ranks_are_written_once_where_they_are_the_same() -> None:
+    assert [report.ranks_written(ranks) for ranks in ((4, 4), (4, 2, 4), (4,))] == ["4 everywhere", "4 2 4", "4"]
+
+
 def test_published_table_takes_the_baseline_in_the_same_runtime() -> None:
     exported = COMPRESSED | {"models": COMPRESSED["models"] | {"openvino": {"token_perplexity": 13.0, "kl_to_teacher": 0.3, "bytes": 1}}}
     lines = report.published_rows(report.compare({"tuned": RESULTS, "awq": exported}))[1]
@@ -210,7 +214,7 @@ def test_ranks_that_took_the_place_of_those_chosen_are_named(applied: dict[str, 
     row = {"why": "largest", "configuration": [8, 8], "score": 0.5, "accuracy": None, "behind": 0.0, "error": 0.0}
     found = {"task": {"name": "arc", "metric": "acc", "space": [8, 4]}, "selected_on": "held_out", "chosen": [8, 8], "candidates": [row]}
     assert "In place are" not in report._candidates_markdown(RESULTS | found | {"configuration": [8, 8]})
-    assert f"In place are 4 4, {said}." in report._candidates_markdown(RESULTS | found | {"configuration": [4, 4]} | applied)
+    assert f"In place: 4 everywhere, {said}." in report._candidates_markdown(RESULTS | found | {"configuration": [4, 4]} | applied)
 
 
 def test_a_search_says_whether_its_figures_are_of_16_bit_adapters() -> None:

@@ -15,6 +15,7 @@ from nybble.cli import main
 from nybble.config import SearchOptions
 from nybble.errors import RunError
 from nybble.questions import Score
+from nybble.report import ranks_written
 from nybble.search import search
 from nybble.tune import Trained, put_in_place, reopened, tune
 
@@ -55,10 +56,10 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
 
     written = (trained / "report.md").read_text()
-    assert all(" ".join(map(str, row["configuration"])) in written.split("## Search")[1] for row in found)
+    assert all(ranks_written(row["configuration"]) in written.split("## Search")[1] for row in found)
 
     assert main(["report", str(trained), "--out", str(trained / "page.html")]) == 0
-    assert all(" ".join(map(str, row["configuration"])) in (trained / "page.html").read_text().split("Search for ranks")[1] for row in found)
+    assert all(ranks_written(row["configuration"]) in (trained / "page.html").read_text().split("Search for ranks")[1] for row in found)
 
     front = results(trained)["search"]["front"]
     if sampler != "nsga2":
@@ -68,7 +69,7 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     beaten = {a for a, (p, n) in scored.items() for q, m in scored.values() if q >= p and m <= n and (q, m) != (p, n)}
     assert {tuple(row["configuration"]): [row["score"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
     shown = [written.split("Not beaten by another trial")[1], (trained / "page.html").read_text().split("Score against ranks")[1]]
-    assert all(" ".join(map(str, row["configuration"])) in text for row in front for text in shown)
+    assert all(ranks_written(row["configuration"]) in text for row in front for text in shown)
     assert front[0]["score"] == max(row["score"] for row in front) == scores[sampler]
 
 
@@ -199,7 +200,7 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["models"]["tuned"]["task:letters acc"] is not None
     assert found["chosen"] == results_["configuration"], "tune's own choice stays on record"
     report = (tmp_path / "run" / "report.md").read_text()
-    assert f"In place are {' '.join(map(str, best['configuration']))}, found by nybble search" in report
+    assert f"In place: {ranks_written(best['configuration'])}, found by nybble search" in report
     with monkeypatch.context() as patch:  # a search that finds less does not replace it
         patch.setattr("nybble.search._best", lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]))
         search(SearchOptions(run=str(tmp_path / "run"), sampler="tpe", trials=1, apply=True))

@@ -214,6 +214,12 @@ def score_of(row: dict[str, Any]) -> float:
     return float(row["score"] if "score" in row else row["log_likelihood"])
 
 
+def ranks_written(configuration: Sequence[int]) -> str:
+    """One rank for each decoder layer, or one for all where they are the same."""
+    alike = len(configuration) > 1 and len(set(configuration)) == 1
+    return f"{configuration[0]} everywhere" if alike else " ".join(map(str, configuration))
+
+
 def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that were compared after training."""
     on_test = "test" in results["candidates"][0]
@@ -221,7 +227,7 @@ def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     for row in results["candidates"]:
         behind = "chosen" if row["configuration"] == results["chosen"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
         line = [row["why"], f"{score_of(row):.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
-        lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), " ".join(map(str, row["configuration"]))])
+        lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), ranks_written(row["configuration"])])
     return ["candidate", scored_by(results)[0], "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
 
 
@@ -242,13 +248,13 @@ def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in found:
         line = [row["by"], f"{score_of(row):.4f}", "-" if row["fresh"] is None else f"{row['fresh']:.4f}", f"{row['behind']:.4f} +- {row['error']:.4f}"]
-        lines.append([*line, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))])
+        lines.append([*line, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}", str(row["rank_sum"]), ranks_written(row["configuration"])])
     return headings, lines
 
 
 def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that no other one searched by nsga2 beats in both aims."""
-    lines = [[f"{score_of(row):.4f}", str(row["rank_sum"]), " ".join(map(str, row["configuration"]))] for row in results["search"]["front"]]
+    lines = [[f"{score_of(row):.4f}", str(row["rank_sum"]), ranks_written(row["configuration"])] for row in results["search"]["front"]]
     return ["rows searched", "sum of ranks", "rank of each decoder layer"], lines
 
 
@@ -258,7 +264,7 @@ TESTED_NOTE = "One at a time, by `nybble tune --resume --eval_only`, on the test
 def tested_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that --eval_only has scored."""
     metric = results["task"]["metric"]
-    return [metric, "rank of each decoder layer"], [[f"{row[metric]:.4f}", " ".join(map(str, row["configuration"]))] for row in results["tested"]]
+    return [metric, "rank of each decoder layer"], [[f"{row[metric]:.4f}", ranks_written(row["configuration"])] for row in results["tested"]]
 
 
 def _search_markdown(results: dict[str, Any]) -> str:
@@ -275,7 +281,7 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {rows}. "
         f"{scored_by(results)[1]} Behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
-        + (f"\n\nIn place are {' '.join(map(str, results['configuration']))}, {replaced_by(results)}." if replaced(results) else "")
+        + (f"\n\nIn place: {ranks_written(results['configuration'])}, {replaced_by(results)}." if replaced(results) else "")
     )
 
 

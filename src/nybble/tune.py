@@ -209,7 +209,7 @@ def _choose(job: Job, lesson: Lesson, layers: Mapping[str, StepLinear]) -> Confi
         row["behind"], row["error"] = scores[best].better_by(score)
     run.results["candidates"], run.results["selected_on"], run.results["chosen"] = rows, options.select_on, rows[best]["configuration"]
     log.info("of %d candidates the best on %s rows: %s, %s", len(rows), "test" if on_test else "held-out", rows[best]["why"],
-             " ".join(map(str, rows[best]["configuration"])))  # fmt: skip
+             report.ranks_written(rows[best]["configuration"]))  # fmt: skip
     return tuple(rows[best]["configuration"])
 
 
@@ -258,7 +258,7 @@ def _test_one(trained: Trained, custom: Configuration) -> None:
     job.run.save_results()
     if report.finished(results):
         checkpoint.write_text(job.run.path / "report.md", report.markdown(results))
-    console.print(f"{lesson.task.name} at ranks {' '.join(map(str, chosen))}: {lesson.task.metric} {value:.4f}", highlight=False)
+    console.print(f"{lesson.task.name} at ranks {report.ranks_written(chosen)}: {lesson.task.metric} {value:.4f}", highlight=False)
 
 
 @contextmanager
