@@ -817,3 +817,21 @@ def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_pa
     monkeypatch.setattr(module, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
     tune(options(tmp_path, epochs=1, device="cpu"))
     assert seen == [used]
+
+
+def test_what_tuning_made_worse_is_said_with_its_noise() -> None:
+    from nybble.tune import _judge
+
+    def said(learnt: str, compressed: str, tuned: str, **others: Any) -> list[str]:
+        rows = {"16bit": "1100", "learnt": learnt, "compressed": compressed, "tuned": tuned}
+        models = {row: {"task:t acc": right.count("1") / 4, "right:t acc": right} for row, right in rows.items()}
+        return _judge({"task": {"name": "t", "metric": "acc"}, "models": models, "candidates": [], "selected_on": "held_out"} | others)
+
+    assert said("1110", "1100", "1101") == []
+    (adapters,) = said("0010", "1000", "1000")
+    assert adapters == "the adapters made t acc on the test rows worse: 0.5000 before, 0.2500 after (row by row -0.2500 +- 0.4787)"
+    (scales,) = said("1111", "1111", "1110")
+    assert scales == "tuning in 4 bits made t acc on the test rows worse: 1.0000 before, 0.7500 after (row by row -0.2500 +- 0.2500)"
+    starts_kept = said("1100", "1100", "1100", best_step=0, scales={"best_step": 0})
+    assert [text.split(" was ")[0] for text in starts_kept] == ["no epoch of tuning", "no epoch of training in 4 bits"]
+    assert said("1100", "1100", "1100", selected_on="test", candidates=[{}, {}])[0].startswith("the configuration was chosen on the test rows")

@@ -150,7 +150,7 @@ def _run(job: Job, lesson: Lesson, known: Mapping[str, dict[str, Any]]) -> None:
         _save(Trained(job, lesson, layers, compressed, reference), chosen)
     _tidy(job)
     stages.measure_saved(job, reference, "tuned")
-    stages.finish(run, _judge(job, lesson))
+    stages.finish(run, _judge(run.results))
 
 
 def _inserted(job: Job, lesson: Lesson) -> tuple[dict[str, QuantizedWeight] | None, dict[str, Any]]:
@@ -281,7 +281,7 @@ def put_in_place(trained: Trained, chosen: Configuration) -> None:
     _save(trained, chosen)
     _tidy(job)
     stages.measure_saved(job, trained.reference, "tuned")
-    stages.finish(job.run, _judge(job, trained.lesson))
+    stages.finish(job.run, _judge(job.run.results))
 
 
 def _save(trained: Trained, chosen: Configuration) -> None:
@@ -343,9 +343,9 @@ def _compress_learnt(trained: Trained) -> tuple[dict[str, QuantizedWeight], dict
     return compressed, layers
 
 
-def _judge(job: Job, lesson: Lesson) -> list[str]:
+def _judge(results: dict[str, Any]) -> list[str]:
     """Warnings in plain words."""
-    results, warnings = job.run.results, []
+    warnings = []
     if results.get("best_step") == 0:
         warnings.append("no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr")
     if results.get(SCALES, {}).get("best_step") == 0:
@@ -353,8 +353,8 @@ def _judge(job: Job, lesson: Lesson) -> list[str]:
     if report.chosen_on_test(results):
         warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
     column, models = report.task_column(results), results["models"]
-    for before, after, what in (("16bit", "learnt", "the adapters"), ("compressed", "tuned", "tuning in 4 bits")):
-        values = [models.get(row, {}).get(column) for row in (before, after)]
-        if None not in values and values[1] < values[0]:
-            warnings.append(f"{what} made {report.heading(column)} on the test rows worse: {values[0]:.4f} before, {values[1]:.4f} after")
+    for row, later, what in (("16bit", "learnt", "the adapters"), ("compressed", "tuned", "tuning in 4 bits")):
+        before, after = models.get(row, {}), models.get(later, {})
+        if column in before and column in after and after[column] < before[column]:
+            warnings.append(f"{what} made {report.heading(column)} on the test rows worse: {report.before_and_after(before, after, column)}")
     return warnings
