@@ -12,7 +12,7 @@ from transformers import GraniteConfig
 from nybble import checkpoint, columns, evaluate
 from nybble import compare as comparing
 from nybble.cli import main
-from nybble.columns import COLUMNS
+from nybble.columns import COLUMNS, Figure
 from nybble.compare import compare
 from nybble.config import CompressOptions, TuneOptions, to_toml
 from nybble.errors import OptionError, RunError, TrainingError
@@ -115,6 +115,22 @@ def test_a_training_that_cannot_go_on_ends_its_task_alone(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "all 2 tasks must be tuned; 2 could not" in line
     assert all(f"{Path('runs') / task / 'qat-nls'}: the loss must stay finite" in line for task in tried)
+
+
+def test_tasks_that_are_finished_are_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
+        (folder / "qat-nls").mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(folder / "qat-nls" / checkpoint.RESULTS, json.dumps({"models": {}, "dtype": "float32", "task": {}}))
+        return dict.fromkeys(COLUMNS, Figure(0.5, 2, (1.0, 0.0)))
+
+    monkeypatch.setattr(comparing, "_check_task", lambda task, options: None)
+    monkeypatch.setattr(comparing, "_five", five)
+    monkeypatch.setattr(comparing, "_show", lambda found: shown.append(list(found.figures)))
+    for _ in range(2):
+        compare(options(tmp_path, tmp_path, compare=("openbookqa", "winogrande")))
+    assert shown == [["openbookqa"], ["openbookqa", "winogrande"], ["openbookqa", "winogrande"]]
 
 
 def test_a_loss_that_a_task_does_not_have_is_refused_at_once(tmp_path: Path, shared_data: Path) -> None:

@@ -56,6 +56,7 @@ def compare(options: TuneOptions) -> Path:
         columns.check_same(folder, tune.settled(options))
     figures: dict[str, dict[str, Figure]] = {}
     stopped: list[str] = []
+    shown: Compared | None = None
     for task in options.compare:
         try:
             figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
@@ -63,7 +64,10 @@ def compare(options: TuneOptions) -> Path:
             stopped.append(str(error))
             log.error("%s", error)
         else:
-            _show(columns.write(folder, tune.settled(options), figures))
+            found = columns.write(folder, tune.settled(options), figures)
+            if found != shown:  # of tasks that earlier sittings finished, the tables once
+                _show(found)
+            shown = found
     if stopped:
         raise TrainingError(f"all {len(options.compare)} tasks must be tuned; {len(stopped)} could not: {'; '.join(stopped)}")
     return folder
