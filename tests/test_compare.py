@@ -117,7 +117,7 @@ def test_a_training_that_cannot_go_on_ends_its_task_alone(
     assert all(f"{Path('runs') / task / 'qat-nls'}: the loss must stay finite" in line for task in tried)
 
 
-def test_tasks_that_are_finished_are_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_tasks_are_shown_once_and_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
 
     def five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
@@ -131,6 +131,10 @@ def test_tasks_that_are_finished_are_shown_once(tmp_path: Path, monkeypatch: pyt
     for _ in range(2):
         compare(options(tmp_path, tmp_path, compare=("openbookqa", "winogrande")))
     assert shown == [["openbookqa"], ["openbookqa", "winogrande"], ["openbookqa", "winogrande"]]
+    with pytest.raises(RunError, match="has a comparison of openbookqa, winogrande with --epochs 1; got 2; give each its own --output_dir, or --overwrite"):
+        compare(options(tmp_path, tmp_path, compare=("arc_easy",), epochs=2))
+    compare(options(tmp_path, tmp_path, compare=("arc_easy",), epochs=2, overwrite=True))
+    assert shown[3:] == [["arc_easy"]]
 
 
 def test_a_loss_that_a_task_does_not_have_is_refused_at_once(tmp_path: Path, shared_data: Path) -> None:

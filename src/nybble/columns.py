@@ -48,19 +48,14 @@ class Figure:
     @property
     def error(self) -> float:
         """Standard error of the mean over rows: sqrt(p (1 - p) / (n - 1)) of zeros and ones."""
-        return _error(self.right) if self.right else math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
+        return report.standard_error(self.right) if self.right else math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
 
     def less(self, other: Figure) -> tuple[float, float]:
         """Difference to another figure of the same rows, and its standard error; the error is nan where rows are not known."""
         if not self.right or len(self.right) != len(other.right):
             return self.value - other.value, math.nan
         each = [mine - theirs for mine, theirs in zip(self.right, other.right, strict=True)]
-        return statistics.fmean(each), _error(each)
-
-
-def _error(values: Sequence[float]) -> float:
-    middle = statistics.fmean(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+        return statistics.fmean(each), report.standard_error(each)
 
 
 Figures = Mapping[str, Mapping[str, Figure]]  # task -> column -> figure
@@ -100,9 +95,8 @@ def check_same(folder: Path, options: TuneOptions) -> None:
         earlier = read(folder)
     except RunError:  # none yet, or of another version
         return
-    before, now = ({"pretrained": model, "seed": seed} | setting for model, seed, setting in (
-        (earlier.model, earlier.seed, earlier.setting), (options.pretrained, options.seed, setting_of(options))
-    ))  # fmt: skip
+    before = {"pretrained": earlier.model, "seed": earlier.seed} | earlier.setting
+    now = {"pretrained": options.pretrained, "seed": options.seed} | setting_of(options)
     for key in now:
         if before.get(key) != now[key]:
             raise RunError(

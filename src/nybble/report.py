@@ -214,14 +214,20 @@ def score_of(row: dict[str, Any]) -> float:
     return float(row["score"] if "score" in row else row["log_likelihood"])
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; 0 of a single one."""
+    middle = statistics.fmean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+
+
 def before_and_after(before: dict[str, Any], after: dict[str, Any], column: str) -> str:
     """A task's figure of two models, and how far apart they are row by row, with the standard error of that, where the rows are known."""
     text = f"{before[column]:.4f} before, {after[column]:.4f} after"
     rights = [model.get(column.replace("task:", "right:", 1), "") for model in (before, after)]
-    if len(rights[0]) != len(rights[1]) or len(rights[0]) < 2:
+    if not rights[0] or len(rights[0]) != len(rights[1]):
         return text
     each = [int(b) - int(a) for a, b in zip(*rights, strict=True)]
-    return f"{text} (row by row {statistics.fmean(each):+.4f} +- {statistics.stdev(each) / math.sqrt(len(each)):.4f})"
+    return f"{text} (row by row {statistics.fmean(each):+.4f} +- {standard_error(each):.4f})"
 
 
 def ranks_written(configuration: Sequence[int]) -> str:
