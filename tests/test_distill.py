@@ -61,8 +61,10 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "time"), [("train.json", 2), ("last.safetensors", 1), ("last.safetensors", 10)], ids=["teacher", "first checkpoint", "late"])
-def test_kill_9_and_resume_end_with_the_same_bits(name: str, time: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "time", "resumed"), [("train.json", 2, 0), ("last.safetensors", 2, 2), ("last.safetensors", 10, 14)], ids=["teacher", "early", "late"]
+)
+def test_kill_9_and_resume_end_with_the_same_bits(name: str, time: int, resumed: int, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "smollm")
     undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3, dtype="float32")
     distill(undisturbed)
@@ -73,6 +75,7 @@ def test_kill_9_and_resume_end_with_the_same_bits(name: str, time: int, tmp_path
     assert not (run / "quantized").exists()
     subprocess.run(command(model, run, "--resume"), check=True, capture_output=True, timeout=120)
     assert codes(run) == codes(tmp_path / "undisturbed")
+    assert (f"resumed at step {resumed} of 20" in (run / "log.txt").read_text()) == (resumed > 0), "gone on with, not begun again"
     assert json.loads((run / "results.json").read_text())["command"].startswith("nybble distill --config")
 
 
