@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from nybble import evaluate
 from nybble.cli import main
+from nybble.console import Advance
 from nybble.errors import DataError, OptionError
 from nybble.export import openvino
 from nybble.losses import Head, last_hidden
@@ -58,6 +61,28 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
     assert not any(key.startswith("right:") for key in results["wikitext"])
     assert evaluate.columns(results)["right:arc_easy acc"] == results["arc_easy"]["right:acc"]
     assert results["wikitext"]["word_perplexity"] > 1
+
+
+def test_documents_have_one_progress_bar(data_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    page = json.dumps({"page": "= Water =\n\nWater is wet, and so is rain.\n"}) + "\n"
+    (data_dir / "wikitext" / "document_level" / "test.jsonl").write_text(page * 3)
+    titles: list[tuple[str, int]] = []
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Advance]:
+        done = []
+        yield lambda units, **texts: done.append(units)
+        titles.append((title, sum(done)))
+        assert sum(done) == total
+
+    monkeypatch.setattr(evaluate, "bar", bar)
+    capfd.readouterr()
+    three = evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["wikitext"], batch_size=2, data_dir=str(data_dir))
+    assert titles == [("wikitext, documents", 3)]
+    assert "loglikelihood requests" not in capfd.readouterr().err
+    (data_dir / "wikitext" / "document_level" / "test.jsonl").write_text(page)
+    one = evaluate.run_tasks(make_model("llama"), make_tokenizer(), ["wikitext"], batch_size=2, data_dir=str(data_dir))
+    assert three["wikitext"]["word_perplexity"] == pytest.approx(one["wikitext"]["word_perplexity"])
 
 
 def test_all_files_of_a_split_are_read_each_by_its_own_kind(data_dir: Path) -> None:

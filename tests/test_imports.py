@@ -8,7 +8,7 @@ ORDER = [
     "errors", "config", "grid", "quantized", "families", "models", "chat", "data",
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
     "layers", "insert", "losses", "teacher", "train", "ranks", "absorb", "checkpoint", "writing", "estimate",
-    "export", "export.openvino", "evaluate", "questions", "report", "page", "console",
+    "console", "export", "export.openvino", "evaluate", "questions", "report", "page",
     "starts", "text", "stages", "post_training", "tuning", "distill", "lessons", "tune", "search", "columns", "compare", "commands", "cli",
     "", "__main__",
 ]  # fmt: skip

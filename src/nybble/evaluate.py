@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.console import bar
 from nybble.data import SPLITS, splits_of
 from nybble.errors import DataError, MissingExtraError, NybbleError, OptionError
 from nybble.losses import Head
@@ -244,7 +245,18 @@ def run_tasks(
 
         def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
             self.batch_size_per_gpu = batch_size or fitting(max((len(context) + len(answer) for _, context, answer in requests), default=1))
+            if "override_bs" in named:  # called below, where there is a bar already
+                named["disable_tqdm"] = True
             return super()._loglikelihood_tokens(requests, *rest, **named)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """Whole documents, one at a time under one bar; lm-eval would draw a bar for every forward."""
+            found: list[float] = []
+            with bar(f"{requests[0].task_name}, documents", len(requests)) as advance:
+                for request in requests:
+                    found += super().loglikelihood_rolling([request], disable_tqdm=True)
+                    advance(1)
+            return found
 
     wrapped = Sized(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest)
     chosen: list[Any] = list(tasks) if data_dir is None else _local_tasks(tasks, Path(data_dir))
