@@ -233,7 +233,10 @@ def run_tasks(
         share of right answers "right:METRIC", a 1 or a 0 for each document, in the order of the data set, so that models can be compared document by document.
     """
     import lm_eval
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
+
+    evaluator.get_git_commit_hash = lambda: None  # of the working folder; where that is no repository, git says so on the terminal
 
     longest = longest_window(model.config)
 
