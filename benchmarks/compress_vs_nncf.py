@@ -1,4 +1,4 @@
-"""Post-training compression of the built-in model beside NNCF's: the same tokens, interleaved, each in a process of its own.
+"""Post-training compression beside NNCF's: the same tokens, interleaved, each in a process of its own.
 
 make bench-nncf     or     python benchmarks/compress_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--jobs nncf:awq+se nybble:awq+se ...]
 
@@ -29,13 +29,16 @@ LENGTH = 512
 JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se", "nncf:awq+se+gptq", "nybble:awq+se+gptq", "nybble:se+gptq"]
 
 
-def prepare(folder: Path, text: Path, texts: list[str]) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """Write the 16-bit model, the tokens to train on, held-out text and, per text to be measured, its tokens and the 16-bit model's hidden states."""
+    name = "" if options.pretrained == models.SMOLLM2 else f"-{Path(options.pretrained).name}"
+    options.folder = options.folder or Path(f"build/compress_vs_nncf{name}")
+    folder, text, texts = options.folder, options.text, options.texts
     missing = [name for name in texts if not (folder / f"{name}.safetensors").exists()]
     if not missing and (folder / "train.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = models.load(models.SMOLLM2, torch.float32, torch.device("cpu"))
+    loaded = models.load(options.pretrained, torch.float32, torch.device("cpu"))
     loaded.model.save_pretrained(folder / "model")
     loaded.tokenizer.save_pretrained(folder / "model")
 
@@ -106,7 +109,8 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     """What both comparisons take."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
-    parser.add_argument("--folder", type=Path, default=Path("build/compress_vs_nncf"))
+    parser.add_argument("--pretrained", default=models.SMOLLM2, help="hub id, folder or .gguf file (default: the built-in model)")
+    parser.add_argument("--folder", type=Path, help="for tokens and results of one model (default: in build)")
     parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
@@ -117,7 +121,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--jobs", nargs="+", default=JOBS)
     options = parser.parse_args()
-    prepare(options.folder, options.text, options.texts)
+    prepare(options)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for job in options.jobs:

@@ -1,6 +1,6 @@
-"""Distillation of the built-in model beside NNCF's: the same tokens, epochs, batch and microbatch; each in a process of its own, one after the other.
+"""Distillation beside NNCF's: the same tokens, epochs, batch and microbatch; each in a process of its own, one after the other.
 
-python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--samples 1024] [--length 256] [--epochs 1] [--device cuda]
+python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--pretrained MODEL] [--seeds 0 1 2] [--samples 1024] [--length 256] [--device cuda]
 
 NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill --lora_rank 0`, on the same sequences (without
 the curves for tensorboard, which NNCF does not write either); everything after -- is given to it. nybble-half: the same on the first half of the
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble", "nybble-half", "nybble-lora"), default=["nncf", "nybble"])
     parser.add_argument("flags", nargs="*", help="for nybble distill")
     options = parser.parse_args()
-    prepare(options.folder, options.text, options.texts)
+    prepare(options)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for peer in options.peers:
