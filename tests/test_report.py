@@ -54,6 +54,8 @@ def test_sentence() -> None:
         "in 2.0 minutes of training; 110 MB, 3.6 times smaller than 16 bit."
     )
     assert "tuning made it worse" in report.sentence(changed(openvino={"token_perplexity": 15.0}))
+    better = changed(openvino={"token_perplexity": 9.5, "kl_to_teacher": 0.07})
+    assert "in 16 bit: less than the 16-bit model's, to which the KL is 0.070 (0.500 before tuning), in 2.0 minutes" in report.sentence(better)
 
 
 def test_markdown_table() -> None:

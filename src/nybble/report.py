@@ -127,6 +127,17 @@ def table(results: dict[str, Any]) -> Table:
     return as_table(*rows(results))
 
 
+def _repair(models: dict[str, Any], tuned: str) -> str:
+    """What tuning repaired, in words; nothing where compression did no damage."""
+    repaired = improvement(models, tuned)
+    if repaired is None:
+        return ""
+    if repaired > 1:  # the text suits the tuned model better: of what was repaired the KL tells more
+        before, after = (models[row]["kl_to_teacher"] for row in ("compressed", tuned))
+        return f": less than the 16-bit model's, to which the KL is {after:.3f} ({before:.3f} before tuning)"
+    return f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
+
+
 def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
     models, name, trained, task = results["models"], results["model"], tunes(results), "task" in results
@@ -143,10 +154,7 @@ def sentence(results: dict[str, Any]) -> str:
     if trained:
         text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against "
         text += f"{before[0]} tuned in 16 bit and {full}" if learns_first(results) else f"{before[0]} before tuning and {full} in 16 bit"
-        repaired = None if task else improvement(models, last)
-        if repaired is not None:
-            text += f": {repaired:.0%} of the damage repaired" if repaired >= 0 else ": tuning made it worse"
-        text += " without tuning" if task else ""
+        text += " without tuning" if task else _repair(models, last)
         text += " (ranks chosen by this very score: not one on unseen rows)" if chosen_on_test(results) else ""
         text += f", in {sum(seconds.get(stage, 0) for stage in ('train', 'train scales')) / 60:.1f} minutes of training"
     else:
