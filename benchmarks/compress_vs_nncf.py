@@ -31,8 +31,8 @@ JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se
 
 def prepare(options: argparse.Namespace) -> None:
     """Write the 16-bit model, the tokens to train on, held-out text and, per text to be measured, its tokens and the 16-bit model's hidden states."""
-    name = "" if options.pretrained == models.SMOLLM2 else f"-{Path(options.pretrained).name}"
-    options.folder = options.folder or Path(f"build/compress_vs_nncf{name}")
+    model = "" if options.pretrained == models.SMOLLM2 else f"-{Path(options.pretrained).name}"
+    options.folder = options.folder or Path(f"build/compress_vs_nncf{model}")
     folder, text, texts = options.folder, options.text, options.texts
     missing = [name for name in texts if not (folder / f"{name}.safetensors").exists()]
     if not missing and (folder / "train.safetensors").exists():
