@@ -159,6 +159,9 @@ def test_command_writes_page_and_markdown(tmp_path: Path, capsys: pytest.Capture
     assert "| Small | INT4, QAT + LoRA | 12.000 | 20.0% |" in capsys.readouterr().out
     assert main(["report", runs[0], "--table"]) == 0
     assert "no model compressed without any training to compare with; name such a run too" in capsys.readouterr().out
+    few = write_run(tmp_path / "few", COMPRESSED | {"task_limit": 2})
+    assert main(["report", few, "--table"]) == 0
+    assert "Small: Perplexity and KL on the test split. Word perplexity and tasks on the first 2 documents only" in capsys.readouterr().out
     assert main(["report", *runs, "--table", "--out", str(tmp_path / "t.html")]) == 2
 
 

@@ -134,6 +134,15 @@ def test_runs_whose_16_bit_models_disagree_are_not_compared() -> None:
     assert [list(comparison.runs) for comparison in comparisons] == [["a", "close"], ["far"], ["fewer"]]
 
 
+def test_figures_of_a_few_documents_say_so_and_are_not_compared_with_those_of_all() -> None:
+    few = RESULTS | {"task_limit": 2}
+    whole, tried = report.compare({"all": RESULTS, "few": few})
+    assert (list(whole.runs), list(tried.runs)) == (["all"], ["few"])
+    said = "Word perplexity and tasks on the first 2 documents only (--task_limit)."
+    assert [said in text for text in (report.explained(tried), report.markdown(few))] == [True, True]
+    assert [said in text for text in (report.explained(whole), report.markdown(RESULTS))] == [False, False]
+
+
 def test_equal_labels_are_told_apart_by_the_run() -> None:
     labels = [entry.label for entry in report.compare({"one": COMPRESSED, "two": COMPRESSED})[0].entries]
     assert labels == ["16 bit", "4 bit, awq+se, one", "4 bit, awq+se, two"]

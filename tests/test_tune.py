@@ -288,6 +288,7 @@ def test_tasks_of_lm_eval_go_through_the_whole_flow(task: str, metric: str, tmp_
     assert found["task"]["metric"] == metric
     assert all(found["models"][row][f"documents:{task}"] == 3 for row in ("16bit", "learnt", "compressed", "tuned"))
     assert all("test" in row for row in found["candidates"]) == (task == "openbookqa")
+    assert "on the first 3 documents only (--task_limit)" in (tmp_path / "run" / "report.md").read_text()
     tune(options(tmp_path, resume=True, eval_only=True, **changes))
     tune(options(tmp_path, resume=True, eval_only=True, custom_rank_config=(2, 8), **changes))
     shipped, tried = results(tmp_path / "run")["tested"]

@@ -324,6 +324,12 @@ def _errors_markdown(results: dict[str, Any]) -> str:
     return f"## Compression ({results.get('method', 'rtn')})\n\n{LAYER_NOTE}\n\n{as_markdown(*layer_rows(results))}"
 
 
+def measured_on(results: dict[str, Any]) -> str:
+    """What the numbers are of."""
+    text = f"Perplexity and KL on {results.get('test', 'the test split')}."
+    return text + (f" Word perplexity and tasks on the first {results['task_limit']} documents only (--task_limit)." if "task_limit" in results else "")
+
+
 def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
@@ -333,8 +339,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {results['model']}: {title}",
         sentence(results),
         as_markdown(*rows(results)),
-        f"Perplexity and KL on {results.get('test', 'the test split')}."
-        + (" Repaired = (perplexity before tuning - after) / (before - 16 bit)." if tunes(results) and "task" not in results else ""),
+        measured_on(results) + (" Repaired = (perplexity before tuning - after) / (before - 16 bit)." if tunes(results) and "task" not in results else ""),
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
@@ -505,7 +510,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
 
 def _comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two runs measured the same model on the same text: by name, and by what the 16-bit model scored there (up to 1 %: machines differ)."""
-    if any(one.get(key) != other.get(key) for key in ("model", "test")):
+    if any(one.get(key) != other.get(key) for key in ("model", "test", "task_limit")):
         return False
     a, b = (results["models"].get("16bit", {}) for results in (one, other))
     values = a.get("token_perplexity"), b.get("token_perplexity")
@@ -621,7 +626,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
 
 def explained(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
-    text = f"Perplexity and KL on {comparison.test}."
+    text = measured_on(next(iter(comparison.runs.values())))
     if comparison.baseline is not None and comparison.metric.endswith("perplexity"):
         text += f" Repaired = share of the damage to {heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
     return text

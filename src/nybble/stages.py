@@ -147,6 +147,7 @@ def opened(
             run.results |= {"method": starts.described(method), "start_tuned": starts.tuned(method), "dtype": str(dtype).removeprefix("torch.")}
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
             run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
+            run.results |= {"task_limit": options.task_limit} if options.task_limit and (options.tasks or task is not None) else {}
             _check_unchanged(run, {"model": models.identity(loaded.model)} | _fingerprints(sequences, starts.start_run(method)))
             yield Job(run, options, loaded, plan, text.written(run, options, loaded, sequences), head, outputs=outputs)
     finally:
