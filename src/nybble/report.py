@@ -325,7 +325,7 @@ def _errors_markdown(results: dict[str, Any]) -> str:
 
 
 def measured_on(results: dict[str, Any]) -> str:
-    """What the numbers are of."""
+    """Which text and how much of the tasks the numbers are of."""
     text = f"Perplexity and KL on {results.get('test', 'the test split')}."
     return text + (f" Word perplexity and tasks on the first {results['task_limit']} documents only (--task_limit)." if "task_limit" in results else "")
 
@@ -509,7 +509,8 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
 
 
 def _comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs measured the same model on the same text: by name, and by what the 16-bit model scored there (up to 1 %: machines differ)."""
+    """Whether two runs measured the same model on the same text, and as many documents of tasks: by name, and by what the 16-bit model scored there (up to 1 %:
+    machines differ)."""
     if any(one.get(key) != other.get(key) for key in ("model", "test", "task_limit")):
         return False
     a, b = (results["models"].get("16bit", {}) for results in (one, other))
