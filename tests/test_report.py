@@ -111,7 +111,9 @@ def test_runs_on_the_same_text_are_compared_against_the_best_compression_without
 
 def test_another_text_or_model_is_another_comparison() -> None:
     runs = {"one": RESULTS, "two": RESULTS | {"test": "other"}, "three": RESULTS | {"model": "Large"}}
-    assert [(c.model, c.test) for c in report.compare(runs)] == [("Small", "the test split"), ("Small", "other"), ("Large", "the test split")]
+    found = [(comparison.model, comparison.measured_on) for comparison in report.compare(runs)]
+    own, other = "Perplexity and KL on the test split.", "Perplexity and KL on other."
+    assert found == [("Small", own), ("Small", other), ("Large", own)]
 
 
 def test_a_tuned_start_is_no_baseline() -> None:

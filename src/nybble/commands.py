@@ -181,8 +181,8 @@ def _report_runs(options: ReportOptions) -> None:
         console.print(report.as_table(headings, lines))
         console.print(report.as_markdown(headings, lines), highlight=False, soft_wrap=True)
         for comparison in comparisons:
-            if "task_limit" in (first := next(iter(comparison.runs.values()))):  # in one is in all
-                console.print(f"{comparison.model}: {report.measured_on(first)}", highlight=False, soft_wrap=True)
+            if any("task_limit" in results for results in comparison.runs.values()):
+                console.print(f"{comparison.model}: {comparison.measured_on}", highlight=False, soft_wrap=True)
             if comparison.baseline is None:
                 console.print(f"{comparison.model}: no model compressed without any training to compare with; {_REMEDY}", highlight=False)
         return

@@ -404,15 +404,19 @@ class Comparison:
     """Runs that measured the same model on the same text.
 
     Attributes:
-        model, test: which.
+        model: which.
         entries: the 16-bit model, then what the runs made of it.
         runs: name -> results.
     """
 
     model: str
-    test: str
     entries: Sequence[Entry]
     runs: Mapping[str, dict[str, Any]]
+
+    @property
+    def measured_on(self) -> str:
+        """What the numbers are of, the same in all runs."""
+        return measured_on(next(iter(self.runs.values())))
 
     @property
     def metric(self) -> str:
@@ -483,7 +487,6 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
     comparisons = []
     for members in groups:
         first = next(iter(members.values()))
-        model, test = first["model"], first.get("test", "the test split")
         found = [(name, results, row) for name, results in members.items() for row in ROWS if row in results["models"]]
         found = [item for i, item in enumerate(found) if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])]
         found.sort(key=lambda item: item[2] != "16bit")
@@ -504,7 +507,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
             for (name, results, row), named in zip(found, labels, strict=True)
         ]
         if entries:
-            comparisons.append(Comparison(model, test, entries, members))
+            comparisons.append(Comparison(first["model"], entries, members))
     return comparisons
 
 
@@ -627,7 +630,7 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
 
 def explained(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
-    text = measured_on(next(iter(comparison.runs.values())))
+    text = comparison.measured_on
     if comparison.baseline is not None and comparison.metric.endswith("perplexity"):
         text += f" Repaired = share of the damage to {heading(comparison.metric)} done by the best compression without training ({comparison.baseline.label})."
     return text
