@@ -30,10 +30,10 @@ def test_a_used_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
     assert (path / "last.safetensors").exists()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (path / "link").symlink_to(elsewhere, target_is_directory=True)
+    (path / "teacher").symlink_to(elsewhere, target_is_directory=True)
     Run.open(path, OPTIONS, resume=False, overwrite=True).close()
     assert not (path / "last.safetensors").exists()
-    assert not (path / "link").is_symlink()
+    assert not (path / "teacher").is_symlink()
     assert elsewhere.is_dir(), "what a link points to is not the run's"
 
 
@@ -45,7 +45,7 @@ def test_a_foreign_folder_is_never_touched(overwrite: bool, tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.parametrize("settings", [b'baseURL = "https://example.org"\n', b"not toml", b"\xff\xfe"])
+@pytest.mark.parametrize("settings", [b'baseURL = "https://example.org"\n', b"not toml", b"\xff\xfe", b'pretrained = "m"\nseed = 0\n'])
 def test_settings_of_another_program_are_not_taken_for_a_run(settings: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(settings)
     (tmp_path / "post.md").write_text("keep me")
@@ -97,15 +97,44 @@ def test_a_run_killed_before_its_first_file_is_no_obstacle(tmp_path: Path) -> No
     assert (tmp_path / "config.toml").exists()
 
 
-def test_overwrite_deletes_the_configuration_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Run.open(tmp_path, OPTIONS, resume=False, overwrite=False).close()
-    for name in ("a", "zz"):
-        (tmp_path / name).write_text("")
+def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
+    run.results["exports"] = {"toy": {}}
+    run.save_results()
+    run.close()
+    for folder in ("quantized", "toy", "toy.tmp", "notes"):
+        (run.path / folder).mkdir()
+        (run.path / folder / "file").write_text("")
+    (run.path / "thesis.tex").write_text("precious")
     deleted, original = [], Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda self, *a: (deleted.append(self.name), original(self, *a))[1])
-    Run.open(tmp_path, OPTIONS, resume=False, overwrite=True).close()
-    assert deleted[-1] == "config.toml"
-    assert {"a", "zz"} < set(deleted)
+    with caplog.at_level("INFO", "nybble"):
+        Run.open(run.path, OPTIONS, resume=False, overwrite=True).close()
+    assert deleted[-2:] == ["config.toml", "nybble-run.json"], "known as a run as long as anything is left of it"
+    assert sorted(entry.name for entry in run.path.iterdir()) == [".lock", "config.toml", "notes", "nybble-run.json", "thesis.tex"]
+    assert "left in place, as no run wrote it: notes, thesis.tex" in caplog.text
+
+
+def test_overwrite_refuses_folders_that_are_more_than_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, home = tmp_path / "project" / "run", tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for folder in (run, run.parent, home):
+        Run.open(folder, OPTIONS, resume=False, overwrite=False).close() if not folder.exists() or folder == home else None
+    monkeypatch.chdir(run)
+    (run / "log.txt").write_text("precious")
+    with pytest.raises(RunError, match="is the current folder or one above it; choose another --output_dir"):
+        Run.open(Path("."), OPTIONS, resume=False, overwrite=True)
+    with pytest.raises(RunError, match="is the home folder or one above it"):
+        Run.open(home, OPTIONS, resume=False, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    (run / ".git").mkdir()
+    with pytest.raises(RunError, match="is a git repository"):
+        Run.open(run, OPTIONS, resume=False, overwrite=True)
+    assert (run / "log.txt").read_text() == "precious"
+    (run / ".git").rmdir()
+    Run.open(run, OPTIONS, resume=False, overwrite=True).close()
+    assert not (run / "log.txt").exists()
 
 
 def test_disk_counts_what_is_already_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

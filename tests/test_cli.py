@@ -42,6 +42,15 @@ def test_resume_starts_from_the_options_of_the_run(tmp_path: Path) -> None:
     assert options == DistillOptions(**vars(saved) | {"resume": True, "overwrite": False})
 
 
+def test_only_a_flag_allows_code_that_comes_with_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.toml").write_text('pretrained = "m"\nseed = 0\ntrust_remote_code = true\n')
+    assert "remove trust_remote_code, and give it as a flag if you trust the model" in error_of(["distill", "--config", str(tmp_path / "config.toml")], capsys)
+    resumed = ["distill", "--resume", "--output_dir", str(tmp_path)]
+    assert cli.parse(resumed)[0].trust_remote_code is False
+    assert cli.parse([*resumed, "--trust_remote_code"])[0].trust_remote_code is True
+    assert "trust_remote_code" not in to_toml(DistillOptions(pretrained="m", trust_remote_code=True))
+
+
 def test_resume_finds_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved = DistillOptions(pretrained="org/Model-1.5B", lr=0.125)
@@ -133,7 +142,7 @@ def test_eval_takes_its_target_by_position() -> None:
         ("env --foo", "nybble env takes no arguments; got --foo"),
         ("export ./nowhere --to gguf", "--to must name known formats (openvino); got gguf"),
         ("export ./nowhere --to", "--to must name a format: openvino"),
-        ("export ./nowhere", "nowhere must be a run folder; it has no config.toml"),
+        ("export ./nowhere", "nowhere must be a run folder; it has no nybble-run.json"),
         ("eval ./nowhere", "MODEL_OR_RUN ./nowhere must be a model folder, a .gguf file or a hub id; there is no such folder"),
     ],
 )

@@ -162,6 +162,7 @@ def test_a_finished_column_is_the_same_wherever_the_comparison_lies(tmp_path: Pa
 
     def finished(folder: Path, options: Any) -> Any:
         folder.mkdir()
+        checkpoint.write_text(folder / "nybble-run.json", '{"format": "nybble-run-1"}')
         checkpoint.write_text(folder / "config.toml", to_toml(options))
         checkpoint.write_text(folder / "results.json", json.dumps({"models": {"tuned": {}, "compressed": {}}}))
         return replace(options, output_dir=str(folder))

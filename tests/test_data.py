@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,18 @@ def test_unusable_files(name: str, content: str | bytes, words: str, tmp_path: P
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=words):
         data.load_texts(str(tmp_path / name))
+
+
+def test_the_file_that_is_named_is_read_and_no_other(tmp_path: Path) -> None:
+    """Brackets are part of the name, not a pattern; and its content now counts, not what it was when it had this time stamp before."""
+    named, other = tmp_path / "x[12].jsonl", tmp_path / "x1.jsonl"
+    named.write_text("".join(json.dumps({"text": f"mine {i}"}) + "\n" for i in range(10)))
+    other.write_text("".join(json.dumps({"text": f"other {i}"}) + "\n" for i in range(10)))
+    assert sorted(data.load_texts(str(named)).train)[0] == "mine 0"
+    stamp = named.stat()
+    named.write_text("".join(json.dumps({"text": f"MINE {i}"}) + "\n" for i in range(10)))
+    os.utime(named, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert sorted(data.load_texts(str(named)).train)[0] == "MINE 0"
 
 
 def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 ORDER = [
-    "errors", "config", "grid", "quantized", "families", "models", "chat", "data",
+    "errors", "rows", "config", "grid", "quantized", "families", "models", "chat", "data",
     "compress.start", "compress.blocks", "compress.rtn", "compress.scale_estimation", "compress.awq", "compress.gptq", "compress.blockwise", "compress",
     "layers", "insert", "losses", "teacher", "train", "ranks", "absorb", "checkpoint", "writing", "estimate",
     "console", "export", "export.openvino", "evaluate", "questions", "report", "page",

@@ -170,6 +170,7 @@ def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: 
     begun = {key: value for key, value in WHOLE.items() if key != "warnings"} | {"model": "Large", "models": measured}
     runs = [write_run(tmp_path / "done", WHOLE), write_run(tmp_path / "half", begun)]
     (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "nybble-run.json").write_text('{"format": "nybble-run-1"}')
     (tmp_path / "begun" / "config.toml").write_text('pretrained = "x"\nseed = 0\n')
     assert main(["report", *runs, str(tmp_path / "begun"), "--table"]) == 0
     printed = capsys.readouterr().out
@@ -180,6 +181,7 @@ def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: 
 
 def test_a_run_by_two_names_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "one", WHOLE)
+    (tmp_path / "one" / "nybble-run.json").write_text('{"format": "nybble-run-1"}')
     (tmp_path / "one" / "config.toml").write_text('pretrained = "m"\nseed = 0\n')
     assert main(["report", run, f"{run}/", f"{run}/../one", "--table"]) == 0
     assert "seeds" not in capsys.readouterr().out

@@ -479,3 +479,37 @@ def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:
     compress_flow(options(folder, tmp_path / "run", method="rtn", trust_remote_code=True))
     loaded, _, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32, trust_remote_code=True)
     assert type(loaded).__name__ == "Model"
+
+
+def test_code_in_a_run_of_someone_else_runs_only_where_it_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder asks for it in its config.toml and brings code in quantized/; nobody at the keyboard allowed it."""
+    run = tmp_path / "run"
+    compress_flow(options(save_model(tmp_path / "model", "llama"), run, method="rtn"))
+    with (run / "config.toml").open("a") as file:
+        file.write("trust_remote_code = true\n")
+    config = json.loads((run / "quantized" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (run / "quantized" / "config.json").write_text(json.dumps(config))
+    (run / "quantized" / "mine.py").write_text("raise SystemExit('foreign code ran')")
+    for command in (["export", str(run)], ["eval", str(run), "--data", "python-docs"]):
+        assert cli.main(command) == 2
+        words = f"{run / 'quantized'} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="foreign code ran"):
+        cli.main(["export", str(run), "--trust_remote_code"])
+
+
+def test_a_head_of_its_own_ships_whatever_the_configuration_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """config.json says tied embeddings, the checkpoint has a trained head (a merged LoRA with modules_to_save)."""
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with caplog.at_level("WARNING", "nybble"):
+        compress_flow(options(folder, tmp_path / "run", method="rtn"))
+    assert "the checkpoint has a head of its own, which is used" in caplog.text
+    original = make_model("llama")
+    shipped, _, quantized = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    assert shipped.config.tie_word_embeddings is False
+    assert {"lm_head", "model.embed_tokens"} <= quantized.keys()
+    for ours, theirs in ((shipped.lm_head, original.lm_head), (shipped.model.embed_tokens, original.model.embed_tokens)):
+        assert (ours.weight - theirs.weight).abs().max() < 0.01

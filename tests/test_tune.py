@@ -638,7 +638,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "else nothing is trained" in refused(tmp_path, capsys, "--lr", "0", "--scale_epochs", "0")
     assert "else nothing is trained" in refused(tmp_path, capsys, "--adapters", "inside", "--lr", "0", "--scale_lr", "0")
     assert "must be a run of nybble tune that was trained; it is none, or its training did not end" in refused(tmp_path, capsys, "--eval_only", "--resume")
-    assert "must be a file with one JSON object a line" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
+    assert "nothing.jsonl cannot be read: No such file or directory" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')
     assert "row 1 must have prompt, choices" in refused(tmp_path, capsys, task=str(tmp_path / "wrong.jsonl"))
     assert "answers must have tokens within --seq_len 8; none of 16 has; the shortest prompt has" in refused(

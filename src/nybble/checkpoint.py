@@ -1,5 +1,6 @@
 """The run folder: what is saved when. Every file appears whole or not at all, so that a run can be killed at any moment and resumed.
 
+nybble-run.json      the marker: this folder is a run of nybble
 config.toml          the options, resolved
 log.txt              what the console said since the folder exists, with times
 results.json         measurements and seconds per stage, growing; report.md is the same for people
@@ -42,17 +43,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.config import read_toml, to_toml
-from nybble.errors import ExportError, OptionError, RunError
+from nybble.errors import ExportError, RunError
 from nybble.grid import Grid
 from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 
 log = logging.getLogger("nybble")
 
 CONFIG, RESULTS = "config.toml", "results.json"
-# What a run leaves in its folder before its first file is whole.
-_EMPTY = {".lock", f"{CONFIG}.tmp"}
+# The file that makes a folder a run, and what it holds. Other programs have a config.toml too; none has this.
+MARKER, _MARKER_FORMAT = "nybble-run.json", "nybble-run-1"
+# What a run leaves in its folder before its configuration is whole.
+_EMPTY = {".lock", MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
+# Everything that a run writes into its folder beside its exports. --overwrite deletes these names and no others; configuration and marker come last,
+# so that the folder is known as a run as long as anything is left of it.
+_OWN = (
+    "log.txt", RESULTS, "report.md", "report.html", "teacher", "compress", "last.safetensors", "best.safetensors", "scales-last.safetensors",
+    "scales-best.safetensors", "quantized", "self.safetensors", "search.db", "tensorboard", "trial", "merged", "texts", CONFIG, MARKER,
+)  # fmt: skip
 # Options that may change on resume. Another microbatch or cache gives the same gradients up to rounding: the last bits may differ.
-_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch", "fast_eval", "custom_rank_config"}
+_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch", "fast_eval", "custom_rank_config", "trust_remote_code"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,11 +142,40 @@ class BlockStore:
 
 
 def is_run(path: Path) -> bool:
-    """Whether the folder has a config.toml that nybble wrote; other programs call their settings so too."""
+    """Whether the folder has the marker of a run."""
     try:
-        return {"pretrained", "seed"} <= read_toml(path / CONFIG).keys()
-    except OptionError:
+        return json.loads((path / MARKER).read_text(encoding="utf-8"))["format"] == _MARKER_FORMAT  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _check_deletable(path: Path) -> None:
+    """Raise RunError where --overwrite would delete from a folder that is more than a run, even if it has a run's marker."""
+    resolved, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
+    if resolved == here or resolved in here.parents:
+        what = "the current folder or one above it"
+    elif resolved == home or resolved in home.parents:
+        what = "the home folder or one above it"
+    elif (path / ".git").exists():
+        what = "a git repository"
+    else:
+        return
+    raise RunError(f"--overwrite must name the folder of a run alone; {path} is {what}; choose another --output_dir")
+
+
+def _delete_run(path: Path) -> None:
+    """Delete what a run wrote; other files in its folder stay, and are named."""
+    exports: set[str] = set()
+    with suppress(RunError):  # damaged results: the exports stay
+        exports = set(read_results(path).get("exports", {}))
+    for name in (*exports, *_OWN):
+        for entry in (path / f"{name}.tmp", path / name):
+            if entry.is_symlink() or entry.is_file():
+                entry.unlink()
+            elif entry.is_dir():
+                shutil.rmtree(entry)
+    if left := sorted(entry.name for entry in path.iterdir() if entry.name != ".lock"):
+        log.info("%s: left in place, as no run wrote it: %s", path, ", ".join(left))
 
 
 def _lock(path: Path) -> IO[str]:
@@ -173,6 +211,8 @@ class Run:
             raise RunError(f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder")
         if used and not (resume or overwrite):
             raise RunError(f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it")
+        if overwrite:
+            _check_deletable(path)
         return used
 
     @staticmethod
@@ -190,14 +230,13 @@ class Run:
         used = Run.check(path, resume, overwrite)
         lock = _lock(path)
         if used and overwrite:
-            # The configuration goes last: as long as anything is left, the folder is known as a run.
-            for entry in sorted(path.iterdir(), key=lambda entry: entry.name == CONFIG):
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _delete_run(path)
         run = Run(path, lock, {"seconds": {}, "models": {}})
         if used and resume:
             check_same(path, options)
             run.results |= read_results(path)
+        if not is_run(path):
+            write_text(path / MARKER, json.dumps({"format": _MARKER_FORMAT}) + "\n")
         if not (used and getattr(options, "eval_only", False)):  # a trial of ranks leaves the run's options alone
             write_text(path / CONFIG, to_toml(options))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -251,7 +290,9 @@ def read_results(path: Path) -> dict[str, Any]:
 def read_options(path: Path) -> dict[str, Any]:
     """Values in the config.toml of a run; RunError if this is not a run folder."""
     if not is_run(path):
-        raise RunError(f"{path} must be a run folder; it has no {CONFIG} of nybble's")
+        raise RunError(f"{path} must be a run folder; it has no {MARKER} of nybble's")
+    if not (path / CONFIG).is_file():
+        raise RunError(f"{path} must be a whole run; its {CONFIG} is missing; bring it back, or make the run again")
     return read_toml(path / CONFIG)
 
 
@@ -392,15 +433,27 @@ def plain_tensors(folder: Path) -> set[str]:
         return {key for key in file.keys() if not key.endswith((".weight.codes", ".weight.scale", ".weight.zero"))}  # noqa: SIM118
 
 
+def load_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The configuration of a model that nybble wrote; RunError where it needs Python code that comes with it, and nobody allowed that."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise RunError(f"{folder} needs Python code that comes with the model; if you trust it, add --trust_remote_code") from error
+
+
 def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
     """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
+    config = load_config(folder, trust_remote_code)
     quantized, tensors = load_weights(folder)
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     tensors |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with no_init_weights():  # every weight is loaded; random starts would be made for nothing
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)

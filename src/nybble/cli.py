@@ -30,6 +30,7 @@ from nybble.config import (
     TuneOptions,
     check_kind,
     from_toml,
+    of_run,
 )
 from nybble.errors import NybbleError, OptionError
 
@@ -148,7 +149,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
         saved = _parse_flags(name, kind, flags, values).folder / "config.toml"
         if saved.is_file():
             check_kind(saved.parent, kind)
-            run = from_toml(kind, saved)
+            run = of_run(kind, saved.parent)
             if "--eval-only" in flags:  # what the run was given need not be what is in place: `nybble search` puts other ranks there
                 run.pop("custom_rank_config", None)
             values = run | values

@@ -30,11 +30,11 @@ def export(options: ExportOptions) -> None:
         raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
     check_formats(options.to, "--to")
     path = Path(options.run)
-    values = checkpoint.read_options(path)
+    checkpoint.read_options(path)  # a run?
     run = Run.reopen(_finished(path))
     try:
         for kind in options.to:
-            export_run(run, kind, values.get("trust_remote_code", False))
+            export_run(run, kind, options.trust_remote_code)
     finally:
         run.close()
 
@@ -59,9 +59,9 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
     for kind, exporter in EXPORTERS.items():
         if (path / exporter().MODEL_XML).is_file():
             check_formats([kind])
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import AutoTokenizer
 
-            config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+            config = checkpoint.load_config(path, options.trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
             return LoadedModel(exporter().open_model(path, config, options.strict), tokenizer, str(path))
     try:

@@ -300,6 +300,7 @@ class SearchOptions:
     random_draws: bool = True  # As many random draws besides, to compare with.
     seed: int = 0  # Of the search.
     apply: bool = False  # Put the best in place of tune's choice: into 4 bits as tune does, save, export, measure.
+    trust_remote_code: bool = False  # Run Python code that comes with the model.
 
     def check(self) -> None:
         """Raise OptionError for impossible values."""
@@ -313,6 +314,7 @@ class ExportOptions:
 
     run: str  # Run folder.
     to: tuple[str, ...] = ("openvino",)  # Formats.
+    trust_remote_code: bool = False  # Run Python code that comes with the model.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +374,8 @@ def _require(options: Any, names: tuple[str, ...], valid: Any, range_: str) -> N
 
 
 Options = TypeVar("Options")
+# Never written into a file, nor taken from one: only a flag makes nybble run code that comes with a model.
+_TRUST = "trust_remote_code"
 
 
 def check_kind(folder: Path, options: Any) -> None:
@@ -395,11 +399,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise OptionError(f"--config {path} is not valid TOML: {error}") from error
 
 
+def of_run(kind: type[Options], folder: Path) -> dict[str, Any]:
+    """Field values of `kind` from the config.toml of a run, without leave to run code: whoever uses a run gives that anew."""
+    values = {key: value for key, value in read_toml(folder / "config.toml").items() if key != _TRUST}
+    return _checked(kind, folder / "config.toml", values)
+
+
 def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Field values of `kind` from a TOML file; OptionError for a key that it does not have (the nearest is named)."""
+    values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+    if values.get(_TRUST):
+        raise OptionError(f"--config {path} must not allow Python code that comes with a model; remove {_TRUST}, and give it as a flag if you trust the model")
+    return _checked(kind, path, values)
+
+
+def _checked(kind: type[Options], path: Path, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
-    values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, 1)
@@ -440,6 +456,6 @@ def to_toml(options: Any) -> str:
     """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do. Texts, numbers, booleans
     and lists of them are written as in JSON, but for one character that JSON leaves bare, and for what is not finite."""
     fields = dataclasses.asdict(options)
-    kept = {key: value for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only")}
+    kept = {key: value for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only", _TRUST)}
     written = {key: str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False) for key, value in kept.items()}
     return "".join(f"{key} = {text}\n" for key, text in written.items()).replace("\x7f", "\\u007f")

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble import chat
+from nybble import chat, rows
 from nybble.errors import DataError, OptionError
 
 log = logging.getLogger("nybble")
@@ -47,7 +47,6 @@ SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "val
 # Column of conversations, where there is no text column.
 _MESSAGES = "messages"
 _PLAIN = (".raw", ".txt", ".md")
-_ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # What may lie beside wikitext-2-raw in --data_dir.
 _OTHER_WIKITEXT = {"document_level", "wikitext-2-v1", "wikitext-103-v1", "wikitext-103-raw-v1"}
 
@@ -100,7 +99,7 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
         texts = _from_folder(Path(data), column, wanted)
     elif Path(data).is_file():
         texts = _held_out(_read_file(Path(data), column))
-    elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *_ROWS):
+    elif data.startswith((".", "/", "~")) or Path(data).suffix in (*_PLAIN, *rows.SUFFIXES):
         raise DataError(
             f"--data {data} must be an existing file or folder, wikitext2, wikitext2-plain, python-docs, or a hub data set; there is nothing at this path"
         )
@@ -193,37 +192,32 @@ def split_of(i: int) -> str:
 
 
 def _read_file(path: Path, column: str) -> Sequence[Document]:
-    if path.suffix in _PLAIN:
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise DataError(f"--data {path} must be UTF-8 text; byte {error.start} is not; convert it first") from error
-    if path.suffix not in _ROWS:
-        raise DataError(f"--data {path} must end with one of {' '.join((*_PLAIN, *_ROWS))}; got {path.suffix or 'no suffix'}")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(_ROWS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps every reader's own errors
-        raise DataError(f"--data {path} cannot be read as {path.suffix[1:]}: {_cause(error)}") from error
-    return _column(rows, column, str(path))
+    kind = path.suffix.lower()
+    if kind in _PLAIN:
+        return [rows.read_text(path)]
+    if kind not in rows.SUFFIXES:
+        raise DataError(f"--data {path} must end with one of {' '.join((*_PLAIN, *rows.SUFFIXES))}; got {path.suffix or 'no suffix'}")
+    found = rows.read_rows(path)
+    known = list(dict.fromkeys(name for row in found for name in row))
+    name = _column_of(known, column, str(path))
+    return _documents([row.get(name) for row in found], name, str(path))
 
 
 def _from_folder(folder: Path, column: str, wanted: Sequence[str], lines: bool = False) -> Texts:
     """`lines`: the rows of a file are the lines of one text, as those of wikitext-2 are, beside which lie others."""
     found: dict[str, Sequence[Document]] = {}
     for split in SPLITS:
-        for suffix in (*_PLAIN, *_ROWS):  # plain text first: it is what the perplexities of papers are measured on
+        for suffix in (*_PLAIN, *rows.SUFFIXES):  # plain text first: it is what the perplexities of papers are measured on
             files = sorted(file for file in folder.rglob(f"*{suffix}") if file.is_file() and split in splits_of(file))
             if lines:
                 files = [file for file in files if not _OTHER_WIKITEXT & set(file.relative_to(folder).parts)]
             if files:
-                texts = [text for file in files for text in _read_file(file, column if suffix in _ROWS else "text")]
-                found[split] = ["".join(map(str, texts))] if lines and suffix in _ROWS else texts
+                texts = [text for file in files for text in _read_file(file, column if suffix in rows.SUFFIXES else "text")]
+                found[split] = ["".join(map(str, texts))] if lines and suffix in rows.SUFFIXES else texts
                 break
     lacking = _lacking(found, wanted)
     if lacking:
-        raise DataError(f"--data {folder} must hold a file with the word {lacking} in its name ({' '.join((*_PLAIN, *_ROWS))}); found none")
+        raise DataError(f"--data {folder} must hold a file with the word {lacking} in its name ({' '.join((*_PLAIN, *rows.SUFFIXES))}); found none")
     return _filled(found)
 
 
@@ -267,25 +261,34 @@ def _from_hub(data: str, column: str, wanted: Sequence[str]) -> Texts:
     lacking = _lacking(known, wanted)
     if lacking:
         raise DataError(f"--data {data} must have a {lacking} split; it has {', '.join(known) or 'none'}")
-    documents = {split: _column(splits[split], column, data) for split in SPLITS if split in splits}
+    documents = {}
+    for split in (split for split in SPLITS if split in splits):
+        name = _column_of(splits[split].column_names, column, data)
+        documents[split] = _documents(splits[split][name], name, data)
     if data == WIKITEXT2:  # its rows are lines
-        documents = {split: ["".join(map(str, rows))] for split, rows in documents.items()}
+        documents = {split: ["".join(map(str, lines))] for split, lines in documents.items()}
     return _filled(documents)
 
 
-def _column(rows: Any, column: str, source: str) -> Sequence[Document]:
-    if column == "text" and column not in rows.column_names and _MESSAGES in rows.column_names:  # unless another one was asked for
-        column = _MESSAGES
-    if column not in rows.column_names:
-        raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(rows.column_names)}")
-    filled = [(i, value) for i, value in enumerate(rows[column], 1) if value is not None]
-    if len(filled) < len(rows):
-        log.warning("%s: %d of %d rows have nothing in column %s and were left out", source, len(rows) - len(filled), len(rows), column)
+def _column_of(known: Sequence[str], column: str, source: str) -> str:
+    """The column to read: the one asked for, or conversations, where there is no text and nothing else was asked for."""
+    if column == "text" and column not in known and _MESSAGES in known:
+        return _MESSAGES
+    if column not in known:
+        raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(known) or 'none'}")
+    return column
+
+
+def _documents(values: Sequence[Any], column: str, source: str) -> Sequence[Document]:
+    """The values of a column as texts or conversations."""
+    filled = [(i, value) for i, value in enumerate(values, 1) if value is not None]
+    if len(filled) < len(values):
+        log.warning("%s: %d of %d rows have nothing in column %s and were left out", source, len(values) - len(filled), len(values), column)
     if filled and (isinstance(filled[0][1], list) or column == _MESSAGES):
         return [chat.check_messages(value, f"{source}: row {i}, column {column}") for i, value in filled]
     odd = next((i for i, value in filled if not isinstance(value, str)), None)
     if odd is not None:
-        raise DataError(f"{source}: row {odd}, column {column} must be text; got {str(rows[column][odd - 1])[:80]}; name another --data_column")
+        raise DataError(f"{source}: row {odd}, column {column} must be text; got {str(values[odd - 1])[:80]}; name another --data_column")
     return [value for _, value in filled]
 
 

@@ -26,6 +26,7 @@ from nybble.console import bar
 from nybble.data import SPLITS, splits_of
 from nybble.errors import DataError, MissingExtraError, NybbleError, OptionError
 from nybble.losses import Head
+from nybble.rows import read_rows
 from nybble.teacher import States
 
 # Longest window in lm-eval: that of the published tables we compare with (EVIDENCE: NNCF's evaluation length).
@@ -350,10 +351,12 @@ def _dataset(files: dict[str, list[str]]) -> Any:
 
     found = datasets.DatasetDict()
     for split, names in files.items():
-        kind = "json" if names[0].endswith("jsonl") else "parquet"
+        read = [row for name in names for row in read_rows(Path(name), "--data_dir:")]
+        if not read:
+            raise DataError(f"--data_dir: {', '.join(names)} must have rows; it has none")
         try:
-            found[split] = datasets.load_dataset(kind, data_files=names, split="train")
-        except Exception as error:  # datasets wraps every reader's own errors
-            cause = " ".join(str(error.__cause__ or error).split())[:200] or "it has no rows"
-            raise DataError(f"{', '.join(names)} cannot be read as {kind}: {cause}") from error
+            columns = dict.fromkeys(name for row in read for name in row)
+            found[split] = datasets.Dataset.from_dict({name: [row.get(name) for row in read] for name in columns})
+        except (ValueError, TypeError) as error:  # pyarrow's: values of one column that are of several types
+            raise DataError(f"--data_dir: {', '.join(names)} must have values of one type in each column: {' '.join(str(error).split())[:200]}") from error
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
 import pickle
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from torch import nn
 
 from nybble.errors import MissingExtraError, ModelError
 from nybble.families import has_bfloat16, special_parameters
+
+log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
 
@@ -114,6 +117,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
         raise ModelError(f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files (first: {missing[0]})")
     check_supported(model, name)
+    _note_tying(model)
     model.requires_grad_(False)
     return LoadedModel(model.to(device).eval(), tokenizer, name)
 
@@ -172,6 +176,14 @@ def check_supported(model: nn.Module, name: str) -> None:
         )
     if not plan(model).int4:
         raise ModelError(f"{name} has no nn.Linear layers to quantize (class {type(model).__name__}); choose a Llama-like model")
+
+
+def _note_tying(model: Any) -> None:
+    """The configuration says of tied embeddings what is true of the model: where a checkpoint has a head of its own (a merged LoRA that trained it, for
+    example), transformers loads that, and would tie it to the embedding when it is saved and loaded again."""
+    if model.config.tie_word_embeddings and not plan(model).tied:
+        log.warning("the configuration says that the head is the embedding, but the checkpoint has a head of its own, which is used")
+        model.config.tie_word_embeddings = False
 
 
 def plan(model: Any) -> Plan:

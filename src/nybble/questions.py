@@ -17,7 +17,6 @@ goes with them: a few rows that are confidently wrong do not outweigh all others
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import re
@@ -34,6 +33,7 @@ from torch import Tensor
 from nybble import data, evaluate
 from nybble.errors import DataError, OptionError
 from nybble.losses import Head, cross_entropy, kl_to_teacher, last_hidden
+from nybble.rows import read_rows
 
 log = logging.getLogger("nybble")
 
@@ -214,10 +214,7 @@ def _render(task: Any, row: dict[str, Any]) -> Question:
 
 def _own_task(path: Path, seed: int, most: int) -> Task:
     """A file: a tenth of the rows to choose by, a tenth to score on (data.split_of)."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"--task {path} must be a file with one JSON object a line; {error}") from error
+    rows = read_rows(path, "--task")
     questions = [_own_question(row, f"--task {path}: row {i + 1}") for i, row in enumerate(rows)]
     if len(questions) < 10:
         raise DataError(f"--task {path} must have at least 10 rows; it has {len(questions)}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble import checkpoint, report, tune
-from nybble.config import SearchOptions, TuneOptions, from_toml
+from nybble.config import SearchOptions, TuneOptions, of_run
 from nybble.console import bar, console
 from nybble.errors import MissingExtraError, RunError
 from nybble.ranks import Configuration
@@ -47,8 +47,8 @@ def search(options: SearchOptions) -> None:
         raise RunError(f"{path} must be a finished run of nybble tune; it is none")
     if "scored_by" not in found["task"]:
         raise RunError(f"{path} must be a run of this version of nybble tune; an earlier one, which scored configurations otherwise, made it; tune again")
-    values = from_toml(TuneOptions, path / checkpoint.CONFIG)
-    with tune.reopened(TuneOptions(**values | {"output_dir": str(path), "resume": True})) as trained:
+    values = of_run(TuneOptions, path) | {"output_dir": str(path), "resume": True, "trust_remote_code": options.trust_remote_code}
+    with tune.reopened(TuneOptions(**values)) as trained:
         if len(trained.lesson.space) == 1:
             raise RunError(f"{path} has the single rank {trained.lesson.space[0]}; there is nothing to search")
         _search(trained, options, path)
