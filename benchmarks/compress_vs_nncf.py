@@ -20,9 +20,10 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from nybble import data, models
 from nybble.console import console
-from nybble.losses import last_hidden
+from nybble.data import packing, sources
+from nybble.models import loading
+from nybble.models.head import last_hidden_states
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 512
@@ -31,29 +32,29 @@ JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se
 
 def prepare(options: argparse.Namespace) -> None:
     """Write the 16-bit model, the tokens to train on, held-out text and, per text to be measured, its tokens and the 16-bit model's hidden states."""
-    model = "" if options.pretrained == models.SMOLLM2 else f"-{Path(options.pretrained).name}"
+    model = "" if options.pretrained == loading.SMOLLM2 else f"-{Path(options.pretrained).name}"
     options.folder = options.folder or Path(f"build/compress_vs_nncf{model}")
     folder, text, texts = options.folder, options.text, options.texts
     missing = [name for name in texts if not (folder / f"{name}.safetensors").exists()]
     if not missing and (folder / "train.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = models.load(options.pretrained, torch.float32, torch.device("cpu"))
+    loaded = loading.load(options.pretrained, torch.float32, torch.device("cpu"))
     loaded.model.save_pretrained(folder / "model")
     loaded.tokenizer.save_pretrained(folder / "model")
 
     def tokens(*texts: str) -> torch.Tensor:
-        return data.tokenize(loaded.tokenizer, texts)
+        return packing.tokenize(loaded.tokenizer, texts)
 
     def read(pattern: str) -> str:
         return next(iter(sorted(text.rglob(pattern)))).read_text(encoding="utf-8")
 
     for name in missing:
         console.print(f"the 16-bit model on {name}", highlight=False)
-        found = tokens(read("wiki.test.raw")) if name.startswith("wiki") else tokens(*data.load_texts(data.PYTHON_DOCS)["train"])
+        found = tokens(read("wiki.test.raw")) if name.startswith("wiki") else tokens(*sources.load_texts(sources.PYTHON_DOCS)["train"])
         rows = found[: len(found) // LENGTH * LENGTH].view(-1, LENGTH)[: count(name)].clone()
         with torch.no_grad():
-            states = torch.cat([last_hidden(loaded.model, part) for part in rows.split(4)])
+            states = torch.cat([last_hidden_states(loaded.model, part) for part in rows.split(4)])
         save({"ids": rows, "states": states}, folder / f"{name}.safetensors")
     valid = read("wiki.valid.raw")
     ends = [valid.rfind("\n", 0, len(valid) * eighths // 8) for eighths in (6, 7)]
@@ -109,7 +110,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     """What both comparisons take."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
-    parser.add_argument("--pretrained", default=models.SMOLLM2, help="hub id, folder or .gguf file (default: the built-in model)")
+    parser.add_argument("--pretrained", default=loading.SMOLLM2, help="hub id, folder or .gguf file (default: the built-in model)")
     parser.add_argument("--folder", type=Path, help="for tokens and results of one model (default: in build)")
     parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

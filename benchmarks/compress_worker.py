@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nybble.evaluate import logits_from_states, logits_of, measure
-from nybble.losses import Head
+from nybble.compress import calibration as compress_calibration
+from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
+from nybble.models import selection
+from nybble.models.head import LMHead
 
 GROUP_SIZE = 64
 
@@ -29,14 +31,15 @@ def calibration(tokens: torch.Tensor, seed: int, samples: int, length: int) -> t
 
 
 def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
-    from nybble import compress, insert, models
-    from nybble.cli import keep_freed_memory
-    from nybble.grid import Grid
+    from nybble.cli.main import keep_freed_memory
+    from nybble.compress import pipeline
+    from nybble.qat import insert
+    from nybble.quant.scheme import QuantScheme
 
     keep_freed_memory()  # as the command line does
     started = time.perf_counter()
-    plan, grid = models.plan(model), Grid(group_size=GROUP_SIZE)
-    result = compress.compress(model, plan.int4, grid, method, compress.Calibration(ids, seed))
+    plan, grid = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
+    result = pipeline.compress(model, plan.int4, grid, method, compress_calibration.Calibration(ids, seed))
     insert.quantize_rows(model, plan.int8)
     with torch.no_grad():
         for name, start in result.starts.items():
@@ -96,13 +99,13 @@ class OpenVINO:
         return argparse.Namespace(logits=torch.from_numpy(self.compiled([input_ids.numpy()])[0]))
 
 
-def evaluate(model: Any, head: Head, folder: Path, texts: list[str]) -> dict[str, Any]:
+def evaluate(model: Any, head: LMHead, folder: Path, texts: list[str]) -> dict[str, Any]:
     """Token perplexity and KL to the 16-bit model on each text that was prepared; model None = the 16-bit model, whose states were prepared too."""
     result = {}
     for text in texts:
         tensors = load_file(folder / f"{text}.safetensors")
         teacher = logits_from_states(head, tensors["states"])
-        measured = measure(logits_of(model, tensors["ids"]) if model is not None else teacher, tensors["ids"], teacher)
+        measured = measure_sequences(model_logits(model, tensors["ids"]) if model is not None else teacher, tensors["ids"], teacher)
         result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
     return result
 
@@ -120,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
-    head = Head.of(model, copy=True)
+    head = LMHead.of(model, copy=True)
     ids = calibration(load_file(options.folder / "train.safetensors")["ids"], options.seed, options.samples, options.length)
     result: dict[str, Any] = {key: getattr(options, key) for key in ("peer", "method", "seed", "samples", "length")}
     result["seconds"] = 0.0

@@ -13,15 +13,15 @@ import openvino_genai
 import torch
 from rich.table import Table
 
-from nybble import checkpoint
 from nybble.console import console
+from nybble.models import quantized_model
 
 PROMPT = "The nybble is half a byte. It was named"
 
 
 def torch_decoder(run: Path, dtype: torch.dtype, tokens: int) -> Callable[[], float]:
     """Seconds for `tokens` greedy tokens after the prompt."""
-    model, tokenizer, _ = checkpoint.load_quantized(run / "quantized", dtype)
+    model, tokenizer, _ = quantized_model.load_quantized(run / "quantized", dtype)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
 
     def decode() -> float:
@@ -69,7 +69,7 @@ def main() -> None:
     for name, values in seconds.items():
         table.add_row(name, *(f"{tokens / value:.1f}" for value in (statistics.median(values), max(values), min(values))))
     console.print(table)
-    parameters = sum(p.numel() for p in checkpoint.load_quantized(run / "quantized", torch.float32)[0].parameters())
+    parameters = sum(p.numel() for p in quantized_model.load_quantized(run / "quantized", torch.float32)[0].parameters())
     for part in ("openvino_model.bin", "openvino_model.xml"):
         size = (run / "openvino" / part).stat().st_size
         console.print(f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} byte a parameter ({parameters / 1e6:.1f} M parameters)")

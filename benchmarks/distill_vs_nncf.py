@@ -35,9 +35,12 @@ from compress_worker import calibration, evaluate
 from rich.table import Table
 from safetensors.torch import load_file
 
-from nybble import checkpoint, models, writing
+from nybble import files
 from nybble.console import console
-from nybble.losses import Head
+from nybble.data import generate
+from nybble.models import loading, quantized_model
+from nybble.models.head import LMHead
+from nybble.run import results as run_results
 
 
 def shared(options: argparse.Namespace, samples: int) -> str:
@@ -77,9 +80,9 @@ def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, An
     out, run = options.folder / f"{name}.json", options.folder / name
     done = texts_of(out)
     if not set(options.texts) <= set(done):
-        if "tuned" not in checkpoint.read_results(run).get("models", {}):
+        if "tuned" not in run_results.read_results(run).get("models", {}):
             train(run, flags, samples, seed, options)
-        checkpoint.write_text(out, json.dumps(measured(run, options, list(dict.fromkeys([*done, *options.texts])))))
+        files.write_text(out, json.dumps(measured(run, options, list(dict.fromkeys([*done, *options.texts])))))
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
@@ -96,21 +99,21 @@ def train(run: Path, flags: list[str], samples: int, seed: int, options: argpars
 
 def write_tokens(samples: int, seed: int, options: argparse.Namespace) -> Path:
     """The first of the sequences that NNCF gets, as a file for --data."""
-    loaded = models.load(str(options.folder / "model"), torch.float32, torch.device("cpu"))
+    loaded = loading.load(str(options.folder / "model"), torch.float32, torch.device("cpu"))
     path: Path = options.folder / f"train-{samples}x{options.length}-{seed}.safetensors"
     ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, samples, options.length)
-    checkpoint.save_tensors(path, {"ids": ids}, {"length": options.length, "tokenizer": writing.fingerprint(loaded.tokenizer)})
+    files.save_tensors(path, {"ids": ids}, {"length": options.length, "tokenizer": generate.vocabulary_fingerprint(loaded.tokenizer)})
     return path
 
 
 def measured(run: Path, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """Seconds, memory and losses of a finished run, and its 4-bit model on the texts."""
-    results, device = checkpoint.read_results(run), torch.device(options.device)
+    results, device = run_results.read_results(run), torch.device(options.device)
     found = {"step_seconds": [row["seconds"] for row in results["training"]], "losses": [row["loss"] for row in results["training"]]}
     found |= {"seconds": sum(results["seconds"][stage] for stage in ("teacher", "compress", "train", "absorb"))}
     found |= {"start_seconds": results["seconds"]["compress"], "peak_gigabytes": results["peak_memory_bytes"][device.type] / 1e9}
-    head = Head.of(models.load(str(options.folder / "model"), torch.float32, device).model, copy=True)
-    model, _, _ = checkpoint.load_quantized(run / "quantized", torch.float32)
+    head = LMHead.of(loading.load(str(options.folder / "model"), torch.float32, device).model, copy=True)
+    model, _, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
     return found | evaluate(model.to(device), head, options.folder, texts)
 
 

@@ -20,8 +20,8 @@ from compress_worker import GROUP_SIZE, calibration, evaluate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nybble.families import has_bfloat16
-from nybble.losses import Head
+from nybble.models.device import has_bfloat16
+from nybble.models.head import LMHead
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -103,7 +103,7 @@ def main() -> None:
     fast = has_bfloat16(device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" or (options.dtype == "auto" and fast) else torch.float32
     model = load(options.folder, dtype, device)
-    head = Head.of(model, copy=True)
+    head = LMHead.of(model, copy=True)
     rows = calibration(tokens, options.seed, options.samples, options.length)
     began = time.perf_counter()
     with torch.no_grad():
@@ -134,7 +134,7 @@ def main() -> None:
     result["peak_gigabytes"] = peak_gigabytes(device)
     print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
     # Measured in float32, like all: bfloat16 would add its own rounding to the KL.
-    head = Head.of(load(options.folder, torch.float32, device), copy=True)
+    head = LMHead.of(load(options.folder, torch.float32, device), copy=True)
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(result | evaluate(model.float(), head, options.folder, options.texts)))
     temporary.rename(options.out)

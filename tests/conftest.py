@@ -39,5 +39,5 @@ def _float32(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiny models compute in float32 on every machine, also where `--dtype auto` would take bfloat16; the real model computes as a user's would."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != "test_smollm2":
-            patch.setattr("nybble.models.has_bfloat16", lambda device: False)
+            patch.setattr("nybble.models.device.has_bfloat16", lambda device: False)
         yield

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nybble import absorb, checkpoint, compress, insert, models
-from nybble.checkpoint import Run
-from nybble.config import DistillOptions
+from nybble import files
+from nybble.compress import pipeline
 from nybble.errors import RunError
-from nybble.grid import Grid
+from nybble.models import quantized_model, selection
+from nybble.options.commands import DistillOptions
+from nybble.qat import absorb, insert
+from nybble.quant.scheme import QuantScheme
+from nybble.run import results as run_results
+from nybble.run import resume as run_resume
+from nybble.run.folder import Run
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
 OPTIONS = DistillOptions(pretrained="smollm2")
@@ -58,7 +63,7 @@ def test_settings_of_another_program_are_not_taken_for_a_run(settings: bytes, tm
 def test_damaged_results_are_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(text)
     with pytest.raises(RunError, match=r"results.json must be the results of a run; .*; repair it, or make the run again"):
-        checkpoint.read_results(tmp_path)
+        run_results.read_results(tmp_path)
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
@@ -87,7 +92,7 @@ def test_what_changes_no_weights_may_change_on_resume(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False).close()
     changed = dataclasses.replace(OPTIONS, microbatch=1, cache="recompute", save_every=3)
     Run.open(tmp_path / "run", changed, resume=True, overwrite=False).close()
-    assert checkpoint.read_options(tmp_path / "run")["microbatch"] == 1
+    assert run_resume.read_options(tmp_path / "run")["microbatch"] == 1
 
 
 def test_a_run_killed_before_its_first_file_is_no_obstacle(tmp_path: Path) -> None:
@@ -138,11 +143,11 @@ def test_overwrite_refuses_folders_that_are_more_than_a_run(tmp_path: Path, monk
 
 
 def test_disk_counts_what_is_already_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("nybble.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     (tmp_path / "teacher.bin").write_bytes(bytes(5000))
-    checkpoint.check_disk(tmp_path, 5500)
+    files.check_free_disk(tmp_path, 5500)
     with pytest.raises(RunError):
-        checkpoint.check_disk(tmp_path, 6500)
+        files.check_free_disk(tmp_path, 6500)
 
 
 def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
@@ -159,7 +164,7 @@ def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_the_seconds_of_what_it_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 107.0, 110.0])
-    monkeypatch.setattr("nybble.checkpoint.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("nybble.run.folder.time.perf_counter", lambda: next(clock))
     run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
     with run.stage("train"):
         run.save_results()
@@ -172,25 +177,25 @@ def test_a_killed_process_leaves_the_seconds_of_what_it_had_begun(tmp_path: Path
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.safetensors"
-    checkpoint.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
+    files.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_tensors(path, {"a": torch.zeros(3)}, {"step": 2})
-    tensors, note = checkpoint.load_tensors(path)
+        files.save_tensors(path, {"a": torch.zeros(3)}, {"step": 2})
+    tensors, note = files.load_tensors(path)
     assert tensors["a"].tolist() == [1, 1, 1]
     assert note == {"step": 1}
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), checkpoint.whole_folder(tmp_path / "made") as temporary:
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "made") as temporary:
         (temporary / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with checkpoint.whole_folder(tmp_path / "made") as temporary:
+    with files.atomic_folder(tmp_path / "made") as temporary:
         (temporary / "all").write_text("x")
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["all"]
 
@@ -198,26 +203,26 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"not tensors")
     with pytest.raises(RunError, match=r"last.safetensors must be a readable safetensors file; .*; delete it to start that stage again"):
-        checkpoint.load_tensors(tmp_path / "last.safetensors")
+        files.load_tensors(tmp_path / "last.safetensors")
 
 
 def test_a_small_disk_is_refused(tmp_path: Path) -> None:
-    checkpoint.check_disk(tmp_path / "not" / "yet", 1000)
+    files.check_free_disk(tmp_path / "not" / "yet", 1000)
     with pytest.raises(RunError, match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use less text"):
-        checkpoint.check_disk(tmp_path, int(999999999999999.9e9))
+        files.check_free_disk(tmp_path, int(999999999999999.9e9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_saved_model_is_the_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(family, dtype=dtype)
-    plan, grid = models.plan(model), Grid()
+    plan, grid = selection.select_layers(model), QuantScheme()
     rows = insert.quantize_rows(model, plan.int8)
-    layers = insert.insert(model, compress.compress(model, plan.int4, grid, "rtn").starts, grid, 4, 0)
+    layers = insert.insert(model, pipeline.compress(model, plan.int4, grid, "rtn").starts, grid, 4, 0)
     quantized = rows | absorb.absorb(model, layers)
-    checkpoint.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
-    loaded, _, read = checkpoint.load_quantized(tmp_path / "quantized", dtype)
-    other, _, _ = checkpoint.load_quantized(tmp_path / "quantized", torch.float32)
+    quantized_model.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
+    loaded, _, read = quantized_model.load_quantized(tmp_path / "quantized", dtype)
+    other, _, _ = quantized_model.load_quantized(tmp_path / "quantized", torch.float32)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert read.keys() == quantized.keys()
     for name, weight in quantized.items():

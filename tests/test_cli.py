@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 import nybble
-from nybble import cli, export
-from nybble import evaluate as measuring
-from nybble.config import DistillOptions, EvalOptions, from_toml, to_toml
+from nybble.cli import main
 from nybble.errors import MissingExtraError
+from nybble.evaluation import lm_eval
+from nybble.export import base
+from nybble.options.commands import DistillOptions, EvalOptions, from_toml, to_toml
 from tests.tiny import save_model
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The line on stderr of a command that must fail with exit code 2."""
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("nybble: ")
     assert captured.err.count("\n") == 1, "one line"
@@ -25,20 +26,20 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_flags_take_underscores_and_dashes() -> None:
-    options, _ = cli.parse(["distill", "--pretrained", "m", "--lora_rank", "7", "--batch-size=4", "--tasks", "arc_easy", "wikitext", "--no_tensorboard"])
+    options, _ = main.parse(["distill", "--pretrained", "m", "--lora_rank", "7", "--batch-size=4", "--tasks", "arc_easy", "wikitext", "--no_tensorboard"])
     assert options == DistillOptions(pretrained="m", lora_rank=7, batch_size=4, tasks=("arc_easy", "wikitext"), tensorboard=False)
 
 
 def test_flags_are_stronger_than_the_file(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('pretrained = "m"\nlr = 0.5\nseed = 3\ntasks = []\n')
-    options, _ = cli.parse(["distill", "--config", str(tmp_path / "recipe.toml"), "--lr", "0.25"])
+    options, _ = main.parse(["distill", "--config", str(tmp_path / "recipe.toml"), "--lr", "0.25"])
     assert options == DistillOptions(pretrained="m", lr=0.25, seed=3, tasks=())
 
 
 def test_resume_starts_from_the_options_of_the_run(tmp_path: Path) -> None:
     saved = DistillOptions(pretrained="m", lr=0.125, samples=64, tasks=(), output_dir=str(tmp_path), overwrite=True)
     (tmp_path / "config.toml").write_text(to_toml(saved))
-    options, _ = cli.parse(["distill", "--resume", "--output_dir", str(tmp_path)])
+    options, _ = main.parse(["distill", "--resume", "--output_dir", str(tmp_path)])
     assert options == DistillOptions(**vars(saved) | {"resume": True, "overwrite": False})
 
 
@@ -46,8 +47,8 @@ def test_only_a_flag_allows_code_that_comes_with_a_model(tmp_path: Path, capsys:
     (tmp_path / "config.toml").write_text('pretrained = "m"\nseed = 0\ntrust_remote_code = true\n')
     assert "remove trust_remote_code, and give it as a flag if you trust the model" in error_of(["distill", "--config", str(tmp_path / "config.toml")], capsys)
     resumed = ["distill", "--resume", "--output_dir", str(tmp_path)]
-    assert cli.parse(resumed)[0].trust_remote_code is False
-    assert cli.parse([*resumed, "--trust_remote_code"])[0].trust_remote_code is True
+    assert main.parse(resumed)[0].trust_remote_code is False
+    assert main.parse([*resumed, "--trust_remote_code"])[0].trust_remote_code is True
     assert "trust_remote_code" not in to_toml(DistillOptions(pretrained="m", trust_remote_code=True))
 
 
@@ -57,11 +58,11 @@ def test_resume_finds_the_default_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert saved.folder == Path("runs/Model-1.5B-distill")
     saved.folder.mkdir(parents=True)
     (saved.folder / "config.toml").write_text(to_toml(saved))
-    assert cli.parse(["distill", "--pretrained", "org/Model-1.5B", "--resume"])[0].lr == 0.125
+    assert main.parse(["distill", "--pretrained", "org/Model-1.5B", "--resume"])[0].lr == 0.125
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nybble {nybble.__version__}\n"
 
 
@@ -83,7 +84,7 @@ def test_values_of_the_wrong_type_in_a_file(line: str, words: str, tmp_path: Pat
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from nybble.cli import main; main([]); assert 'torch' not in sys.modules"
+    code = "import sys; from nybble.cli.main import main; main([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -95,7 +96,7 @@ def test_options_survive_toml(text: str, tmp_path: Path) -> None:
 
 
 def test_eval_takes_its_target_by_position() -> None:
-    options, _ = cli.parse(["eval", "runs/demo", "--tasks", "wikitext", "--data_dir", "data"])
+    options, _ = main.parse(["eval", "runs/demo", "--tasks", "wikitext", "--data_dir", "data"])
     assert options == EvalOptions(target="runs/demo", tasks=("wikitext",), data_dir="data")
 
 
@@ -199,24 +200,24 @@ def test_text_that_is_not_there_is_missed_by_rtn_too(tmp_path: Path, capsys: pyt
 
 
 def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (export, measuring):
+    for module in (base, lm_eval):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as error:
-        export.check_formats(["openvino"])
+        base.check_formats(["openvino"])
     assert (
         str(error.value)
         == 'the extra "openvino" is needed for exporting to openvino; install it, in the clone, with: pip install -c constraints.txt -e ".[openvino]"'
     )
     with pytest.raises(MissingExtraError, match=r'the extra "eval" is needed for measuring wikitext .*pip install -c constraints.txt -e "\.\[eval\]"'):
-        measuring.check_tasks(["wikitext"], None)
+        lm_eval.check_tasks(["wikitext"], None)
 
 
 def test_help_speaks_of_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
+    assert main.main([]) == 0
     usage = capsys.readouterr().out
-    assert all(f"nybble {command}" in usage for command in (*cli.COMMANDS, "env"))
+    assert all(f"nybble {command}" in usage for command in (*main.COMMANDS, "env"))
     with pytest.raises(SystemExit) as stop:
-        cli.main(["distill", "--help"])
+        main.main(["distill", "--help"])
     assert stop.value.code in (0, None)
     text = capsys.readouterr().out
     assert "--lora-rank INT" in text
@@ -246,13 +247,13 @@ def test_a_device_without_memory_is_said_in_one_line(monkeypatch: pytest.MonkeyP
     def full(options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr("nybble.commands.inspect", full)
-    assert cli.main(["inspect", "runs/demo"]) == 2
+    monkeypatch.setattr("nybble.cli.commands.inspect", full)
+    assert main.main(["inspect", "runs/demo"]) == 2
     assert capsys.readouterr().err == "nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu\n"
 
     def wrong(options: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("nybble.commands.inspect", wrong)
+    monkeypatch.setattr("nybble.cli.commands.inspect", wrong)
     with pytest.raises(RuntimeError, match="ours"):
-        cli.main(["inspect", "runs/demo"])
+        main.main(["inspect", "runs/demo"])

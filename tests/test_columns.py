@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from nybble import checkpoint, columns
-from nybble.cli import main
-from nybble.columns import COLUMNS, Figure, differences, mean, rows
-from nybble.config import TuneOptions
+from nybble import files
+from nybble.cli.main import main
 from nybble.errors import RunError
+from nybble.options.commands import TuneOptions
+from nybble.report import five_columns
+from nybble.report.five_columns import COLUMNS, Figure, differences, mean, rows
+from nybble.run import results as run_results
 
 
 def known(right: str) -> Figure:
@@ -23,8 +25,8 @@ def comparison(folder: Path, figures: dict[str, dict[str, Figure]], **changes: A
     results = {"models": {}, "dtype": "float32", "task": {"loss_on": "choices"}}
     for task in figures:
         (folder / task / "qat-nls").mkdir(parents=True)
-        checkpoint.write_text(folder / task / "qat-nls" / checkpoint.RESULTS, json.dumps(results))
-    columns.write(folder, TuneOptions(**{"pretrained": "m", "output_dir": str(folder)} | changes), figures)
+        files.write_text(folder / task / "qat-nls" / run_results.RESULTS, json.dumps(results))
+    five_columns.write(folder, TuneOptions(**{"pretrained": "m", "output_dir": str(folder)} | changes), figures)
     return str(folder)
 
 
@@ -57,7 +59,7 @@ def test_what_a_column_is_better_by_is_known_row_by_row() -> None:
 def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
     figures = {"a": dict.fromkeys(COLUMNS, known("0110")), "b": dict.fromkeys(COLUMNS, Figure(0.25, 8))}
     comparison(tmp_path, figures, seed=3, epochs=2)
-    found = columns.read(tmp_path)
+    found = five_columns.read(tmp_path)
     assert found.figures == figures
     assert (found.model, found.seed, found.setting["epochs"], found.learnt) == ("m", 3, 2, {"a": "choices", "b": "choices"})
     assert json.loads((tmp_path / "compare.json").read_text())["figures"]["a"]["BF16"] == {
@@ -77,7 +79,7 @@ def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_the_note_says_what_ranks_were_chosen_on(select_on: str, said: str, tmp_path: Path) -> None:
     comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, select_on=select_on, seed=5)
-    note = columns.together([columns.read(tmp_path)]).note
+    note = five_columns.together([five_columns.read(tmp_path)]).note
     assert said in note
     assert "Seed 5." in note
     assert "best of" not in note
@@ -86,13 +88,13 @@ def test_the_note_says_what_ranks_were_chosen_on(select_on: str, said: str, tmp_
 
 def test_the_note_says_that_the_sandwich_rule_costs_more(tmp_path: Path) -> None:
     comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, sampling="sandwich")
-    assert "trained on three configurations a step, three times the computation" in columns.together([columns.read(tmp_path)]).note
+    assert "trained on three configurations a step, three times the computation" in five_columns.together([five_columns.read(tmp_path)]).note
 
 
 def test_seeds_are_averaged_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     low, high = known("1100"), known("1010")
     folders = [comparison(tmp_path / f"s{seed}", {"a": dict.fromkeys(COLUMNS, low) | {COLUMNS[-1]: last}}, seed=seed) for seed, last in ((0, high), (1, low))]
-    found = columns.together([columns.read(Path(folder)) for folder in folders])
+    found = five_columns.together([five_columns.read(Path(folder)) for folder in folders])
     assert found.figures["a"][COLUMNS[0]] == low
     last = found.figures["a"][COLUMNS[-1]]
     assert last == Figure(0.5, 4, (1.0, 0.5, 0.5, 0.0))
@@ -113,7 +115,7 @@ def test_of_settings_the_best_is_shown_and_said_to_be(tmp_path: Path) -> None:
 
     for name, value, changes in (("e3", 0.25, {"epochs": 3}), ("e4", 0.75, {"epochs": 4}), ("e4s1", 0.5, {"epochs": 4, "seed": 1})):
         comparison(tmp_path / name, figures(value), **changes)
-    found = columns.together([columns.read(tmp_path / name) for name in ("e3", "e4", "e4s1")])
+    found = five_columns.together([five_columns.read(tmp_path / name) for name in ("e3", "e4", "e4s1")])
     assert [found.figures["a"][column].value for column in COLUMNS[:3]] == [0.625, 0.75, 0.625], "the mean of the seeds of one setting, then the best setting"
     assert "best of 2 settings (--epochs 3, 4) on these very rows" in found.note
     assert "Means of 1 to 2 seeds" in found.note
@@ -122,7 +124,7 @@ def test_of_settings_the_best_is_shown_and_said_to_be(tmp_path: Path) -> None:
 def test_models_have_rows_of_their_own(tmp_path: Path) -> None:
     for model in ("x/one", "x/two"):
         comparison(tmp_path / Path(model).name, {"a": dict.fromkeys(COLUMNS, known("01"))}, pretrained=model)
-    found = columns.together([columns.read(tmp_path / name) for name in ("one", "two")])
+    found = five_columns.together([five_columns.read(tmp_path / name) for name in ("one", "two")])
     assert list(found.figures) == ["one a", "two a"]
     assert found.title == "x/one, x/two"
     assert "best of" not in found.note
@@ -131,7 +133,7 @@ def test_models_have_rows_of_their_own(tmp_path: Path) -> None:
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the page needs the extra report")
     folder = comparison(tmp_path / "runs", {"a": dict.fromkeys(COLUMNS, known("01"))})
-    monkeypatch.setattr(columns, "TUNED", ())  # runs have pages of their own, tested in test_page.py
+    monkeypatch.setattr(five_columns, "TUNED", ())  # runs have pages of their own, tested in test_page.py
     assert main(["report", folder]) == 0
     html = (tmp_path / "runs" / "report.html").read_text()
     assert "INT4, QAT + NLS, less" in html
@@ -159,34 +161,34 @@ def test_tasks_that_are_compared_one_after_the_other_stay_together(tmp_path: Pat
     row = dict.fromkeys(COLUMNS, known("01"))
     comparison(tmp_path, {"a": row}, epochs=2)
     comparison(tmp_path, {"b": row}, epochs=2)
-    assert list(columns.read(tmp_path).figures) == ["a", "b"]
+    assert list(five_columns.read(tmp_path).figures) == ["a", "b"]
     comparison(tmp_path, {"c": row}, epochs=3)
-    assert list(columns.read(tmp_path).figures) == ["c"], "another setting"
+    assert list(five_columns.read(tmp_path).figures) == ["c"], "another setting"
 
 
 def test_a_comparison_with_other_options_is_not_lost(tmp_path: Path) -> None:
-    columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # none yet
+    five_columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # none yet
     comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, epochs=2)
-    columns.check_same(tmp_path, TuneOptions(pretrained="m", epochs=2, eval_batch_size=3))
+    five_columns.check_same(tmp_path, TuneOptions(pretrained="m", epochs=2, eval_batch_size=3))
     for changes, what in (
         ({}, "--epochs 2; got 3"),
         ({"epochs": 2, "pretrained": "n"}, "--pretrained m; got n"),
         ({"epochs": 2, "seed": 7}, "--seed 0; got 7"),
     ):
         with pytest.raises(RunError, match=f"has a comparison of a with {what}; give each its own --output_dir"):
-            columns.check_same(tmp_path, TuneOptions(**{"pretrained": "m"} | changes))
-    (tmp_path / columns.FILE).write_text("{}")
-    columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # what cannot be read is written anew
+            five_columns.check_same(tmp_path, TuneOptions(**{"pretrained": "m"} | changes))
+    (tmp_path / five_columns.FILE).write_text("{}")
+    five_columns.check_same(tmp_path, TuneOptions(pretrained="m"))  # what cannot be read is written anew
     comparison(tmp_path, {"b": dict.fromkeys(COLUMNS, known("01"))})
-    assert list(columns.read(tmp_path).figures) == ["b"]
+    assert list(five_columns.read(tmp_path).figures) == ["b"]
 
 
 def test_seeds_are_counted_task_by_task(tmp_path: Path) -> None:
     row = dict.fromkeys(COLUMNS, known("01"))
-    one, two = (columns.read(Path(comparison(tmp_path / name, {name: row}, seed=seed))) for name, seed in (("a", 0), ("b", 1)))
-    assert "Seed 0, 1." in columns.together([one, two]).note
-    same = columns.read(Path(comparison(tmp_path / "c", {"c": row}, seed=0)))
-    assert list(columns.together([one, same]).figures) == ["a", "c"], "of one seed, but not of the same tasks"
+    one, two = (five_columns.read(Path(comparison(tmp_path / name, {name: row}, seed=seed))) for name, seed in (("a", 0), ("b", 1)))
+    assert "Seed 0, 1." in five_columns.together([one, two]).note
+    same = five_columns.read(Path(comparison(tmp_path / "c", {"c": row}, seed=0)))
+    assert list(five_columns.together([one, same]).figures) == ["a", "c"], "of one seed, but not of the same tasks"
 
 
 def test_one_comparison_by_two_names_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +199,6 @@ def test_one_comparison_by_two_names_is_one(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_comparison_without_matplotlib_names_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = comparison(tmp_path / "runs", {"a": dict.fromkeys(COLUMNS, known("01"))})
-    monkeypatch.setattr("nybble.page.available", lambda: False)
+    monkeypatch.setattr("nybble.report.html.available", lambda: False)
     assert main(["report", folder]) == 2
     assert "report" in capsys.readouterr().err

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from transformers import GraniteConfig
 
-from nybble import checkpoint, columns, evaluate
-from nybble import compare as comparing
-from nybble.cli import main
-from nybble.columns import COLUMNS, Figure
-from nybble.compare import compare
-from nybble.config import CompressOptions, TuneOptions, to_toml
+from nybble import files
+from nybble.cli.main import main
 from nybble.errors import OptionError, RunError, TrainingError
+from nybble.evaluation import lm_eval
+from nybble.models import selection
+from nybble.options.commands import CompressOptions, TuneOptions, to_toml
+from nybble.report import five_columns
+from nybble.report.five_columns import COLUMNS, Figure
+from nybble.run import results, resume
+from nybble.workflows import compare as comparing
+from nybble.workflows.compare import compare
 
 from .tiny import make_model, save_model
 
@@ -32,8 +36,8 @@ def options(folder: Path, data: Path, **changes: object) -> TuneOptions:
 @pytest.mark.slow
 def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "model", "smollm", max_position_embeddings=512)
-    original, run_tasks, scored = comparing.tune_16bit, evaluate.run_tasks, []
-    monkeypatch.setattr(evaluate, "run_tasks", lambda *given: scored.append(given) or run_tasks(*given))
+    original, run_tasks, scored = comparing.tune_16bit, lm_eval.run_tasks, []
+    monkeypatch.setattr(lm_eval, "run_tasks", lambda *given: scored.append(given) or run_tasks(*given))
 
     def stop(given: TuneOptions, before: dict[str, Any]) -> Path:
         raise KeyboardInterrupt
@@ -48,14 +52,14 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
         compare(options(tmp_path, shared_data, seed=7))
     folder = compare(options(tmp_path, shared_data))
     assert (folder / "openbookqa" / "qat-nls" / "results.json").stat().st_mtime_ns == before, "what is finished is not made again"
-    values = columns.read(folder).figures["openbookqa"]
+    values = five_columns.read(folder).figures["openbookqa"]
     assert list(values) == list(COLUMNS)
     assert all(figure.documents == 12 for figure in values.values())
     found = {name: json.loads((folder / "openbookqa" / name / "results.json").read_text()) for name in ("qat-nls", "qat-lora", "lora", "ptwc")}
     assert values["BF16"].value == found["qat-lora"]["models"]["16bit"]["task:openbookqa acc_norm"]
     assert values["BF16 + LoRA"].value == found["lora"]["models"]["lora16"]["task:openbookqa acc_norm"]
     assert values["INT4, LoRA + PTWC"].value == found["ptwc"]["models"]["compressed"]["task:openbookqa acc_norm"]
-    assert checkpoint.read_options(folder / "openbookqa" / "ptwc")["pretrained"] == str(folder / "openbookqa" / "lora" / "merged")
+    assert resume.read_options(folder / "openbookqa" / "ptwc")["pretrained"] == str(folder / "openbookqa" / "lora" / "merged")
     assert (found["ptwc"]["method"], found["qat-nls"]["method"]) == ("awq+se+gptq", "se")
     assert found["ptwc"]["models"]["16bit"]["task:openbookqa acc_norm"] == values["BF16 + LoRA"].value
     assert len(scored) == 9, "one measurement for each column, and two of both tuned models on their way, in 16 bit and compressed"
@@ -79,10 +83,8 @@ def test_five_columns_of_a_task(tmp_path: Path, shared_data: Path, monkeypatch: 
 def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits(tmp_path: Path) -> None:
     import peft
 
-    from nybble import models
-
     model = make_model("smollm")
-    layers = list(models.plan(model).int4)
+    layers = list(selection.select_layers(model).int4)
     widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
     assert len(set(widths.values())) > 1
     rank = max(widths.values())
@@ -92,8 +94,8 @@ def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits(tmp_path: Pat
 
 
 def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir, flag: SimpleNamespace(has_training_docs=lambda: False))
-    monkeypatch.setattr(evaluate, "metric_of", lambda task: "acc")
+    monkeypatch.setattr(lm_eval, "open_task", lambda name, data_dir, flag: SimpleNamespace(has_training_docs=lambda: False))
+    monkeypatch.setattr(lm_eval, "metric_of", lambda task: "acc")
     assert main(["tune", "--pretrained", "x", "--output_dir", str(tmp_path), "--compare", "lambada"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--compare takes tasks with a training split; lambada has none" in line
@@ -122,7 +124,7 @@ def test_finished_tasks_are_shown_once_and_not_replaced_unasked(tmp_path: Path, 
 
     def five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
         (folder / "qat-nls").mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(folder / "qat-nls" / checkpoint.RESULTS, json.dumps({"models": {}, "dtype": "float32", "task": {}}))
+        files.write_text(folder / "qat-nls" / results.RESULTS, json.dumps({"models": {}, "dtype": "float32", "task": {}}))
         return dict.fromkeys(COLUMNS, Figure(0.5, 2, (1.0, 0.0)))
 
     monkeypatch.setattr(comparing, "_check_task", lambda task, options: None)
@@ -162,9 +164,9 @@ def test_a_finished_column_is_the_same_wherever_the_comparison_lies(tmp_path: Pa
 
     def finished(folder: Path, options: Any) -> Any:
         folder.mkdir()
-        checkpoint.write_text(folder / "nybble-run.json", '{"format": "nybble-run-1"}')
-        checkpoint.write_text(folder / "config.toml", to_toml(options))
-        checkpoint.write_text(folder / "results.json", json.dumps({"models": {"tuned": {}, "compressed": {}}}))
+        files.write_text(folder / "nybble-run.json", '{"format": "nybble-run-1"}')
+        files.write_text(folder / "config.toml", to_toml(options))
+        files.write_text(folder / "results.json", json.dumps({"models": {"tuned": {}, "compressed": {}}}))
         return replace(options, output_dir=str(folder))
 
     def never(options: Any) -> None:

@@ -15,16 +15,23 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
-from nybble import checkpoint, cli, estimate, insert, models, stages, text
-from nybble.config import CompressOptions, DistillOptions, to_toml
-from nybble.data import Rows
-from nybble.distill import _judge, distill
+from nybble import files
+from nybble.cli import main
+from nybble.data import splits
+from nybble.data.packing import TokenRows
 from nybble.errors import DataError, OptionError, RunError
-from nybble.layers import FakeQuantizedLoRALinear
-from nybble.losses import kl_to_teacher
-from nybble.post_training import compress
-from nybble.teacher import hidden_states
-from nybble.text import Sequences
+from nybble.models import loading, quantized_model
+from nybble.options.commands import CompressOptions, DistillOptions, to_toml
+from nybble.qat import insert
+from nybble.qat.layers import FakeQuantizedLoRALinear
+from nybble.training import memory
+from nybble.training.losses import kl_to_teacher
+from nybble.training.teacher import teacher_hidden_states
+from nybble.workflows import stages
+from nybble.workflows import text as workflows_text
+from nybble.workflows.compress import compress
+from nybble.workflows.distill import _judge, distill
+from nybble.workflows.text import Sequences
 from tests.test_chat import TEMPLATE
 from tests.test_families import options
 from tests.tiny import make_model, make_tokenizer, save_model
@@ -38,7 +45,7 @@ def command(model: Path, run: Path, *more: str) -> list[str]:
 
 
 def codes(run: Path) -> bytes:
-    return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
+    return (run / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes()
 
 
 # A nybble that kill -9 ends just before the argv[2]-th time that a file named argv[1] would be put in its place.
@@ -55,7 +62,7 @@ def replace(source, target):
 
 os.replace = replace
 sys.argv[:3] = ["nybble"]
-from nybble.cli import main
+from nybble.cli.main import main
 main()
 """
 
@@ -131,7 +138,7 @@ def test_without_adapters_the_codes_stay_and_scales_and_norms_are_trained(family
     changes = {"lora_rank": 0, "dtype": dtype, "norm_lr": 3e-2, "scale_lr": 1e-2, "epochs": 8, "tensorboard": False}
     distill(options(model, tmp_path / "run", **changes))
     distill(options(model, tmp_path / "start", **(changes | {"norm_lr": 0.0, "scale_lr": 1e-9, "epochs": 1})))
-    (tuned, others), (start, before) = (checkpoint.load_weights(tmp_path / name / "quantized") for name in ("run", "start"))
+    (tuned, others), (start, before) = (quantized_model.load_weights(tmp_path / name / "quantized") for name in ("run", "start"))
     for name, weight in tuned.items():
         assert torch.equal(weight.codes_OI, start[name].codes_OI)
         assert torch.equal(weight.scale_OG, start[name].scale_OG) == (weight.grid.bits == 8)
@@ -166,7 +173,7 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
     model = save_model(tmp_path / "model", "llama")
     distill(options(model, tmp_path / "run"))
     before = codes(tmp_path / "run")
-    assert cli.main(["export", str(tmp_path / "run"), "--to", "openvino"]) == 0
+    assert main.main(["export", str(tmp_path / "run"), "--to", "openvino"]) == 0
     assert (tmp_path / "run" / "openvino" / "openvino_model.bin").stat().st_size > 0
     counts = json.loads((tmp_path / "run" / "results.json").read_text())["exports"]["openvino"]
     assert (counts["weights_u4"], counts["weights_u8"]) == (14, 2)
@@ -177,7 +184,7 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
     distill(options(model, tmp_path / "run", resume=True))
     assert (tmp_path / "run" / "openvino" / "openvino_model.bin").stat().st_size > 0
     (tmp_path / "run" / "quantized").rename(tmp_path / "elsewhere")
-    assert cli.main(["export", str(tmp_path / "run")]) == 2
+    assert main.main(["export", str(tmp_path / "run")]) == 2
     assert "must be a finished run; it has no folder quantized; finish it with --resume" in capsys.readouterr().err
 
 
@@ -225,16 +232,16 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
 
 def test_test_text_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another test split leaves the weights alone, to the last bit."""
-    from nybble import data
+    from nybble.data import sources
 
     model = save_model(tmp_path / "model", "llama")
     distill(options(model, tmp_path / "one"))
-    original = data.load_texts
+    original = sources.load_texts
 
-    def other_test(*arguments: object) -> data.Texts:
+    def other_test(*arguments: object) -> splits.Texts:
         return dataclasses.replace(original(*arguments), test=["something else entirely " * 50])
 
-    monkeypatch.setattr(data, "load_texts", other_test)
+    monkeypatch.setattr(sources, "load_texts", other_test)
     distill(options(model, tmp_path / "two"))
     assert codes(tmp_path / "one") == codes(tmp_path / "two")
 
@@ -245,7 +252,7 @@ def test_the_model_writes_its_own_text_and_another_run_reads_it(tmp_path: Path) 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["test"] == "the test split of python-docs (4 x 32 tokens)"
     assert results["seconds"]["write"] > 0
-    written, _ = checkpoint.load_tensors(tmp_path / "run" / "self.safetensors")
+    written, _ = files.load_tensors(tmp_path / "run" / "self.safetensors")
     assert len(written["ids"]) >= 8  # --samples
     distill(options(model, tmp_path / "other", data=(str(tmp_path / "run" / "self.safetensors"),)))
     validation = json.loads((tmp_path / "other" / "results.json").read_text())["validation"]
@@ -257,23 +264,23 @@ def test_the_model_goes_on_from_the_beginnings_of_a_text(tmp_path: Path, capsys:
     model, path, run = save_model(tmp_path / "model", "smollm"), tmp_path / "lines.txt", tmp_path / "run"
     path.write_text("".join(f"line {i} of few\n" for i in range(400)))
     flags = [*command(model, run)[3:], "--data", f"self:{path}"]
-    assert cli.main(flags) == 0
+    assert main.main(flags) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["test"].startswith(f"the test split of {path} (")
-    written, _ = checkpoint.load_tensors(run / "self.safetensors")
+    written, _ = files.load_tensors(run / "self.safetensors")
     pieces = {make_tokenizer().decode(row[:8]) for row in written["ids"]}  # a token a letter, and a quarter of 32
     assert len(pieces) > 4
     assert all(piece in path.read_text() for piece in pieces)
     path.write_text("another text\n" * 400)
-    assert cli.main([*flags, "--resume"]) == 2
+    assert main.main([*flags, "--resume"]) == 2
     assert "the beginnings changed" in capsys.readouterr().err
-    assert cli.main([*flags[:-1], "self:./nowhere.txt", "--overwrite"]) == 2
+    assert main.main([*flags[:-1], "self:./nowhere.txt", "--overwrite"]) == 2
     assert "./nowhere.txt must be an existing file" in capsys.readouterr().err
-    assert cli.main([*flags[:-1], "self:", "--overwrite"]) == 2
+    assert main.main([*flags[:-1], "self:", "--overwrite"]) == 2
     assert "--data self:SOURCE must name a text to go on from; got self:" in capsys.readouterr().err
     rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * 20}]} for i in range(60)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main([*flags[:-1], f"self:{tmp_path / 'chats.jsonl'}", "--overwrite"]) == 2
+    assert main.main([*flags[:-1], f"self:{tmp_path / 'chats.jsonl'}", "--overwrite"]) == 2
     assert "self:SOURCE needs plain text to go on from; it has conversations" in capsys.readouterr().err
 
 
@@ -286,7 +293,7 @@ def test_conversations_count_only_what_the_assistant_says(tmp_path: Path, capsys
     distill(options(model, tmp_path / "run", data=(str(tmp_path / "chat.jsonl"),), loss_on="assistant"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["models"]["tuned"]["tokens"] == 6 * 3  # a tenth of the conversations
-    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--loss_on", "assistant", "--seq_len", "32"]) == 0
+    assert main.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--loss_on", "assistant", "--seq_len", "32"]) == 0
     assert '"tokens": 18' in capsys.readouterr().out
 
 
@@ -300,10 +307,10 @@ def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whol
 
     def spied(path: Path, model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         taught.append((path.stem, ids))
-        return hidden_states(path, model, ids, *rest)
+        return teacher_hidden_states(path, model, ids, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nybble.teacher.hidden_states", spied)
+        patch.setattr("nybble.training.teacher.teacher_hidden_states", spied)
         distill(options(model, tmp_path / "run", data=(f"{chat}=0.5", "python-docs=0.5"), eval_data=("python-docs",), loss_on="assistant", samples=32))
     (train,) = (ids for split, ids in taught if split == "train")
     assert len(train) == 8 + 32  # the training tenths of 10 conversations; half of 64 sequences
@@ -311,7 +318,7 @@ def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whol
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["models"]["tuned"]["tokens"] == 4 * 31, "plain text counts whole"
     assert results["best_step"] > 0
-    assert cli.main([*command(model, tmp_path / "no")[3:], "--loss_on", "assistant"]) == 2
+    assert main.main([*command(model, tmp_path / "no")[3:], "--loss_on", "assistant"]) == 2
     assert "needs conversations" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
@@ -329,9 +336,9 @@ def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: p
 def test_the_same_sequences_in_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "smollm")
     arguments = [*command(model, tmp_path / "run")[3:], "--epochs", "2"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     assert "4 steps of 4 x 32 tokens = 0.00 M tokens, 1.00 times the 16 training sequences" in capsys.readouterr().out
-    assert cli.main([*arguments, "--same_samples", "--overwrite"]) == 0
+    assert main.main([*arguments, "--same_samples", "--overwrite"]) == 0
     assert "4 steps of 4 x 32 tokens = 0.00 M tokens, 2.00 times the 8 training sequences" in capsys.readouterr().out
 
 
@@ -346,8 +353,8 @@ def test_training_stops_early_where_that_is_wanted(tmp_path: Path) -> None:
 def test_means_of_weights_are_what_is_measured_and_kept(tmp_path: Path) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     distill(options(model, run, schedule="mean", lr=1e-3, scale_lr=2e-3, norm_lr=1e-3))
-    best, note = checkpoint.load_tensors(run / "best.safetensors")
-    last, _ = checkpoint.load_tensors(run / "last.safetensors")
+    best, note = files.load_tensors(run / "best.safetensors")
+    last, _ = files.load_tensors(run / "last.safetensors")
     assert note["best_step"] == 4
     for name, tensor in best.items():
         assert torch.equal(tensor, last[f"mean:{name}"])
@@ -360,21 +367,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeyp
     def broken(*arguments: object, **keywords: object) -> torch.Tensor:
         return kl_to_teacher(*arguments, **keywords) * float("nan")
 
-    monkeypatch.setattr(sys.modules["nybble.distill"], "kl_to_teacher", broken)
+    monkeypatch.setattr(sys.modules["nybble.workflows.distill"], "kl_to_teacher", broken)
     arguments = command(model, tmp_path / "run")[3:]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert "the loss must stay finite: step 1 gave loss nan" in capsys.readouterr().err
 
-    monkeypatch.setattr("nybble.evaluate.measure", lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1})
+    monkeypatch.setattr(
+        "nybble.evaluation.perplexity.measure_sequences", lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1}
+    )
     for dtype, remedy in (("float32", "another --start"), ("bfloat16", "--dtype float32")):
-        assert cli.main([*arguments, "--overwrite", "--dtype", dtype]) == 2
+        assert main.main([*arguments, "--overwrite", "--dtype", dtype]) == 2
         assert f"before this training it is none; use {remedy}" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "other").write_text("x")
-    assert cli.main(command(Path("./no-such-model"), tmp_path / "run")[3:]) == 2
+    assert main.main(command(Path("./no-such-model"), tmp_path / "run")[3:]) == 2
     assert "it holds other files; choose another folder" in capsys.readouterr().err
 
 
@@ -384,7 +393,7 @@ def test_overwrite_spares_what_the_run_reads(tmp_path: Path, capsys: pytest.Capt
     before = codes(run)
     for flags in (["--start", str(run)], ["--data", str(run / "self.safetensors"), "--eval_data", "python-docs"]):
         (run / "self.safetensors").touch()
-        assert cli.main([*command(model, run)[3:], "--overwrite", *flags]) == 2
+        assert main.main([*command(model, run)[3:], "--overwrite", *flags]) == 2
         assert f"--overwrite would delete {flags[0]} {flags[1]}, which this run is to read" in capsys.readouterr().err
     assert codes(run) == before
 
@@ -393,10 +402,10 @@ def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.Capture
     model, notes = save_model(tmp_path / "model", "smollm"), tmp_path / "notes.txt"
     notes.write_text("".join(f"line {i} of the first text\n" for i in range(3000)))
     arguments = [*command(model, tmp_path / "run")[3:], "--data", str(notes)]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     before = codes(tmp_path / "run")
     notes.write_text("".join(f"line {i} of another text\n" for i in range(3000)))
-    assert cli.main([*arguments, "--resume"]) == 2
+    assert main.main([*arguments, "--resume"]) == 2
     assert "the training text and the validation text and the test text changed; bring them back, or start again (--overwrite)" in capsys.readouterr().err
     assert codes(tmp_path / "run") == before
 
@@ -407,9 +416,9 @@ def test_resume_refuses_another_validation_text(tmp_path: Path, capsys: pytest.C
     for split in ("train", "validation", "test"):
         (texts / f"{split}.txt").write_text("".join(f"line {i} of the {split} text\n" for i in range(600)))
     arguments = [*command(model, tmp_path / "run")[3:], "--data", str(texts)]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     (texts / "validation.txt").write_text("something else " * 600)
-    assert cli.main([*arguments, "--resume"]) == 2
+    assert main.main([*arguments, "--resume"]) == 2
     assert "the validation text changed; bring it back, or start again (--overwrite)" in capsys.readouterr().err
 
 
@@ -417,11 +426,11 @@ def test_resume_refuses_another_start(tmp_path: Path, capsys: pytest.CaptureFixt
     model, start = save_model(tmp_path / "model", "smollm"), tmp_path / "start"
     compressing = ["compress", "--pretrained", str(model), "--output_dir", str(start), "--data", "python-docs", "--seq_len", "32", "--test_samples", "2"]
     compressing += ["--calib_samples", "8", "--tasks", "--export"]
-    assert cli.main([*compressing, "--method", "se"]) == 0
+    assert main.main([*compressing, "--method", "se"]) == 0
     arguments = [*command(model, tmp_path / "run")[3:], "--start", str(start)]
-    assert cli.main(arguments) == 0
-    assert cli.main([*compressing, "--method", "rtn", "--overwrite"]) == 0
-    assert cli.main([*arguments, "--resume"]) == 2
+    assert main.main(arguments) == 0
+    assert main.main([*compressing, "--method", "rtn", "--overwrite"]) == 0
+    assert main.main([*arguments, "--resume"]) == 2
     assert "the 4-bit model of --start changed; bring it back, or start again (--overwrite)" in capsys.readouterr().err
 
 
@@ -441,19 +450,19 @@ def test_what_became_worse_is_said_in_words() -> None:
 
 
 def test_a_model_that_cannot_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("nybble.writing.LEAST_DIFFERENT", 1.1)
+    monkeypatch.setattr("nybble.data.generate.MIN_DISTINCT_NGRAMS", 1.1)
     model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
-    assert cli.main([*command(model, run)[3:], "--data", "self"]) == 2
+    assert main.main([*command(model, run)[3:], "--data", "self"]) == 2
     assert "needs a model that writes text" in capsys.readouterr().err
     assert not run.exists()
-    assert cli.main([*command(model, run)[3:], "--data", "self", "--loss_on", "assistant"]) == 2
+    assert main.main([*command(model, run)[3:], "--data", "self", "--loss_on", "assistant"]) == 2
     assert "plain text; use --loss_on all" in capsys.readouterr().err
 
 
 def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
-    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    assert cli.main(command(model, tmp_path / "run")[3:]) == 2
+    monkeypatch.setattr("nybble.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert main.main(command(model, tmp_path / "run")[3:]) == 2
     assert "GB for teacher states and checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -462,16 +471,16 @@ def test_a_finished_run_needs_no_disk_for_training(tmp_path: Path, monkeypatch: 
     given = options(save_model(tmp_path / "model", "llama"), tmp_path / "run")
     distill(given)
     capsys.readouterr()
-    monkeypatch.setattr("nybble.checkpoint.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("nybble.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     distill(dataclasses.replace(given, resume=True))
     assert "of disk" not in capsys.readouterr().err
 
 
 def test_memory_for_the_export_at_the_end_is_missed_at_the_beginning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    loaded = models.LoadedModel(make_model("llama"), None, "tiny")
+    loaded = loading.LoadedModel(make_model("llama"), None, "tiny")
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    for free, warned in ((estimate.exporting(parameters) - 4 * parameters, False), (estimate.exporting(parameters) - 4 * parameters - 1, True)):
-        monkeypatch.setattr("nybble.stages.psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+    for free, warned in ((memory.export_memory(parameters) - 4 * parameters, False), (memory.export_memory(parameters) - 4 * parameters - 1, True)):
+        monkeypatch.setattr("nybble.workflows.stages.psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
         caplog.clear()
         stages._check_export_memory(loaded, Path("run"))
         assert ("nybble export writes it on a larger machine" in caplog.text) == warned
@@ -495,7 +504,7 @@ def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
 
 def test_calibration_text_must_suit_the_model() -> None:
     known = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(5, 2), config=SimpleNamespace(max_position_embeddings=8))
-    rows = Rows.of(torch.zeros(1, 4, dtype=torch.int64))
+    rows = TokenRows.of(torch.zeros(1, 4, dtype=torch.int64))
     loaded = SimpleNamespace(model=known, name="m")
     stages._check_tokens(loaded, Sequences(rows, rows.ids, rows, rows, ""))
     with pytest.raises(DataError, match="m knows the tokens 0 to 4; its tokenizer gives 5"):
@@ -508,8 +517,8 @@ def test_sequences_longer_than_positions_that_were_learnt_are_refused(caplog: py
     rotary = make_model("llama", max_position_embeddings=16)
 
     def check(model: Any, length: int) -> None:
-        rows = Rows.of(torch.zeros(1, length, dtype=torch.int64))
-        stages._check_tokens(models.LoadedModel(model, None, "m"), Sequences(rows, rows.ids, rows, rows, ""))
+        rows = TokenRows.of(torch.zeros(1, length, dtype=torch.int64))
+        stages._check_tokens(loading.LoadedModel(model, None, "m"), Sequences(rows, rows.ids, rows, rows, ""))
 
     neo = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 16, "attention_types": [[["global"], 1]]}
     for learnt in (opt, GPTNeoForCausalLM(GPTNeoConfig(vocab_size=260, **neo))):
@@ -527,29 +536,29 @@ def test_nothing_to_train_is_refused() -> None:
 
 
 def test_epochs_of_what_the_model_writes_repeat_as_many_sequences_as_asked_for(tmp_path: Path) -> None:
-    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    loaded = loading.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
     given = DistillOptions(pretrained="m", data=("self",), samples=4, calib_samples=8, batch_size=2, epochs=2, seq_len=32)
-    found = text.sequences_of(given, loaded, "se", train=8, least=1, validation=8)
+    found = workflows_text.sequences_of(given, loaded, "se", train=8, least=1, validation=8)
     assert (len(found.train), len(found.calibration)) == (4, 8)
 
 
 def test_held_out_text_of_a_mixture_is_the_same_for_every_seed(tmp_path: Path) -> None:
-    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    loaded = loading.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
     (tmp_path / "b.txt").write_text("".join(f"line {i} of the other text\n" for i in range(2000)))
     found = []
     for seed in (0, 1):
         given = DistillOptions(pretrained="m", data=("python-docs=0.7", f"{tmp_path / 'b.txt'}=0.3"), seq_len=32, test_samples=20, seed=seed)
-        found.append(text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8))
+        found.append(workflows_text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8))
     assert torch.equal(found[0].test.ids, found[1].test.ids)
     assert torch.equal(found[0].validation.ids, found[1].validation.ids)
     assert not torch.equal(found[0].train.ids, found[1].train.ids)
 
 
 def test_a_source_of_a_mixture_that_is_not_there_is_named_once(tmp_path: Path) -> None:
-    loaded = models.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
+    loaded = loading.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
     given = DistillOptions(pretrained="m", data=("python-docs=0.7", "./nowhere.txt=0.3"), seq_len=32)
     with pytest.raises(DataError) as refused:
-        text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8)
+        workflows_text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8)
     assert str(refused.value).startswith("--data ./nowhere.txt must be an existing file")
 
 
@@ -557,9 +566,9 @@ def test_malformed_shares_are_refused_before_a_model_is_loaded(tmp_path: Path, m
     def never(*given: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(models, "load", never)
+    monkeypatch.setattr(loading, "load", never)
     model = save_model(tmp_path / "model", "llama")
     for flag in ("--data", "--eval_data"):
-        assert cli.main([*command(model, tmp_path / "run")[3:], flag, "python-docs=x"]) == 2
+        assert main.main([*command(model, tmp_path / "run")[3:], flag, "python-docs=x"]) == 2
         assert "must be NAME=SHARE for every source" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble import checkpoint, families
-from nybble.config import DistillOptions
-from nybble.distill import distill
-from nybble.export import openvino as ov_export
-from nybble.families import FAMILIES as FACTS
-from nybble.train import Trainer
+from nybble.export import openvino
+from nybble.models import families as models_families
+from nybble.models import quantized_model, selection
+from nybble.models.families import FAMILIES as FACTS
+from nybble.options.commands import DistillOptions
+from nybble.training.trainer import Trainer
+from nybble.workflows.distill import distill
 from tests.tiny import FAMILIES, make_config, make_tokenizer, save_model
 
 STEPS = 4
@@ -62,7 +63,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     distill(options(model, tmp_path / "undisturbed"))
 
     def read(name: str) -> bytes:
-        return (tmp_path / name / "quantized" / checkpoint.WEIGHTS).read_bytes()
+        return (tmp_path / name / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes()
 
     assert read("run") == read("undisturbed"), "resumed training must end with the same bits"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -76,7 +77,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tied = FAMILIES[family][1].get("tie_word_embeddings", make_config(family).tie_word_embeddings)
     export = results["exports"]["openvino"]
     assert (export["weights_u4"], export["weights_u8"]) == (layers, 1 if tied else 2)
-    assert export["logit_difference"] <= ov_export.LOGIT_TOLERANCE
+    assert export["logit_difference"] <= openvino.LOGIT_TOLERANCE
     assert FACTS[make_config(family).model_type].exported is True
     masks = attention_masks(tmp_path / "run" / "openvino")
     assert masks <= {"f32"}
@@ -90,7 +91,7 @@ def attention_masks(folder: Path) -> set[str]:
     """Types of the masks that OpenVINO's attention gets: boolean ones make it slow. Eager attention, of models with soft-capping, has none."""
     import openvino
 
-    operations = openvino.Core().read_model(folder / ov_export.MODEL_XML).get_ops()
+    operations = openvino.Core().read_model(folder / "openvino_model.xml").get_ops()
     return {op.input(3).get_element_type().get_type_name() for op in operations if op.get_type_name() == "ScaledDotProductAttention"}
 
 
@@ -102,7 +103,7 @@ def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", family)
     distill(options(model, tmp_path / "run", dtype="bfloat16", cache="recompute", export=("openvino",)))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["exports"]["openvino"]["logit_difference"] <= ov_export.LOGIT_TOLERANCE
+    assert results["exports"]["openvino"]["logit_difference"] <= openvino.LOGIT_TOLERANCE
     assert results["best_step"] > 0
 
 
@@ -110,14 +111,14 @@ def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", quick(["smollm", "mistral", "gemma2", "gemma3"]))
 def test_exported_model_handles_padding_and_windows(family: str, tmp_path: Path) -> None:
     """Two sequences of different length, left-padded, longer than the sliding window: logits as torch gives for each alone."""
-    from nybble import insert, models
+    from nybble.qat import insert
     from tests.tiny import make_model
 
     model = make_model(family)
-    quantized = insert.quantize_rows(model, models.plan(model).int8)
+    quantized = insert.quantize_rows(model, selection.select_layers(model).int8)
     tmp_path.joinpath("ov").mkdir()
-    ov_export.export(model, make_tokenizer(), quantized, tmp_path / "ov")
-    runtime = ov_export.open_model(tmp_path / "ov", model.config, strict=True)
+    openvino.export(model, make_tokenizer(), quantized, tmp_path / "ov")
+    runtime = openvino.open_model(tmp_path / "ov", model.config, strict=True)
     long, short = torch.randint(0, 256, (1, 20)), torch.randint(0, 256, (1, 13))
     ids = torch.cat([long, torch.cat([torch.full((1, 7), 257), short], dim=1)])
     mask = torch.ones_like(ids)
@@ -135,8 +136,8 @@ def test_generation_goes_on_from_the_state(tmp_path: Path) -> None:
 
     model = make_model("smollm")
     tmp_path.joinpath("ov").mkdir()
-    ov_export.export(model, make_tokenizer(), {}, tmp_path / "ov")
-    runtime = ov_export.open_model(tmp_path / "ov", model.config, strict=True)
+    openvino.export(model, make_tokenizer(), {}, tmp_path / "ov")
+    runtime = openvino.open_model(tmp_path / "ov", model.config, strict=True)
     lengths, original = [], runtime.run
 
     def spy(input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -162,4 +163,4 @@ def test_the_norm_offset_is_that_of_the_models_own_norms(family: str) -> None:
         one = norm(inputs)
         norm.weight.fill_(2.0)
         ratio = float((norm(inputs) / one).mean())
-    assert ratio == pytest.approx((2 + families.family_of(config).norm_offset) / (1 + families.family_of(config).norm_offset), rel=1e-4)
+    assert ratio == pytest.approx((2 + models_families.family_of(config).norm_offset) / (1 + models_families.family_of(config).norm_offset), rel=1e-4)

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble import insert
-from nybble.absorb import assert_absorbs_exactly, changes, merge, plain_linear
-from nybble.grid import Grid, min_max
-from nybble.insert import step_cache
-from nybble.layers import FakeQuantizedLoRALinear, LoRALinear, QuantizedLinear, ScaledCodesLinear
-from nybble.quantized import QuantizedWeight
+from nybble.qat import insert
+from nybble.qat.absorb import assert_absorbs_exactly, changes, merge, plain_linear
+from nybble.qat.insert import step_cache
+from nybble.qat.layers import FakeQuantizedLoRALinear, FixedCodesLinear, LoRALinear, QuantizedLinear
+from nybble.quant.grid import min_max_qparams
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
 from tests.reference import quantizer as slow
 from tests.tiny import make_model
 
@@ -24,10 +25,10 @@ def make(
 ) -> FakeQuantizedLoRALinear:
     """A layer with adapters and scales as after training."""
     generator = torch.Generator().manual_seed(0)
-    grid = Grid(group_size=16)
+    grid = QuantScheme(group_size=16)
     weight = (torch.randn(outputs, inputs, generator=generator) * 0.1).to(dtype)
     layer = FakeQuantizedLoRALinear(
-        weight, *min_max(weight, grid), grid, torch.randn(outputs, generator=generator).to(dtype) if bias else None, rank, dtype, generator
+        weight, *min_max_qparams(weight, grid), grid, torch.randn(outputs, generator=generator).to(dtype) if bias else None, rank, dtype, generator
     )
     if tuned:
         with torch.no_grad():
@@ -76,7 +77,7 @@ def test_rank_is_clamped_to_narrow_layers(outputs: int, inputs: int, rank: int) 
 def test_untrained_layer_is_the_compressed_weight() -> None:
     layer = make(tuned=False)
     weight = layer.weight.double()
-    scale, zero = min_max(layer.weight, layer.grid)
+    scale, zero = min_max_qparams(layer.weight, layer.grid)
     expected = slow.fake_quantize(weight, scale.double(), zero.double(), 4)
     assert torch.equal(layer.quantized_OI().double(), expected)
     assert layer.lora_a.abs().sum() > 0
@@ -207,10 +208,10 @@ def test_adapters_and_scales_stay_in_float32_whatever_the_weights_are() -> None:
 # --- codes that stay ----------------------------------------------------------------------------------------------------------
 
 
-def make_scaled(dtype: torch.dtype = torch.float32, outputs: int = 24, inputs: int = 64) -> ScaledCodesLinear:
+def make_scaled(dtype: torch.dtype = torch.float32, outputs: int = 24, inputs: int = 64) -> FixedCodesLinear:
     """A layer with scales as after training."""
     plain = make(outputs, inputs, rank=0, dtype=dtype, tuned=False)
-    layer = ScaledCodesLinear(plain.absorb(), plain.bias, dtype, torch.Generator().manual_seed(0))
+    layer = FixedCodesLinear(plain.absorb(), plain.bias, dtype, torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.log_scale_shift.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     return layer
@@ -236,11 +237,11 @@ def test_weights_made_in_16_bits_are_the_cast_ones(dtype: torch.dtype) -> None:
     scales = torch.cat([mantissas * 2.0**exponent for exponent in (-13, -8, -5, 0, 11)])
     scale, zero = (grid.flatten()[:, None] for grid in torch.meshgrid(scales, torch.arange(16.0), indexing="ij"))
     codes = torch.arange(16, dtype=torch.uint8).repeat(len(scale), 1)
-    layer = ScaledCodesLinear(QuantizedWeight(codes, scale, zero.to(torch.uint8), Grid(group_size=16)), None, dtype)
+    layer = FixedCodesLinear(QuantizedWeight(codes, scale, zero.to(torch.uint8), QuantScheme(group_size=16)), None, dtype)
     assert torch.equal(layer.made_weight(), layer.absorb().dequantize().to(dtype))
 
 
-def scale_gradient(layer: ScaledCodesLinear, inputs: Tensor, upstream: Tensor) -> Tensor:
+def scale_gradient(layer: FixedCodesLinear, inputs: Tensor, upstream: Tensor) -> Tensor:
     """float64 autograd of the formula."""
     shift, start = layer.log_scale_shift.detach().double().requires_grad_(), layer.start_scale.double()
     exact = start * shift.exp()
@@ -353,7 +354,7 @@ def test_adapters_on_16_bit_weights_start_and_count_as_those_of_peft() -> None:
 
 
 def test_changes_are_counted_by_layer_and_in_all() -> None:
-    grid = Grid(group_size=2)
+    grid = QuantScheme(group_size=2)
     ones = torch.ones(1, 2, dtype=torch.uint8)
 
     def weight(codes: list[int], scales: list[float]) -> QuantizedWeight:

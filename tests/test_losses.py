@@ -7,23 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble import losses
 from nybble.errors import ModelError
-from nybble.losses import Head, cross_entropy, kl_to_teacher, last_hidden
+from nybble.models.head import LMHead, last_hidden_states
+from nybble.training import losses as training_losses
+from nybble.training.losses import cross_entropy, kl_to_teacher
 from tests.tiny import make_model
 
 N, D, V = 37, 16, 101
 
 
-def heads(cap: float | None, multiplier: float, bias: bool, dtype: torch.dtype) -> tuple[Head, Head]:
+def heads(cap: float | None, multiplier: float, bias: bool, dtype: torch.dtype) -> tuple[LMHead, LMHead]:
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(V, D, generator=generator).to(dtype) for _ in range(2)]
     biases = [torch.randn(V, generator=generator).to(dtype) if bias else None for _ in range(2)]
-    return Head(made[0], biases[0], multiplier, cap), Head(made[1], biases[1], multiplier, cap)
+    return LMHead(made[0], biases[0], multiplier, cap), LMHead(made[1], biases[1], multiplier, cap)
 
 
-def plain_kl(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head) -> Tensor:
-    def logits(hidden: Tensor, head: Head) -> Tensor:
+def plain_kl(student: Tensor, teacher: Tensor, student_head: LMHead, teacher_head: LMHead) -> Tensor:
+    def logits(hidden: Tensor, head: LMHead) -> Tensor:
         z = F.linear(hidden, head.weight_VD.double(), None if head.bias_V is None else head.bias_V.double()) * head.multiplier
         return z if head.cap is None else head.cap * torch.tanh(z / head.cap)
 
@@ -81,14 +82,14 @@ def test_result_does_not_depend_on_the_chunk() -> None:
 
 def test_never_more_than_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     student_head, teacher_head = heads(None, 1.0, False, torch.float32)
-    sizes, original = [], Head.logits
+    sizes, original = [], LMHead.logits
 
-    def spy(self: Head, hidden: Tensor) -> Tensor:
+    def spy(self: LMHead, hidden: Tensor) -> Tensor:
         sizes.append(len(hidden))
         return original(self, hidden)
 
-    monkeypatch.setattr(Head, "logits", spy)
-    monkeypatch.setattr(losses, "CHUNK", {"cpu": 8})
+    monkeypatch.setattr(LMHead, "logits", spy)
+    monkeypatch.setattr(training_losses, "CHUNK_TOKENS", {"cpu": 8})
     saved = []
     student = torch.randn(N, D, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
@@ -112,14 +113,14 @@ def test_head_of_a_model_gives_its_logits(family: str) -> None:
     model = make_model(family)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
-        head = Head.of(model)
+        head = LMHead.of(model)
         head.verify(model, ids)
-        torch.testing.assert_close(head.logits(last_hidden(model, ids)), model(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head.logits(last_hidden_states(model, ids)), model(ids).logits, rtol=1e-5, atol=1e-5)
     assert (head.cap is not None) == (family == "gemma2")
 
 
 def test_a_family_that_does_more_to_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gemma2")
-    wrong = replace(Head.of(model), cap=None)
+    wrong = replace(LMHead.of(model), cap=None)
     with pytest.raises(ModelError, match=r"the logits of gemma2 must be head\(hidden states\).*this family needs a row in families.py"):
         wrong.verify(model, torch.arange(12).view(2, 6))

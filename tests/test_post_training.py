@@ -10,12 +10,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForCausalLM
 
-from nybble import checkpoint, cli, compress, models
-from nybble.compress import Calibration, blockwise
-from nybble.config import CompressOptions
-from nybble.distill import distill
-from nybble.grid import Grid
-from nybble.post_training import compress as compress_flow
+from nybble.cli import main
+from nybble.compress import blockwise, pipeline
+from nybble.compress import store as compress_store
+from nybble.compress.calibration import Calibration
+from nybble.models import quantized_model, selection
+from nybble.options.commands import CompressOptions
+from nybble.quant.scheme import QuantScheme
+from nybble.run import results as run_results
+from nybble.run import resume
+from nybble.workflows.compress import compress as compress_flow
+from nybble.workflows.distill import distill
 from tests import test_families
 from tests.tiny import make_model, make_tokenizer, save_model
 
@@ -31,18 +36,18 @@ def options(model: Path, run: Path, **changes: object) -> CompressOptions:
 
 
 def codes(run: Path) -> dict[str, torch.Tensor]:
-    return {name: weight.codes_OI for name, weight in checkpoint.load_weights(run / "quantized")[0].items()}
+    return {name: weight.codes_OI for name, weight in quantized_model.load_weights(run / "quantized")[0].items()}
 
 
 def saved(run: Path) -> bytes:
-    return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
+    return (run / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes()
 
 
 @pytest.mark.usefixtures("needs_openvino")
 def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model, run = save_model(tmp_path / "model", "qwen2"), tmp_path / "run"
     flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks"
-    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "awq+se+gptq", *flags.split()]) == 0
+    assert main.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "awq+se+gptq", *flags.split()]) == 0
     said = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     assert results["models"].keys() == {"16bit", "compressed", "openvino"}
@@ -65,7 +70,7 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
     assert "| model.layers.1.mlp.down_proj |" in text
 
     for target in (run, run / "quantized", run / "openvino"):
-        assert cli.main(["inspect", str(target)]) == 0
+        assert main.main(["inspect", str(target)]) == 0
         table = capsys.readouterr().out
         assert "16 quantized layers" not in table
         assert "15 quantized layers" in table  # the head is tied
@@ -75,17 +80,17 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
         assert cells[1:3] == ["64 x 128", "uint4 asymmetric group 32"]
         assert cells[3:7] == [f"{error['rtn']:.3%}", f"{error['start']:.3%}", f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
         assert "14 x uint4 asymmetric group 32, 1 x uint8 symmetric per row" in table or "1 x uint8 symmetric per row, 14 x uint4 asymmetric group 32" in table
-    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert main.main(["inspect", str(tmp_path)]) == 2
     assert "must be a finished run, or a folder quantized or openvino inside one; it is neither" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        assert cli.main(["inspect", str(run / "openvino")]) == 2
+        assert main.main(["inspect", str(run / "openvino")]) == 2
     assert 'pip install -c constraints.txt -e ".[openvino]"' in capsys.readouterr().err
-    save_file({"a": torch.zeros(2)}, run / "quantized" / checkpoint.WEIGHTS)
-    assert cli.main(["inspect", str(run)]) == 2
+    save_file({"a": torch.zeros(2)}, run / "quantized" / quantized_model.WEIGHTS_FILE)
+    assert main.main(["inspect", str(run)]) == 2
     assert "must be a 4-bit model that nybble wrote (nybble-1); it is something else" in capsys.readouterr().err
-    (run / "quantized" / checkpoint.WEIGHTS).write_bytes(b"cut")
-    assert cli.main(["distill", "--pretrained", str(model), "--output_dir", str(tmp_path / "third"), *flags.split(), "--start", str(run)]) == 2
+    (run / "quantized" / quantized_model.WEIGHTS_FILE).write_bytes(b"cut")
+    assert main.main(["distill", "--pretrained", str(model), "--output_dir", str(tmp_path / "third"), *flags.split(), "--start", str(run)]) == 2
     assert "must be a readable safetensors file" in capsys.readouterr().err
 
 
@@ -97,7 +102,7 @@ def test_a_model_that_is_broken_is_refused_before_there_is_a_run(tmp_path: Path,
     make_tokenizer().save_pretrained(tmp_path / "model")
     flags = "--data python-docs --seq_len 32 --calib_samples 16 --group_size 32 --test_samples 4 --tasks --export"
     for method, words in (("rtn", "the logits of llama must be finite numbers"), ("se", "the outputs of block 1 (mlp.down_proj) must be finite")):
-        assert cli.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), "--method", method, *flags.split()]) == 2
+        assert main.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), "--method", method, *flags.split()]) == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
@@ -113,11 +118,11 @@ def test_errors_of_layers_that_folding_divides_are_those_of_their_own_outputs() 
     model(ids)
     handle.remove()
     before = values.weight.detach().clone()
-    result = compress.compress(model, models.plan(model).int4, Grid(group_size=32), "awq", Calibration(ids))
+    result = pipeline.compress(model, selection.select_layers(model).int4, QuantScheme(group_size=32), "awq", Calibration(ids))
     name = "model.layers.0.self_attn.v_proj"
     factors = (before / values.weight).median(1).values[:, None]  # rows were divided; columns multiplied by what the norm was divided by
     norm = (values.weight * factors / before).median(0).values
-    made = result.starts[name].quantized(Grid(group_size=32)).dequantize() * factors / norm
+    made = result.starts[name].quantized(QuantScheme(group_size=32)).dequantize() * factors / norm
     wanted = ((made - before) @ seen[0].T).square().mean() / (before @ seen[0].T).square().mean()
     assert result.errors[name].start == pytest.approx(float(wanted), rel=1e-3)
 
@@ -166,20 +171,20 @@ def test_interrupted_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path
 
 
 def test_blocks_of_another_text_or_model_are_not_taken(tmp_path: Path) -> None:
-    store = checkpoint.BlockStore(tmp_path / "blocks", "one")
+    store = compress_store.BlockStore(tmp_path / "blocks", "one")
     assert store.load("model.layers.0.") is None
     store.save("model.layers.0.", {"x": torch.ones(2)}, {"errors": 1})
     assert store.load("model.layers.1.") is None
     tensors, note = store.load("model.layers.0.")  # type: ignore[misc]
     assert (tensors["x"].tolist(), note) == ([1, 1], {"errors": 1})
-    assert checkpoint.BlockStore(tmp_path / "blocks", "two").load("model.layers.0.") is None
+    assert compress_store.BlockStore(tmp_path / "blocks", "two").load("model.layers.0.") is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_closer_than_rounding_to_nearest(method: str) -> None:
     """The compressed model is closer to the original than round-to-nearest is, on text that it has not seen."""
     model = make_model("llama", dtype=torch.float32)
-    names = models.plan(model).int4
+    names = selection.select_layers(model).int4
     generator = torch.Generator().manual_seed(0)
     # calibration text with a few strong channels, as real models have
     with torch.no_grad():
@@ -192,9 +197,9 @@ def test_every_method_is_closer_than_rounding_to_nearest(method: str) -> None:
     def distance(method: str) -> float:
         compressed = make_model("llama", dtype=torch.float32)
         compressed.load_state_dict(model.state_dict())
-        result = compress.compress(compressed, names, Grid(group_size=32), method, Calibration(ids[:64], recipe=blockwise.Recipe(epochs=8)))
+        result = pipeline.compress(compressed, names, QuantScheme(group_size=32), method, Calibration(ids[:64], recipe=blockwise.BlockwiseConfig(epochs=8)))
         for name, start in result.starts.items():
-            compressed.get_submodule(name).weight = torch.nn.Parameter(start.quantized(Grid(group_size=32)).dequantize(), requires_grad=False)
+            compressed.get_submodule(name).weight = torch.nn.Parameter(start.quantized(QuantScheme(group_size=32)).dequantize(), requires_grad=False)
         return float((compressed(ids[64:]).logits - original).square().mean())
 
     assert distance(method) < 0.97 * distance("rtn")
@@ -205,10 +210,10 @@ def test_limit_blocks_leaves_the_rest_to_rtn() -> None:
     results = {}
     for limit in (None, 1, 0):
         model = make_model("llama")
-        names = models.plan(model).int4
-        results[limit] = compress.compress(model, names, Grid(group_size=32), "se", Calibration(ids, limit_blocks=limit))
+        names = selection.select_layers(model).int4
+        results[limit] = pipeline.compress(model, names, QuantScheme(group_size=32), "se", Calibration(ids, limit_blocks=limit))
         assert tuple(results[limit].starts) == names
-    plain = compress.compress(make_model("llama"), names, Grid(group_size=32), "rtn")
+    plain = pipeline.compress(make_model("llama"), names, QuantScheme(group_size=32), "rtn")
     for name in names:
         same = {limit: torch.equal(result.starts[name].scale_OG, plain.starts[name].scale_OG) for limit, result in results.items()}
         assert same == {None: False, 1: ".1." in name, 0: True}
@@ -218,16 +223,16 @@ def test_limit_blocks_leaves_the_rest_to_rtn() -> None:
 
 def test_a_block_without_4_bit_layers_is_passed_through() -> None:
     model = make_model("llama")
-    names = [name for name in models.plan(model).int4 if ".1." in name]
-    result = compress.compress(model, names, Grid(group_size=32), "blockwise", Calibration(torch.randint(0, 255, (16, 16))))
+    names = [name for name in selection.select_layers(model).int4 if ".1." in name]
+    result = pipeline.compress(model, names, QuantScheme(group_size=32), "blockwise", Calibration(torch.randint(0, 255, (16, 16))))
     assert list(result.starts) == names
     assert list(result.blocks) == ["model.layers.1"]
 
 
 def test_the_model_holds_the_weights_of_the_starts_without_a_copy() -> None:
     model = make_model("llama", dtype=torch.bfloat16)
-    names = models.plan(model).int4
-    result = compress.compress(model, names, Grid(group_size=32), "se+gptq", Calibration(torch.randint(0, 255, (16, 16))))
+    names = selection.select_layers(model).int4
+    result = pipeline.compress(model, names, QuantScheme(group_size=32), "se+gptq", Calibration(torch.randint(0, 255, (16, 16))))
     for name, start in result.starts.items():
         assert start.weight_OI.data_ptr() == model.get_submodule(name).weight.data_ptr()
         assert start.weight_OI.dtype == torch.bfloat16
@@ -245,7 +250,9 @@ def test_starts_follow_a_model_that_moves(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
     model = make_model("smollm")
-    result = compress.compress(model, models.plan(model).int4, Grid(group_size=32), "awq+se+blockwise", Calibration(torch.randint(0, 255, (16, 16))))
+    result = pipeline.compress(
+        model, selection.select_layers(model).int4, QuantScheme(group_size=32), "awq+se+blockwise", Calibration(torch.randint(0, 255, (16, 16)))
+    )
     for name, start in result.starts.items():
         assert start.weight_OI.data_ptr() == model.get_submodule(name).weight.data_ptr()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -256,7 +263,7 @@ def test_awq_alone_is_measured_against_rounding_the_weights_as_they_were() -> No
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight[:4] *= 8
-    result = compress.compress(model, models.plan(model).int4, Grid(group_size=32), "awq", Calibration(torch.randint(0, 255, (32, 16))))
+    result = pipeline.compress(model, selection.select_layers(model).int4, QuantScheme(group_size=32), "awq", Calibration(torch.randint(0, 255, (32, 16))))
     for name, error in result.errors.items():
         if "q_proj" in name or "k_proj" in name:
             assert error.start < 0.95 * error.rtn
@@ -285,22 +292,22 @@ def test_distillation_starts_from_the_compressed_codes(tmp_path: Path) -> None:
 def test_a_folder_called_like_a_method_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compress_flow(options(save_model(tmp_path / "model", "llama"), Path("se"), method="se"))
-    assert checkpoint.read_results(Path("se"))["method"] == "se"
+    assert run_results.read_results(Path("se"))["method"] == "se"
 
 
 @pytest.mark.parametrize(
     ("known", "rank", "expected"), [(True, 0, "awq+se+blockwise"), (False, 0, "se+blockwise"), (True, 4, "awq+se+gptq"), (False, 4, "se+gptq")]
 )
 def test_the_automatic_start_needs_no_row_of_the_family(known: bool, rank: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import families
+    from nybble.models import families
 
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     if not known:
-        monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
+        monkeypatch.setitem(families.FAMILIES, "llama", families.ModelFamily())
     settings = {"start": "auto", "calib_samples": 8, "group_size": 32, "lora_rank": rank}
     distill(test_families.options(model, run, **settings))
-    assert checkpoint.read_options(run)["start"] == checkpoint.read_results(run)["method"] == expected
-    assert len(checkpoint.read_results(run)["block_losses"]) == (0 if rank else 2)
+    assert resume.read_options(run)["start"] == run_results.read_results(run)["method"] == expected
+    assert len(run_results.read_results(run)["block_losses"]) == (0 if rank else 2)
     distill(test_families.options(model, run, resume=True, **settings))
 
 
@@ -324,7 +331,7 @@ def test_a_finished_run_is_a_start(dtype: str, tmp_path: Path) -> None:
     assert started["models"]["compressed"]["kl_to_teacher"] == pytest.approx(made["models"]["compressed"]["kl_to_teacher"], rel=1e-5)
     assert (started["method"], started["layer_errors"]) == (f"awq+se ({first})", made["layer_errors"])
     assert started["codes_changed"] == 0.0
-    (before, rest), (after, others) = (checkpoint.load_weights(run / "quantized") for run in (first, second))
+    (before, rest), (after, others) = (quantized_model.load_weights(run / "quantized") for run in (first, second))
     for name, weight in before.items():
         assert torch.equal(after[name].codes_OI, weight.codes_OI)
         assert torch.equal(after[name].scale_OG, weight.scale_OG)
@@ -339,7 +346,7 @@ def test_a_run_that_cannot_be_a_start_is_refused_before_the_run(tmp_path: Path, 
     flags = ["--data", "python-docs", "--seq_len", "32", "--samples", "8", "--batch_size", "4", "--tasks", "--export", "--output_dir", str(run)]
 
     def refused(model: Path, *more: str) -> str:
-        assert cli.main(["distill", "--pretrained", str(model), *flags, *more]) == 2
+        assert main.main(["distill", "--pretrained", str(model), *flags, *more]) == 2
         assert not run.exists()
         return " ".join(capsys.readouterr().err.split())
 
@@ -351,7 +358,7 @@ def test_a_run_that_cannot_be_a_start_is_refused_before_the_run(tmp_path: Path, 
     shutil.rmtree(start / "quantized")
     assert f"--start {start} must be a finished run; it has no folder quantized" in refused(model, "--start", str(start), "--group_size", "32")
     assert "--start, where it is not the folder of a run, must be rtn, or one or more of awq, se, gptq, blockwise" in refused(model, "--start", "runs/none")
-    assert cli.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", str(start)]) == 2
+    assert main.main(["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", str(start)]) == 2
     assert "--method must be rtn, or one or more of" in capsys.readouterr().err
 
 
@@ -383,29 +390,29 @@ def test_bad_input_leaves_nothing_behind(flags: list[str], words: str, tmp_path:
     model = save_model(tmp_path / "model", "llama")
     run = tmp_path / "run"
     arguments = ["compress", "--pretrained", str(model), "--output_dir", str(run), "--data", "python-docs", "--tasks", "--export", *flags]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert words in capsys.readouterr().err
     assert not run.exists()
 
 
 def test_awq_on_an_unknown_family_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nybble import families
+    from nybble.models import families
 
     model = save_model(tmp_path / "model", "llama")
-    monkeypatch.setitem(families.FAMILIES, "llama", families.Family())
+    monkeypatch.setitem(families.FAMILIES, "llama", families.ModelFamily())
     flags = ["--output_dir", str(tmp_path / "run"), "--data", "python-docs", "--seq_len", "32", "--tasks", "--export", "--group_size", "32"]
     flags += ["--test_samples", "4", "--calib_samples", "8"]
-    assert cli.main(["compress", "--pretrained", str(model), "--method", "awq+se", *flags]) == 2
+    assert main.main(["compress", "--pretrained", str(model), "--method", "awq+se", *flags]) == 2
     assert "families.py has no such row for llama" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert cli.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
+    assert main.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
 
 
 def test_less_calibration_text_than_wanted_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a short text\n" for i in range(400)))
     flags = ["--output_dir", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--seq_len", "64", "--tasks", "--export", "--group_size", "32"]
-    assert cli.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
+    assert main.main(["compress", "--pretrained", str(model), "--method", "se", *flags]) == 0
     assert "tokens of the training text (all there is; --calib_samples is 128)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -415,7 +422,7 @@ def test_rtn_needs_no_text_to_learn_from(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all(error["rtn"] is None and error["weight"] > 0 for error in results["layer_errors"].values())
     shutil.rmtree(tmp_path / "run" / "quantized")
-    assert cli.main(["inspect", str(tmp_path / "run")]) == 2
+    assert main.main(["inspect", str(tmp_path / "run")]) == 2
 
 
 @pytest.mark.parametrize(("function", "words"), [("convert_model", "LlamaForCausalLM cannot be traced"), ("tokenizer", "cannot be converted")])
@@ -431,13 +438,13 @@ def test_an_export_that_fails_is_said_after_all_else_is_reported(
     flags = f"--pretrained {model} --output_dir {run} --method rtn --data python-docs --seq_len 32 --group_size 32 --test_samples 4 --tasks"
     with monkeypatch.context() as patch:
         patch.setattr(*((openvino, "convert_model") if function == "convert_model" else (tokenizers, "convert_tokenizer")), fail)
-        assert cli.main(["compress", *flags.split(), "--export", "openvino"]) == 2
+        assert main.main(["compress", *flags.split(), "--export", "openvino"]) == 2
     said = capsys.readouterr()
     assert words in said.err.splitlines()[-1]
     assert "TypeError: not this one" in said.err.splitlines()[-1]
     assert "**Warning:** not exported: " in (run / "report.md").read_text()
     assert not (run / "openvino").exists()
-    assert cli.main(["compress", *flags.split(), "--export", "openvino", "--resume"]) == 0
+    assert main.main(["compress", *flags.split(), "--export", "openvino", "--resume"]) == 0
     assert "Warning" not in (run / "report.md").read_text()
     assert (run / "openvino").is_dir()
 
@@ -449,7 +456,7 @@ def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:
     BioGptForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     compress_flow(options(folder, tmp_path / "run", method="rtn"))
-    loaded, _, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    loaded, _, _ = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32)
     assert loaded.output_projection.weight is loaded.get_input_embeddings().weight
 
 
@@ -462,7 +469,7 @@ def test_layers_whose_weights_are_read_past_them_are_refused(tmp_path: Path, cap
     MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=32)).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     flags = "--method rtn --data python-docs --seq_len 32 --group_size 32 --test_samples 4 --tasks --export"
-    assert cli.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), *flags.split()]) == 2
+    assert main.main(["compress", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), *flags.split()]) == 2
     assert "MambaForCausalLM reads the weight of backbone.layers.0.mixer.dt_proj without calling the layer (1 such)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -477,7 +484,7 @@ def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:
         "from transformers import LlamaForCausalLM\nfrom .configuration_mine import Config\n\nclass Model(LlamaForCausalLM):\n    config_class = Config\n"
     )
     compress_flow(options(folder, tmp_path / "run", method="rtn", trust_remote_code=True))
-    loaded, _, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32, trust_remote_code=True)
+    loaded, _, _ = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32, trust_remote_code=True)
     assert type(loaded).__name__ == "Model"
 
 
@@ -492,11 +499,11 @@ def test_code_in_a_run_of_someone_else_runs_only_where_it_is_allowed(tmp_path: P
     (run / "quantized" / "config.json").write_text(json.dumps(config))
     (run / "quantized" / "mine.py").write_text("raise SystemExit('foreign code ran')")
     for command in (["export", str(run)], ["eval", str(run), "--data", "python-docs"]):
-        assert cli.main(command) == 2
+        assert main.main(command) == 2
         words = f"{run / 'quantized'} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit, match="foreign code ran"):
-        cli.main(["export", str(run), "--trust_remote_code"])
+        main.main(["export", str(run), "--trust_remote_code"])
 
 
 def test_a_head_of_its_own_ships_whatever_the_configuration_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -508,7 +515,7 @@ def test_a_head_of_its_own_ships_whatever_the_configuration_says(tmp_path: Path,
         compress_flow(options(folder, tmp_path / "run", method="rtn"))
     assert "the checkpoint has a head of its own, which is used" in caplog.text
     original = make_model("llama")
-    shipped, _, quantized = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    shipped, _, quantized = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32)
     assert shipped.config.tie_word_embeddings is False
     assert {"lm_head", "model.embed_tokens"} <= quantized.keys()
     for ours, theirs in ((shipped.lm_head, original.lm_head), (shipped.model.embed_tokens, original.model.embed_tokens)):

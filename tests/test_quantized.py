@@ -2,8 +2,9 @@
 
 import torch
 
-from nybble.grid import INT8_ROW, Grid, min_max, quantize
-from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.grid import min_max_qparams, quantize
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
 
 
 def test_golden_bytes() -> None:
@@ -19,6 +20,6 @@ def test_round_trip_of_every_pair() -> None:
 
 def test_bytes_when_shipped() -> None:
     weight = torch.randn(64, 128)
-    for grid, expected in ((Grid(), 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2), (INT8_ROW, 64 * 128 + 64 * 2)):
-        scale, zero = min_max(weight, grid)
+    for grid, expected in ((QuantScheme(), 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2), (INT8_PER_ROW, 64 * 128 + 64 * 2)):
+        scale, zero = min_max_qparams(weight, grid)
         assert QuantizedWeight(quantize(weight, scale, zero, grid), scale, zero.byte(), grid).nbytes == expected

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nybble import cli
-from nybble.compress import automatic
-from nybble.config import DistillOptions, from_toml, to_toml
+from nybble.cli import main
+from nybble.compress.methods import automatic_method
+from nybble.options.commands import DistillOptions, from_toml, to_toml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,13 +25,13 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands():
         arguments = shlex.split(command)[1:]
         if arguments != ["env"]:
-            cli.parse(arguments)
+            main.parse(arguments)
 
 
 def test_flags_in_the_text_exist() -> None:
     from dataclasses import fields
 
-    known = {field.name for kind, _ in cli.COMMANDS.values() for field in fields(kind)} | {"config", "help"}
+    known = {field.name for kind, _ in main.COMMANDS.values() for field in fields(kind)} | {"config", "help"}
     for flag in re.findall(r"--([a-z_]+)", README):
         assert flag in known or flag.removeprefix("no_") in known, flag
 
@@ -39,7 +39,7 @@ def test_flags_in_the_text_exist() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_are_options_of_a_command(recipe: Path, tmp_path: Path) -> None:
     command = "tune --task arc_easy" if recipe.stem.startswith("tune") else "distill"
-    options, _ = cli.parse([*command.split(), "--pretrained", "m", "--config", str(recipe)])
+    options, _ = main.parse([*command.split(), "--pretrained", "m", "--config", str(recipe)])
     options.check()
     (tmp_path / "config.toml").write_text(to_toml(options))
     assert type(options)(**from_toml(type(options), tmp_path / "config.toml")) == options, "a run can be gone on with"
@@ -48,7 +48,7 @@ def test_recipes_are_options_of_a_command(recipe: Path, tmp_path: Path) -> None:
 def test_the_standard_recipe_says_what_the_defaults_are() -> None:
     options = DistillOptions(**{"pretrained": "m"} | from_toml(DistillOptions, ROOT / "recipes" / "standard.toml"))
     assert options == DistillOptions(pretrained="m", start=options.start)
-    assert options.start == automatic(SimpleNamespace(model_type="llama"), adapters=True)
+    assert options.start == automatic_method(SimpleNamespace(model_type="llama"), adapters=True)
 
 
 def test_python_runs() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nybble import evaluate
+from nybble.data.files import read_rows
 from nybble.errors import DataError
-from nybble.rows import read_rows
+from nybble.evaluation import local_tasks
 
 ROWS = [{"text": "caf\u00e9 \u2028 one", "n": 1}, {"text": "two", "extra": None}]
 
@@ -56,8 +56,8 @@ def test_local_data_of_tasks_are_what_is_in_the_files_now(tmp_path: Path) -> Non
     """Through the same reader: no cache by time stamp, and columns that the first row lacks are kept."""
     file = tmp_path / "test.jsonl"
     file.write_text('{"a": 1}\n{"a": 2, "b": 3}\n')
-    assert evaluate._dataset({"test": [str(file)]})["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": 3}]
+    assert local_tasks.read_dataset({"test": [str(file)]})["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": 3}]
     stamp = file.stat()
     file.write_text('{"a": 4}\n{"a": 5, "b": 6}\n')
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert evaluate._dataset({"test": [str(file)]})["test"].to_list()[0]["a"] == 4
+    assert local_tasks.read_dataset({"test": [str(file)]})["test"].to_list()[0]["a"] == 4

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from nybble import checkpoint, lessons
-from nybble import search as searching
-from nybble.cli import main
-from nybble.config import SearchOptions
+from nybble.cli.main import main
 from nybble.errors import RunError
-from nybble.questions import Score
-from nybble.report import ranks_written
-from nybble.search import search
-from nybble.tune import Trained, put_in_place, reopened, tune
+from nybble.options.commands import SearchOptions
+from nybble.report.run import ranks_written
+from nybble.run import resume
+from nybble.tasks.scoring import QuestionScores
+from nybble.workflows import lessons
+from nybble.workflows import search as searching
+from nybble.workflows.search import search
+from nybble.workflows.tune import Trained, put_in_place, reopened, tune
 
 from .test_families import interrupt_after
 from .test_tune import codes, options, results, write_task
@@ -150,10 +151,10 @@ def test_no_row_is_scored_twice_for_a_configuration(trained: Path, monkeypatch: 
 def test_what_is_worse_than_most_is_given_up_on_a_quarter_of_the_rows(rising: bool, tmp_path: Path) -> None:
     counted: dict[Any, int] = {}
 
-    def score(configuration: Any, rows: Any) -> Score:
+    def score(configuration: Any, rows: Any) -> QuestionScores:
         counted[configuration] = counted.get(configuration, 0) + len(rows)
         place = list(counted).index(configuration)
-        return Score((float(place if rising else -place),) * len(rows), ())
+        return QuestionScores((float(place if rising else -place),) * len(rows), ())
 
     trained: Any = SimpleNamespace(lesson=SimpleNamespace(space=(8, 4, 2), count=2, held_out=range(8)), score=score)
     known = [(8, 8), (4, 4)]
@@ -167,10 +168,10 @@ def test_what_is_worse_than_most_is_given_up_on_a_quarter_of_the_rows(rising: bo
 
 
 def test_winners_are_judged_on_rows_that_nothing_was_chosen_by(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[list[Any], Score]] = []
+    calls: list[tuple[list[Any], QuestionScores]] = []
     original = Trained.score
 
-    def score(self: Trained, configuration: Any, rows: Any) -> Score:
+    def score(self: Trained, configuration: Any, rows: Any) -> QuestionScores:
         calls.append(([*rows], original(self, configuration, rows)))
         return calls[-1][1]
 
@@ -186,7 +187,7 @@ def test_winners_are_judged_on_rows_that_nothing_was_chosen_by(trained: Path, mo
 def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_task(tmp_path / "letters.jsonl", 120)
     with monkeypatch.context() as patch:
-        patch.setattr("nybble.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})  # so that there is something better to be found
+        patch.setattr("nybble.workflows.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})  # so that there is something better to be found
         tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1)))
     before = codes(tmp_path / "run")
     results_ = results(tmp_path / "run")
@@ -202,7 +203,7 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"In place: {ranks_written(best['configuration'])}, found by nybble search" in report
     with monkeypatch.context() as patch:  # a search that finds less does not replace it
-        patch.setattr("nybble.search._best", lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]))
+        patch.setattr("nybble.workflows.search._best", lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]))
         search(SearchOptions(run=str(tmp_path / "run"), sampler="tpe", trials=1, apply=True))
     assert "in place" in [row["by"] for row in results(tmp_path / "run")["search"]["winners"]]
     assert results(tmp_path / "run")["configuration"] == best["configuration"]
@@ -216,7 +217,7 @@ def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in
     write_task(tmp_path / "letters.jsonl", 120)
     changes: dict[str, Any] = {"epochs": 1, "scale_epochs": 2, "start": "se", "lora_rank_space": (8, 1), "adapters": "before"}
     with monkeypatch.context() as patch:
-        patch.setattr("nybble.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})
+        patch.setattr("nybble.workflows.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})
         tune(options(tmp_path, **changes))
 
     def killed(*_: Any) -> None:
@@ -224,11 +225,11 @@ def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in
 
     with monkeypatch.context() as patch:
         if killed_in == "discarding":
-            patch.setattr("nybble.tuning.checkpoints", lambda part="": killed() if part else ("last.safetensors", "best.safetensors"))
+            patch.setattr("nybble.workflows.tuning.checkpoints", lambda part="": killed() if part else ("last.safetensors", "best.safetensors"))
         elif killed_in == "training":
             interrupt_after(3, patch)
         else:
-            patch.setattr({"merging": "nybble.absorb.merge", "saving": "nybble.checkpoint.save_quantized"}[killed_in], killed)
+            patch.setattr({"merging": "nybble.qat.absorb.merge", "saving": "nybble.models.quantized_model.save_quantized"}[killed_in], killed)
         with pytest.raises(KeyboardInterrupt):
             search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     assert not (tmp_path / "run" / "quantized").exists()
@@ -263,7 +264,7 @@ def test_a_winner_that_was_not_put_in_place_yet_still_has_its_teacher(tmp_path: 
     given |= {"teacher": str(save_model(tmp_path / "teacher", "smollm", seed=1)), "resume": True}
     tune(options(tmp_path, **given))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nybble.tune._discard_4_bits", lambda job: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("nybble.workflows.tune._discard_4_bits", lambda job: (_ for _ in ()).throw(KeyboardInterrupt()))
         with reopened(options(tmp_path, **given)) as trained:
             put_in_place(trained, (1, 1))
     assert (tmp_path / "run" / "quantized").exists()
@@ -285,7 +286,7 @@ def test_ranks_that_were_replaced_can_still_be_tested(tmp_path: Path, monkeypatc
     assert main([*command, "--eval_only"]) == 0
     assert main([*command, "--eval_only", "--custom_rank_config", "8", "1"]) == 0
     assert [tested["configuration"] for tested in results(tmp_path / "run")["tested"]] == [[1, 1], [8, 1]]
-    assert checkpoint.read_options(tmp_path / "run")["custom_rank_config"] == [8, 1]
+    assert resume.read_options(tmp_path / "run")["custom_rank_config"] == [8, 1]
 
 
 def test_exports_by_hand_are_made_again_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,11 +298,11 @@ def test_exports_by_hand_are_made_again_after_an_interruption(tmp_path: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nybble.tune._save", killed)
+        patch.setattr("nybble.workflows.tune._save", killed)
         with reopened(options(tmp_path, epochs=1, lora_rank_space=(8, 1), resume=True)) as trained:
             put_in_place(trained, (1, 1))
     made: list[str] = []
-    monkeypatch.setattr("nybble.stages.export_run", lambda run, kind, *_: made.append(kind) or killed())
+    monkeypatch.setattr("nybble.workflows.stages.export_run", lambda run, kind, *_: made.append(kind) or killed())
     with pytest.raises(KeyboardInterrupt):
         tune(options(tmp_path, epochs=1, lora_rank_space=(8, 1), resume=True))
     assert made == ["openvino"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nybble import checkpoint, cli, models
+from nybble.cli import main
+from nybble.models import gguf, loading, quantized_model
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return models.gguf_tokenizer(models.smollm2_path())
+    return gguf.gguf_tokenizer(loading.smollm2_path())
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def llama_tokenize() -> object:
     """llama.cpp's own tokenizer on the same file, through xllamacpp's server on the loopback interface."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (extra dev) carries llama.cpp")
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(models.smollm2_path())
+    parameters.model.path = str(loading.smollm2_path())
     parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads, parameters.warmup = 256, 1, 1, False
     server = xllamacpp.Server(parameters)
 
@@ -73,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "distill --pretrained smollm2 --data python-docs --seq_len 128 --samples 32 --epochs 1 --batch_size 8 --start rtn --lora_rank 64 --lr 5e-4 --norm_lr 0"
     )
     arguments += f" --valid_samples 4 --test_samples 8 --tasks --output_dir {path}"
-    assert cli.main(arguments.split()) == 0
+    assert main.main(arguments.split()) == 0
     return path
 
 
@@ -96,16 +97,16 @@ def test_export_is_small_and_exact(run: Path) -> None:
 
 
 def test_saved_codes_give_the_measured_model(run: Path) -> None:
-    model, tokenizer, quantized = checkpoint.load_quantized(run / "quantized", torch.float32)
+    model, tokenizer, quantized = quantized_model.load_quantized(run / "quantized", torch.float32)
     assert sum(weight.grid.bits == 4 for weight in quantized.values()) == 210
     weight = model.get_submodule("model.layers.3.mlp.up_proj").weight
     assert torch.equal(weight, quantized["model.layers.3.mlp.up_proj"].dequantize())
-    assert tokenizer("1234").input_ids == models.gguf_tokenizer(models.smollm2_path())("1234").input_ids
+    assert tokenizer("1234").input_ids == gguf.gguf_tokenizer(loading.smollm2_path())("1234").input_ids
 
 
 def test_runs_in_openvino_genai_and_agrees_with_torch(run: Path) -> None:
     genai = pytest.importorskip("openvino_genai", reason="extra openvino")
-    model, tokenizer, _ = checkpoint.load_quantized(run / "quantized", torch.float32)
+    model, tokenizer, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
     question = "What is the capital of France?"
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -119,7 +120,7 @@ def test_eval_measures_the_run_and_the_export_by_the_same_call(run: Path, shared
     values = []
     for target in (run, run / "openvino"):
         arguments = ["eval", str(target), "--data", "python-docs", "--seq_len", "128", "--samples", "4", "--strict", "--dtype", "float32"]
-        assert cli.main([*arguments, "--tasks", "arc_easy", "--task_limit", "8", "--data_dir", str(shared_data)]) == 0
+        assert main.main([*arguments, "--tasks", "arc_easy", "--task_limit", "8", "--data_dir", str(shared_data)]) == 0
         values.append(json.loads(capsys.readouterr().out.split("┘")[-1].split("┛")[-1]))
     assert values[0].keys() == values[1].keys() == {"token_perplexity", "tokens", "documents:arc_easy", "task:arc_easy acc", "task:arc_easy acc_norm"}
     assert values[1]["token_perplexity"] == pytest.approx(values[0]["token_perplexity"], rel=1e-4)
@@ -130,7 +131,7 @@ def test_eval_measures_the_run_and_the_export_by_the_same_call(run: Path, shared
 def test_compression_beats_rounding_to_nearest(method: str, most: float, run: Path, tmp_path: Path) -> None:
     """Learned on 32 x 128 tokens, measured on held-out topics; `run` holds the figures of rtn on the same text."""
     arguments = f"compress --pretrained smollm2 --data python-docs --seq_len 128 --calib_samples 32 --test_samples 8 --tasks --export --method {method}"
-    assert cli.main([*arguments.split(), "--output_dir", str(tmp_path / "run")]) == 0
+    assert main.main([*arguments.split(), "--output_dir", str(tmp_path / "run")]) == 0
     rows, nearest = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", run))
     # The teacher's states come in batches of other sizes; in bfloat16 these add up in another order on some CPUs (AMX: 18.495 and 18.471).
     assert rows["models"]["16bit"]["token_perplexity"] == pytest.approx(nearest["models"]["16bit"]["token_perplexity"], rel=5e-3)
@@ -142,7 +143,7 @@ def test_compression_beats_rounding_to_nearest(method: str, most: float, run: Pa
 
 def test_blockwise_reconstruction_lowers_the_error_of_real_blocks(tmp_path: Path) -> None:
     arguments = "compress --pretrained smollm2 --data python-docs --seq_len 128 --calib_samples 64 --limit_blocks 3 --test_samples 8 --tasks --export"
-    assert cli.main([*arguments.split(), "--method", "awq+se+blockwise", "--output_dir", str(tmp_path / "run")]) == 0
+    assert main.main([*arguments.split(), "--method", "awq+se+blockwise", "--output_dir", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["block_losses"]) == 3
     for before, after in results["block_losses"].values():

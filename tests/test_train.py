@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import TrainingError
-from nybble.train import Progress, Recipe, Trainer, rate
+from nybble.training.trainer import Trainer, TrainerConfig, TrainingProgress, lr_multiplier
 
 DATA = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,20 +28,20 @@ def make(
         return value * math.nan if trainer.progress.step == poison_at else value
 
     groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
-    trainer = Trainer(groups, Recipe(steps, microbatch, 0.25, 1.0, schedule), loss, lambda step: torch.arange(step, step + 4) % 32)
+    trainer = Trainer(groups, TrainerConfig(steps, microbatch, 0.25, 1.0, schedule), loss, lambda step: torch.arange(step, step + 4) % 32)
     if weights is not None:
         trainer.tokens = lambda indices: int(weights[indices].sum())
     return trainer, parameters
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
-    rates = [rate(step, 100, 0.1) for step in range(100)]
+    rates = [lr_multiplier(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[9:]))
     assert 0 < rates[-1] < 1e-3
-    assert rate(0, 1, 0.0) == 1.0
+    assert lr_multiplier(0, 1, 0.0) == 1.0
     for schedule in ("constant", "mean"):
-        assert [rate(step, 10, 0.2, schedule) for step in range(10)] == [0.5] + [1.0] * 9
+        assert [lr_multiplier(step, 10, 0.2, schedule) for step in range(10)] == [0.5] + [1.0] * 9
 
 
 def test_means_are_over_all_steps_but_the_first_third() -> None:
@@ -103,7 +103,7 @@ def test_resumed_training_gives_the_same_bits(stop: int, schedule: str) -> None:
     state = {name: tensor.clone() for name, tensor in first.state().items()}
     second, parameters = make(schedule=schedule)
     second.load_state(state)
-    second.progress = Progress(step=first.progress.step)
+    second.progress = TrainingProgress(step=first.progress.step)
     after = [record["loss"] for record in second.run()]
     assert before + after == losses
     with trainer.averaged(), second.averaged():

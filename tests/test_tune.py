@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from nybble import checkpoint, ranks
-from nybble.cli import main
-from nybble.config import TuneOptions
-from nybble.tune import tune
+from nybble import files
+from nybble.cli.main import main
+from nybble.data import sampling
+from nybble.models import quantized_model
+from nybble.nls import ranks
+from nybble.options.commands import TuneOptions
+from nybble.run import resume
+from nybble.tasks import encoding, scoring
+from nybble.workflows.tune import tune
 
 from .test_families import interrupt_after
 from .tiny import save_model
@@ -48,7 +53,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def codes(run: Path) -> bytes:
-    return (run / "quantized" / checkpoint.WEIGHTS).read_bytes()
+    return (run / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes()
 
 
 def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
@@ -112,18 +117,19 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
 
 def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compressed by rounding to nearest and not trained any further, the codes are those of weight + 2 lora_b lora_a at the chosen ranks."""
-    from nybble import models
-    from nybble.grid import Grid, min_max, quantize
+    from nybble.models import loading
+    from nybble.quant.grid import min_max_qparams, quantize
+    from nybble.quant.scheme import QuantScheme
 
     tune(options(tmp_path, adapters="before", scale_epochs=0, custom_rank_config=(8, 2)))
-    weights, _ = checkpoint.load_weights(tmp_path / "run" / "quantized")
-    adapters, _ = checkpoint.load_tensors(tmp_path / "run" / "best.safetensors")
-    plain = models.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
-    grid, moved = Grid(group_size=64), 0
+    weights, _ = quantized_model.load_weights(tmp_path / "run" / "quantized")
+    adapters, _ = files.load_tensors(tmp_path / "run" / "best.safetensors")
+    plain = loading.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
+    grid, moved = QuantScheme(group_size=64), 0
     for name, rank in (("model.layers.0.mlp.up_proj", 8), ("model.layers.1.self_attn.q_proj", 2)):
         weight = plain.get_submodule(name).weight.detach()
         merged = torch.addmm(weight, 2 * adapters[f"{name}.lora_b"][:, :rank], adapters[f"{name}.lora_a"][:rank])
-        scale, zero = min_max(merged, grid)
+        scale, zero = min_max_qparams(merged, grid)
         assert torch.equal(weights[name].codes_OI, quantize(merged, scale, zero, grid))
         moved += int((quantize(weight, scale, zero, grid) != weights[name].codes_OI).sum())
     assert moved > 100
@@ -190,7 +196,7 @@ def test_other_ranks_on_resume_make_all_of_4_bits_anew(tmp_path: Path, monkeypat
 
 
 def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import lessons
+    from nybble.workflows import lessons
 
     seen: list[int] = []
     original = lessons._choice_loss
@@ -227,16 +233,15 @@ def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None
 def test_one_configuration_is_measured_alike_fast_and_slow(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nybble import questions
-    from nybble.layers import FakeQuantizedLoRALinear
+    from nybble.qat.layers import FakeQuantizedLoRALinear
 
     tune(options(tmp_path, start=start, cache="recompute"))
     before = codes(tmp_path / "run")
     made: list[Counter[int]] = []
-    scores: list[questions.Score] = []
-    original, score = FakeQuantizedLoRALinear.quantized_OI, questions.score
+    scores: list[scoring.QuestionScores] = []
+    original, score = FakeQuantizedLoRALinear.quantized_OI, scoring.score_questions
     monkeypatch.setattr(FakeQuantizedLoRALinear, "quantized_OI", lambda self: made[-1].update([self.active_rank]) or original(self))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(questions, "score", lambda *given: scores.append(score(*given)) or scores[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(scoring, "score_questions", lambda *given: scores.append(score(*given)) or scores[-1])  # type: ignore[func-returns-value]
     for changes in ({"fast_eval": False, "custom_rank_config": (8, 2)}, {"fast_eval": True, "custom_rank_config": (8, 2)}, {}):
         made.append(Counter())
         tune(options(tmp_path, start=start, resume=True, eval_only=True, **changes))
@@ -256,7 +261,7 @@ def test_one_configuration_is_measured_alike_fast_and_slow(
 
 
 def test_candidates_before_the_rounding_score_alike_fast_and_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble.layers import LoRALinear
+    from nybble.qat.layers import LoRALinear
 
     found, calls = [], Counter[str]()
     made = LoRALinear.made_weight
@@ -300,11 +305,10 @@ def test_tasks_of_lm_eval_go_through_the_whole_flow(task: str, metric: str, tmp_
 
 @pytest.mark.parametrize("cache", ["step", "recompute"])
 def test_epochs_are_judged_at_the_middle_configuration(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import questions
-    from nybble.layers import FakeQuantizedLoRALinear
+    from nybble.qat.layers import FakeQuantizedLoRALinear
 
     quantized_at: list[int] = []
-    original, score = FakeQuantizedLoRALinear.quantized_OI, questions.score
+    original, score = FakeQuantizedLoRALinear.quantized_OI, scoring.score_questions
     seen: list[set[int]] = []
 
     def spy(self: FakeQuantizedLoRALinear) -> torch.Tensor:
@@ -319,7 +323,7 @@ def test_epochs_are_judged_at_the_middle_configuration(cache: str, tmp_path: Pat
         return found
 
     monkeypatch.setattr(FakeQuantizedLoRALinear, "quantized_OI", spy)
-    monkeypatch.setattr(questions, "score", scored)
+    monkeypatch.setattr(scoring, "score_questions", scored)
     tune(options(tmp_path, cache=cache, num_min_loss_configs=0, epochs=1))
     own_task = seen[2:4]  # after 16 bit and compressed, which are scored as models: the start and the epoch
     assert own_task == [{4}, {4}]
@@ -335,15 +339,14 @@ def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
 
 
 def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import questions
 
     path = tmp_path / "long-and-short.jsonl"
     rows = [{"prompt": "a b " * (1 + i * 7 % 5), "choices": ["a", "b"], "answer": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     padded: list[list[int]] = []
-    original = questions.pad
-    monkeypatch.setattr(questions, "pad", lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(questions, "score", lambda *arguments: questions.Score((-1.0,), (True,)))  # it pads too
+    original = encoding.pad_batch
+    monkeypatch.setattr(encoding, "pad_batch", lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(scoring, "score_questions", lambda *arguments: scoring.QuestionScores((-1.0,), (True,)))  # it pads too
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, loss_on="answer", device="cpu"))
     assert len(padded) == 12  # 48 rows
     assert {len(lengths) for lengths in padded} == {4}
@@ -351,7 +354,7 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
         assert first + second == sorted(first + second)
         assert len(set(first + second)) > 1
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, overwrite=True))
-    assert checkpoint.read_options(tmp_path / "run")["microbatch"] == 8, "choices, which share their beginnings, go together as far as memory allows"
+    assert resume.read_options(tmp_path / "run")["microbatch"] == 8, "choices, which share their beginnings, go together as far as memory allows"
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -359,20 +362,20 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
     """The first loss is that of the compressed model on the first batch: -log of the right choice's share, or KL of the shares to the teacher's."""
     from transformers import AutoModelForCausalLM
 
-    from nybble import data, questions
-    from nybble.losses import Head
+    from nybble.models.head import LMHead
+    from nybble.tasks import dataset
 
     path = str(taught(tmp_path)) if teacher else None
     run = options(tmp_path, epochs=1, lr=1e-12, scale_lr=0.0, lora_rank_space=(8,), microbatch=3, teacher=path)
     tune(run)
     found = results(tmp_path / "run")["training"][0]["loss"]
-    task = questions.load_task(run.task, None, 0)
-    student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "run" / "quantized", torch.float32)
-    asked = [task.train[i] for i in data.order(len(task.train), 8, 0).tolist()]
+    task = dataset.load_task(run.task, None, 0)
+    student, tokenizer, _ = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    asked = [task.train[i] for i in sampling.draw_order(len(task.train), 8, 0).tolist()]
     models = [student, AutoModelForCausalLM.from_pretrained(path)] if path else [student]
-    texts = questions.encode_choices(tokenizer, asked, 32)
+    texts = encoding.encode_choices(tokenizer, asked, 32)
     with torch.no_grad():
-        shares = [questions.choice_log_probs(model, Head.of(model), texts).double().log_softmax(-1) for model in models]
+        shares = [scoring.choice_log_probs(model, LMHead.of(model), texts).double().log_softmax(-1) for model in models]
     expected = (shares[1].exp() * (shares[1] - shares[0])).sum(-1).mean() if path else -shares[0][:, 0].mean()  # the right one is always the first
     assert found == pytest.approx(float(expected), rel=1e-4)
 
@@ -413,35 +416,35 @@ def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
 
 def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    original = ranks.activate
+    original = ranks.activate_ranks
 
     def spy(layers: Any, configuration: Any) -> None:
         seen.append(configuration)
         original(layers, configuration)
 
-    monkeypatch.setattr(ranks, "activate", spy)
+    monkeypatch.setattr(ranks, "activate_ranks", spy)
     tune(options(tmp_path, sampling="sandwich", epochs=1))
     first_step = seen[1:4]  # after the validation of the start
     assert first_step[:2] == [(8, 8), (2, 2)]
-    assert first_step[2] == ranks.sample((8, 4, 2), 2, 0, 0)
+    assert first_step[2] == ranks.sample_configuration((8, 4, 2), 2, 0, 0)
 
 
 def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    original = ranks.activate
-    monkeypatch.setattr(ranks, "activate", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
+    original = ranks.activate_ranks
+    monkeypatch.setattr(ranks, "activate_ranks", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
     tune(options(tmp_path, sampling="half", epochs=1))
     steps = len(results(tmp_path / "run")["training"])
     trained = seen[1 : 1 + steps]  # after the validation of the start
     assert steps > 3
     assert trained[::2] == [(8, 8)] * len(trained[::2])
-    assert trained[1::2] == [ranks.sample((8, 4, 2), 2, 0, step) for step in range(1, steps, 2)]
+    assert trained[1::2] == [ranks.sample_configuration((8, 4, 2), 2, 0, step) for step in range(1, steps, 2)]
 
 
 def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    original = ranks.activate
-    monkeypatch.setattr(ranks, "activate", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
+    original = ranks.activate_ranks
+    monkeypatch.setattr(ranks, "activate_ranks", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
     tune(options(tmp_path, epochs=1, sampling="random", lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6))
     found = results(tmp_path / "run")
     trained = seen[1:7]  # after the validation of the start
@@ -454,21 +457,21 @@ def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(tmp_path: Pa
 
 def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test rows are made to contradict the held-out rows."""
-    from nybble import questions
+    from nybble.tasks import dataset
 
-    tasks: list[questions.Task] = []
+    tasks: list[dataset.Task] = []
     likelihoods: list[float] = []
-    load, score = questions.load_task, questions.score
+    load, score = dataset.load_task, scoring.score_questions
 
-    def contradicting(*given: Any) -> questions.Score:
+    def contradicting(*given: Any) -> scoring.QuestionScores:
         found = score(*given)
         if given[3][0] is tasks[0].scored[0]:
-            return questions.Score(found.log_likelihoods, (-likelihoods[-1],)) if likelihoods else found  # type: ignore[arg-type]
+            return scoring.QuestionScores(found.log_likelihoods, (-likelihoods[-1],)) if likelihoods else found  # type: ignore[arg-type]
         likelihoods.append(found.score)
         return found
 
-    monkeypatch.setattr(questions, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
-    monkeypatch.setattr(questions, "score", contradicting)
+    monkeypatch.setattr(dataset, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(scoring, "score_questions", contradicting)
     tune(options(tmp_path, select_on="test"))
     found = results(tmp_path / "run")
     assert found["selected_on"] == "test"
@@ -486,18 +489,18 @@ def write_numbers(path: Path) -> Path:
 
 
 def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import questions
+    from nybble.tasks import dataset
 
-    path, original = write_numbers(tmp_path / "numbers.jsonl"), questions.score
+    path, original = write_numbers(tmp_path / "numbers.jsonl"), scoring.score_questions
     counted: Counter[frozenset[str]] = Counter()
 
-    def spy(*given: Any) -> questions.Score:
+    def spy(*given: Any) -> scoring.QuestionScores:
         counted.update([frozenset(question.pairs[0][0] for question in given[3])])
         return original(*given)
 
-    monkeypatch.setattr(questions, "score", spy)
+    monkeypatch.setattr(scoring, "score_questions", spy)
     tune(options(tmp_path, task=str(path), select_rows=4))
-    task = questions.load_task(str(path), None, 0)
+    task = dataset.load_task(str(path), None, 0)
     held_out, scored = (frozenset(question.pairs[0][0] for question in part) for part in (task.held_out, task.scored))
     candidates = len(results(tmp_path / "run")["candidates"])
     assert candidates > 1
@@ -509,7 +512,7 @@ def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(tmp_path: Pat
 
 
 def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
-    from nybble.questions import load_task
+    from nybble.tasks.dataset import load_task
 
     task = load_task(str(write_numbers(tmp_path / "numbers.jsonl")), None, 0)
     train, held_out, scored = ({question.pairs[0][0] for question in part} for part in (task.train, task.held_out, task.scored))
@@ -519,7 +522,7 @@ def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
 
 def test_own_files_hold_one_kind_of_rows_and_any_letters(tmp_path: Path) -> None:
     from nybble.errors import DataError
-    from nybble.questions import load_task
+    from nybble.tasks.dataset import load_task
 
     path, choice = tmp_path / "own.jsonl", {"prompt": "a line\u2028and a half\u0085", "choices": ["a", "b"], "answer": 0}
     path.write_text("".join(json.dumps(choice, ensure_ascii=False) + "\n" for _ in range(20)), encoding="utf-8")
@@ -531,7 +534,7 @@ def test_own_files_hold_one_kind_of_rows_and_any_letters(tmp_path: Path) -> None
 
 def test_rows_and_choices_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from nybble.errors import DataError
-    from nybble.questions import load_task
+    from nybble.tasks.dataset import load_task
 
     path = tmp_path / "own.jsonl"
 
@@ -650,10 +653,10 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nybble import evaluate
+    from nybble.evaluation import lm_eval
 
-    monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)  # lm-eval's index takes long to read
-    monkeypatch.setattr(evaluate, "open_task", lambda name, data_dir: SimpleNamespace(has_training_docs=lambda: False))
+    monkeypatch.setattr(lm_eval, "check_tasks", lambda *_: None)  # lm-eval's index takes long to read
+    monkeypatch.setattr(lm_eval, "open_task", lambda name, data_dir: SimpleNamespace(has_training_docs=lambda: False))
     assert "--task must have a training split; lambada has none; name another" in refused(tmp_path, capsys, task="lambada")
 
 
@@ -676,7 +679,7 @@ def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path, capsys
     with pytest.raises(RunError, match="the model changed"):
         tune(options(tmp_path, epochs=1, resume=True))
     capsys.readouterr()
-    monkeypatch.delattr("nybble.models.load")  # it is found before the model is loaded
+    monkeypatch.delattr("nybble.models.loading.load")  # it is found before the model is loaded
     assert main(["tune", "--config", str(tmp_path / "run" / "config.toml"), "--resume", "--lora_rank_space", "8", "4"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--lora_rank_space was" in line
@@ -719,8 +722,9 @@ def taught(folder: Path) -> Path:
 def test_a_teacher_is_followed(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nybble import data, questions
-    from nybble.losses import Head, kl_to_teacher, last_hidden
+    from nybble.models.head import LMHead, last_hidden_states
+    from nybble.tasks import dataset
+    from nybble.training.losses import kl_to_teacher
 
     path = taught(tmp_path)
     tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer"))
@@ -736,13 +740,13 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(path)
     compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=1e-12, scale_lr=0.0, loss_on="answer")
     tune(compressed)
-    student, tokenizer, _ = checkpoint.load_quantized(tmp_path / "other" / "quantized", torch.float32)
-    task = questions.load_task(compressed.task, None, 0)
-    texts = questions.encode_gold(tokenizer, task.train, compressed.seq_len)
-    batch = questions.pad([texts[i] for i in data.order(len(texts), 8, 0).tolist()])
+    student, tokenizer, _ = quantized_model.load_quantized(tmp_path / "other" / "quantized", torch.float32)
+    task = dataset.load_task(compressed.task, None, 0)
+    texts = encoding.encode_right_answers(tokenizer, task.train, compressed.seq_len)
+    batch = encoding.pad_batch([texts[i] for i in sampling.draw_order(len(texts), 8, 0).tolist()])
     with torch.no_grad():
-        states = [last_hidden(model, batch.ids)[batch.counted] for model in (student, teacher)]
-        expected = kl_to_teacher(*states, Head.of(student), Head.of(teacher))
+        states = [last_hidden_states(model, batch.ids)[batch.counted] for model in (student, teacher)]
+        expected = kl_to_teacher(*states, LMHead.of(student), LMHead.of(teacher))
     assert losses[0] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -782,21 +786,20 @@ def test_a_run_of_another_command_is_not_gone_on_with(tmp_path: Path, capsys: py
 
 def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> None:
     """As `docs/method.md` says: softmax of log p, by length / 4 times the mean length of the question's choices / its own; fewer choices count for nothing."""
-    from nybble import questions
-    from nybble.lessons import Lesson, _choice_loss
-    from nybble.losses import Head
-    from nybble.models import LoadedModel
-    from nybble.questions import Question, Task
+    from nybble.models.head import LMHead
+    from nybble.models.loading import LoadedModel
+    from nybble.tasks.dataset import Question, Task
+    from nybble.workflows.lessons import TaskData, _choice_loss
 
     from .tiny import make_model, make_tokenizer
 
     model, tokenizer = make_model("llama"), make_tokenizer()
     asked = [Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)), Question((("say", " a"), ("say", " bcd")), 0, (1, 3))]
-    choices = questions.encode_choices(tokenizer, asked, 64)
+    choices = encoding.encode_choices(tokenizer, asked, 64)
     with torch.no_grad():
-        log_p = questions.choice_log_probs(model, Head.of(model), choices).double()
+        log_p = scoring.choice_log_probs(model, LMHead.of(model), choices).double()
     for metric in ("acc", "acc_norm"):
-        lesson = Lesson(Task("t", metric, asked, asked), "choices", [], choices, asked, [], (1,), 2)
+        lesson = TaskData(Task("t", metric, asked, asked), "choices", [], choices, asked, [], (1,), 2)
         loss, weight = _choice_loss(LoadedModel(model, tokenizer, "t"), lesson)
         expected = 0.0
         for row, question in zip(log_p, asked, strict=True):
@@ -810,18 +813,18 @@ def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> No
 
 @pytest.mark.parametrize(("limit", "used"), [(160, "eager"), (4, "sdpa")])
 def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble import lessons as module
+    from nybble.workflows import lessons
 
     seen = []
-    original = module._choice_loss
-    monkeypatch.setattr(module, "PLAIN_ATTENTION", limit)
-    monkeypatch.setattr(module, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
+    original = lessons._choice_loss
+    monkeypatch.setattr(lessons, "PLAIN_ATTENTION", limit)
+    monkeypatch.setattr(lessons, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
     tune(options(tmp_path, epochs=1, device="cpu"))
     assert seen == [used]
 
 
 def test_what_tuning_made_worse_is_said_with_its_noise() -> None:
-    from nybble.tune import _judge
+    from nybble.workflows.tune import _judge
 
     def said(learnt: str, compressed: str, tuned: str, **others: Any) -> list[str]:
         rows = {"16bit": "1100", "learnt": learnt, "compressed": compressed, "tuned": tuned}

@@ -42,3 +42,7 @@ class MissingExtraError(NybbleError):
 
     def __init__(self, extra: str, purpose: str) -> None:
         super().__init__(f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: pip install -c constraints.txt -e ".[{extra}]"')
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

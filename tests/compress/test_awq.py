@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from nybble import models
 from nybble.compress import awq
-from nybble.compress.blocks import Blocks
+from nybble.compress.blocks import DecoderBlocks
 from nybble.errors import OptionError
-from nybble.families import family_of
-from nybble.grid import Grid, dequantize, min_max, quantize
+from nybble.models import selection
+from nybble.models.families import family_of
+from nybble.quant.grid import dequantize, min_max_qparams, quantize
+from nybble.quant.scheme import QuantScheme
 from tests.tiny import FAMILIES, make_config, make_model
 
-GRID = Grid(group_size=32)
+GRID = QuantScheme(group_size=32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,7 +21,7 @@ def test_folding_keeps_the_function(family: str, monkeypatch: pytest.MonkeyPatch
     model = make_model(family, dtype=torch.float64)
     ids = torch.randint(0, 255, (4, 16))
     before = model(ids).logits
-    blocks = Blocks(model, models.plan(model).int4, ids, 4)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, ids, 4)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     # factors far from 1, whatever the search would say
     monkeypatch.setattr(awq, "search", lambda weight, gram, grid, share: awq.factors(gram + torch.eye(len(gram)), 3.0, share))
@@ -37,12 +38,12 @@ def test_folding_keeps_the_function(family: str, monkeypatch: pytest.MonkeyPatch
 def test_statistics_follow_the_folding() -> None:
     model = make_model("qwen2", dtype=torch.float64)
     ids = torch.randint(0, 255, (4, 16))
-    blocks = Blocks(model, models.plan(model).int4, ids, 4)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, ids, 4)
     folded = blocks.observe(0)
     before_fold = [shared.gram_II.clone() for shared in folded]
     assert awq.fold(blocks.modules[0], folded, model.config, GRID) == 4
     assert any(not torch.allclose(old, shared.gram_II) for old, shared in zip(before_fold, folded, strict=True))
-    again = Blocks(model, models.plan(model).int4, ids, 4)
+    again = DecoderBlocks(model, selection.select_layers(model).int4, ids, 4)
     for before, after in zip(folded, again.observe(0), strict=True):
         assert torch.allclose(before.gram_II, after.gram_II)
 
@@ -53,7 +54,7 @@ def test_search_lowers_the_weighed_error() -> None:
 
     def error(s: torch.Tensor) -> float:
         scaled = weight * s
-        scale, zero = min_max(scaled, GRID)
+        scale, zero = min_max_qparams(scaled, GRID)
         return float((((dequantize(quantize(scaled, scale, zero, GRID), scale, zero) - scaled) / s).square() * gram.diagonal()).sum())
 
     found = awq.search(weight, gram, GRID)

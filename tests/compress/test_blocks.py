@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nybble import models
-from nybble.compress import blocks as blocks_module
-from nybble.compress.blocks import Blocks, check_chain
+from nybble.compress import blocks as compress_blocks
+from nybble.compress.blocks import DecoderBlocks
+from nybble.compress.chain import check_chain
 from nybble.errors import ModelError, RunError
-from nybble.losses import last_hidden
+from nybble.models import selection
+from nybble.models.head import last_hidden_states
 from tests.tiny import FAMILIES, make_model
 
 IDS = torch.randint(0, 255, (5, 16), generator=torch.Generator().manual_seed(0))
@@ -18,11 +19,11 @@ IDS = torch.randint(0, 255, (5, 16), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_chain_is_the_model(family: str) -> None:
     model = make_model(family)
-    blocks = Blocks(model, models.plan(model).int4, IDS, 2)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
     for i in range(2):
         blocks.advance_full(i)
         blocks.advance_quantized(i)
-    assert torch.allclose(model.base_model.norm(blocks.full), last_hidden(model, IDS), atol=1e-5)
+    assert torch.allclose(model.base_model.norm(blocks.full), last_hidden_states(model, IDS), atol=1e-5)
     assert torch.equal(blocks.full, blocks.quantized)
 
 
@@ -33,7 +34,7 @@ def test_statistics_are_means_over_tokens() -> None:
     for name, module in layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
-    blocks = Blocks(model, models.plan(model).int4, IDS, 2)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
     blocks.advance_full(0)
     statistics = blocks.observe(1)
     assert [s.layers for s in statistics] == [
@@ -47,12 +48,12 @@ def test_statistics_are_means_over_tokens() -> None:
 
 def test_large_streams_live_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = make_model("gemma2")
-    small = Blocks(model, models.plan(model).int4, IDS, 2)
+    small = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
     files = []
     original = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(Path(name)) or original(name, **rest))
-    monkeypatch.setattr(blocks_module, "IN_MEMORY", 0)
-    large = Blocks(model, models.plan(model).int4, IDS, 2, folder=tmp_path)
+    monkeypatch.setattr(compress_blocks, "IN_MEMORY", 0)
+    large = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2, folder=tmp_path)
     assert [file.parent for file in files] == [tmp_path, tmp_path]
     assert list(tmp_path.iterdir()) == [], "deleted at once, the mapping lives on"
     for blocks in (small, large):
@@ -66,16 +67,16 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         raise OSError(28, "No space left on device")
 
     model = make_model("llama")
-    monkeypatch.setattr(blocks_module, "IN_MEMORY", 0)
-    monkeypatch.setattr(blocks_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(compress_blocks, "IN_MEMORY", 0)
+    monkeypatch.setattr(compress_blocks.os, "posix_fallocate", full)
     with pytest.raises(RunError, match=r"must have room for 0\.0 GB of calibration; No space left on device; free some, or use fewer --calib_samples"):
-        Blocks(model, models.plan(model).int4, IDS, 2, folder=tmp_path)
+        DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2, folder=tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_a_chain(family: str) -> None:
     model = make_model(family)
-    check_chain(model, models.plan(model).int4, IDS[:2])
+    check_chain(model, selection.select_layers(model).int4, IDS[:2])
 
 
 def test_blocks_that_take_something_of_the_tokens_are_refused() -> None:
@@ -86,7 +87,7 @@ def test_blocks_that_take_something_of_the_tokens_are_refused() -> None:
     seen = [torch.zeros(1)]
     model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.insert(0, kwargs["input_ids"].float()), with_kwargs=True)
     with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
-        check_chain(model, models.plan(model).int4, IDS[:2])
+        check_chain(model, selection.select_layers(model).int4, IDS[:2])
     handle.remove()
 
 
@@ -102,7 +103,7 @@ def test_one_large_token_does_not_hide_wrong_ones() -> None:
 
     model.model.layers[1].register_forward_hook(noise)
     with pytest.raises(ModelError, match="block 1 is not"):
-        check_chain(model, models.plan(model).int4, IDS[:2])
+        check_chain(model, selection.select_layers(model).int4, IDS[:2])
 
 
 def test_inputs_that_are_not_finite_name_the_layer() -> None:
@@ -110,7 +111,7 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[255, 3] = torch.inf
     ids = torch.cat([IDS, torch.full((1, 16), 255)])  # the first sequence, which all blocks are tried on, is fine
-    blocks = Blocks(model, models.plan(model).int4, ids, 2)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, ids, 2)
     with pytest.raises(
         ModelError,
         match=r"the inputs of model\.layers\.0\.self_attn\.q_proj must be finite; they are not on this text; the model's weights or this text are broken",
@@ -128,13 +129,13 @@ def test_blocks_that_are_no_chain_are_refused() -> None:
 
     model.model.layers[1].register_forward_hook(drift)
     with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
-        Blocks(model, models.plan(model).int4, IDS, 2)
+        DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
 
 
 def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ModelError, match=r"Sequential must keep its decoder blocks in one nn\.ModuleList"):
-        blocks_module._find(model, ["0"])
+        compress_blocks.find_block_list(model, ["0"])
 
 
 def test_blocks_that_need_the_size_of_the_batch_are_refused() -> None:
@@ -142,7 +143,7 @@ def test_blocks_that_need_the_size_of_the_batch_are_refused() -> None:
 
     model = BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)).eval()
     with pytest.raises(ModelError, match=r"the blocks of bloom must be a chain, .*; block 0 is not; use the method rtn"):
-        check_chain(model, models.plan(model).int4, IDS[:2])
+        check_chain(model, selection.select_layers(model).int4, IDS[:2])
 
 
 def test_outputs_of_a_block_that_are_not_finite_are_named() -> None:
@@ -150,4 +151,4 @@ def test_outputs_of_a_block_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"the outputs of block 1 \(mlp\.down_proj\) must be finite; they are not on this text; .* are broken"):
-        check_chain(model, models.plan(model).int4, IDS[:2])
+        check_chain(model, selection.select_layers(model).int4, IDS[:2])

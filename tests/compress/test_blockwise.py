@@ -4,28 +4,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nybble import models
 from nybble.compress import blockwise, rtn
-from nybble.compress.blocks import Blocks
-from nybble.compress.blockwise import OffsetLinear, Recipe
-from nybble.compress.start import Start
+from nybble.compress.blocks import DecoderBlocks
+from nybble.compress.blockwise import BlockwiseConfig, OffsetLinear
+from nybble.compress.init import QuantizedInit
 from nybble.errors import ModelError
-from nybble.grid import Grid, min_max, quantize
+from nybble.models import selection
+from nybble.quant.grid import min_max_qparams, quantize
+from nybble.quant.scheme import QuantScheme
 from tests.tiny import make_model
 
-GRID = Grid(group_size=32)
+GRID = QuantScheme(group_size=32)
 IDS = torch.randint(0, 255, (40, 16), generator=torch.Generator().manual_seed(0))
 
 
-def ready(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Blocks, dict[str, Start]]:
+def ready(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[DecoderBlocks, dict[str, QuantizedInit]]:
     model = make_model(family, dtype=dtype)
-    blocks = Blocks(model, models.plan(model).int4, IDS, 8)
+    blocks = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 8)
     blocks.advance_full(0)
     starts = rtn.compress(model, [f"model.layers.0.{name}" for name in blocks.layers[0]], GRID)
     return blocks, {name.removeprefix("model.layers.0."): start for name, start in starts.items()}
 
 
-def block_error(blocks: Blocks, starts: dict[str, Start], part: slice) -> float:
+def block_error(blocks: DecoderBlocks, starts: dict[str, QuantizedInit], part: slice) -> float:
     block = blocks.modules[0]
     original = {name: block.get_submodule(name).weight for name in starts}
     for name, start in starts.items():
@@ -43,7 +44,7 @@ def block_error(blocks: Blocks, starts: dict[str, Start], part: slice) -> float:
 )
 def test_the_block_comes_closer_on_held_out_text(family: str, dtype: torch.dtype) -> None:
     blocks, starts = ready(family, dtype)
-    recipe = Recipe(epochs=20, tokens=64)
+    recipe = BlockwiseConfig(epochs=20, tokens=64)
     trained, before, after = blockwise.train(blocks, 0, starts, GRID, recipe, seed=0)
     held_out = slice(35, 40)
     assert before == pytest.approx(block_error(blocks, starts, held_out), rel=1e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -55,7 +56,7 @@ def test_the_block_comes_closer_on_held_out_text(family: str, dtype: torch.dtype
 
 def test_offset_layer_starts_as_the_start_and_ships_what_it_computed() -> None:
     weight = torch.randn(8, 64)
-    start = Start(weight, *min_max(weight, GRID))
+    start = QuantizedInit(weight, *min_max_qparams(weight, GRID))
     layer = OffsetLinear(start, None, GRID, torch.float32)
     x = torch.randn(3, 64)
     assert torch.equal(layer(x), F.linear(x, start.quantized(GRID).dequantize()))
@@ -68,8 +69,8 @@ def test_offset_layer_starts_as_the_start_and_ships_what_it_computed() -> None:
 
 def test_gradients_reach_offsets_and_scales() -> None:
     weight = torch.randn(8, 64)
-    scale, zero = min_max(weight, GRID)
-    layer = OffsetLinear(Start(weight, scale * 0.8, zero), None, GRID, torch.float32)
+    scale, zero = min_max_qparams(weight, GRID)
+    layer = OffsetLinear(QuantizedInit(weight, scale * 0.8, zero), None, GRID, torch.float32)
     layer(torch.randn(3, 64)).square().sum().backward()
     for leaf in (layer.offset, layer.shift):
         assert leaf.grad is not None
@@ -78,7 +79,7 @@ def test_gradients_reach_offsets_and_scales() -> None:
 
 def test_a_block_that_would_get_worse_keeps_its_start() -> None:
     blocks, starts = ready()
-    trained, before, after = blockwise.train(blocks, 0, starts, GRID, Recipe(epochs=1, offset_lr=50.0, scale_lr=3.0), seed=0)
+    trained, before, after = blockwise.train(blocks, 0, starts, GRID, BlockwiseConfig(epochs=1, offset_lr=50.0, scale_lr=3.0), seed=0)
     assert after == before
     assert trained is starts
 
@@ -87,7 +88,7 @@ def test_the_seed_decides() -> None:
     made = []
     for seed in (0, 0, 1):
         blocks, starts = ready()
-        trained = blockwise.train(blocks, 0, starts, GRID, Recipe(epochs=3, tokens=64), seed)[0]
+        trained = blockwise.train(blocks, 0, starts, GRID, BlockwiseConfig(epochs=3, tokens=64), seed)[0]
         made.append(torch.cat([start.quantized(GRID).codes_OI.flatten() for start in trained.values()]))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
@@ -97,18 +98,18 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     blocks, starts = ready()
     blocks.quantized[3] = torch.inf
     with pytest.raises(ModelError, match=r"the loss of block 0 must stay finite; it became nan; the model's weights or this text are broken"):
-        blockwise.train(blocks, 0, starts, GRID, Recipe(), 0)
+        blockwise.train(blocks, 0, starts, GRID, BlockwiseConfig(), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_starts_keep_their_codes(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 64)
-    scale, zero = min_max(weight, GRID)
+    scale, zero = min_max_qparams(weight, GRID)
     codes = quantize(weight, scale, zero, GRID)
     # weights pushed next to a rounding boundary, where methods leave them
     near = scale.repeat_interleave(32, 1) * (codes - zero.repeat_interleave(32, 1) + 0.4999)
     codes = quantize(near, scale, zero, GRID)
     assert not torch.equal(quantize(near.to(dtype).float(), scale, zero, GRID), codes), "the plain cast must fail for this test to mean anything"
-    kept = Start.keeping(codes, near, scale, zero, GRID, dtype)
+    kept = QuantizedInit.keeping(codes, near, scale, zero, GRID, dtype)
     assert kept.weight_OI.dtype == dtype
     assert torch.equal(kept.quantized(GRID).codes_OI, codes)

@@ -5,16 +5,17 @@ import logging
 import pytest
 import torch
 
-from nybble import compress
-from nybble.compress import gptq
-from nybble.compress.blocks import Statistics
+from nybble.compress import calibration as compress_calibration
+from nybble.compress import gptq, methods, pipeline
+from nybble.compress.blocks import InputStatistics
 from nybble.compress.gptq import Hessian
 from nybble.compress.scale_estimation import output_error, search
 from nybble.errors import ModelError
-from nybble.grid import Grid, dequantize, min_max, quantize
+from nybble.quant.grid import dequantize, min_max_qparams, quantize
+from nybble.quant.scheme import QuantScheme
 from tests.reference.gptq import gptq as reference
 
-GRID = Grid(group_size=8)
+GRID = QuantScheme(group_size=8)
 
 
 def layer(outputs: int = 5, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,8 +24,8 @@ def layer(outputs: int = 5, inputs: int = 32) -> tuple[torch.Tensor, torch.Tenso
     return weight, x.T @ x / 200
 
 
-def plain(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    return min_max(weight, grid)
+def plain(weight: torch.Tensor, importance: torch.Tensor, grid: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    return min_max_qparams(weight, grid)
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
@@ -39,13 +40,13 @@ def test_equals_the_slow_reference(activation_order: bool, damping: float) -> No
 def test_scales_come_from_the_running_weights() -> None:
     weight, gram = layer()
     _, scale, _ = gptq.compensate(weight, Hessian.of(gram), GRID, plain)
-    assert torch.equal(scale[:, 0], min_max(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
-    assert not torch.equal(scale[:, 1:], min_max(weight, GRID)[0][:, 1:])
+    assert torch.equal(scale[:, 0], min_max_qparams(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
+    assert not torch.equal(scale[:, 1:], min_max_qparams(weight, GRID)[0][:, 1:])
     seen = []
 
-    def find(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    def find(weight: torch.Tensor, importance: torch.Tensor, grid: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append((weight.clone(), importance))
-        return min_max(weight, grid)
+        return min_max_qparams(weight, grid)
 
     gptq.compensate(weight, Hessian.of(gram), GRID, find)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
@@ -57,14 +58,14 @@ def test_scales_come_from_the_running_weights() -> None:
 def test_activation_order_finds_scales_on_the_weights_as_they_were() -> None:
     weight, gram = layer()
     _, scale, zero = gptq.compensate(weight, Hessian.of(gram, activation_order=True), GRID, plain)
-    assert torch.equal(scale, min_max(weight, GRID)[0])
-    assert torch.equal(zero, min_max(weight, GRID)[1])
+    assert torch.equal(scale, min_max_qparams(weight, GRID)[0])
+    assert torch.equal(zero, min_max_qparams(weight, GRID)[1])
 
 
 @pytest.mark.parametrize("find", [plain, search])
 def test_less_output_error_than_rounding_to_nearest(find: gptq.Find) -> None:
     weight, gram = layer(64, 64)
-    scale, zero = min_max(weight, GRID)
+    scale, zero = min_max_qparams(weight, GRID)
     nearest = output_error(dequantize(quantize(weight, scale, zero, GRID), scale, zero) - weight, gram).sum()
     running, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, find)
     made = output_error(dequantize(quantize(running, scale, zero, GRID), scale, zero) - weight, gram).sum()
@@ -94,7 +95,7 @@ def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
 def test_descent_gives_each_code_its_best_value() -> None:
     weight, gram = layer(3)
     hessian = Hessian.of(gram).matrix_II
-    scale, zero = min_max(weight, GRID)
+    scale, zero = min_max_qparams(weight, GRID)
     start = quantize(weight, scale, zero, GRID)
     codes = start.clone()
     for o in range(3):
@@ -114,7 +115,7 @@ def test_polishing_raises_no_error() -> None:
     hessian = Hessian.of(gram).matrix_II
     running, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, search)
     codes = quantize(running, scale, zero, GRID)
-    polished, fitted = compress._polish(codes, scale, zero, weight, hessian, GRID)
+    polished, fitted = pipeline._polish(codes, scale, zero, weight, hessian, GRID)
     before, after = (output_error(dequantize(c, s, zero) - weight, hessian) for c, s in ((codes, scale), (polished, fitted)))
     assert (after <= before * (1 + 1e-9)).all()
     assert after.sum() < 0.95 * before.sum()
@@ -130,10 +131,10 @@ def test_unused_inputs_do_no_harm() -> None:
 @pytest.mark.parametrize("method", ["se", "gptq", "se+gptq"])
 def test_a_layer_that_sees_nothing_is_rounded_well_all_the_same(method: str) -> None:
     block = torch.nn.ModuleDict({"dead": torch.nn.Linear(32, 16)})
-    shared, calibration = Statistics(("dead",), torch.zeros(32, 32)), compress.Calibration(torch.zeros(1, 1))
-    start = compress._round(block, shared, GRID, compress.parse(method), calibration, "layers.0.")["dead"]
+    shared, calibration = InputStatistics(("dead",), torch.zeros(32, 32)), compress_calibration.Calibration(torch.zeros(1, 1))
+    start = pipeline._round(block, shared, GRID, methods.parse_method(method), calibration, "layers.0.")["dead"]
     weight = block["dead"].weight.detach()
-    nearest = dequantize(quantize(weight, *min_max(weight, GRID), GRID), *min_max(weight, GRID))
+    nearest = dequantize(quantize(weight, *min_max_qparams(weight, GRID), GRID), *min_max_qparams(weight, GRID))
     assert (start.quantized(GRID).dequantize() - weight).norm() < 1.3 * (nearest - weight).norm()
 
 
@@ -146,8 +147,12 @@ def test_rows_at_a_time_give_the_same(method: str, monkeypatch: pytest.MonkeyPat
         block["b"].weight.copy_(weight[12:])
     made = []
     for equations in (16 << 20, 16 * 7):
-        monkeypatch.setattr(compress, "_EQUATIONS", equations)
-        made.append(compress._round(block, Statistics(("a", "b"), gram), GRID, compress.parse(method), compress.Calibration(torch.zeros(1, 1)), ""))
+        monkeypatch.setattr(pipeline, "_EQUATIONS", equations)
+        made.append(
+            pipeline._round(
+                block, InputStatistics(("a", "b"), gram), GRID, methods.parse_method(method), compress_calibration.Calibration(torch.zeros(1, 1)), ""
+            )
+        )
     for name, size in (("a", 12), ("b", 8)):
         one, two = (part[name].quantized(GRID) for part in made)
         assert one.codes_OI.shape == (size, 32)

@@ -5,9 +5,10 @@ import itertools
 import torch
 
 from nybble.compress.scale_estimation import SHRINKS, Quadratic, estimate, output_error, search
-from nybble.grid import Grid, dequantize, from_range, min_max, quantize
+from nybble.quant.grid import dequantize, min_max_qparams, qparams_from_range, quantize
+from nybble.quant.scheme import QuantScheme
 
-GRID = Grid(group_size=8)
+GRID = QuantScheme(group_size=8)
 
 
 def layer(outputs: int = 16, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +28,7 @@ def test_output_error_is_the_mean_square_of_the_outputs() -> None:
 
 def test_quadratic_is_the_error() -> None:
     weight, gram = layer()
-    scale, zero = min_max(weight, GRID)
+    scale, zero = min_max_qparams(weight, GRID)
     codes = quantize(weight, scale, zero, GRID)
     quadratic = Quadratic.of(codes, zero, weight, weight @ gram, gram)
     for candidate in (scale, scale * 0.9, scale * torch.rand_like(scale)):
@@ -37,7 +38,7 @@ def test_quadratic_is_the_error() -> None:
 def test_solution_is_that_of_least_squares() -> None:
     weight, gram = layer()
     x = torch.linalg.cholesky(gram).T  # x^T x = gram
-    scale, zero = min_max(weight, GRID)
+    scale, zero = min_max_qparams(weight, GRID)
     codes = quantize(weight, scale, zero, GRID)
     solved = Quadratic.of(codes, zero, weight, weight @ gram, gram).solve(scale)
     for o in range(len(weight)):
@@ -57,7 +58,7 @@ def test_search_takes_the_best_of_its_ranges() -> None:
             errors = []
             for shrink in SHRINKS:
                 low, high = groups[o, g].min() * shrink, groups[o, g].max() * shrink
-                s, z = from_range(low[None], high[None], GRID)
+                s, z = qparams_from_range(low[None], high[None], GRID)
                 made = dequantize(quantize(groups[o, g][None], s[None], z[None], GRID), s[None], z[None])[0]
                 errors.append((float(((made - groups[o, g]).square() * importance[8 * g : 8 * g + 8]).sum()), float(s), float(z)))
             assert (float(scale[o, g]), float(zero[o, g])) == min(errors)[1:]
@@ -72,7 +73,7 @@ def test_each_stage_lowers_the_error_of_every_row() -> None:
     assert torch.allclose(errors[0], searched)
     for before, after in itertools.pairwise(errors):
         assert (after <= before * (1 + 1e-9)).all()
-    assert errors[3].sum() < 0.9 * searched.sum() < 0.9 * error(weight, *min_max(weight, GRID), gram).sum()
+    assert errors[3].sum() < 0.9 * searched.sum() < 0.9 * error(weight, *min_max_qparams(weight, GRID), gram).sum()
 
 
 def test_scales_are_on_the_scale_grid_and_zeros_whole() -> None:

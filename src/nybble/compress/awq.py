@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.compress.blocks import Statistics, linear
+from nybble.compress.blocks import InputStatistics, get_linear
 from nybble.errors import OptionError
-from nybble.families import FAMILIES, family_of
-from nybble.grid import Grid, min_max, quantize_dequantize, wide
+from nybble.models.families import FAMILIES, family_of
+from nybble.quant.grid import at_least_float32, min_max_qparams, quantize_dequantize
+from nybble.quant.scheme import QuantScheme
 
 ALPHAS = tuple(i / 10 for i in range(11))
 
@@ -43,13 +44,13 @@ def factors(gram_II: Tensor, alpha: float, share: tuple[int, int] | None = None)
     return ((log_I - log_I.mean()) * alpha).exp()
 
 
-def search(weight_OI: Tensor, gram_II: Tensor, grid: Grid, share: tuple[int, int] | None = None) -> Tensor:
+def search(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, share: tuple[int, int] | None = None) -> Tensor:
     """The best s [I] over ALPHAS for the stacked rows of all layers that read the same input."""
     importance_I, best, found_I = gram_II.diagonal(), torch.inf, torch.ones_like(weight_OI[0])
     for alpha in ALPHAS:
         s_I = factors(gram_II, alpha, share)
         scaled_OI = weight_OI * s_I
-        scale_OG, zero_OG = min_max(scaled_OI, grid)
+        scale_OG, zero_OG = min_max_qparams(scaled_OI, grid)
         difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_OG, grid).sub_(scaled_OI)
         error = float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
         if error < best:
@@ -58,7 +59,7 @@ def search(weight_OI: Tensor, gram_II: Tensor, grid: Grid, share: tuple[int, int
 
 
 @torch.no_grad()
-def fold(block: nn.Module, statistics: list[Statistics], config: Any, grid: Grid) -> int:
+def fold(block: nn.Module, statistics: list[InputStatistics], config: Any, grid: QuantScheme) -> int:
     """Search and fold, in place, all feeds of a block; the statistics follow.
 
     Returns: how many feeds were folded.
@@ -68,16 +69,16 @@ def fold(block: nn.Module, statistics: list[Statistics], config: Any, grid: Grid
         known = next((s for s in statistics if set(s.layers) == set(feed.layers)), None)
         if known is None:  # a layer that is absent or reads something else as well
             continue
-        layers = [linear(block, name) for name in feed.layers]
+        layers = [get_linear(block, name) for name in feed.layers]
         share = None
         if feed.heads:
             heads = config.num_key_value_heads
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             share = (heads, size)
-        s_I = search(torch.cat([wide(layer.weight) for layer in layers]), known.gram_II, grid, share)
-        s_I = divide(linear(block, feed.source), s_I, family.norm_offset, share)
+        s_I = search(torch.cat([at_least_float32(layer.weight) for layer in layers]), known.gram_II, grid, share)
+        s_I = divide(get_linear(block, feed.source), s_I, family.norm_offset, share)
         for layer in layers:
-            layer.weight.copy_(wide(layer.weight) * s_I)
+            layer.weight.copy_(at_least_float32(layer.weight) * s_I)
         known.gram_II.div_(s_I).div_(s_I[:, None])
         folded += 1
     return folded
@@ -90,15 +91,15 @@ def divide(source: nn.Linear, s_I: Tensor, norm_offset: float, share: tuple[int,
     """
     weight = source.weight
     if weight.ndim == 1:
-        before_I, old = wide(weight) + norm_offset, weight.clone()
+        before_I, old = at_least_float32(weight) + norm_offset, weight.clone()
         weight.copy_(before_I / s_I - norm_offset)
-        used_I: Tensor = before_I / (wide(weight) + norm_offset)
+        used_I: Tensor = before_I / (at_least_float32(weight) + norm_offset)
         # A channel that the norm turns off, or would by rounding, stays as it is.
         fine_I = used_I.isfinite() & (used_I > 0)
         weight.copy_(torch.where(fine_I, weight, old))
         return torch.where(fine_I, used_I, torch.ones_like(used_I))
     rows = s_I if share is None else s_I.view(share[0], -1, share[1])[:, 0].reshape(-1)
-    weight[-len(rows) :] = (wide(weight[-len(rows) :]) / rows[:, None]).to(weight.dtype)
+    weight[-len(rows) :] = (at_least_float32(weight[-len(rows) :]) / rows[:, None]).to(weight.dtype)
     if source.bias is not None:
-        source.bias[-len(rows) :] = (wide(source.bias[-len(rows) :]) / rows).to(weight.dtype)
+        source.bias[-len(rows) :] = (at_least_float32(source.bias[-len(rows) :]) / rows).to(weight.dtype)
     return s_I

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RunError
-from nybble.grid import wide
+from nybble.quant.grid import at_least_float32
 
 # Streams larger than this live in temporary files.
 IN_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
-class Statistics:
+class InputStatistics:
     """Second moments of the input that some layers share.
 
     Attributes:
@@ -48,7 +48,7 @@ class Statistics:
     gram_II: Tensor
 
 
-class Blocks:
+class DecoderBlocks:
     """The blocks of a model and both streams.
 
     Args:
@@ -69,11 +69,11 @@ class Blocks:
     def __init__(self, model: Any, names: Sequence[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
         self.model, self.batch, self._folder = model, batch, folder
         self.device, self.dtype = model.device, model.dtype
-        path = _find(model, names)
+        path = find_block_list(model, names)
         self.modules: list[nn.Module] = list(model.get_submodule(path))
         self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
         self.layers = [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes]
-        self._arguments, _ = _record(model, self.modules, input_ids[:1].to(self.device))
+        self._arguments, _ = record_blocks(model, self.modules, input_ids[:1].to(self.device))
         self.full = self._store(input_ids)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
@@ -145,7 +145,7 @@ class Blocks:
             self.quantized[part] = self.run(i, self.quantized[part].to(self.device)).cpu()
 
     @torch.no_grad()
-    def observe(self, i: int) -> list[Statistics]:
+    def observe(self, i: int) -> list[InputStatistics]:
         """`advance_full`, and statistics of the inputs of the layers of block i; layers called with the same tensor share them.
 
         Raises:
@@ -157,14 +157,14 @@ class Blocks:
             with self._inputs(i) as inputs:
                 self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
             for layers, x_NI in _grouped(inputs).items():
-                x_NI = wide(x_NI)
+                x_NI = at_least_float32(x_NI)
                 if layers not in grams:
                     grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
                 _add_lower(grams[layers], x_NI, 1 / tokens)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
-                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {broken(self.dtype)}")
-        return [Statistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
+                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {nonfinite_remedy(self.dtype)}")
+        return [InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
 
     @contextmanager
     def _inputs(self, i: int) -> Iterator[dict[str, Tensor]]:
@@ -189,7 +189,7 @@ def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
 
 
 @torch.no_grad()
-def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
+def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
     """Everything but the hidden states that each block is called with, and the hidden states before each and after the last, from one forward of the whole
     model; checks the chain."""
     arguments: list[tuple[Any, Any]] = []
@@ -210,13 +210,13 @@ def _record(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> tupl
     for i, (before, after) in enumerate(pairwise(states)):
         if not bool(after.isfinite().all()):
             where = _first_broken(modules[i], arguments[i], before) or "what it adds up"
-            raise ModelError(f"the outputs of block {i} ({where}) must be finite; they are not on this text; {broken(model.dtype)}")
-        if not _gives(modules[i], arguments[i], before, after):
-            raise _no_chain(model, i)
+            raise ModelError(f"the outputs of block {i} ({where}) must be finite; they are not on this text; {nonfinite_remedy(model.dtype)}")
+        if not block_gives(modules[i], arguments[i], before, after):
+            raise no_chain_error(model, i)
     return arguments, states
 
 
-def _gives(block: nn.Module, arguments: tuple[Any, Any], before: Tensor, after: Tensor) -> bool:
+def block_gives(block: nn.Module, arguments: tuple[Any, Any], before: Tensor, after: Tensor) -> bool:
     """Whether a block makes these hidden states of those: each token of them, since some are a thousand times larger than others."""
     args, kwargs = arguments
     difference = (_first(block(before, *args, **kwargs)) - after).float().norm(dim=-1)
@@ -239,49 +239,12 @@ def _first_broken(block: nn.Module, arguments: tuple[Any, Any], before: Tensor) 
     return found[0] if found else None
 
 
-def broken(dtype: torch.dtype) -> str:
+def nonfinite_remedy(dtype: torch.dtype) -> str:
     """What to do about numbers that are not finite."""
     return "the model's weights or this text are broken" if dtype == torch.float32 else "use --dtype float32"
 
 
-@torch.no_grad()
-def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
-    """Raise ModelError, before the expensive part, unless the blocks are a chain that takes nothing from the tokens but hidden states.
-
-    Args:
-        input_ids: [2, T], two different sequences.
-    """
-    modules = list(model.get_submodule(_find(model, names)))
-    one, two = (_record(model, modules, row[None].to(model.device)) for row in input_ids)
-    for i, (first, second) in enumerate(zip(one[0], two[0], strict=True)):
-        before, after = (torch.cat([states[j] for _, states in (one, two)]) for j in (i, i + 1))
-        try:
-            chained = _equal(first, second) and _gives(modules[i], first, before, after)
-        except RuntimeError:  # what came with one sequence does not fit two
-            chained = False
-        if not chained:
-            raise _no_chain(model, i)
-
-
-def _equal(one: Any, two: Any) -> bool:
-    """Whether two nests of tuples, lists and dictionaries hold equal tensors; whatever else is in them has no say."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
-    if isinstance(one, tuple | list):
-        return len(one) == len(two) and all(_equal(a, b) for a, b in zip(one, two, strict=True))
-    return True
-
-
-def _no_chain(model: Any, i: int) -> ModelError:
-    return ModelError(
-        f"the blocks of {model.config.model_type} must be a chain, each taking nothing but the hidden states of the one before; "
-        f"block {i} is not; use the method rtn"
-    )
-
-
-def linear(block: nn.Module, name: str) -> nn.Linear:
+def get_linear(block: nn.Module, name: str) -> nn.Linear:
     """A linear layer of a block."""
     return block.get_submodule(name)  # type: ignore[return-value]
 
@@ -297,7 +260,7 @@ def _grouped(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
     return {tuple(names): inputs[names[0]] for names in groups.values()}
 
 
-def _find(model: Any, names: Sequence[str]) -> str:
+def find_block_list(model: Any, names: Sequence[str]) -> str:
     """Path of the module list that holds most of the layers."""
     lists: dict[str, int] = {
         path: sum(name.startswith(path + ".") for name in names) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -305,3 +268,10 @@ def _find(model: Any, names: Sequence[str]) -> str:
     if not lists or not max(lists.values()):
         raise ModelError(f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn")
     return max(lists, key=lambda path: (lists[path], -len(path)))
+
+
+def no_chain_error(model: Any, i: int) -> ModelError:
+    return ModelError(
+        f"the blocks of {model.config.model_type} must be a chain, each taking nothing but the hidden states of the one before; "
+        f"block {i} is not; use the method rtn"
+    )

@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble import grid as g
-from nybble.compress.blocks import Blocks, broken, linear
-from nybble.compress.start import Start
+from nybble.compress.blocks import DecoderBlocks, get_linear, nonfinite_remedy
+from nybble.compress.init import QuantizedInit
 from nybble.errors import ModelError
-from nybble.grid import Grid
+from nybble.quant import fake_quant
+from nybble.quant import grid as quant_grid
+from nybble.quant.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BlockwiseConfig:
     """How a block is trained.
 
     Attributes:
@@ -46,7 +47,7 @@ class Recipe:
 class OffsetLinear(nn.Module):
     """Stands for nn.Linear while its block is trained."""
 
-    def __init__(self, start: Start, bias: Tensor | None, grid: Grid, dtype: torch.dtype) -> None:
+    def __init__(self, start: QuantizedInit, bias: Tensor | None, grid: QuantScheme, dtype: torch.dtype) -> None:
         super().__init__()
         self.start, self.grid, self.dtype, self.bias = start, grid, dtype, bias
         self.offset = nn.Parameter(torch.zeros_like(start.weight_OI, dtype=torch.float32))
@@ -54,28 +55,34 @@ class OffsetLinear(nn.Module):
 
     def scale_OG(self) -> Tensor:
         """As it ships, differentiable."""
-        return g.round_scale_through(self.start.scale_OG * self.shift.exp())
+        return fake_quant.round_scale_ste(self.start.scale_OG * self.shift.exp())
 
     def moved_OI(self) -> Tensor:
         """The weight before rounding; float32, differentiable."""
         scale_OG = self.start.scale_OG
         groups = scale_OG.shape[-1]
-        offset_OGK = g.group(self.offset, groups)
-        return torch.addcmul(g.group(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]).flatten(-2)
+        offset_OGK = quant_grid.to_groups(self.offset, groups)
+        return torch.addcmul(quant_grid.to_groups(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]).flatten(-2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, g.fake_quantize(self.moved_OI(), self.scale_OG(), self.start.zero_OG, self.grid).to(self.dtype), self.bias)
+        return F.linear(inputs, fake_quant.fake_quantize(self.moved_OI(), self.scale_OG(), self.start.zero_OG, self.grid).to(self.dtype), self.bias)
 
     @torch.no_grad()
-    def result(self, dtype: torch.dtype) -> Start:
+    def result(self, dtype: torch.dtype) -> QuantizedInit:
         """The trained start, with exactly the codes of the forward."""
         scale_OG, zero_OG, moved_OI = self.scale_OG(), self.start.zero_OG, self.moved_OI()
-        return Start.keeping(g.quantize(moved_OI, scale_OG, zero_OG, self.grid), moved_OI, scale_OG, zero_OG, self.grid, dtype)
+        return QuantizedInit.keeping(quant_grid.quantize(moved_OI, scale_OG, zero_OG, self.grid), moved_OI, scale_OG, zero_OG, self.grid, dtype)
 
 
 def train(
-    blocks: Blocks, i: int, starts: dict[str, Start], grid: Grid, recipe: Recipe, seed: int, advance: Callable[[str], None] = lambda text: None
-) -> tuple[dict[str, Start], float, float]:
+    blocks: DecoderBlocks,
+    i: int,
+    starts: dict[str, QuantizedInit],
+    grid: QuantScheme,
+    recipe: BlockwiseConfig,
+    seed: int,
+    advance: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, QuantizedInit], float, float]:
     """Train block i. blocks.full must hold the outputs of the 16-bit block, blocks.quantized the inputs of the compressed one.
 
     Args:
@@ -90,7 +97,7 @@ def train(
     """
     block, full, quantized, count = blocks.modules[i], blocks.full, blocks.quantized, len(blocks.full)
     assert quantized is not None, "block-wise reconstruction needs the stream of the compressed blocks"
-    plain = {name: linear(block, name) for name in starts}
+    plain = {name: get_linear(block, name) for name in starts}
     layers = {name: OffsetLinear(start, plain[name].bias, grid, plain[name].weight.dtype) for name, start in starts.items()}
     held_out = torch.arange(count - min(recipe.held_out, count // 8), count)
     used = count - len(held_out)
@@ -131,7 +138,7 @@ def train(
         for name, original in plain.items():
             block.set_submodule(name, original)
     if not after < float("inf"):
-        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; {broken(blocks.dtype)}")
+        raise ModelError(f"the loss of block {i} must stay finite; it became {after}; {nonfinite_remedy(blocks.dtype)}")
     if after >= before:
         return starts, before, before
     return {name: layer.result(layer.dtype) for name, layer in layers.items()}, before, after

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.grid import Grid, dequantize, quantize, quantize_dequantize
+from nybble.quant.grid import dequantize, quantize, quantize_dequantize
+from nybble.quant.scheme import QuantScheme
 
 log = logging.getLogger("nybble")
 
 DAMPING = 0.01
 # Weights [O, I] and importance [I] -> scale and zero [O, G].
-Find = Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
+Find = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _upper(matrix_II: Tensor) -> Tensor | None:
     return None if bad else upper_II
 
 
-def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find) -> tuple[Tensor, Tensor, Tensor]:
+def compensate(weight_OI: Tensor, hessian: Hessian, grid: QuantScheme, find: Find) -> tuple[Tensor, Tensor, Tensor]:
     """Round all rows.
 
     Args:
@@ -89,7 +90,7 @@ def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find) -> t
     """
     groups = grid.groups(weight_OI.shape[-1])
     size = weight_OI.shape[-1] // groups
-    one_group = Grid(grid.bits, None, grid.symmetric)
+    one_group = QuantScheme(grid.bits, None, grid.symmetric)
     order_I = torch.arange(weight_OI.shape[-1], device=weight_OI.device) if hessian.order_I is None else hessian.order_I
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
@@ -118,7 +119,7 @@ def compensate(weight_OI: Tensor, hessian: Hessian, grid: Grid, find: Find) -> t
     return running_OI, torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: Grid) -> Tensor:
+def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: QuantScheme) -> Tensor:
     """One pass over all columns: w'_j = fake_quantize(w'_j - (H (w' - w))_j / H_jj). No row's error (w' - w)^T H (w' - w) rises.
 
     Args:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from nybble.compress.start import Start
-from nybble.grid import Grid, min_max
+from nybble.compress.init import QuantizedInit
+from nybble.quant.grid import min_max_qparams
+from nybble.quant.scheme import QuantScheme
 
 
-def compress(model: Any, names: Iterable[str], grid: Grid) -> dict[str, Start]:
+def compress(model: Any, names: Iterable[str], grid: QuantScheme) -> dict[str, QuantizedInit]:
     """Layer name -> Start; the weights are the model's own tensors."""
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    return {name: Start(weight_OI, *min_max(weight_OI, grid)) for name, weight_OI in weights.items()}
+    return {name: QuantizedInit(weight_OI, *min_max_qparams(weight_OI, grid)) for name, weight_OI in weights.items()}

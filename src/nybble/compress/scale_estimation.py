@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.grid import Grid, from_range, group, min_max, quantize, quantize_dequantize, round_scale
+from nybble.quant.grid import min_max_qparams, qparams_from_range, quantize, quantize_dequantize, round_scale, to_groups
+from nybble.quant.scheme import QuantScheme
 
 # Shares of the full range that are tried.
 SHRINKS = tuple(1 - 0.04 * i for i in range(11))
@@ -27,17 +28,17 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
     return ((difference_OI @ gram_II) * difference_OI).sum(-1)
 
 
-def search(weight_OI: Tensor, importance_I: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def search(weight_OI: Tensor, importance_I: Tensor, grid: QuantScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero [O, G] of the range, out of SHRINKS times the full one, with the least square error weighed by importance."""
     assert not grid.symmetric, "a symmetric grid has no range to choose"
     groups = grid.groups(weight_OI.shape[-1])
-    w_OGK, importance_GK = group(weight_OI, groups), group(importance_I, groups)
+    w_OGK, importance_GK = to_groups(weight_OI, groups), to_groups(importance_I, groups)
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_OG = torch.full_like(low_OG, torch.inf)
-    scale_OG, zero_OG = min_max(weight_OI, grid)
+    scale_OG, zero_OG = min_max_qparams(weight_OI, grid)
     for shrink in SHRINKS:
-        scale, zero = from_range(low_OG * shrink, high_OG * shrink, grid)
-        error_OGK = group(quantize_dequantize(weight_OI, scale, zero, grid), groups).sub_(w_OGK).square_()
+        scale, zero = qparams_from_range(low_OG * shrink, high_OG * shrink, grid)
+        error_OGK = to_groups(quantize_dequantize(weight_OI, scale, zero, grid), groups).sub_(w_OGK).square_()
         error_OG = error_OGK.mul_(importance_GK).sum(-1)
         better = error_OG < best_OG
         best_OG = torch.where(better, error_OG, best_OG)
@@ -57,13 +58,13 @@ class Quadratic:
     def of(codes_OI: Tensor, zero_OG: Tensor, weight_OI: Tensor, seen_OI: Tensor, gram_II: Tensor) -> Quadratic:
         """`seen_OI` is weight_OI @ gram_II, which stays the same over all codes."""
         groups = zero_OG.shape[-1]
-        c_OGK = group(codes_OI, groups).to(weight_OI.dtype).sub_(zero_OG[..., None])
+        c_OGK = to_groups(codes_OI, groups).to(weight_OI.dtype).sub_(zero_OG[..., None])
         a_OGG = torch.empty(len(weight_OI), groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
         size = weight_OI.shape[-1] // groups
         for g in range(groups):  # symmetric: on and below the diagonal only
             part_OI = c_OGK[:, g] @ gram_II[g * size : (g + 1) * size, : (g + 1) * size]
-            a_OGG[:, g, : g + 1] = a_OGG[:, : g + 1, g] = (group(part_OI, g + 1) * c_OGK[:, : g + 1]).sum(-1)
-        return Quadratic(a_OGG, (group(seen_OI, groups) * c_OGK).sum(-1), (seen_OI * weight_OI).sum(-1))
+            a_OGG[:, g, : g + 1] = a_OGG[:, : g + 1, g] = (to_groups(part_OI, g + 1) * c_OGK[:, : g + 1]).sum(-1)
+        return Quadratic(a_OGG, (to_groups(seen_OI, groups) * c_OGK).sum(-1), (seen_OI * weight_OI).sum(-1))
 
     def error(self, scale_OG: Tensor) -> Tensor:
         """[O]"""
@@ -79,7 +80,7 @@ class Quadratic:
         return torch.where((self.error(solved_OG) < self.error(scale_OG))[:, None], solved_OG, scale_OG)
 
 
-def estimate(weight_OI: Tensor, gram_II: Tensor, grid: Grid, turns: int = TURNS) -> tuple[Tensor, Tensor]:
+def estimate(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, turns: int = TURNS) -> tuple[Tensor, Tensor]:
     """Scale and zero [O, G] for rounding to nearest.
 
     Args:

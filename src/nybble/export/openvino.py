@@ -32,8 +32,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nybble.errors import ExportError
-from nybble.grid import INT8_ROW, Grid
-from nybble.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
 
 log = logging.getLogger("nybble")
 
@@ -265,7 +265,7 @@ def read_weights(folder: Path) -> dict[str, QuantizedWeight]:
     for name, parts in found.items():
         codes_OI, scale_OG, zero_OG = (_read(parts[leaf]) for leaf in ("codes", "scale", "zero"))
         four = parts["codes"].get_element_type().get_type_name() == "u4"
-        grid = Grid(4, codes_OI.shape[1] // scale_OG.shape[1]) if four else INT8_ROW
+        grid = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four else INT8_PER_ROW
         weights[name] = QuantizedWeight(codes_OI, scale_OG.float(), zero_OG, grid)
     return weights
 

@@ -1,0 +1,87 @@
+"""Fake quantization: the arithmetic of grid.py with gradients (straight-through estimators)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from nybble.quant.grid import quantize_dequantize, round_scale, to_groups
+from nybble.quant.scheme import QuantScheme
+
+
+class _RoundScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, scale: Tensor) -> Tensor:
+        return round_scale(scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_scale_ste(scale: Tensor) -> Tensor:
+    """`round_scale` whose gradient is that of the identity (straight-through)."""
+    return _RoundScale.apply(scale)  # type: ignore[no-any-return]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(weight_OI, scale_OG, zero_OG)
+        ctx.grid = grid
+        return quantize_dequantize(weight_OI, scale_OG, zero_OG, grid)
+
+    @staticmethod
+    def backward(ctx, grad_OI: Tensor):  # type: ignore[no-untyped-def,override]
+        weight_OI, scale_OG, zero_OG = ctx.saved_tensors
+        grad_OGK = to_groups(grad_OI, scale_OG.shape[-1])
+        steps_OGK = to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
+        # code - zero, before and after clamping
+        offset_OGK = steps_OGK.round()
+        low_OG1, high_OG1 = -zero_OG[..., None], (ctx.grid.max_code - zero_OG)[..., None]
+        clamped_OGK = offset_OGK.clamp(low_OG1, high_OG1)
+        inside_OGK = offset_OGK.eq_(clamped_OGK)  # 1.0 or 0.0: booleans are slow to multiply with
+        need_weight, need_scale, need_zero, _ = ctx.needs_input_grad
+        grad_weight = (grad_OGK * inside_OGK).flatten(-2) if need_weight else None
+        grad_scale = grad_zero = None
+        if need_scale:
+            grad_scale = clamped_OGK.sub_(steps_OGK.mul_(inside_OGK)).mul_(grad_OGK).sum(-1)
+        if need_zero:
+            grad_zero = -scale_OG * (grad_OGK * (1 - inside_OGK)).sum(-1)
+        return grad_weight, grad_scale, grad_zero, None
+
+
+def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+    """dequantize(quantize(weight)), with straight-through gradients (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    d/d weight = 1 where the code is not clipped, else 0;
+    d/d scale  = (code - zero) - weight / scale where not clipped, else code - zero; summed over the group;
+    d/d zero   = 0 where not clipped, else -scale; summed over the group.
+
+    Args: as `quantize`. Returns: [O, I] in the dtype of weight and scale, which must agree.
+    """
+    return _FakeQuantize.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
+
+
+class _CenteredCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
+        rounded_OGK = (to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]).round_()
+        centered_OGK = (rounded_OGK + zero_OG[..., None]).clamp_(0, grid.max_code).sub_(zero_OG[..., None])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(rounded_OGK.eq_(centered_OGK), scale_OG)  # 1.0 where the code is not clipped
+        return centered_OGK
+
+    @staticmethod
+    def backward(ctx, grad_OGK: Tensor):  # type: ignore[no-untyped-def,override]
+        inside_OGK, scale_OG = ctx.saved_tensors
+        return (grad_OGK * inside_OGK).div_(scale_OG[..., None]).flatten(-2), None, None, None
+
+
+def centered_codes(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+    """code - zero, with a straight-through gradient to the weight: 1 / scale where the code is not clipped, else 0.
+
+    Args: as `quantize`. Returns: [O, G, K] in the dtype of weight and scale, which must agree.
+    """
+    return _CenteredCodes.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
