@@ -27,7 +27,16 @@ from nybble.models.head import last_hidden_states
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 512
-JOBS = ["nybble:16bit", "nybble:rtn", "nncf:awq+se", "nybble:awq+se", "nybble:se", "nncf:awq+se+gptq", "nybble:awq+se+gptq", "nybble:se+gptq"]
+JOBS = [
+    "nybble:16bit",
+    "nybble:rtn",
+    "nncf:awq+se",
+    "nybble:awq+se",
+    "nybble:se",
+    "nncf:awq+se+gptq",
+    "nybble:awq+se+gptq",
+    "nybble:se+gptq",
+]
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -51,7 +60,11 @@ def prepare(options: argparse.Namespace) -> None:
 
     for name in missing:
         console.print(f"the 16-bit model on {name}", highlight=False)
-        found = tokens(read("wiki.test.raw")) if name.startswith("wiki") else tokens(*sources.load_texts(sources.PYTHON_DOCS)["train"])
+        found = (
+            tokens(read("wiki.test.raw"))
+            if name.startswith("wiki")
+            else tokens(*sources.load_texts(sources.PYTHON_DOCS)["train"])
+        )
         rows = found[: len(found) // LENGTH * LENGTH].view(-1, LENGTH)[: count(name)].clone()
         with torch.no_grad():
             states = torch.cat([last_hidden_states(loaded.model, part) for part in rows.split(4)])
@@ -82,8 +95,21 @@ def run(job: str, seed: int, folder: Path, nncf: Path, texts: list[str]) -> dict
     out = folder / f"{peer}-{method}-{samples}x{length}-{seed}.json"
     if not out.exists():
         console.print(f"{job}, seed {seed}", highlight=False)
-        python, environment = (sys.executable, {}) if peer == "nybble" else (str(nncf), {"PYTHONPATH": str(HERE.parent / "src")})
-        command = [python, str(HERE / "compress_worker.py"), "--peer", peer, "--method", method, "--seed", str(seed), "--samples", samples]
+        python, environment = (
+            (sys.executable, {}) if peer == "nybble" else (str(nncf), {"PYTHONPATH": str(HERE.parent / "src")})
+        )
+        command = [
+            python,
+            str(HERE / "compress_worker.py"),
+            "--peer",
+            peer,
+            "--method",
+            method,
+            "--seed",
+            str(seed),
+            "--samples",
+            samples,
+        ]
         command += ["--length", length, "--folder", str(folder), "--out", str(out), "--texts", *texts]
         with out.with_suffix(".log").open("w") as log:
             subprocess.run(command, stdout=log, stderr=log, env=os.environ | environment, check=False)
@@ -95,8 +121,18 @@ def table(results: dict[str, list[dict[str, Any]]], texts: list[str]) -> Table:
     made = Table("job", "seeds", "seconds", "peak GB", *(f"{text} {what}" for text in texts for what in ("ppl", "KL")))
 
     for job, rows in results.items():
-        numbers = [cell([row[text][key] for row in rows], digits) for text in texts for key, digits in (("perplexity", 2), ("kl", 4))]
-        made.add_row(job, str(len(rows)), cell([row["seconds"] for row in rows], 0), cell([row["peak_gigabytes"] for row in rows], 2), *numbers)
+        numbers = [
+            cell([row[text][key] for row in rows], digits)
+            for text in texts
+            for key, digits in (("perplexity", 2), ("kl", 4))
+        ]
+        made.add_row(
+            job,
+            str(len(rows)),
+            cell([row["seconds"] for row in rows], 0),
+            cell([row["peak_gigabytes"] for row in rows], 2),
+            *numbers,
+        )
     return made
 
 
@@ -109,10 +145,16 @@ def cell(values: list[float], digits: int) -> str:
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     """What both comparisons take."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw")
-    parser.add_argument("--pretrained", default=loading.SMOLLM2, help="hub id, folder or .gguf file (default: the built-in model)")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="folder with wiki.train*.raw, wiki.valid.raw and wiki.test.raw"
+    )
+    parser.add_argument(
+        "--pretrained", default=loading.SMOLLM2, help="hub id, folder or .gguf file (default: the built-in model)"
+    )
     parser.add_argument("--folder", type=Path, help="for tokens and results of one model (default: in build)")
-    parser.add_argument("--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)")
+    parser.add_argument(
+        "--nncf", type=Path, default=Path(".venv-nncf/bin/python"), help="python of NNCF's environment (make nncf)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", nargs="+", default=["wiki16", "wiki64", "docs16"])
     return parser

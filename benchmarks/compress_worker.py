@@ -38,12 +38,12 @@ def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[An
 
     keep_freed_memory()  # as the command line does
     started = time.perf_counter()
-    plan, grid = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
-    result = pipeline.compress(model, plan.int4, grid, method, compress_calibration.Calibration(ids, seed))
+    plan, scheme = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
+    result = pipeline.compress(model, plan.int4, scheme, method, compress_calibration.Calibration(ids, seed))
     insert.quantize_rows(model, plan.int8)
     with torch.no_grad():
         for name, start in result.starts.items():
-            model.get_submodule(name).weight.copy_(start.quantized(grid).dequantize())
+            model.get_submodule(name).weight.copy_(start.quantized(scheme).dequantize())
     return model, time.perf_counter() - started
 
 
@@ -60,7 +60,13 @@ def by_nncf(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any,
     if method == "rtn":
         wanted, examples = {}, examples[:1]
     compressed = nncf.compress_weights(
-        model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=GROUP_SIZE, ratio=1.0, dataset=nncf.Dataset(examples), subset_size=len(examples), **wanted
+        model,
+        mode=nncf.CompressWeightsMode.INT4_ASYM,
+        group_size=GROUP_SIZE,
+        ratio=1.0,
+        dataset=nncf.Dataset(examples),
+        subset_size=len(examples),
+        **wanted,
     )
     seconds = time.perf_counter() - started
     return (OpenVINO(compressed) if "gptq" in steps else compressed), seconds
@@ -77,8 +83,12 @@ def as_openvino(model: Any, ids: torch.Tensor) -> Any:
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             length = input_ids.shape[1]
-            hidden = torch.triu(torch.full((length, length), torch.finfo(torch.float32).min), 1)[None, None]  # what transformers would make cannot be traced
-            return self.model(input_ids=input_ids, attention_mask=hidden, position_ids=torch.arange(length)[None], use_cache=False).logits
+            hidden = torch.triu(torch.full((length, length), torch.finfo(torch.float32).min), 1)[
+                None, None
+            ]  # what transformers would make cannot be traced
+            return self.model(
+                input_ids=input_ids, attention_mask=hidden, position_ids=torch.arange(length)[None], use_cache=False
+            ).logits
 
     model.set_attn_implementation("eager")
     with torch.no_grad(), contextlib.redirect_stdout(None):
@@ -93,7 +103,9 @@ class OpenVINO:
     def __init__(self, model: Any) -> None:
         import openvino
 
-        self.compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+        self.compiled = openvino.compile_model(
+            model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        )
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         return argparse.Namespace(logits=torch.from_numpy(self.compiled([input_ids.numpy()])[0]))
@@ -105,7 +117,9 @@ def evaluate(model: Any, head: LMHead, folder: Path, texts: list[str]) -> dict[s
     for text in texts:
         tensors = load_file(folder / f"{text}.safetensors")
         teacher = logits_from_states(head, tensors["states"])
-        measured = measure_sequences(model_logits(model, tensors["ids"]) if model is not None else teacher, tensors["ids"], teacher)
+        measured = measure_sequences(
+            model_logits(model, tensors["ids"]) if model is not None else teacher, tensors["ids"], teacher
+        )
         result[text] = {"perplexity": measured["token_perplexity"], "kl": measured["kl_to_teacher"]}
     return result
 
@@ -122,15 +136,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    model: Any = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    model: Any = (
+        AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32).eval().requires_grad_(False)
+    )
     head = LMHead.of(model, copy=True)
-    ids = calibration(load_file(options.folder / "train.safetensors")["ids"], options.seed, options.samples, options.length)
+    ids = calibration(
+        load_file(options.folder / "train.safetensors")["ids"], options.seed, options.samples, options.length
+    )
     result: dict[str, Any] = {key: getattr(options, key) for key in ("peer", "method", "seed", "samples", "length")}
     result["seconds"] = 0.0
     if options.method == "16bit":
         model = None
     else:
-        model, result["seconds"] = (by_nybble if options.peer == "nybble" else by_nncf)(model, ids, options.method, options.seed)
+        model, result["seconds"] = (by_nybble if options.peer == "nybble" else by_nncf)(
+            model, ids, options.method, options.seed
+        )
     result["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     result |= evaluate(model, head, options.folder, options.texts)
     temporary = options.out.with_suffix(".tmp")

@@ -35,7 +35,9 @@ def torch_decoder(run: Path, dtype: torch.dtype, tokens: int) -> Callable[[], fl
 
 def openvino_decoder(run: Path, tokens: int) -> Callable[[], float]:
     pipeline = openvino_genai.LLMPipeline(str(run / "openvino"), "CPU")
-    config = openvino_genai.GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, apply_chat_template=False)
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, apply_chat_template=False
+    )
 
     def decode() -> float:
         started = time.perf_counter()
@@ -67,12 +69,18 @@ def main() -> None:
                 seconds[name].append(taken)
     table = Table("decoder", "tokens/s (median)", "slowest", "fastest")
     for name, values in seconds.items():
-        table.add_row(name, *(f"{tokens / value:.1f}" for value in (statistics.median(values), max(values), min(values))))
+        table.add_row(
+            name, *(f"{tokens / value:.1f}" for value in (statistics.median(values), max(values), min(values)))
+        )
     console.print(table)
-    parameters = sum(p.numel() for p in quantized_model.load_quantized(run / "quantized", torch.float32)[0].parameters())
+    parameters = sum(
+        p.numel() for p in quantized_model.load_quantized(run / "quantized", torch.float32)[0].parameters()
+    )
     for part in ("openvino_model.bin", "openvino_model.xml"):
         size = (run / "openvino" / part).stat().st_size
-        console.print(f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} byte a parameter ({parameters / 1e6:.1f} M parameters)")
+        console.print(
+            f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} byte a parameter ({parameters / 1e6:.1f} M parameters)"
+        )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def readable(flags: list[str]) -> str:
 
 def texts_of(out: Path) -> list[str]:
     """Texts that a job was measured on; none before it is finished."""
-    return [key for key, value in json.loads(out.read_text()).items() if isinstance(value, dict)] if out.exists() else []
+    return (
+        [key for key, value in json.loads(out.read_text()).items() if isinstance(value, dict)] if out.exists() else []
+    )
 
 
 def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -64,8 +66,28 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     out = options.folder / f"nncf-distill-{shared(options, options.samples)}-rank_{options.rank}-{seed}.json"
     done = texts_of(out)
     if not set(options.texts) <= set(done):
-        command = [options.nncf, HERE / "nncf_distill.py", "--seed", seed, "--samples", options.samples, "--length", options.length, "--rank", options.rank]
-        command += ["--epochs", options.epochs, "--batch", options.batch, "--microbatch", options.microbatch, "--device", options.device]
+        command = [
+            options.nncf,
+            HERE / "nncf_distill.py",
+            "--seed",
+            seed,
+            "--samples",
+            options.samples,
+            "--length",
+            options.length,
+            "--rank",
+            options.rank,
+        ]
+        command += [
+            "--epochs",
+            options.epochs,
+            "--batch",
+            options.batch,
+            "--microbatch",
+            options.microbatch,
+            "--device",
+            options.device,
+        ]
         command += ["--folder", options.folder, "--out", out, "--texts", *dict.fromkeys([*done, *options.texts])]
         call(command, out.with_suffix(".log"), {"PYTHONPATH": str(HERE.parent / "src")})
     found: dict[str, Any] = json.loads(out.read_text())
@@ -74,7 +96,11 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, Any]:
     """The command line on the same sequences; then its 4-bit model is measured."""
-    flags = ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"] if peer == "nybble-lora" else ["--lora_rank", "0", *options.flags]
+    flags = (
+        ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"]
+        if peer == "nybble-lora"
+        else ["--lora_rank", "0", *options.flags]
+    )
     samples = options.samples // 2 if peer == "nybble-half" else options.samples
     name = f"nybble-distill-{shared(options, samples)}-{readable(flags)}-{seed}"
     out, run = options.folder / f"{name}.json", options.folder / name
@@ -88,8 +114,26 @@ def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, An
 
 def train(run: Path, flags: list[str], samples: int, seed: int, options: argparse.Namespace) -> None:
     """Run the command line, or go on with a run that was stopped."""
-    command = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model", "--device", options.device]
-    command += ["--data", write_tokens(samples, seed, options), "--seq_len", options.length, "--samples", samples, "--epochs", options.epochs]
+    command = [
+        sys.executable,
+        "-m",
+        "nybble",
+        "distill",
+        "--pretrained",
+        options.folder / "model",
+        "--device",
+        options.device,
+    ]
+    command += [
+        "--data",
+        write_tokens(samples, seed, options),
+        "--seq_len",
+        options.length,
+        "--samples",
+        samples,
+        "--epochs",
+        options.epochs,
+    ]
     command += ["--batch_size", options.batch, "--microbatch", options.microbatch, "--seed", seed]
     command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16]
     command += ["--tasks", "--export", "--no_tensorboard", "--output_dir", run]
@@ -102,16 +146,24 @@ def write_tokens(samples: int, seed: int, options: argparse.Namespace) -> Path:
     loaded = loading.load(str(options.folder / "model"), torch.float32, torch.device("cpu"))
     path: Path = options.folder / f"train-{samples}x{options.length}-{seed}.safetensors"
     ids = calibration(load_file(options.folder / "train.safetensors")["ids"], seed, samples, options.length)
-    files.save_tensors(path, {"ids": ids}, {"length": options.length, "tokenizer": generate.vocabulary_fingerprint(loaded.tokenizer)})
+    files.save_tensors(
+        path, {"ids": ids}, {"length": options.length, "tokenizer": generate.vocabulary_fingerprint(loaded.tokenizer)}
+    )
     return path
 
 
 def measured(run: Path, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """Seconds, memory and losses of a finished run, and its 4-bit model on the texts."""
     results, device = run_results.read_results(run), torch.device(options.device)
-    found = {"step_seconds": [row["seconds"] for row in results["training"]], "losses": [row["loss"] for row in results["training"]]}
+    found = {
+        "step_seconds": [row["seconds"] for row in results["training"]],
+        "losses": [row["loss"] for row in results["training"]],
+    }
     found |= {"seconds": sum(results["seconds"][stage] for stage in ("teacher", "compress", "train", "absorb"))}
-    found |= {"start_seconds": results["seconds"]["compress"], "peak_gigabytes": results["peak_memory_bytes"][device.type] / 1e9}
+    found |= {
+        "start_seconds": results["seconds"]["compress"],
+        "peak_gigabytes": results["peak_memory_bytes"][device.type] / 1e9,
+    }
     head = LMHead.of(loading.load(str(options.folder / "model"), torch.float32, device).model, copy=True)
     model, _, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
     return found | evaluate(model.to(device), head, options.folder, texts)
@@ -126,7 +178,9 @@ def eighths(losses: list[float]) -> list[float]:
 def call(command: list[Any], log: Path, environment: dict[str, str]) -> None:
     console.print(f"running; see {log}", highlight=False)
     with log.open("w") as file:
-        subprocess.run([str(part) for part in command], stdout=file, stderr=file, env=os.environ | environment, check=True)
+        subprocess.run(
+            [str(part) for part in command], stdout=file, stderr=file, env=os.environ | environment, check=True
+        )
 
 
 def main() -> None:
@@ -138,7 +192,9 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--peers", nargs="+", choices=("nncf", "nybble", "nybble-half", "nybble-lora"), default=["nncf", "nybble"])
+    parser.add_argument(
+        "--peers", nargs="+", choices=("nncf", "nybble", "nybble-half", "nybble-lora"), default=["nncf", "nybble"]
+    )
     parser.add_argument("flags", nargs="*", help="for nybble distill")
     options = parser.parse_args()
     prepare(options)
@@ -153,9 +209,20 @@ def main() -> None:
 
 def outcome(results: dict[str, list[dict[str, Any]]], texts: list[str]) -> Table:
     """Medians over seeds, and in brackets the smallest and the largest."""
-    table = Table("peer", "seconds", "of that start", "step", "peak GB", *(f"{text} {what}" for text in texts for what in ("ppl", "KL")))
+    table = Table(
+        "peer",
+        "seconds",
+        "of that start",
+        "step",
+        "peak GB",
+        *(f"{text} {what}" for text in texts for what in ("ppl", "KL")),
+    )
     for peer, rows in results.items():
-        numbers = [cell([row[text][key] for row in rows], digits) for text in texts for key, digits in (("perplexity", 2), ("kl", 4))]
+        numbers = [
+            cell([row[text][key] for row in rows], digits)
+            for text in texts
+            for key, digits in (("perplexity", 2), ("kl", 4))
+        ]
         steps = [statistics.median(row["step_seconds"]) for row in rows]
         times = [cell([row[key] for row in rows], 0) for key in ("seconds", "start_seconds")]
         table.add_row(peer, *times, cell(steps, 1), cell([row["peak_gigabytes"] for row in rows], 2), *numbers)

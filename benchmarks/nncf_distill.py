@@ -76,7 +76,11 @@ def batches(count: int, size: int, epochs: int, seed: int) -> list[torch.Tensor]
 
 def peak_gigabytes(device: torch.device) -> float:
     """Largest memory so far: allocated on the GPU, or resident of this process."""
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return peak / 1e9
 
 
@@ -130,7 +134,12 @@ def main() -> None:
     settings = ("seed", "samples", "length", "rank", "lr", "batch", "microbatch", "epochs", "steps", "device")
     result: dict[str, Any] = {key: getattr(options, key) for key in settings}
     result["dtype"] = str(dtype).removeprefix("torch.")
-    result |= {"teacher_seconds": taught - began, "start_seconds": compressed - taught, "step_seconds": seconds, "losses": losses}
+    result |= {
+        "teacher_seconds": taught - began,
+        "start_seconds": compressed - taught,
+        "step_seconds": seconds,
+        "losses": losses,
+    }
     result["peak_gigabytes"] = peak_gigabytes(device)
     print(f"median of a step {statistics.median(seconds):.1f} s", flush=True)
     # Measured in float32, like all: bfloat16 would add its own rounding to the KL.

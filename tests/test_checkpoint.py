@@ -29,7 +29,9 @@ def test_a_used_folder_needs_resume_or_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "run"
     Run.open(path, OPTIONS, resume=False, overwrite=False).close()
     (path / "last.safetensors").write_text("x")
-    with pytest.raises(RunError, match=r"already holds a run; add --resume to go on with it, or --overwrite to delete it"):
+    with pytest.raises(
+        RunError, match=r"already holds a run; add --resume to go on with it, or --overwrite to delete it"
+    ):
         Run.open(path, OPTIONS, resume=False, overwrite=False)
     Run.open(path, OPTIONS, resume=True, overwrite=False).close()
     assert (path / "last.safetensors").exists()
@@ -50,7 +52,9 @@ def test_a_foreign_folder_is_never_touched(overwrite: bool, tmp_path: Path) -> N
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.parametrize("settings", [b'baseURL = "https://example.org"\n', b"not toml", b"\xff\xfe", b'pretrained = "m"\nseed = 0\n'])
+@pytest.mark.parametrize(
+    "settings", [b'baseURL = "https://example.org"\n', b"not toml", b"\xff\xfe", b'pretrained = "m"\nseed = 0\n']
+)
 def test_settings_of_another_program_are_not_taken_for_a_run(settings: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(settings)
     (tmp_path / "post.md").write_text("keep me")
@@ -62,7 +66,9 @@ def test_settings_of_another_program_are_not_taken_for_a_run(settings: bytes, tm
 @pytest.mark.parametrize("text", [b'{"models": {}', b"[]", b'{"a": 1}', b"\xff\xfe"])
 def test_damaged_results_are_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(text)
-    with pytest.raises(RunError, match=r"results.json must be the results of a run; .*; repair it, or make the run again"):
+    with pytest.raises(
+        RunError, match=r"results.json must be the results of a run; .*; repair it, or make the run again"
+    ):
         run_results.read_results(tmp_path)
 
 
@@ -84,7 +90,10 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
 def test_resume_with_another_option_names_it(field: str, value: object, tmp_path: Path) -> None:
     Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False).close()
     changed = dataclasses.replace(OPTIONS, **{field: value})
-    with pytest.raises(RunError, match=rf"--resume must use the options of the run .*run: --{field} was {getattr(OPTIONS, field)}, got {value}"):
+    with pytest.raises(
+        RunError,
+        match=rf"--resume must use the options of the run .*run: --{field} was {getattr(OPTIONS, field)}, got {value}",
+    ):
         Run.open(tmp_path / "run", changed, resume=True, overwrite=False)
 
 
@@ -102,7 +111,9 @@ def test_a_run_killed_before_its_first_file_is_no_obstacle(tmp_path: Path) -> No
     assert (tmp_path / "config.toml").exists()
 
 
-def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_overwrite_deletes_what_runs_write_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
     run.results["exports"] = {"toy": {}}
     run.save_results()
@@ -116,7 +127,13 @@ def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path, monk
     with caplog.at_level("INFO", "nybble"):
         Run.open(run.path, OPTIONS, resume=False, overwrite=True).close()
     assert deleted[-2:] == ["config.toml", "nybble-run.json"], "known as a run as long as anything is left of it"
-    assert sorted(entry.name for entry in run.path.iterdir()) == [".lock", "config.toml", "notes", "nybble-run.json", "thesis.tex"]
+    assert sorted(entry.name for entry in run.path.iterdir()) == [
+        ".lock",
+        "config.toml",
+        "notes",
+        "nybble-run.json",
+        "thesis.tex",
+    ]
     assert "left in place, as no run wrote it: notes, thesis.tex" in caplog.text
 
 
@@ -125,7 +142,9 @@ def test_overwrite_refuses_folders_that_are_more_than_a_run(tmp_path: Path, monk
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     for folder in (run, run.parent, home):
-        Run.open(folder, OPTIONS, resume=False, overwrite=False).close() if not folder.exists() or folder == home else None
+        Run.open(
+            folder, OPTIONS, resume=False, overwrite=False
+        ).close() if not folder.exists() or folder == home else None
     monkeypatch.chdir(run)
     (run / "log.txt").write_text("precious")
     with pytest.raises(RunError, match="is the current folder or one above it; choose another --output_dir"):
@@ -162,7 +181,9 @@ def test_seconds_add_up_over_sittings(tmp_path: Path) -> None:
     assert results["peak_memory_bytes"]["cpu"] > 10**8
 
 
-def test_a_killed_process_leaves_the_seconds_of_what_it_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_leaves_the_seconds_of_what_it_had_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = iter([100.0, 107.0, 110.0])
     monkeypatch.setattr("nybble.run.folder.time.perf_counter", lambda: next(clock))
     run = Run.open(tmp_path / "run", OPTIONS, resume=False, overwrite=False)
@@ -202,13 +223,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(RunError, match=r"last.safetensors must be a readable safetensors file; .*; delete it to start that stage again"):
+    with pytest.raises(
+        RunError, match=r"last.safetensors must be a readable safetensors file; .*; delete it to start that stage again"
+    ):
         files.load_tensors(tmp_path / "last.safetensors")
 
 
 def test_a_small_disk_is_refused(tmp_path: Path) -> None:
     files.check_free_disk(tmp_path / "not" / "yet", 1000)
-    with pytest.raises(RunError, match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use less text"):
+    with pytest.raises(
+        RunError,
+        match=r"needs 9{15}.*GB for teacher states and checkpoints; .* GB are free; free some, choose another disk, or use less text",
+    ):
         files.check_free_disk(tmp_path, int(999999999999999.9e9))
 
 
@@ -216,9 +242,9 @@ def test_a_small_disk_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_saved_model_is_the_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(family, dtype=dtype)
-    plan, grid = selection.select_layers(model), QuantScheme()
+    plan, scheme = selection.select_layers(model), QuantScheme()
     rows = insert.quantize_rows(model, plan.int8)
-    layers = insert.insert(model, pipeline.compress(model, plan.int4, grid, "rtn").starts, grid, 4, 0)
+    layers = insert.insert(model, pipeline.compress(model, plan.int4, scheme, "rtn").starts, scheme, 4, 0)
     quantized = rows | absorb.absorb(model, layers)
     quantized_model.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
     loaded, _, read = quantized_model.load_quantized(tmp_path / "quantized", dtype)
@@ -228,8 +254,8 @@ def test_the_saved_model_is_the_model(family: str, dtype: torch.dtype, tmp_path:
     for name, weight in quantized.items():
         assert torch.equal(weight.codes_OI, read[name].codes_OI)
         assert torch.equal(weight.scale_OG, read[name].scale_OG)
-        assert torch.equal(weight.zero_OG, read[name].zero_OG)
-        assert weight.grid == read[name].grid
+        assert torch.equal(weight.zero_point_OG, read[name].zero_point_OG)
+        assert weight.scheme == read[name].scheme
     ids = torch.arange(16).view(1, 16)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == plan.tied

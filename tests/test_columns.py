@@ -33,7 +33,9 @@ def comparison(folder: Path, figures: dict[str, dict[str, Figure]], **changes: A
 def test_errors_and_mean() -> None:
     half = Figure(0.5, 101)
     assert half.error == pytest.approx(0.05)
-    assert Figure(0.36, 100, known("1" * 36 + "0" * 64).right).error == pytest.approx(Figure(0.36, 100).error), "of zeros and ones both formulas give the same"
+    assert Figure(0.36, 100, known("1" * 36 + "0" * 64).right).error == pytest.approx(Figure(0.36, 100).error), (
+        "of zeros and ones both formulas give the same"
+    )
     assert mean([(0.5, 0.05), (1.0, 0.0)]) == (0.75, pytest.approx(0.025))
     headings, lines = rows({"one": dict.fromkeys(COLUMNS, half), "two": dict.fromkeys(COLUMNS, Figure(1.0, 101))})
     assert headings == ["task", *COLUMNS]
@@ -61,7 +63,12 @@ def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
     comparison(tmp_path, figures, seed=3, epochs=2)
     found = five_columns.read(tmp_path)
     assert found.figures == figures
-    assert (found.model, found.seed, found.setting["epochs"], found.learnt) == ("m", 3, 2, {"a": "choices", "b": "choices"})
+    assert (found.model, found.seed, found.setting["epochs"], found.learnt) == (
+        "m",
+        3,
+        2,
+        {"a": "choices", "b": "choices"},
+    )
     assert json.loads((tmp_path / "compare.json").read_text())["figures"]["a"]["BF16"] == {
         "value": 0.5,
         "error": pytest.approx(0.2887, abs=1e-4),
@@ -88,12 +95,18 @@ def test_the_note_says_what_ranks_were_chosen_on(select_on: str, said: str, tmp_
 
 def test_the_note_says_that_the_sandwich_rule_costs_more(tmp_path: Path) -> None:
     comparison(tmp_path, {"a": dict.fromkeys(COLUMNS, known("01"))}, sampling="sandwich")
-    assert "trained on three configurations a step, three times the computation" in five_columns.together([five_columns.read(tmp_path)]).note
+    assert (
+        "trained on three configurations a step, three times the computation"
+        in five_columns.together([five_columns.read(tmp_path)]).note
+    )
 
 
 def test_seeds_are_averaged_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     low, high = known("1100"), known("1010")
-    folders = [comparison(tmp_path / f"s{seed}", {"a": dict.fromkeys(COLUMNS, low) | {COLUMNS[-1]: last}}, seed=seed) for seed, last in ((0, high), (1, low))]
+    folders = [
+        comparison(tmp_path / f"s{seed}", {"a": dict.fromkeys(COLUMNS, low) | {COLUMNS[-1]: last}}, seed=seed)
+        for seed, last in ((0, high), (1, low))
+    ]
     found = five_columns.together([five_columns.read(Path(folder)) for folder in folders])
     assert found.figures["a"][COLUMNS[0]] == low
     last = found.figures["a"][COLUMNS[-1]]
@@ -113,10 +126,16 @@ def test_of_settings_the_best_is_shown_and_said_to_be(tmp_path: Path) -> None:
     def figures(value: float) -> dict[str, dict[str, Figure]]:
         return {"a": dict.fromkeys(COLUMNS, Figure(value, 4)) | {COLUMNS[1]: Figure(1 - value, 4)}}
 
-    for name, value, changes in (("e3", 0.25, {"epochs": 3}), ("e4", 0.75, {"epochs": 4}), ("e4s1", 0.5, {"epochs": 4, "seed": 1})):
+    for name, value, changes in (
+        ("e3", 0.25, {"epochs": 3}),
+        ("e4", 0.75, {"epochs": 4}),
+        ("e4s1", 0.5, {"epochs": 4, "seed": 1}),
+    ):
         comparison(tmp_path / name, figures(value), **changes)
     found = five_columns.together([five_columns.read(tmp_path / name) for name in ("e3", "e4", "e4s1")])
-    assert [found.figures["a"][column].value for column in COLUMNS[:3]] == [0.625, 0.75, 0.625], "the mean of the seeds of one setting, then the best setting"
+    assert [found.figures["a"][column].value for column in COLUMNS[:3]] == [0.625, 0.75, 0.625], (
+        "the mean of the seeds of one setting, then the best setting"
+    )
     assert "best of 2 settings (--epochs 3, 4) on these very rows" in found.note
     assert "Means of 1 to 2 seeds" in found.note
 
@@ -152,7 +171,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (comparison(tmp_path / name, figures) for name in ("one", "other"))
     assert "must differ in seed, setting, model or tasks" in error_of(one, other, "--table")
     (tmp_path / "run").mkdir()
-    assert f"got {one}, which is a comparison, and {tmp_path / 'run'}, which is none" in error_of(str(tmp_path / "run"), one)
+    assert f"got {one}, which is a comparison, and {tmp_path / 'run'}, which is none" in error_of(
+        str(tmp_path / "run"), one
+    )
     (tmp_path / "one" / "compare.json").write_text('{"openbookqa": {"BF16": [0.5, 12]}}')
     assert "must be written by this version of nybble tune --compare" in error_of(one)
 
@@ -185,7 +206,10 @@ def test_a_comparison_with_other_options_is_not_lost(tmp_path: Path) -> None:
 
 def test_seeds_are_counted_task_by_task(tmp_path: Path) -> None:
     row = dict.fromkeys(COLUMNS, known("01"))
-    one, two = (five_columns.read(Path(comparison(tmp_path / name, {name: row}, seed=seed))) for name, seed in (("a", 0), ("b", 1)))
+    one, two = (
+        five_columns.read(Path(comparison(tmp_path / name, {name: row}, seed=seed)))
+        for name, seed in (("a", 0), ("b", 1))
+    )
     assert "Seed 0, 1." in five_columns.together([one, two]).note
     same = five_columns.read(Path(comparison(tmp_path / "c", {"c": row}, seed=0)))
     assert list(five_columns.together([one, same]).figures) == ["a", "c"], "of one seed, but not of the same tasks"
@@ -197,7 +221,9 @@ def test_one_comparison_by_two_names_is_one(tmp_path: Path, capsys: pytest.Captu
     assert "Seed 0." in capsys.readouterr().out
 
 
-def test_a_comparison_without_matplotlib_names_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_without_matplotlib_names_the_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = comparison(tmp_path / "runs", {"a": dict.fromkeys(COLUMNS, known("01"))})
     monkeypatch.setattr("nybble.report.html.available", lambda: False)
     assert main(["report", folder]) == 2

@@ -7,7 +7,9 @@ import pytest
 from nybble import console
 
 
-def test_what_an_earlier_sitting_did_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_an_earlier_sitting_did_says_nothing_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO, "nybble")

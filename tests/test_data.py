@@ -51,10 +51,14 @@ def test_order_uses_all_sequences_before_any_is_repeated() -> None:
 def test_sequences_begin_as_the_tokenizer_does_and_join_documents(begin: bool) -> None:
     tokenizer = make_tokenizer(begin)
     rows = packing.pack_documents(tokenizer, ["abc", "defg"], 4, "training")
-    text = [tokenizer.convert_tokens_to_ids(c) for c in "abc"] + [tokenizer.eos_token_id] + [tokenizer.convert_tokens_to_ids(c) for c in "defg"]
+    text = (
+        [tokenizer.convert_tokens_to_ids(c) for c in "abc"]
+        + [tokenizer.eos_token_id]
+        + [tokenizer.convert_tokens_to_ids(c) for c in "defg"]
+    )
     expected = [[256, *text[:3]], [256, *text[3:6]]] if begin else [text[:4], text[4:8]]
     assert rows.ids.tolist() == expected
-    assert rows.counted.all()
+    assert rows.loss_mask.all()
 
 
 def test_wikitext_is_the_raw_text(shared_data: Path) -> None:
@@ -77,7 +81,10 @@ def test_plain_wikitext_is_what_lm_eval_reads(shared_data: Path) -> None:
 
 def test_articles_begin_at_titles_of_the_first_order() -> None:
     text = " \n = One = \n\n a\n = = Part = = \n b\n = Two ( 2 ) = \n\n x = y = z \n"
-    assert wikitext.split_articles(text) == [" = One = \n\n a\n = = Part = = \n b\n", " = Two ( 2 ) = \n\n x = y = z \n"]
+    assert wikitext.split_articles(text) == [
+        " = One = \n\n a\n = = Part = = \n b\n",
+        " = Two ( 2 ) = \n\n x = y = z \n",
+    ]
     assert wikitext.split_articles("before\n" + text)[0] == "before\n \n"
     assert wikitext.undo_tokenization(wikitext.split_articles(text)[1]) == " = Two (2) =\n\nx = y = z\n"
 
@@ -92,14 +99,22 @@ def trained_tokenizer(kind: str, text: str) -> Any:
     if kind == "bytes":
         pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
         made.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                pre_tokenizers.Split(pattern, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
     elif kind == "marked words":
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     else:
         made.normalizer = normalizers.Replace(" ", "▁")
-    lines = text if kind != "not split" else text.replace(" ", " \n")  # as SentencePiece learns: no token goes beyond a space
-    made.train_from_iterator(lines.splitlines(keepends=kind == "bytes"), trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>"], show_progress=False))
+    lines = (
+        text if kind != "not split" else text.replace(" ", " \n")
+    )  # as SentencePiece learns: no token goes beyond a space
+    made.train_from_iterator(
+        lines.splitlines(keepends=kind == "bytes"),
+        trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>"], show_progress=False),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
@@ -144,7 +159,11 @@ def test_files_give_the_same_documents(suffix: str, tmp_path: Path) -> None:
         frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
     texts = sources.load_texts(str(path), column="body")
     if suffix == "txt":
-        assert "".join(sorted(texts.train)).count("document") + sum(t.count("document") for t in (*texts.validation, *texts.test)) == 400
+        assert (
+            "".join(sorted(texts.train)).count("document")
+            + sum(t.count("document") for t in (*texts.validation, *texts.test))
+            == 400
+        )
     else:
         assert sorted((*texts.train, *texts.validation, *texts.test)) == sorted(documents)
         assert (len(texts.train), len(texts.validation), len(texts.test)) == (32, 4, 4)
@@ -158,7 +177,9 @@ def test_equal_documents_are_not_lost_to_each_other() -> None:
 def test_unknown_column_names_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"body": "x", "title": "y"}\n')
-    with pytest.raises(DataError, match=r"--data_column must be a column of .*mine.jsonl: got text; it has body, title"):
+    with pytest.raises(
+        DataError, match=r"--data_column must be a column of .*mine.jsonl: got text; it has body, title"
+    ):
         sources.load_texts(str(path))
 
 
@@ -202,9 +223,14 @@ def test_missing_things_name_the_local_choices(tmp_path: Path) -> None:
         sources.load_texts("./nowhere.txt")
     with pytest.raises(DataError, match="must hold a file with the word train in its name"):
         sources.load_texts(str(tmp_path))
-    with pytest.raises(DataError, match="hub cannot be reached; did you mean python-docs[?] else name a local file or folder"):
+    with pytest.raises(
+        DataError, match="hub cannot be reached; did you mean python-docs[?] else name a local file or folder"
+    ):
         sources.load_texts("python_docs")
-    with pytest.raises(DataError, match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs"):
+    with pytest.raises(
+        DataError,
+        match="hub cannot be reached; name a local file or folder, --data_dir for a folder of data sets, or --data python-docs",
+    ):
         sources.load_texts("someone/some-data")
 
 
@@ -218,17 +244,30 @@ def test_text_to_measure_on_needs_no_training_text(tmp_path: Path) -> None:
 
 
 def test_words_in_file_names_choose_the_split(tmp_path: Path) -> None:
-    for name in ("train-00000-of-00001.txt", "my_valid.txt", "test.txt", "constraints.txt", "latest.txt", "devices.txt"):
+    for name in (
+        "train-00000-of-00001.txt",
+        "my_valid.txt",
+        "test.txt",
+        "constraints.txt",
+        "latest.txt",
+        "devices.txt",
+    ):
         (tmp_path / name).write_text(f"{name}\n")
     (tmp_path / "train.txt").mkdir()
     texts = sources.load_texts(str(tmp_path))
-    assert (texts.train, texts.validation, texts.test) == (["train-00000-of-00001.txt\n"], ["my_valid.txt\n"], ["test.txt\n"])
+    assert (texts.train, texts.validation, texts.test) == (
+        ["train-00000-of-00001.txt\n"],
+        ["my_valid.txt\n"],
+        ["test.txt\n"],
+    )
     (tmp_path / "test_of_training.txt").write_text("secret")
     with pytest.raises(DataError, match=r"test_of_training.txt must speak of one split; it speaks of train and test"):
         sources.load_texts(str(tmp_path))
 
 
-def test_rows_without_text_are_left_out_and_other_things_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_text_are_left_out_and_other_things_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "mine.jsonl"
     rows: list[dict[str, object]] = [{"text": f"row {i}"} for i in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [{"text": None}, *rows, {"other": 1}]))
@@ -237,7 +276,9 @@ def test_rows_without_text_are_left_out_and_other_things_refused(tmp_path: Path,
     assert sorted((*texts.train, *texts.validation, *texts.test)) == sorted(str(row["text"]) for row in rows)
     assert "2 of 22 rows have nothing in column text and were left out" in caplog.text
     path.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(20)))
-    with pytest.raises(DataError, match=r"mine.jsonl: row 1, column text must be text; got 0; name another --data_column"):
+    with pytest.raises(
+        DataError, match=r"mine.jsonl: row 1, column text must be text; got 0; name another --data_column"
+    ):
         sources.load_texts(str(path))
     talks = [{"messages": None}, *({"messages": [{"role": "user", "content": "hi"}]} for _ in range(20))]
     path.write_text("".join(json.dumps(row) + "\n" for row in talks))
@@ -255,7 +296,10 @@ def test_only_the_wanted_splits_must_have_text(tmp_path: Path) -> None:
 
 
 def test_what_is_measured_is_never_used_twice() -> None:
-    many, few = (packing.TokenRows.of(torch.arange(first, first + count)[:, None].expand(-1, 4)) for first, count in ((0, 100), (1000, 100)))
+    many, few = (
+        packing.TokenRows.of(torch.arange(first, first + count)[:, None].expand(-1, 4))
+        for first, count in ((0, 100), (1000, 100))
+    )
     shared = data_mixture.Mixture.parse(["a=0.9", "b=0.1"])
     every = shared.first([many, few], 0).ids[:, 0].tolist()
     assert (len(every), len(set(every)), sum(i >= 1000 for i in every)) == (111, 111, 11)
@@ -270,7 +314,10 @@ def test_what_is_measured_is_never_used_twice() -> None:
 
 def test_mixture_gives_every_source_its_share() -> None:
     mixture = data_mixture.Mixture.parse(["a=3", "b=1"])
-    many, few = (packing.TokenRows.of(torch.arange(first, first + count)[:, None].expand(-1, 4)) for first, count in ((0, 100), (1000, 4)))
+    many, few = (
+        packing.TokenRows.of(torch.arange(first, first + count)[:, None].expand(-1, 4))
+        for first, count in ((0, 100), (1000, 4))
+    )
     drawn = mixture.mix([many, few], 40, 0).ids[:, 0]
     assert len(drawn) == 40
     assert (drawn >= 1000).sum() == 10  # a quarter; its 4 rows are used again

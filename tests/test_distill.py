@@ -69,20 +69,28 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "time", "resumed"), [("train.json", 2, 0), ("last.safetensors", 2, 2), ("last.safetensors", 10, 14)], ids=["teacher", "early", "late"]
+    ("name", "time", "resumed"),
+    [("train.json", 2, 0), ("last.safetensors", 2, 2), ("last.safetensors", 10, 14)],
+    ids=["teacher", "early", "late"],
 )
 def test_kill_9_and_resume_end_with_the_same_bits(name: str, time: int, resumed: int, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "smollm")
-    undisturbed = dataclasses.replace(options(model, tmp_path / "undisturbed"), epochs=10, save_every=3, dtype="float32")
+    undisturbed = dataclasses.replace(
+        options(model, tmp_path / "undisturbed"), epochs=10, save_every=3, dtype="float32"
+    )
     distill(undisturbed)
 
     run = tmp_path / "run"
-    killed = subprocess.run([sys.executable, "-c", KILLED, name, str(time), *command(model, run)[3:]], capture_output=True, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, name, str(time), *command(model, run)[3:]], capture_output=True, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not (run / "quantized").exists()
     subprocess.run(command(model, run, "--resume"), check=True, capture_output=True, timeout=120)
     assert codes(run) == codes(tmp_path / "undisturbed")
-    assert (f"resumed at step {resumed} of 20" in (run / "log.txt").read_text()) == (resumed > 0), "gone on with, not begun again"
+    assert (f"resumed at step {resumed} of 20" in (run / "log.txt").read_text()) == (resumed > 0), (
+        "gone on with, not begun again"
+    )
     assert json.loads((run / "results.json").read_text())["command"].startswith("nybble distill --config")
 
 
@@ -118,7 +126,9 @@ def test_training_needs_torch_transformers_and_accelerate_only(text: str, tmp_pa
     chosen = options(save_model(tmp_path / "model", "llama"), tmp_path / "run", data=(data,), start="awq+se+blockwise")
     run = f"from nybble.config import DistillOptions; from nybble.distill import distill; distill({chosen!r}); import datasets"
     ended = subprocess.run([sys.executable, "-c", BARE, run], capture_output=True, text=True, timeout=300)
-    assert ended.stderr.strip().endswith("import of datasets halted; None in sys.modules"), ended.stderr  # so something was taken away
+    assert ended.stderr.strip().endswith("import of datasets halted; None in sys.modules"), (
+        ended.stderr
+    )  # so something was taken away
     assert "tuned" in json.loads((tmp_path / "run" / "results.json").read_text())["models"]
 
 
@@ -133,15 +143,19 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("gemma2", "float32"), ("llama", "bfloat16")])
-def test_without_adapters_the_codes_stay_and_scales_and_norms_are_trained(family: str, dtype: str, tmp_path: Path) -> None:
+def test_without_adapters_the_codes_stay_and_scales_and_norms_are_trained(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", family)
     changes = {"lora_rank": 0, "dtype": dtype, "norm_lr": 3e-2, "scale_lr": 1e-2, "epochs": 8, "tensorboard": False}
     distill(options(model, tmp_path / "run", **changes))
     distill(options(model, tmp_path / "start", **(changes | {"norm_lr": 0.0, "scale_lr": 1e-9, "epochs": 1})))
-    (tuned, others), (start, before) = (quantized_model.load_weights(tmp_path / name / "quantized") for name in ("run", "start"))
+    (tuned, others), (start, before) = (
+        quantized_model.load_weights(tmp_path / name / "quantized") for name in ("run", "start")
+    )
     for name, weight in tuned.items():
         assert torch.equal(weight.codes_OI, start[name].codes_OI)
-        assert torch.equal(weight.scale_OG, start[name].scale_OG) == (weight.grid.bits == 8)
+        assert torch.equal(weight.scale_OG, start[name].scale_OG) == (weight.scheme.bits == 8)
     assert others.keys() == before.keys()
     norms = [key for key in others if "norm" in key]
     assert norms
@@ -190,14 +204,17 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
 
 def test_cache_and_recompute_tune_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "qwen2")
-    losses, filled, original = [], [0], FakeQuantizedLoRALinear.fill_step_cache
+    losses, filled, original = [], [0], FakeQuantizedLoRALinear.fill_weight_cache
 
     def count(layer: FakeQuantizedLoRALinear) -> None:
         filled[0] += 1
         original(layer)
 
-    monkeypatch.setattr(FakeQuantizedLoRALinear, "fill_step_cache", count)
-    for cache, fills in (("step", 14 * (4 + 3 + 1)), ("recompute", 0)):  # 14 layers; 4 steps, 3 validations, 1 measurement
+    monkeypatch.setattr(FakeQuantizedLoRALinear, "fill_weight_cache", count)
+    for cache, fills in (
+        ("step", 14 * (4 + 3 + 1)),
+        ("recompute", 0),
+    ):  # 14 layers; 4 steps, 3 validations, 1 measurement
         filled[0] = 0
         distill(options(model, tmp_path / cache, cache=cache))
         assert filled[0] == fills
@@ -226,7 +243,9 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "report.md").read_text()
     assert results["command"] in text
     assert f"{tuned:.3f}" in text
-    assert (tmp_path / "run" / "log.txt").read_text().count("validation KL") == 3  # before training and after each epoch
+    assert (tmp_path / "run" / "log.txt").read_text().count(
+        "validation KL"
+    ) == 3  # before training and after each epoch
     assert not list((tmp_path / "run" / "teacher").glob("train.*")), "the large file is deleted when training is done"
 
 
@@ -278,7 +297,10 @@ def test_the_model_goes_on_from_the_beginnings_of_a_text(tmp_path: Path, capsys:
     assert "./nowhere.txt must be an existing file" in capsys.readouterr().err
     assert main.main([*flags[:-1], "self:", "--overwrite"]) == 2
     assert "--data self:SOURCE must name a text to go on from; got self:" in capsys.readouterr().err
-    rows = [{"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * 20}]} for i in range(60)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * 20}]}
+        for i in range(60)
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main.main([*flags[:-1], f"self:{tmp_path / 'chats.jsonl'}", "--overwrite"]) == 2
     assert "self:SOURCE needs plain text to go on from; it has conversations" in capsys.readouterr().err
@@ -288,20 +310,41 @@ def test_conversations_count_only_what_the_assistant_says(tmp_path: Path, capsys
     model = save_model(tmp_path / "model", "smollm")
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": TEMPLATE}))
-    talk = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it"}]  # [u]say it</s>[a]it</s>: "it</s>" is 3 tokens
+    talk = [
+        {"role": "user", "content": "say it"},
+        {"role": "assistant", "content": "it"},
+    ]  # [u]say it</s>[a]it</s>: "it</s>" is 3 tokens
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(60)))
     distill(options(model, tmp_path / "run", data=(str(tmp_path / "chat.jsonl"),), loss_on="assistant"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["models"]["tuned"]["tokens"] == 6 * 3  # a tenth of the conversations
-    assert main.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--loss_on", "assistant", "--seq_len", "32"]) == 0
+    assert (
+        main.main(
+            [
+                "eval",
+                str(tmp_path / "run"),
+                "--data",
+                str(tmp_path / "chat.jsonl"),
+                "--loss_on",
+                "assistant",
+                "--seq_len",
+                "32",
+            ]
+        )
+        == 0
+    )
     assert '"tokens": 18' in capsys.readouterr().out
 
 
-def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "model", "smollm")
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": TEMPLATE}))
-    talks = [[{"role": "user", "content": "say it"}, {"role": "assistant", "content": letter * 8}] for letter in "abcdefghij"]
+    talks = [
+        [{"role": "user", "content": "say it"}, {"role": "assistant", "content": letter * 8}] for letter in "abcdefghij"
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     chat, taught = str(tmp_path / "chat.jsonl"), []
 
@@ -311,7 +354,16 @@ def test_a_small_source_is_taught_once_and_text_beside_conversations_counts_whol
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nybble.training.teacher.teacher_hidden_states", spied)
-        distill(options(model, tmp_path / "run", data=(f"{chat}=0.5", "python-docs=0.5"), eval_data=("python-docs",), loss_on="assistant", samples=32))
+        distill(
+            options(
+                model,
+                tmp_path / "run",
+                data=(f"{chat}=0.5", "python-docs=0.5"),
+                eval_data=("python-docs",),
+                loss_on="assistant",
+                samples=32,
+            )
+        )
     (train,) = (ids for split, ids in taught if split == "train")
     assert len(train) == 8 + 32  # the training tenths of 10 conversations; half of 64 sequences
     assert len(train.unique(dim=0)) == len(train)
@@ -328,9 +380,14 @@ def test_tuning_that_makes_it_worse_is_said_and_undone(tmp_path: Path, capsys: p
     distill(options(model, tmp_path / "run", lr=10.0, scale_lr=1.0))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["best_step"] == 0
-    assert "no step of tuning was better on the validation text than the compressed start, so the start was kept" in results["warnings"][0]
+    assert (
+        "no step of tuning was better on the validation text than the compressed start, so the start was kept"
+        in results["warnings"][0]
+    )
     assert results["codes_changed"] == 0
-    assert results["models"]["tuned"]["kl_to_teacher"] == pytest.approx(results["models"]["compressed"]["kl_to_teacher"], rel=1e-6)
+    assert results["models"]["tuned"]["kl_to_teacher"] == pytest.approx(
+        results["models"]["compressed"]["kl_to_teacher"], rel=1e-6
+    )
 
 
 def test_the_same_sequences_in_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,7 +418,9 @@ def test_means_of_weights_are_what_is_measured_and_kept(tmp_path: Path) -> None:
         assert not torch.equal(tensor, last[name])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "model", "llama")
 
     def broken(*arguments: object, **keywords: object) -> torch.Tensor:
@@ -373,14 +432,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path: Path, monkeyp
     assert "the loss must stay finite: step 1 gave loss nan" in capsys.readouterr().err
 
     monkeypatch.setattr(
-        "nybble.evaluation.perplexity.measure_sequences", lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1}
+        "nybble.evaluation.perplexity.measure_sequences",
+        lambda *_, **__: {"kl_to_teacher": math.nan, "token_perplexity": math.nan, "tokens": 1},
     )
     for dtype, remedy in (("float32", "another --start"), ("bfloat16", "--dtype float32")):
         assert main.main([*arguments, "--overwrite", "--dtype", dtype]) == 2
         assert f"before this training it is none; use {remedy}" in capsys.readouterr().err
 
 
-def test_a_used_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_used_folder_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "other").write_text("x")
     assert main.main(command(Path("./no-such-model"), tmp_path / "run")[3:]) == 2
@@ -406,7 +468,10 @@ def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.Capture
     before = codes(tmp_path / "run")
     notes.write_text("".join(f"line {i} of another text\n" for i in range(3000)))
     assert main.main([*arguments, "--resume"]) == 2
-    assert "the training text and the validation text and the test text changed; bring them back, or start again (--overwrite)" in capsys.readouterr().err
+    assert (
+        "the training text and the validation text and the test text changed; bring them back, or start again (--overwrite)"
+        in capsys.readouterr().err
+    )
     assert codes(tmp_path / "run") == before
 
 
@@ -424,7 +489,19 @@ def test_resume_refuses_another_validation_text(tmp_path: Path, capsys: pytest.C
 
 def test_resume_refuses_another_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, start = save_model(tmp_path / "model", "smollm"), tmp_path / "start"
-    compressing = ["compress", "--pretrained", str(model), "--output_dir", str(start), "--data", "python-docs", "--seq_len", "32", "--test_samples", "2"]
+    compressing = [
+        "compress",
+        "--pretrained",
+        str(model),
+        "--output_dir",
+        str(start),
+        "--data",
+        "python-docs",
+        "--seq_len",
+        "32",
+        "--test_samples",
+        "2",
+    ]
     compressing += ["--calib_samples", "8", "--tasks", "--export"]
     assert main.main([*compressing, "--method", "se"]) == 0
     arguments = [*command(model, tmp_path / "run")[3:], "--start", str(start)]
@@ -437,19 +514,28 @@ def test_resume_refuses_another_start(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_became_worse_is_said_in_words() -> None:
     def said(**rows: tuple[float, float, float]) -> list[str]:
         metrics = ("kl_to_teacher", "token_perplexity", "word_perplexity")
-        results = {"models": {"16bit": dict(zip(metrics, (0.0, 20.0, 25.0), strict=True))} | {k: dict(zip(metrics, v, strict=True)) for k, v in rows.items()}}
+        results = {
+            "models": {"16bit": dict(zip(metrics, (0.0, 20.0, 25.0), strict=True))}
+            | {k: dict(zip(metrics, v, strict=True)) for k, v in rows.items()}
+        }
         return _judge(SimpleNamespace(results=results))  # type: ignore[arg-type]
 
     assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 27.0)) == []
     assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 31.0)) == [
         "tuning made the word perplexity of the test text worse: 30.0000 before, 31.0000 after"
     ]
-    assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.2, 22.0, 27.0)) == ["tuning made the KL to 16 bit of the test text worse: 0.1000 before, 0.2000 after"]
+    assert said(compressed=(0.1, 24.0, 30.0), tuned=(0.2, 22.0, 27.0)) == [
+        "tuning made the KL to 16 bit of the test text worse: 0.1000 before, 0.2000 after"
+    ]
     in_openvino = said(compressed=(0.1, 24.0, 30.0), tuned=(0.05, 22.0, 27.0), openvino=(0.05, 25.0, 29.0))
-    assert in_openvino == ["in OpenVINO the tuned model's token perplexity is worse than the compressed one's in torch: 25.0000, against 24.0000"]
+    assert in_openvino == [
+        "in OpenVINO the tuned model's token perplexity is worse than the compressed one's in torch: 25.0000, against 24.0000"
+    ]
 
 
-def test_a_model_that_cannot_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_write_leaves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("nybble.data.generate.MIN_DISTINCT_NGRAMS", 1.1)
     model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
     assert main.main([*command(model, run)[3:], "--data", "self"]) == 2
@@ -459,7 +545,9 @@ def test_a_model_that_cannot_write_leaves_no_run(tmp_path: Path, monkeypatch: py
     assert "plain text; use --loss_on all" in capsys.readouterr().err
 
 
-def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "model", "llama")
     monkeypatch.setattr("nybble.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert main.main(command(model, tmp_path / "run")[3:]) == 2
@@ -467,7 +555,9 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_needs_no_disk_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_needs_no_disk_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = options(save_model(tmp_path / "model", "llama"), tmp_path / "run")
     distill(given)
     capsys.readouterr()
@@ -476,11 +566,18 @@ def test_a_finished_run_needs_no_disk_for_training(tmp_path: Path, monkeypatch: 
     assert "of disk" not in capsys.readouterr().err
 
 
-def test_memory_for_the_export_at_the_end_is_missed_at_the_beginning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_for_the_export_at_the_end_is_missed_at_the_beginning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     loaded = loading.LoadedModel(make_model("llama"), None, "tiny")
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    for free, warned in ((memory.export_memory(parameters) - 4 * parameters, False), (memory.export_memory(parameters) - 4 * parameters - 1, True)):
-        monkeypatch.setattr("nybble.workflows.stages.psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+    for free, warned in (
+        (memory.export_memory(parameters) - 4 * parameters, False),
+        (memory.export_memory(parameters) - 4 * parameters - 1, True),
+    ):
+        monkeypatch.setattr(
+            "nybble.workflows.stages.psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free)
+        )
         caplog.clear()
         stages._check_export_memory(loaded, Path("run"))
         assert ("nybble export writes it on a larger machine" in caplog.text) == warned
@@ -503,7 +600,9 @@ def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
 
 
 def test_calibration_text_must_suit_the_model() -> None:
-    known = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(5, 2), config=SimpleNamespace(max_position_embeddings=8))
+    known = SimpleNamespace(
+        get_input_embeddings=lambda: torch.nn.Embedding(5, 2), config=SimpleNamespace(max_position_embeddings=8)
+    )
     rows = TokenRows.of(torch.zeros(1, 4, dtype=torch.int64))
     loaded = SimpleNamespace(model=known, name="m")
     stages._check_tokens(loaded, Sequences(rows, rows.ids, rows, rows, ""))
@@ -520,10 +619,18 @@ def test_sequences_longer_than_positions_that_were_learnt_are_refused(caplog: py
         rows = TokenRows.of(torch.zeros(1, length, dtype=torch.int64))
         stages._check_tokens(loading.LoadedModel(model, None, "m"), Sequences(rows, rows.ids, rows, rows, ""))
 
-    neo = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 16, "attention_types": [[["global"], 1]]}
+    neo = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_position_embeddings": 16,
+        "attention_types": [[["global"], 1]],
+    }
     for learnt in (opt, GPTNeoForCausalLM(GPTNeoConfig(vocab_size=260, **neo))):
         check(learnt, 16)
-        with pytest.raises(OptionError, match="--seq_len must be at most 16, for m has learnt so many positions; got 17"):
+        with pytest.raises(
+            OptionError, match="--seq_len must be at most 16, for m has learnt so many positions; got 17"
+        ):
             check(learnt, 17)
     assert "more than" not in caplog.text
     check(rotary, 17)  # computes positions: a warning
@@ -531,13 +638,17 @@ def test_sequences_longer_than_positions_that_were_learnt_are_refused(caplog: py
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(OptionError, match="--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, else nothing is trained"):
+    with pytest.raises(
+        OptionError, match="--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, else nothing is trained"
+    ):
         DistillOptions(pretrained="m", lora_rank=8, lr=0, scale_lr=0, norm_lr=0).check()
 
 
 def test_epochs_of_what_the_model_writes_repeat_as_many_sequences_as_asked_for(tmp_path: Path) -> None:
     loaded = loading.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu"))
-    given = DistillOptions(pretrained="m", data=("self",), samples=4, calib_samples=8, batch_size=2, epochs=2, seq_len=32)
+    given = DistillOptions(
+        pretrained="m", data=("self",), samples=4, calib_samples=8, batch_size=2, epochs=2, seq_len=32
+    )
     found = workflows_text.sequences_of(given, loaded, "se", train=8, least=1, validation=8)
     assert (len(found.train), len(found.calibration)) == (4, 8)
 
@@ -547,7 +658,13 @@ def test_held_out_text_of_a_mixture_is_the_same_for_every_seed(tmp_path: Path) -
     (tmp_path / "b.txt").write_text("".join(f"line {i} of the other text\n" for i in range(2000)))
     found = []
     for seed in (0, 1):
-        given = DistillOptions(pretrained="m", data=("python-docs=0.7", f"{tmp_path / 'b.txt'}=0.3"), seq_len=32, test_samples=20, seed=seed)
+        given = DistillOptions(
+            pretrained="m",
+            data=("python-docs=0.7", f"{tmp_path / 'b.txt'}=0.3"),
+            seq_len=32,
+            test_samples=20,
+            seed=seed,
+        )
         found.append(workflows_text.sequences_of(given, loaded, "rtn", train=8, least=1, validation=8))
     assert torch.equal(found[0].test.ids, found[1].test.ids)
     assert torch.equal(found[0].validation.ids, found[1].validation.ids)
@@ -562,7 +679,9 @@ def test_a_source_of_a_mixture_that_is_not_there_is_named_once(tmp_path: Path) -
     assert str(refused.value).startswith("--data ./nowhere.txt must be an existing file")
 
 
-def test_malformed_shares_are_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_shares_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def never(*given: object) -> None:
         raise AssertionError("loaded")
 

@@ -26,7 +26,10 @@ def test_memory_is_what_the_larger_of_training_and_measuring_takes() -> None:
 
 
 def test_microbatch_grows_with_memory_and_stops_at_the_batch() -> None:
-    picks = [memory.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, 2, available=int(available), most=10**9) for available in (1e6, 1.5e9, 3e9, 1e12)]
+    picks = [
+        memory.pick_microbatch(SHAPES, 8, 64, 1024, 32, 64, 2, available=int(available), most=10**9)
+        for available in (1e6, 1.5e9, 3e9, 1e12)
+    ]
     assert picks[0] == 1
     assert picks == sorted(picks)
     assert picks[-1] == 32
@@ -51,9 +54,15 @@ def test_compression_grows_with_the_text_until_it_goes_to_the_disk() -> None:
 def test_writing_takes_as_many_sequences_as_fit_into_a_gibibyte() -> None:
     from types import SimpleNamespace
 
-    eight_b = SimpleNamespace(num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=4096)
+    eight_b = SimpleNamespace(
+        num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=4096
+    )
     assert generate.generation_batch(eight_b, 1024, 2) == (1 << 30) // (2 * 32 * 8 * 128 * 1024 * 2) == 8
     assert generate.generation_batch(eight_b, 1 << 20, 2) == 1
     assert generate.generation_batch(eight_b, 8, 2) == 128
-    assert generate.generation_batch(eight_b, 1024, 2, gpu_memory=80 << 30) == (80 << 30) // 4 // (2 * 32 * 8 * 128 * 1024 * 2) == 160
+    assert (
+        generate.generation_batch(eight_b, 1024, 2, gpu_memory=80 << 30)
+        == (80 << 30) // 4 // (2 * 32 * 8 * 128 * 1024 * 2)
+        == 160
+    )
     assert generate.generation_batch(eight_b, 8, 2, gpu_memory=80 << 30) == 1024

@@ -23,10 +23,14 @@ from tests.tiny import make_model, make_tokenizer
 def test_perplexity_and_kl_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "_CHUNK", chunk)
     model, other, ids = make_model("llama"), make_model("llama", seed=1), torch.randint(0, 256, (3, 10))
-    measured = perplexity.measure_sequences(perplexity.model_logits(model, ids), ids, perplexity.model_logits(other, ids))
+    measured = perplexity.measure_sequences(
+        perplexity.model_logits(model, ids), ids, perplexity.model_logits(other, ids)
+    )
     z, t = model(ids).logits[:, :-1].double(), other(ids).logits[:, :-1].double()
     loss = F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
-    kl = F.kl_div(z.log_softmax(-1).flatten(0, 1), t.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean")
+    kl = F.kl_div(
+        z.log_softmax(-1).flatten(0, 1), t.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
+    )
     assert measured["token_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert measured["kl_to_teacher"] == pytest.approx(kl.item(), rel=1e-4)
     assert measured["tokens"] == 27
@@ -35,7 +39,9 @@ def test_perplexity_and_kl_equal_torch(chunk: int, monkeypatch: pytest.MonkeyPat
 def test_states_give_the_models_own_logits() -> None:
     model, ids = make_model("gemma2"), torch.randint(0, 256, (2, 12))
     states = last_hidden_states(model, ids)
-    measured = perplexity.measure_sequences(perplexity.model_logits(model, ids), ids, perplexity.logits_from_states(LMHead.of(model), states))
+    measured = perplexity.measure_sequences(
+        perplexity.model_logits(model, ids), ids, perplexity.logits_from_states(LMHead.of(model), states)
+    )
     assert measured["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
 
 
@@ -45,7 +51,11 @@ def data_dir(tmp_path: Path) -> Path:
     arc = tmp_path / "arc" / "ARC-Easy"
     arc.mkdir(parents=True)
     for split, rows in (("train", 3), ("validation", 2), ("test", 5)):
-        question = {"question": "What is wet?", "choices": {"text": ["fire", "water", "sand"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+        question = {
+            "question": "What is wet?",
+            "choices": {"text": ["fire", "water", "sand"], "label": ["A", "B", "C"]},
+            "answerKey": "B",
+        }
         (arc / f"{split}.jsonl").write_text("".join(json.dumps(question | {"id": str(i)}) + "\n" for i in range(rows)))
     pages = tmp_path / "wikitext" / "document_level"
     pages.mkdir(parents=True)
@@ -54,7 +64,9 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
-    results = lm_eval.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy", "wikitext"], batch_size=2, data_dir=str(data_dir))
+    results = lm_eval.run_tasks(
+        make_model("llama"), make_tokenizer(), ["arc_easy", "wikitext"], batch_size=2, data_dir=str(data_dir)
+    )
     assert results["arc_easy"]["acc"] in (0.0, 1.0)
     assert {"acc", "acc_norm"} <= results["arc_easy"].keys()
     assert results["arc_easy"]["right:acc"] == str(int(results["arc_easy"]["acc"])) * 5, "five times the same question"
@@ -63,7 +75,9 @@ def test_lm_eval_tasks_run_on_local_files(data_dir: Path) -> None:
     assert results["wikitext"]["word_perplexity"] > 1
 
 
-def test_documents_have_one_progress_bar(data_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_have_one_progress_bar(
+    data_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = json.dumps({"page": "= Water =\n\nWater is wet, and so is rain.\n"}) + "\n"
     (data_dir / "wikitext" / "document_level" / "test.jsonl").write_text(page * 3)
     titles: list[tuple[str, int]] = []
@@ -107,22 +121,32 @@ def test_the_same_call_measures_an_openvino_export(data_dir: Path, tmp_path: Pat
     (tmp_path / "ov").mkdir()
     openvino.export(model, tokenizer, {}, tmp_path / "ov")
     exported = openvino.open_model(tmp_path / "ov", model.config, strict=True)
-    ours, its = (lm_eval.run_tasks(m, tokenizer, ["arc_easy", "wikitext"], 2, data_dir=str(data_dir)) for m in (exported, model))
+    ours, its = (
+        lm_eval.run_tasks(m, tokenizer, ["arc_easy", "wikitext"], 2, data_dir=str(data_dir)) for m in (exported, model)
+    )
     assert ours["wikitext"]["word_perplexity"] == pytest.approx(its["wikitext"]["word_perplexity"], rel=1e-4)
     assert ours["arc_easy"] == its["arc_easy"]
 
 
 def test_missing_local_data_says_where_to_put_it(data_dir: Path) -> None:
-    with pytest.raises(DataError, match=r"must hold the data of winogrande in .*winogrande_xl \(files named train, validation; .jsonl or .parquet\)"):
+    with pytest.raises(
+        DataError,
+        match=r"must hold the data of winogrande in .*winogrande_xl \(files named train, validation; .jsonl or .parquet\)",
+    ):
         lm_eval.check_tasks(["winogrande"], str(data_dir))
     folder = data_dir / "winogrande" / "winogrande_xl"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"winogrande is scored on the split validation; put validation.jsonl into .*winogrande_xl, which has none"):
+    with pytest.raises(
+        DataError,
+        match=r"winogrande is scored on the split validation; put validation.jsonl into .*winogrande_xl, which has none",
+    ):
         lm_eval.check_tasks(["winogrande"], str(data_dir))
     (data_dir / "arc" / "ARC-Easy" / "train.jsonl").unlink()
     lm_eval.check_tasks(["arc_easy"], str(data_dir))
-    with pytest.raises(DataError, match=r"arc_easy is trained on the split train; put train.jsonl into .*ARC-Easy, which has none"):
+    with pytest.raises(
+        DataError, match=r"arc_easy is trained on the split train; put train.jsonl into .*ARC-Easy, which has none"
+    ):
         lm_eval.open_task("arc_easy", str(data_dir))
     (data_dir / "arc" / "ARC-Easy" / "train.jsonl").write_text("")
     with pytest.raises(DataError, match=r"train.jsonl must have rows; it has none"):
@@ -149,12 +173,16 @@ def test_splits_may_have_names_of_their_own(tmp_path: Path) -> None:
     for split, label in (("train_r1", 0), ("train_r2", 1), ("dev_r1", 2)):
         row = {"premise": "p", "hypothesis": split, "label": label}
         (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=r"anli_r1 is scored on the split test_r1; put test_r1.jsonl into .*anli, which has none"):
+    with pytest.raises(
+        DataError, match=r"anli_r1 is scored on the split test_r1; put test_r1.jsonl into .*anli, which has none"
+    ):
         lm_eval.check_tasks(["anli_r1"], str(tmp_path))
     (folder / "test_r1.jsonl").write_text('{"premise": "p", "hypothesis": "test_r1", "label": 0}\n')
     lm_eval.check_tasks(["anli_r1"], str(tmp_path))
     task = lm_eval.open_task("anli_r1", str(tmp_path))
-    assert [[row["hypothesis"] for row in rows()] for rows in (task.training_docs, task.validation_docs, task.test_docs)] == [
+    assert [
+        [row["hypothesis"] for row in rows()] for rows in (task.training_docs, task.validation_docs, task.test_docs)
+    ] == [
         ["train_r1"],
         ["dev_r1"],
         ["test_r1"],
@@ -164,18 +192,26 @@ def test_splits_may_have_names_of_their_own(tmp_path: Path) -> None:
 def test_a_misspelt_task_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--pretrained", "m", "--tasks", "arc_esy", "--export"]) == 2
     assert "--tasks must be ones that lm-eval knows; got arc_esy; did you mean arc_easy" in capsys.readouterr().err
-    with pytest.raises(OptionError, match="--compare must be ones that lm-eval knows; got 0000; lm-eval ls tasks shows them"):
+    with pytest.raises(
+        OptionError, match="--compare must be ones that lm-eval knows; got 0000; lm-eval ls tasks shows them"
+    ):
         lm_eval.open_task("0000", None, "--compare")
 
 
 def test_groups_of_tasks_need_their_parts_named(data_dir: Path) -> None:
-    with pytest.raises(OptionError, match="--tasks with --data_dir must name single tasks; ai2_arc is a group of tasks"):
+    with pytest.raises(
+        OptionError, match="--tasks with --data_dir must name single tasks; ai2_arc is a group of tasks"
+    ):
         lm_eval.check_tasks(["ai2_arc"], str(data_dir))
 
 
 def test_columns_keep_filters_apart_and_leave_out_standard_errors() -> None:
     tasks = {
-        "gsm8k": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2, "exact_match_stderr,strict-match": 0.01},
+        "gsm8k": {
+            "exact_match,strict-match": 0.1,
+            "exact_match,flexible-extract": 0.2,
+            "exact_match_stderr,strict-match": 0.01,
+        },
         "wikitext": {"word_perplexity": 20.0, "bits_per_byte": 1.0},
     }
     assert lm_eval.result_columns(tasks) == {
@@ -187,6 +223,7 @@ def test_columns_keep_filters_apart_and_leave_out_standard_errors() -> None:
 
 def test_tasks_without_hub_and_without_local_data_name_the_choices() -> None:
     with pytest.raises(
-        DataError, match="the Hugging Face hub cannot be reached; put train.jsonl, .* into FOLDER/arc/ARC-Easy and give --data_dir FOLDER, or leave them out"
+        DataError,
+        match="the Hugging Face hub cannot be reached; put train.jsonl, .* into FOLDER/arc/ARC-Easy and give --data_dir FOLDER, or leave them out",
     ):
         lm_eval.run_tasks(make_model("llama"), make_tokenizer(), ["arc_easy"])

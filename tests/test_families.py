@@ -84,7 +84,9 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert masks or family != "llama"
     # the 4-bit model that was measured is the one on disk, and OpenVINO gives its perplexity
     torch_ppl, ov_ppl = (results["models"][row]["token_perplexity"] for row in ("tuned", "openvino"))
-    assert ov_ppl == pytest.approx(torch_ppl, rel=0.02)  # default properties: 8-bit activations where the machine has them
+    assert ov_ppl == pytest.approx(
+        torch_ppl, rel=0.02
+    )  # default properties: 8-bit activations where the machine has them
 
 
 def attention_masks(folder: Path) -> set[str]:
@@ -92,7 +94,11 @@ def attention_masks(folder: Path) -> set[str]:
     import openvino
 
     operations = openvino.Core().read_model(folder / "openvino_model.xml").get_ops()
-    return {op.input(3).get_element_type().get_type_name() for op in operations if op.get_type_name() == "ScaledDotProductAttention"}
+    return {
+        op.input(3).get_element_type().get_type_name()
+        for op in operations
+        if op.get_type_name() == "ScaledDotProductAttention"
+    }
 
 
 @pytest.mark.usefixtures("needs_openvino")
@@ -154,7 +160,14 @@ def test_generation_goes_on_from_the_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text", "vaultgemma"])
 def test_the_norm_offset_is_that_of_the_models_own_norms(family: str) -> None:
     config = AutoConfig.for_model(
-        family, vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32
+        family,
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
     )
     norm = AutoModelForCausalLM.from_config(config).base_model.norm
     inputs = torch.randn(4, 64)
@@ -163,4 +176,7 @@ def test_the_norm_offset_is_that_of_the_models_own_norms(family: str) -> None:
         one = norm(inputs)
         norm.weight.fill_(2.0)
         ratio = float((norm(inputs) / one).mean())
-    assert ratio == pytest.approx((2 + models_families.family_of(config).norm_offset) / (1 + models_families.family_of(config).norm_offset), rel=1e-4)
+    assert ratio == pytest.approx(
+        (2 + models_families.family_of(config).norm_offset) / (1 + models_families.family_of(config).norm_offset),
+        rel=1e-4,
+    )

@@ -41,15 +41,32 @@ def test_imports_point_upwards(path: Path) -> None:
     for package, name in imports(ast.parse(path.read_text())):
         assert package in ORDER, f"{path} imports {package}"
         assert ORDER.index(package) <= ORDER.index(own), f"{own} imports {package}, which stands below it"
-        assert package == own or not name.startswith("_") or name == "__version__", f"{path} takes the private name {name} from {package}"
+        assert package == own or not name.startswith("_") or name == "__version__", (
+            f"{path} takes the private name {name} from {package}"
+        )
 
 
 def test_only_quant_rounds_or_clamps_weights() -> None:
-    rounding = {"round", "round_", "clamp", "clamp_", "clip", "floor", "ceil", "trunc", "fake_quantize_per_tensor_affine"}
+    rounding = {
+        "round",
+        "round_",
+        "clamp",
+        "clamp_",
+        "clip",
+        "floor",
+        "ceil",
+        "trunc",
+        "fake_quantize_per_tensor_affine",
+    }
     allowed = {("export/openvino.py", "clamp")}  # position ids, not weights
     found = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in rounding and place(path) != "quant":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in rounding
+                and place(path) != "quant"
+            ):
                 found.add((str(path.relative_to(SOURCE)), node.func.attr))
     assert found <= allowed

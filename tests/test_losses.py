@@ -25,10 +25,15 @@ def heads(cap: float | None, multiplier: float, bias: bool, dtype: torch.dtype) 
 
 def plain_kl(student: Tensor, teacher: Tensor, student_head: LMHead, teacher_head: LMHead) -> Tensor:
     def logits(hidden: Tensor, head: LMHead) -> Tensor:
-        z = F.linear(hidden, head.weight_VD.double(), None if head.bias_V is None else head.bias_V.double()) * head.multiplier
+        z = (
+            F.linear(hidden, head.weight_VD.double(), None if head.bias_V is None else head.bias_V.double())
+            * head.multiplier
+        )
         return z if head.cap is None else head.cap * torch.tanh(z / head.cap)
 
-    log_q, log_p = (F.log_softmax(logits(h, head), -1) for h, head in ((student, student_head), (teacher, teacher_head)))
+    log_q, log_p = (
+        F.log_softmax(logits(h, head), -1) for h, head in ((student, student_head), (teacher, teacher_head))
+    )
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
@@ -39,7 +44,10 @@ def test_value_and_gradient_equal_torch_in_float64(cap: float | None, multiplier
     student_head, teacher_head = heads(cap, multiplier, bias, torch.float32)
     student, teacher = torch.randn(N, D), torch.randn(N, D)
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
-    loss, expected = kl_to_teacher(ours, teacher, student_head, teacher_head, chunk=8), plain_kl(exact, teacher.double(), student_head, teacher_head)
+    loss, expected = (
+        kl_to_teacher(ours, teacher, student_head, teacher_head, chunk=8),
+        plain_kl(exact, teacher.double(), student_head, teacher_head),
+    )
     (3 * loss).backward()
     (3 * expected).backward()
     # float32 sums over 101 words
@@ -122,5 +130,7 @@ def test_head_of_a_model_gives_its_logits(family: str) -> None:
 def test_a_family_that_does_more_to_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gemma2")
     wrong = replace(LMHead.of(model), cap=None)
-    with pytest.raises(ModelError, match=r"the logits of gemma2 must be head\(hidden states\).*this family needs a row in families.py"):
+    with pytest.raises(
+        ModelError, match=r"the logits of gemma2 must be head\(hidden states\).*this family needs a row in families.py"
+    ):
         wrong.verify(model, torch.arange(12).view(2, 6))

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from nybble.errors import ModelError
 from nybble.models import device as models_device
@@ -46,7 +54,9 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         load(tmp_path / "empty")
     save_model(tmp_path / "bare", "llama")
     (tmp_path / "bare" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"has no weights \(\*.safetensors\); download them, or name a folder that has them"):
+    with pytest.raises(
+        ModelError, match=r"has no weights \(\*.safetensors\); download them, or name a folder that has them"
+    ):
         load(tmp_path / "bare")
 
 
@@ -71,26 +81,48 @@ def test_a_hub_id_without_the_hub_names_the_local_choices() -> None:
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 300,
+    }
     BertForMaskedLM(BertConfig(**small)).save_pretrained(tmp_path / "bert")
-    T5ForConditionalGeneration(T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=300)).save_pretrained(tmp_path / "t5")
+    T5ForConditionalGeneration(
+        T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=300)
+    ).save_pretrained(tmp_path / "t5")
     for name, kind in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
-        with pytest.raises(ModelError, match=rf"must be a causal \(decoder-only\) language model; it is {kind}; choose a model whose class ends with"):
+        with pytest.raises(
+            ModelError,
+            match=rf"must be a causal \(decoder-only\) language model; it is {kind}; choose a model whose class ends with",
+        ):
             load(tmp_path / name)
 
 
 def test_mixtures_of_experts_are_named(tmp_path: Path) -> None:
     config = MixtralConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, vocab_size=260, num_local_experts=4
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=260,
+        num_local_experts=4,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(ModelError, match=r"stores 2 mixture-of-experts weights as 3-D tensors \(first: model.layers.0.mlp.experts.*not supported yet"):
+    with pytest.raises(
+        ModelError,
+        match=r"stores 2 mixture-of-experts weights as 3-D tensors \(first: model.layers.0.mlp.experts.*not supported yet",
+    ):
         load(tmp_path / "moe")
 
 
 def test_models_without_linear_layers_are_refused(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)).save_pretrained(tmp_path / "gpt2")
+    AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match=r"gpt2 has no nn.Linear layers to quantize \(class GPT2LMHeadModel\)"):
         load(tmp_path / "gpt2")
@@ -102,7 +134,9 @@ def test_remote_code_runs_on_request_only(tmp_path: Path) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (tmp_path / "custom" / "config.json").write_text(json.dumps(config))
     (tmp_path / "custom" / "mine.py").write_text("raise SystemExit('ran foreign code')")
-    with pytest.raises(ModelError, match="needs Python code that comes with the model; if you trust it, add --trust_remote_code"):
+    with pytest.raises(
+        ModelError, match="needs Python code that comes with the model; if you trust it, add --trust_remote_code"
+    ):
         load(tmp_path / "custom")
 
 
@@ -148,7 +182,10 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"must have all weights of a LlamaForCausalLM; 1 are not in its files \(first: model.layers.1.mlp.down_proj.weight\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"must have all weights of a LlamaForCausalLM; 1 are not in its files \(first: model.layers.1.mlp.down_proj.weight\)",
+    ):
         load(folder)
     load(save_model(tmp_path / "tied", "smollm"))
 
@@ -164,8 +201,13 @@ def test_weights_of_other_shapes_are_one_line(tmp_path: Path) -> None:
 def test_a_model_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
-    with pytest.raises(ModelError, match="must be a 16-bit model; it is quantized already, by awq; name the model that it was made from"):
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
+    with pytest.raises(
+        ModelError,
+        match="must be a 16-bit model; it is quantized already, by awq; name the model that it was made from",
+    ):
         load(folder)
 
 

@@ -21,7 +21,10 @@ WHOLE: dict[str, Any] = RESULTS | {
     "training": [{"step": i, "loss": 1 / (i + 1)} for i in range(4)],
     "best_step": 3,
     "warnings": ["careful <b>now</b>"],
-    "layer_errors": {name: {"rtn": 0.01, "start": 0.005 * 0.1**i, "weight": 0.1, "clipped": 0.0} for i, name in enumerate(LAYERS)},
+    "layer_errors": {
+        name: {"rtn": 0.01, "compressed": 0.005 * 0.1**i, "weight": 0.1, "clipped": 0.0}
+        for i, name in enumerate(LAYERS)
+    },
     "layer_codes_changed": dict.fromkeys(LAYERS, 0.0123),
     "layer_scales_moved": dict.fromkeys(LAYERS, 0.0345),
     "scales_moved": 0.025,
@@ -95,13 +98,18 @@ def test_page_holds_tables_charts_and_facts_and_fetches_nothing() -> None:
         "seconds",
     ):
         assert axis in text, axis
-    assert len(re.findall("<svg", html)) == 1 + 5 + 1  # the comparison; curves, layers, decoder layers, blocks, times of one run; times of the other
+    assert (
+        len(re.findall("<svg", html)) == 1 + 5 + 1
+    )  # the comparison; curves, layers, decoder layers, blocks, times of one run; times of the other
     assert reader.fetched == []
 
 
 def test_ranks_are_mapped_where_there_was_a_choice() -> None:
     row = {"score": 0.3, "behind": 0.0, "error": 0.1, "accuracy": 0.5}
-    candidates = [row | {"why": "median", "configuration": [4, 4]}, row | {"why": "least loss 1", "configuration": [2, 4], "score": 0.31}]
+    candidates = [
+        row | {"why": "median", "configuration": [4, 4]},
+        row | {"why": "least loss 1", "configuration": [2, 4], "score": 0.31},
+    ]
     tuned = {
         "validation": [],
         "task": {"name": "letters", "metric": "acc", "space": [4, 2], "scored_by": "share"},
@@ -122,7 +130,13 @@ def test_ranks_are_mapped_where_there_was_a_choice() -> None:
         assert words in text, words
     assert "| 0.6250 | 2 everywhere |" in report_run.markdown(found)
     assert "Ranks" in text
-    assert "Ranks" not in " ".join(read(report_html.comparison_page(comparison.compare_runs({"run": WHOLE | tuned | {"candidates": candidates[:1]}}))).text)
+    assert "Ranks" not in " ".join(
+        read(
+            report_html.comparison_page(
+                comparison.compare_runs({"run": WHOLE | tuned | {"candidates": candidates[:1]}})
+            )
+        ).text
+    )
 
 
 def test_the_same_runs_give_the_same_page() -> None:
@@ -163,11 +177,16 @@ def test_command_writes_page_and_markdown(tmp_path: Path, capsys: pytest.Capture
     assert "no model compressed without any training to compare with; name such a run too" in capsys.readouterr().out
     few = write_run(tmp_path / "few", COMPRESSED | {"task_limit": 2})
     assert main(["report", few, "--table"]) == 0
-    assert "Small: Perplexity and KL on the test split. Word perplexity and tasks on the first 2 documents only" in capsys.readouterr().out
+    assert (
+        "Small: Perplexity and KL on the test split. Word perplexity and tasks on the first 2 documents only"
+        in capsys.readouterr().out
+    )
     assert main(["report", *runs, "--table", "--out", str(tmp_path / "t.html")]) == 2
 
 
-def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured = {key: value for key, value in WHOLE["models"].items() if key in ("16bit", "compressed")}
     begun = {key: value for key, value in WHOLE.items() if key != "warnings"} | {"model": "Large", "models": measured}
     runs = [write_run(tmp_path / "done", WHOLE), write_run(tmp_path / "half", begun)]
@@ -176,7 +195,10 @@ def test_the_table_of_a_long_list_of_runs_says_which_are_not_finished(tmp_path: 
     (tmp_path / "begun" / "config.toml").write_text('pretrained = "x"\nseed = 0\n')
     assert main(["report", *runs, str(tmp_path / "begun"), "--table"]) == 0
     printed = capsys.readouterr().out
-    assert f"Not finished, and shown as far as measured: {tmp_path / 'half'}, {tmp_path / 'begun'}; go on with --resume." in printed.replace("\n", " ")
+    assert (
+        f"Not finished, and shown as far as measured: {tmp_path / 'half'}, {tmp_path / 'begun'}; go on with --resume."
+        in printed.replace("\n", " ")
+    )
     assert "| Small | INT4, QAT + LoRA |" in printed
     assert "| Large | 16 bit |" in printed
 
@@ -215,7 +237,11 @@ def test_bars_of_a_task_are_on_the_axis(values: dict[str, float], ends: tuple[fl
     from matplotlib.figure import Figure
 
     models = {row: {"task:own log_likelihood": value, "bytes": 1} for row, value in values.items()}
-    results = WHOLE | {"kind": "tune", "task": {"name": "own", "metric": "log_likelihood", "space": [4]}, "models": models}
+    results = WHOLE | {
+        "kind": "tune",
+        "task": {"name": "own", "metric": "log_likelihood", "space": [4]},
+        "models": models,
+    }
     figure = Figure()
     report_html._stages(figure, comparison.compare_runs({"run": results})[0])
     assert figure.axes[0].get_xlim() == pytest.approx(ends)

@@ -20,6 +20,9 @@ def test_round_trip_of_every_pair() -> None:
 
 def test_bytes_when_shipped() -> None:
     weight = torch.randn(64, 128)
-    for grid, expected in ((QuantScheme(), 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2), (INT8_PER_ROW, 64 * 128 + 64 * 2)):
-        scale, zero = min_max_qparams(weight, grid)
-        assert QuantizedWeight(quantize(weight, scale, zero, grid), scale, zero.byte(), grid).nbytes == expected
+    for scheme, expected in (
+        (QuantScheme(), 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2),
+        (INT8_PER_ROW, 64 * 128 + 64 * 2),
+    ):
+        scale, zero = min_max_qparams(weight, scheme)
+        assert QuantizedWeight(quantize(weight, scale, zero, scheme), scale, zero.byte(), scheme).nbytes == expected

@@ -25,7 +25,9 @@ def test_scores_are_lm_evals(name: str, shared_data: Path) -> None:
     task = lm_eval.open_task(name, str(shared_data))
     rows = list(task.test_docs() if task.has_test_docs() else task.validation_docs())[:count]
     asked = [dataset._render(task, row) for row in rows]
-    found = scoring.score_questions(model, LMHead.of(model), tokenizer, asked, lm_eval.metric_of(task) == "acc_norm", 512)
+    found = scoring.score_questions(
+        model, LMHead.of(model), tokenizer, asked, lm_eval.metric_of(task) == "acc_norm", 512
+    )
     theirs = lm_eval.run_tasks(model, tokenizer, [name], 4, count, str(shared_data))[name][lm_eval.metric_of(task)]
     assert found.accuracy == pytest.approx(theirs)
     assert 0 < theirs < 1, "a score at the end of the scale would say little"
@@ -55,7 +57,9 @@ def test_score_is_the_likelihood_of_the_right_answer_among_the_choices() -> None
         found = scoring.score_questions(model, LMHead.of(model), tokenizer, [question] * 3, by_length, 64)
         assert found.log_likelihoods == pytest.approx([expected] * 3, abs=1e-5)
         assert found.correct == (values[1] > values[0],) * 3
-    (alone,) = scoring.score_questions(model, LMHead.of(model), tokenizer, [Question((("ask", " yes"),), 0)], False, 64).log_likelihoods
+    (alone,) = scoring.score_questions(
+        model, LMHead.of(model), tokenizer, [Question((("ask", " yes"),), 0)], False, 64
+    ).log_likelihoods
     assert alone == pytest.approx(sums[0] / 4, abs=1e-5)  # of 4 tokens
 
 
@@ -76,7 +80,9 @@ def test_log_probs_of_choices_are_those_of_whole_texts_and_differentiable() -> N
     found = scoring.choice_log_probs(model, LMHead.of(model), texts)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
     gold = torch.tensor([question.gold for question in asked])
-    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)[0] for scores in (found, expected)]
+    grads = [
+        torch.autograd.grad(torch.nn.functional.cross_entropy(scores, gold), weight)[0] for scores in (found, expected)
+    ]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
 
 
@@ -87,22 +93,40 @@ def test_what_choices_share_is_computed_once_and_gives_the_same(family: str, mon
         Question((("a question of some length:", " yes"), ("a question of some length:", " no, never")), 1, (3, 9)),
         Question((("short", " a"), ("short", " b"), ("short", " cd")), 0, (1, 1, 2)),
         Question((("x", " a"), ("y", " b")), 0, (1, 1)),  # nothing in common
-        Question((("the cat sat on the mat because the cat", " was tired"), ("the cat sat on the mat because the mat", " was tired")), 0, (3, 3)),
+        Question(
+            (
+                ("the cat sat on the mat because the cat", " was tired"),
+                ("the cat sat on the mat because the mat", " was tired"),
+            ),
+            0,
+            (3, 3),
+        ),
         Question((("a question in the model's own", " words"),), 0),
     ] * 3
     shared = scoring.score_questions(model, LMHead.of(model), tokenizer, asked, True, 64)
-    plain = scoring.score_questions(model, None, tokenizer, asked, True, 64)  # from the model's own logits, all texts whole
+    plain = scoring.score_questions(
+        model, None, tokenizer, asked, True, 64
+    )  # from the model's own logits, all texts whole
     assert shared.log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
     assert shared.correct == plain.correct
     assert len(shared.correct) == 12
     monkeypatch.setattr(scoring, "_TOKENS", 50)
-    assert scoring.score_questions(model, LMHead.of(model), tokenizer, asked, True, 64).log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
+    assert scoring.score_questions(
+        model, LMHead.of(model), tokenizer, asked, True, 64
+    ).log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
 
-    prompts, counted, base = [f"a question of {'very ' * (i % 3)}like length:" for i in range(40)], [0], model.base_model.forward
-    alike = [Question(tuple((prompt, answer) for answer in (" yes", " no", " it depends", " never")), 0, (3, 2, 10, 5)) for prompt in prompts]
+    prompts, loss_mask, base = (
+        [f"a question of {'very ' * (i % 3)}like length:" for i in range(40)],
+        [0],
+        model.base_model.forward,
+    )
+    alike = [
+        Question(tuple((prompt, answer) for answer in (" yes", " no", " it depends", " never")), 0, (3, 2, 10, 5))
+        for prompt in prompts
+    ]
 
     def count(*args: Any, **kwargs: Any) -> Any:
-        counted[0] += kwargs["input_ids"].numel()
+        loss_mask[0] += kwargs["input_ids"].numel()
         return base(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model, "forward", count)
@@ -110,17 +134,26 @@ def test_what_choices_share_is_computed_once_and_gives_the_same(family: str, mon
     scoring.score_questions(model, LMHead.of(model), tokenizer, alike, True, 64)
     whole = sum(len(tokenizer(prompt + answer).input_ids) for question in alike for prompt, answer in question.pairs)
     windowed = 0 < (getattr(model.config, "sliding_window", None) or 0) < 64
-    assert counted[0] > whole if windowed else counted[0] < 0.6 * whole, "a window shorter than a text: whole texts"
+    assert loss_mask[0] > whole if windowed else loss_mask[0] < 0.6 * whole, "a window shorter than a text: whole texts"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_go_through_what_choices_share(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    window = {"sliding_window": 64} if getattr(make_model(family).config, "sliding_window", None) else {}  # of the tests' 8 tokens nothing would be shared
+    window = (
+        {"sliding_window": 64} if getattr(make_model(family).config, "sliding_window", None) else {}
+    )  # of the tests' 8 tokens nothing would be shared
     model, tokenizer = make_model(family, **window), make_tokenizer(begin=True)
     asked = [
         Question((("a question of some length:", " yes"), ("a question of some length:", " no, never")), 1, (3, 9)),
         Question((("short", " a"), ("short", " b"), ("short", " cd")), 0, (1, 1, 2)),
-        Question((("the cat sat on the mat because the cat", " was tired"), ("the cat sat on the mat because the mat", " was tired")), 0, (3, 3)),
+        Question(
+            (
+                ("the cat sat on the mat because the cat", " was tired"),
+                ("the cat sat on the mat because the mat", " was tired"),
+            ),
+            0,
+            (3, 3),
+        ),
     ]
     texts = encoding.encode_choices(tokenizer, asked, 64)
     weight = next(m for m in model.modules() if type(m) is torch.nn.Linear).weight.requires_grad_()
@@ -146,7 +179,9 @@ def test_a_short_question_beside_a_long_one_keeps_its_prompt_in_the_window(famil
     texts = encoding.encode_choices(tokenizer, asked, 512)
     assert scoring._begins(model, LMHead.of(model), texts) == [56, 3]  # no text is longer than the window
     shared = scoring.choice_log_probs(model, LMHead.of(model), texts)
-    plain = [scoring.score_questions(model, None, tokenizer, [question], False, 512).log_likelihood for question in asked]
+    plain = [
+        scoring.score_questions(model, None, tokenizer, [question], False, 512).log_likelihood for question in asked
+    ]
     assert [float(row.log_softmax(0)[0]) for row in shared] == pytest.approx(plain, abs=1e-3)
 
 
@@ -165,10 +200,12 @@ def test_padding_changes_nothing() -> None:
     apart = [encoding.pad_batch([text]) for text in texts]
     with torch.no_grad():
         sums = together.sums(together.losses(model, head))
-        torch.testing.assert_close(sums, torch.cat([batch.sums(batch.losses(model, head)) for batch in apart]), rtol=1e-5, atol=1e-4)
-    assert together.counted.sum(1).tolist() == [7, 7, 7]
+        torch.testing.assert_close(
+            sums, torch.cat([batch.sums(batch.losses(model, head)) for batch in apart]), rtol=1e-5, atol=1e-4
+        )
+    assert together.loss_mask.sum(1).tolist() == [7, 7, 7]
     everything = encoding.pad_batch(texts, everything=True)
-    assert everything.counted.sum(1).tolist() == [len(ids) - 1 for ids, _ in texts]
+    assert everything.loss_mask.sum(1).tolist() == [len(ids) - 1 for ids, _ in texts]
 
 
 class FakeTask:
@@ -214,7 +251,11 @@ def test_answers_in_the_models_own_words_end() -> None:
 
 def test_answers_that_are_cut_off_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer()
-    asked = [Question((("ask", " yes"),), 0), Question((("ask", " " + "x" * 90),), 0), Question((("q" * 90, " yes"),), 0)]
+    asked = [
+        Question((("ask", " yes"),), 0),
+        Question((("ask", " " + "x" * 90),), 0),
+        Question((("q" * 90, " yes"),), 0),
+    ]
     short, long, none = (encoding.encode_answer(tokenizer, *question.pairs[0]) for question in asked)
     length = short.answered + short.first + 1  # as long as the short one with its end
     assert len(long.ids) > length
@@ -244,13 +285,22 @@ def test_candidates_without_choices_are_compared_row_by_row() -> None:
     assert QuestionScores(one.log_likelihoods, (True, False, True)).accuracy == pytest.approx(2 / 3)
     assert other.accuracy is None
     assert one.score == one.log_likelihood == -2.0
-    unequal = QuestionScores((-2.0, -2.0, -5.0), ())  # differences 1, 0, 2: their variance is 1, that of their mean a third
+    unequal = QuestionScores(
+        (-2.0, -2.0, -5.0), ()
+    )  # differences 1, 0, 2: their variance is 1, that of their mean a third
     assert one.better_by(unequal) == (1.0, pytest.approx(math.sqrt(1 / 3)))
     assert QuestionScores((-1.0,), ()).better_by(QuestionScores((-3.0,), ())) == (2.0, 0.0)
 
 
 def test_rows_that_nearly_repeat_are_found() -> None:
-    twins = dataset.NearDuplicates([{"sentence": "The trophy does not fit into the suitcase because _ is too large.", "choices": {"text": ["a b c d"]}}])
+    twins = dataset.NearDuplicates(
+        [
+            {
+                "sentence": "The trophy does not fit into the suitcase because _ is too large.",
+                "choices": {"text": ["a b c d"]},
+            }
+        ]
+    )
     assert twins.has({"sentence": "The trophy does not fit into the suitcase because _ is too small.", "other": 3})
     assert not twins.has({"sentence": "The suitcase is too small for the trophy and its large box of gold."})
     assert not dataset.NearDuplicates([]).has({"sentence": "anything at all"})
@@ -276,7 +326,10 @@ class Splits:
 def test_scored_rows_are_neither_trained_on_nor_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval, "metric_of", lambda task: "acc")
     monkeypatch.setattr(dataset, "_render", lambda task, row: Question(((row["text"], "a"),), 0))
-    for task in (Splits(training_split="train", validation_split="train"), Splits(training_split="test", test_split="test", validation_split="validation")):
+    for task in (
+        Splits(training_split="train", validation_split="train"),
+        Splits(training_split="test", test_split="test", validation_split="validation"),
+    ):
         monkeypatch.setattr(lm_eval, "open_task", lambda name, data_dir, task=task: task)
         with pytest.raises(OptionError, match="must be scored on other rows than it trains on"):
             dataset.load_task("any", None, 0)
@@ -296,4 +349,6 @@ def test_held_out_rows_come_from_validation_or_are_kept_from_training(shared_dat
     maths = dataset.load_task("gsm8k", str(shared_data), 0, most=100)
     assert (len(maths.train), len(maths.held_out), maths.metric) == (100, 500, "exact_match,strict-match")
     assert not {q.pairs for q in maths.train} & {q.pairs for q in maths.held_out}
-    assert [q.pairs for q in dataset.load_task("gsm8k", str(shared_data), 1, most=100).train] != [q.pairs for q in maths.train]
+    assert [q.pairs for q in dataset.load_task("gsm8k", str(shared_data), 1, most=100).train] != [
+        q.pairs for q in maths.train
+    ]

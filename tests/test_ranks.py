@@ -81,7 +81,9 @@ def test_every_prefix_is_absorbed_as_it_computes() -> None:
 
 def test_a_narrow_layer_keeps_its_largest_rank() -> None:
     model = make_model("llama")
-    layers = insert.insert(model, compress(model, select_layers(model).int4, QuantScheme()).starts, QuantScheme(), 48, 0)
+    layers = insert.insert(
+        model, compress(model, select_layers(model).int4, QuantScheme()).starts, QuantScheme(), 48, 0
+    )
     ranks.activate_ranks(layers, (48, 40))
     assert layers["model.layers.0.self_attn.k_proj"].active_rank == 32
     assert layers["model.layers.1.self_attn.k_proj"].active_rank == 32

@@ -18,7 +18,11 @@ ROWS = [{"text": "caf\u00e9 \u2028 one", "n": 1}, {"text": "two", "extra": None}
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json", "list.json"])
 def test_json(name: str, end: str, mark: str, tmp_path: Path) -> None:
     whole = name.startswith("list")
-    text = json.dumps(ROWS, indent=1).replace("\n", end) if whole else end.join(json.dumps(row, ensure_ascii=False) for row in ROWS) + end
+    text = (
+        json.dumps(ROWS, indent=1).replace("\n", end)
+        if whole
+        else end.join(json.dumps(row, ensure_ascii=False) for row in ROWS) + end
+    )
     (tmp_path / name).write_bytes((mark + text).encode())
     assert read_rows(tmp_path / name) == ROWS
 
@@ -40,7 +44,11 @@ def test_parquet(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a"\n', "--task .*a.jsonl cannot be read as jsonl: line 2: "),
-        ("a.json", b"[1, 2]", "a.json cannot be read as json: row 1 must be an object with a value for each column; got 1"),
+        (
+            "a.json",
+            b"[1, 2]",
+            "a.json cannot be read as json: row 1 must be an object with a value for each column; got 1",
+        ),
         ("a.jsonl", b"3\n", "a.jsonl cannot be read as jsonl: row 1 must be an object"),
         ("a.jsonl", b'{"a": "caf\xe9"}', "a.jsonl must be UTF-8 text; byte 10 is not; convert it first"),
         ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet: "),

@@ -51,7 +51,9 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert [row["by"] for row in found] == ["heuristics (tune)", sampler, "random"]
     assert found[0]["configuration"] == results(trained)["configuration"]
     scores = {row["by"]: row["score"] for row in found}
-    assert scores[sampler] >= scores["heuristics (tune)"], "the heuristics' candidates are the first trials of every search"
+    assert scores[sampler] >= scores["heuristics (tune)"], (
+        "the heuristics' candidates are the first trials of every search"
+    )
     assert all(row["fresh"] is not None for row in found)
     assert min(row["behind"] for row in found) == 0
     assert all(rank in (8, 4, 2) for row in found for rank in row["configuration"])
@@ -60,7 +62,10 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
     assert all(ranks_written(row["configuration"]) in written.split("## Search")[1] for row in found)
 
     assert main(["report", str(trained), "--out", str(trained / "page.html")]) == 0
-    assert all(ranks_written(row["configuration"]) in (trained / "page.html").read_text().split("Search for ranks")[1] for row in found)
+    assert all(
+        ranks_written(row["configuration"]) in (trained / "page.html").read_text().split("Search for ranks")[1]
+        for row in found
+    )
 
     front = results(trained)["search"]["front"]
     if sampler != "nsga2":
@@ -68,8 +73,13 @@ def test_search_goes_on_and_compares(sampler: str, trained: Path) -> None:
         return
     scored = {tuple(int(trial.params[f"layer{i}"]) for i in range(2)): trial.values for trial in trials}
     beaten = {a for a, (p, n) in scored.items() for q, m in scored.values() if q >= p and m <= n and (q, m) != (p, n)}
-    assert {tuple(row["configuration"]): [row["score"], row["rank_sum"]] for row in front} == {a: scored[a] for a in scored.keys() - beaten}
-    shown = [written.split("Not beaten by another trial")[1], (trained / "page.html").read_text().split("Score against ranks")[1]]
+    assert {tuple(row["configuration"]): [row["score"], row["rank_sum"]] for row in front} == {
+        a: scored[a] for a in scored.keys() - beaten
+    }
+    shown = [
+        written.split("Not beaten by another trial")[1],
+        (trained / "page.html").read_text().split("Score against ranks")[1],
+    ]
     assert all(ranks_written(row["configuration"]) in text for row in front for text in shown)
     assert front[0]["score"] == max(row["score"] for row in front) == scores[sampler]
 
@@ -83,7 +93,11 @@ def test_as_many_trials_of_each_are_compared(trained: Path) -> None:
     search(SearchOptions(run=str(trained), sampler="random", trials=9, seed=12))
     search(SearchOptions(run=str(trained), sampler="tpe", trials=4, seed=12))
     found = {row["by"]: row["score"] for row in results(trained)["search"]["winners"]}
-    first = [trial.values[0] for trial in study(trained, "random-12").trials[:4] if trial.state == optuna.trial.TrialState.COMPLETE]
+    first = [
+        trial.values[0]
+        for trial in study(trained, "random-12").trials[:4]
+        if trial.state == optuna.trial.TrialState.COMPLETE
+    ]
     assert found["random"] == pytest.approx(max(first))
 
 
@@ -98,15 +112,23 @@ def test_an_interrupted_trial_is_tried_again(trained: Path, monkeypatch: pytest.
     trials = study(trained, "hill-13").trials
     assert [trial.state for trial in trials[:2]] == [optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE]
     done = [tuple(trial.params.values()) for trial in trials[1:]]
-    assert {tuple(row["configuration"]) for row in results(trained)["candidates"]} <= set(done), "tune's candidates, that one too"
+    assert {tuple(row["configuration"]) for row in results(trained)["candidates"]} <= set(done), (
+        "tune's candidates, that one too"
+    )
     assert len(done) == len(set(done))
 
 
-def test_what_is_in_place_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_in_place_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tune(options(tmp_path, epochs=1, lora_rank_space=(8, 1), select_on="test"))
     chosen = results(tmp_path / "run")["configuration"]
     monkeypatch.setattr(
-        searching, "_best", lambda study, count=None: SimpleNamespace(params={f"layer{i}": rank for i, rank in enumerate(chosen)}, values=[0.0])
+        searching,
+        "_best",
+        lambda study, count=None: SimpleNamespace(
+            params={f"layer{i}": rank for i, rank in enumerate(chosen)}, values=[0.0]
+        ),
     )
     monkeypatch.setattr(searching.tune, "put_in_place", lambda *_: pytest.fail("made again"))
     for apply in (True, False):
@@ -132,35 +154,35 @@ def test_hill_climbing_moves_one_layer_by_one_place(trained: Path) -> None:
 
 
 def test_no_row_is_scored_twice_for_a_configuration(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted, original = Counter[tuple[Any, ...]](), Trained.score
+    loss_mask, original = Counter[tuple[Any, ...]](), Trained.score
 
     def score(self: Trained, configuration: Any, rows: Any) -> Any:
-        counted.update((configuration, id(row)) for row in rows)
+        loss_mask.update((configuration, id(row)) for row in rows)
         return original(self, configuration, rows)
 
     monkeypatch.setattr(Trained, "score", score)
     monkeypatch.setattr(searching, "_compare", lambda trained, winners: [])
     with pytest.raises(IndexError):  # nothing is compared here
         search(SearchOptions(run=str(trained), sampler="hill", trials=20, random_draws=False, seed=7))
-    assert set(counted.values()) == {1}
+    assert set(loss_mask.values()) == {1}
     tried = [tuple(trial.params.values()) for trial in study(trained, "hill-7").trials]
     assert len(tried) == len(set(tried)) <= 9, "of 3 x 3 configurations each once at most"
 
 
 @pytest.mark.parametrize("rising", [True, False])
 def test_what_is_worse_than_most_is_given_up_on_a_quarter_of_the_rows(rising: bool, tmp_path: Path) -> None:
-    counted: dict[Any, int] = {}
+    loss_mask: dict[Any, int] = {}
 
     def score(configuration: Any, rows: Any) -> QuestionScores:
-        counted[configuration] = counted.get(configuration, 0) + len(rows)
-        place = list(counted).index(configuration)
+        loss_mask[configuration] = loss_mask.get(configuration, 0) + len(rows)
+        place = list(loss_mask).index(configuration)
         return QuestionScores((float(place if rising else -place),) * len(rows), ())
 
     trained: Any = SimpleNamespace(lesson=SimpleNamespace(space=(8, 4, 2), count=2, held_out=range(8)), score=score)
     known = [(8, 8), (4, 4)]
     found = searching._run_study(trained, SearchOptions(run=str(tmp_path), trials=4), tmp_path, "hill", 4, known)
-    assert list(counted)[:2] == known
-    rows = list(counted.values())
+    assert list(loss_mask)[:2] == known
+    rows = list(loss_mask.values())
     assert rows[:2] == [8, 8], "what tune had compared is never given up"
     assert rows[2:] == ([8, 8] if rising else [2, 2])
     states = {8: optuna.trial.TrialState.COMPLETE, 2: optuna.trial.TrialState.PRUNED}
@@ -181,19 +203,25 @@ def test_winners_are_judged_on_rows_that_nothing_was_chosen_by(trained: Path, mo
     chosen_by, fresh = ({id(row) for rows, _ in part for row in rows} for part in (searched, [by_tune, by_search]))
     assert (len(chosen_by), len(fresh)) == (8, 4)
     assert not chosen_by & fresh
-    assert [row["fresh"] for row in results(trained)["search"]["winners"]] == [found.score for _, found in (by_tune, by_search)]
+    assert [row["fresh"] for row in results(trained)["search"]["winners"]] == [
+        found.score for _, found in (by_tune, by_search)
+    ]
 
 
 def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_task(tmp_path / "letters.jsonl", 120)
     with monkeypatch.context() as patch:
-        patch.setattr("nybble.workflows.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})  # so that there is something better to be found
+        patch.setattr(
+            "nybble.workflows.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"}
+        )  # so that there is something better to be found
         tune(options(tmp_path, epochs=1, start="se", lora_rank_space=(8, 1)))
     before = codes(tmp_path / "run")
     results_ = results(tmp_path / "run")
     search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     found = results(tmp_path / "run")
-    best = max(found["search"]["winners"], key=lambda row: row["score"])  # all held-out rows were searched: none are fresh
+    best = max(
+        found["search"]["winners"], key=lambda row: row["score"]
+    )  # all held-out rows were searched: none are fresh
     assert found["configuration"] == best["configuration"] != results_["configuration"]
     assert codes(tmp_path / "run") != before
     kl = found["models"]["tuned"]["kl_to_teacher"]
@@ -203,7 +231,10 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"In place: {ranks_written(best['configuration'])}, found by nybble search" in report
     with monkeypatch.context() as patch:  # a search that finds less does not replace it
-        patch.setattr("nybble.workflows.search._best", lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]))
+        patch.setattr(
+            "nybble.workflows.search._best",
+            lambda study, count=None: SimpleNamespace(params={"layer0": 1, "layer1": 1}, values=[0.0]),
+        )
         search(SearchOptions(run=str(tmp_path / "run"), sampler="tpe", trials=1, apply=True))
     assert "in place" in [row["by"] for row in results(tmp_path / "run")["search"]["winners"]]
     assert results(tmp_path / "run")["configuration"] == best["configuration"]
@@ -212,10 +243,18 @@ def test_the_winner_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("killed_in", ["discarding", "merging", "training", "saving"])
-def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed on the way, it ends as a run that was given these ranks."""
     write_task(tmp_path / "letters.jsonl", 120)
-    changes: dict[str, Any] = {"epochs": 1, "scale_epochs": 2, "start": "se", "lora_rank_space": (8, 1), "adapters": "before"}
+    changes: dict[str, Any] = {
+        "epochs": 1,
+        "scale_epochs": 2,
+        "start": "se",
+        "lora_rank_space": (8, 1),
+        "adapters": "before",
+    }
     with monkeypatch.context() as patch:
         patch.setattr("nybble.workflows.tune.candidates", lambda job, lesson: {(1, 1): "the smallest"})
         tune(options(tmp_path, **changes))
@@ -225,11 +264,19 @@ def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in
 
     with monkeypatch.context() as patch:
         if killed_in == "discarding":
-            patch.setattr("nybble.workflows.tuning.checkpoints", lambda part="": killed() if part else ("last.safetensors", "best.safetensors"))
+            patch.setattr(
+                "nybble.workflows.tuning.checkpoints",
+                lambda part="": killed() if part else ("last.safetensors", "best.safetensors"),
+            )
         elif killed_in == "training":
             interrupt_after(3, patch)
         else:
-            patch.setattr({"merging": "nybble.qat.absorb.merge", "saving": "nybble.models.quantized_model.save_quantized"}[killed_in], killed)
+            patch.setattr(
+                {"merging": "nybble.qat.absorb.merge", "saving": "nybble.models.quantized_model.save_quantized"}[
+                    killed_in
+                ],
+                killed,
+            )
         with pytest.raises(KeyboardInterrupt):
             search(SearchOptions(run=str(tmp_path / "run"), sampler="random", trials=8, apply=True))
     assert not (tmp_path / "run" / "quantized").exists()
@@ -239,14 +286,26 @@ def test_a_winner_that_learnt_before_there_were_4_bits_is_put_in_place(killed_in
     tune(options(tmp_path, resume=True, **changes))
     found = results(tmp_path / "run")
     assert found["configuration"] == found["applied"] != found["chosen"]
-    tune(options(tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": tuple(found["applied"])}))
+    tune(
+        options(
+            tmp_path, **changes | {"output_dir": str(tmp_path / "given"), "custom_rank_config": tuple(found["applied"])}
+        )
+    )
     assert codes(tmp_path / "run") == codes(tmp_path / "given")
     assert found["models"] == results(tmp_path / "given")["models"]
     assert not (tmp_path / "run" / "compress").exists()
 
 
-def test_a_winner_in_place_leaves_no_blocks_and_no_seconds_of_what_it_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {"epochs": 1, "start": "se", "lora_rank_space": (8, 1), "adapters": "before", "custom_rank_config": (8, 1)}
+def test_a_winner_in_place_leaves_no_blocks_and_no_seconds_of_what_it_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {
+        "epochs": 1,
+        "start": "se",
+        "lora_rank_space": (8, 1),
+        "adapters": "before",
+        "custom_rank_config": (8, 1),
+    }
     tune(options(tmp_path, **given))
     saved = results(tmp_path / "run")
     saved["seconds"] |= {"compress": 1000.0, "train scales": 1000.0, "absorb": 1000.0}
@@ -259,7 +318,9 @@ def test_a_winner_in_place_leaves_no_blocks_and_no_seconds_of_what_it_replaced(t
     assert 0 < max(found[stage] for stage in ("compress", "train scales", "absorb")) < 1000
 
 
-def test_a_winner_that_was_not_put_in_place_yet_still_has_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_winner_that_was_not_put_in_place_yet_still_has_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {"epochs": 1, "lora_rank_space": (8, 1), "adapters": "before", "custom_rank_config": (8, 1)}
     given |= {"teacher": str(save_model(tmp_path / "teacher", "smollm", seed=1)), "resume": True}
     tune(options(tmp_path, **given))
@@ -274,7 +335,9 @@ def test_a_winner_that_was_not_put_in_place_yet_still_has_its_teacher(tmp_path: 
     tune(options(tmp_path, **given))
     assert results(tmp_path / "run")["configuration"] == [1, 1]
     tune(options(tmp_path, **given))
-    assert [lesson.teacher is not None for lesson in seen] == [True, False], "and none where nothing is left to be learnt"
+    assert [lesson.teacher is not None for lesson in seen] == [True, False], (
+        "and none where nothing is left to be learnt"
+    )
 
 
 def test_ranks_that_were_replaced_can_still_be_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +345,16 @@ def test_ranks_that_were_replaced_can_still_be_tested(tmp_path: Path, monkeypatc
     tune(options(tmp_path, **given))
     with reopened(options(tmp_path, **given, resume=True)) as trained:
         put_in_place(trained, (1, 1))
-    command = ["tune", "--pretrained", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run"), "--task", str(tmp_path / "letters.jsonl"), "--resume"]
+    command = [
+        "tune",
+        "--pretrained",
+        str(tmp_path / "model"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--task",
+        str(tmp_path / "letters.jsonl"),
+        "--resume",
+    ]
     assert main([*command, "--eval_only"]) == 0
     assert main([*command, "--eval_only", "--custom_rank_config", "8", "1"]) == 0
     assert [tested["configuration"] for tested in results(tmp_path / "run")["tested"]] == [[1, 1], [8, 1]]
@@ -325,7 +397,9 @@ def test_sampled_configurations_differ_between_sittings(trained: Path) -> None:
     drawn = [tuple(trial.params.values()) for trial in study(trained, "random-9").trials]
     assert drawn[:4] != drawn[4:]
     search(SearchOptions(run=str(trained), sampler="tpe", trials=4, seed=2**32 - 1, random_draws=False))
-    search(SearchOptions(run=str(trained), sampler="tpe", trials=5, seed=2**32 - 1, random_draws=False))  # numpy knows no larger seeds
+    search(
+        SearchOptions(run=str(trained), sampler="tpe", trials=5, seed=2**32 - 1, random_draws=False)
+    )  # numpy knows no larger seeds
 
 
 def test_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,7 +415,9 @@ def test_refusals(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads((tmp_path / "run" / "results.json").read_text()).get("search") is None
 
 
-def test_a_run_that_was_scored_otherwise_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_scored_otherwise_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(trained, tmp_path / "old")
     found = results(tmp_path / "old")
     del found["task"]["scored_by"]

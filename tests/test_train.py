@@ -20,15 +20,26 @@ def make(
     steps: int = 12, microbatch: int = 2, poison_at: int = -1, weights: Tensor | None = None, schedule: str = "cosine"
 ) -> tuple[Trainer, dict[str, nn.Parameter]]:
     generator = torch.Generator().manual_seed(1)
-    parameters = {"a": nn.Parameter(torch.randn(8, 8, generator=generator)), "b": nn.Parameter(torch.randn(8, generator=generator))}
+    parameters = {
+        "a": nn.Parameter(torch.randn(8, 8, generator=generator)),
+        "b": nn.Parameter(torch.randn(8, generator=generator)),
+    }
 
     def loss(indices: Tensor) -> Tensor:
         each = ((DATA[indices] @ parameters["a"] + parameters["b"]) ** 2).mean(1)
         value = each.mean() if weights is None else (each * weights[indices]).sum() / weights[indices].sum()
         return value * math.nan if trainer.progress.step == poison_at else value
 
-    groups = [{"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1}, {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0}]
-    trainer = Trainer(groups, TrainerConfig(steps, microbatch, 0.25, 1.0, schedule), loss, lambda step: torch.arange(step, step + 4) % 32)
+    groups = [
+        {"params": {"a": parameters["a"]}, "lr": 1e-2, "weight_decay": 0.1},
+        {"params": {"b": parameters["b"]}, "lr": 3e-2, "weight_decay": 0.0},
+    ]
+    trainer = Trainer(
+        groups,
+        TrainerConfig(steps, microbatch, 0.25, 1.0, schedule),
+        loss,
+        lambda step: torch.arange(step, step + 4) % 32,
+    )
     if weights is not None:
         trainer.tokens = lambda indices: int(weights[indices].sum())
     return trainer, parameters
@@ -49,12 +60,12 @@ def test_means_are_over_all_steps_but_the_first_third() -> None:
     seen = []
     for record in trainer.run():
         seen.append(parameters["a"].detach().double())
-        counted = seen[4:] or seen[-1:]  # of 12 steps, all but the first 4
+        loss_mask = seen[4:] or seen[-1:]  # of 12 steps, all but the first 4
         with trainer.averaged():
-            torch.testing.assert_close(parameters["a"].double(), torch.stack(counted).mean(0), rtol=0, atol=1e-6)
+            torch.testing.assert_close(parameters["a"].double(), torch.stack(loss_mask).mean(0), rtol=0, atol=1e-6)
             assert parameters["a"].requires_grad
         assert torch.equal(parameters["a"].double(), seen[-1]), record["step"]
-    assert not torch.allclose(seen[-1], torch.stack(counted).mean(0), atol=1e-3)
+    assert not torch.allclose(seen[-1], torch.stack(loss_mask).mean(0), atol=1e-3)
     plain, parameters = make()
     for _ in plain.run():
         pass
@@ -117,7 +128,10 @@ def test_non_finite_loss_names_step_and_remedy_and_leaves_the_weights() -> None:
     for _ in range(3):
         next(run)
     before = parameters["a"].detach().clone()
-    with pytest.raises(TrainingError, match=r"step 4 gave loss nan, .* start again \(--overwrite\) with learning rates of a tenth, or with --dtype float32"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 4 gave loss nan, .* start again \(--overwrite\) with learning rates of a tenth, or with --dtype float32",
+    ):
         next(run)
     assert torch.equal(parameters["a"], before)
 

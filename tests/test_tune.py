@@ -64,7 +64,10 @@ def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
     candidates = found["candidates"]
-    assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [("median", {4}), ("largest", {8})]
+    assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [
+        ("median", {4}),
+        ("largest", {8}),
+    ]
     assert 2 <= len(candidates) <= 5  # and the most frequent, two of the least loss; equal ones are one
     assert len({tuple(row["configuration"]) for row in candidates}) == len(candidates)
     best = max(candidates, key=lambda row: row["score"])
@@ -97,17 +100,27 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
     likelihoods = {row: measured["task:letters log_likelihood"] for row, measured in models.items()}
     assert min(likelihoods["learnt"], likelihoods["tuned"]) > likelihoods["16bit"] + 0.5
     assert likelihoods["learnt"] != likelihoods["compressed"] != likelihoods["tuned"]
-    assert found["scales"]["validation"][-1]["loss"] < found["scales"]["validation"][0]["loss"], "scales and norms have learnt too"
+    assert found["scales"]["validation"][-1]["loss"] < found["scales"]["validation"][0]["loss"], (
+        "scales and norms have learnt too"
+    )
     assert models["learnt"]["bytes"] == models["16bit"]["bytes"] > 2 * models["tuned"]["bytes"]
     assert len(found["training"]) == 6 * (48 // 8)
     assert len(found["scales"]["training"]) == 48 // 8
     assert found["scales"]["best_step"] > 0
     assert found["training"][-1]["loss"] < 0.5 * found["training"][0]["loss"]
     candidates = found["candidates"]
-    assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [("median", {4}), ("largest", {8})]
+    assert [(row["why"].split(", ")[0], set(row["configuration"])) for row in candidates[:2]] == [
+        ("median", {4}),
+        ("largest", {8}),
+    ]
     assert found["configuration"] == max(candidates, key=lambda row: row["score"])["configuration"]
     assert found["codes_changed"] == 0
-    assert 0 < min(found["layer_scales_moved"].values()) < found["scales_moved"] < max(found["layer_scales_moved"].values())
+    assert (
+        0
+        < min(found["layer_scales_moved"].values())
+        < found["scales_moved"]
+        < max(found["layer_scales_moved"].values())
+    )
     written = (tmp_path / "run" / "report.md").read_text()
     assert "| 16 bit, tuned |" in written
     assert "## Validation of adapters" in written
@@ -125,43 +138,58 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     weights, _ = quantized_model.load_weights(tmp_path / "run" / "quantized")
     adapters, _ = files.load_tensors(tmp_path / "run" / "best.safetensors")
     plain = loading.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
-    grid, moved = QuantScheme(group_size=64), 0
+    scheme, moved = QuantScheme(group_size=64), 0
     for name, rank in (("model.layers.0.mlp.up_proj", 8), ("model.layers.1.self_attn.q_proj", 2)):
         weight = plain.get_submodule(name).weight.detach()
         merged = torch.addmm(weight, 2 * adapters[f"{name}.lora_b"][:, :rank], adapters[f"{name}.lora_a"][:rank])
-        scale, zero = min_max_qparams(merged, grid)
-        assert torch.equal(weights[name].codes_OI, quantize(merged, scale, zero, grid))
-        moved += int((quantize(weight, scale, zero, grid) != weights[name].codes_OI).sum())
+        scale, zero = min_max_qparams(merged, scheme)
+        assert torch.equal(weights[name].codes_OI, quantize(merged, scale, zero, scheme))
+        moved += int((quantize(weight, scale, zero, scheme) != weights[name].codes_OI).sum())
     assert moved > 100
     assert "scales" not in results(tmp_path / "run")
 
 
 @pytest.mark.parametrize("steps", [3, 15])
-def test_interrupted_in_either_training_it_ends_with_the_same_bits(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_in_either_training_it_ends_with_the_same_bits(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes: dict[str, Any] = {"adapters": "before", "start": "se", "scale_epochs": 3}
     tune(options(tmp_path, output_dir=str(tmp_path / "undisturbed"), **changes))
     with monkeypatch.context() as patch:
         interrupt_after(steps, patch)
         with pytest.raises(KeyboardInterrupt):
             tune(options(tmp_path, **changes))
-    assert (tmp_path / "run" / "scales-last.safetensors").exists() == (steps > 12), "the adapters' are 12 steps, the scales' 18"
+    assert (tmp_path / "run" / "scales-last.safetensors").exists() == (steps > 12), (
+        "the adapters' are 12 steps, the scales' 18"
+    )
     tune(options(tmp_path, resume=True, **changes))
     assert codes(tmp_path / "run") == codes(tmp_path / "undisturbed")
     resumed, undisturbed = (results(tmp_path / name) for name in ("run", "undisturbed"))
     assert resumed["configuration"] == undisturbed["configuration"]
-    assert [row["loss"] for row in resumed["scales"]["training"]] == [row["loss"] for row in undisturbed["scales"]["training"]]
+    assert [row["loss"] for row in resumed["scales"]["training"]] == [
+        row["loss"] for row in undisturbed["scales"]["training"]
+    ]
 
 
 def write_words(path: Path) -> Path:
     """Answers in the model's own words, which are scored by their likelihood."""
-    path.write_text("".join(json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {c}", "completion": f"{c} it is"}) + "\n" for c in "abcdefghijklmnopqrst" * 2
+        )
+    )
     return path
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It scores what a run with it ships, and changes nothing in the run."""
-    changes: dict[str, Any] = {"adapters": "before", "start": "se", "task": str(write_words(tmp_path / "words.jsonl")), "epochs": 1}
+    changes: dict[str, Any] = {
+        "adapters": "before",
+        "start": "se",
+        "task": str(write_words(tmp_path / "words.jsonl")),
+        "epochs": 1,
+    }
     changes |= {"teacher": str(taught(tmp_path))} if with_teacher else {}
     tune(options(tmp_path, **changes))
     before, model = results(tmp_path / "run"), codes(tmp_path / "run")
@@ -178,7 +206,9 @@ def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, caps
     assert chosen["configuration"] == after["configuration"] != tried["configuration"] == [2, 8]
     tune(options(tmp_path, output_dir=str(tmp_path / "other"), custom_rank_config=(2, 8), **changes))
     shipped = results(tmp_path / "other")["models"]
-    assert tried["log_likelihood"] == pytest.approx(shipped["tuned"][scored], abs=1e-6), "the layers in place and the saved model add up in another order"
+    assert tried["log_likelihood"] == pytest.approx(shipped["tuned"][scored], abs=1e-6), (
+        "the layers in place and the saved model add up in another order"
+    )
     assert abs(shipped["tuned"][scored] - shipped["compressed"][scored]) > 1e-4
     assert "words.jsonl at ranks 2 8: log_likelihood" in capsys.readouterr().out
 
@@ -201,11 +231,11 @@ def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, mo
     seen: list[int] = []
     original = lessons._choice_loss
 
-    def counted(*given: Any) -> Any:
+    def loss_mask(*given: Any) -> Any:
         loss, weight = original(*given)
         return lambda indices: seen.append(len(indices)) or loss(indices), weight  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(lessons, "_choice_loss", counted)
+    monkeypatch.setattr(lessons, "_choice_loss", loss_mask)
     tune(options(tmp_path, adapters="before", sampling="sandwich", epochs=1))
     assert sum(seen) == 3 * 48 + 48
 
@@ -224,7 +254,9 @@ def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None
     from nybble.errors import OptionError
 
     tune(options(tmp_path, epochs=1))
-    with pytest.raises(OptionError, match="must be a method where adapters learn before the model has 4 bits; it is a folder with one"):
+    with pytest.raises(
+        OptionError, match="must be a method where adapters learn before the model has 4 bits; it is a folder with one"
+    ):
         tune(options(tmp_path, adapters="before", start=str(tmp_path / "run"), output_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
 
@@ -240,9 +272,15 @@ def test_one_configuration_is_measured_alike_fast_and_slow(
     made: list[Counter[int]] = []
     scores: list[scoring.QuestionScores] = []
     original, score = FakeQuantizedLoRALinear.quantized_OI, scoring.score_questions
-    monkeypatch.setattr(FakeQuantizedLoRALinear, "quantized_OI", lambda self: made[-1].update([self.active_rank]) or original(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        FakeQuantizedLoRALinear, "quantized_OI", lambda self: made[-1].update([self.active_rank]) or original(self)
+    )  # type: ignore[func-returns-value]
     monkeypatch.setattr(scoring, "score_questions", lambda *given: scores.append(score(*given)) or scores[-1])  # type: ignore[func-returns-value]
-    for changes in ({"fast_eval": False, "custom_rank_config": (8, 2)}, {"fast_eval": True, "custom_rank_config": (8, 2)}, {}):
+    for changes in (
+        {"fast_eval": False, "custom_rank_config": (8, 2)},
+        {"fast_eval": True, "custom_rank_config": (8, 2)},
+        {},
+    ):
         made.append(Counter())
         tune(options(tmp_path, start=start, resume=True, eval_only=True, **changes))
     found = results(tmp_path / "run")
@@ -255,24 +293,38 @@ def test_one_configuration_is_measured_alike_fast_and_slow(
     assert scores[2].log_likelihood == pytest.approx(found["models"]["tuned"]["task:letters log_likelihood"], abs=1e-4)
     assert slow["acc"] == fast["acc"]
     assert chosen["configuration"] == found["configuration"]
-    assert chosen["acc"] == found["models"]["tuned"]["task:letters acc"], "the adapters in place and the absorbed model are the same"
+    assert chosen["acc"] == found["models"]["tuned"]["task:letters acc"], (
+        "the adapters in place and the absorbed model are the same"
+    )
     assert codes(tmp_path / "run") == before
     assert "letters.jsonl at ranks 8 2: acc" in capsys.readouterr().out
 
 
-def test_candidates_before_the_rounding_score_alike_fast_and_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_before_the_rounding_score_alike_fast_and_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.qat.layers import LoRALinear
 
     found, calls = [], Counter[str]()
-    made = LoRALinear.made_weight
+    made = LoRALinear.compute_weight
     for name, fast in (("slow", False), ("fast", True)):
 
-        def counted(layer: LoRALinear, name: str = name) -> torch.Tensor:
+        def loss_mask(layer: LoRALinear, name: str = name) -> torch.Tensor:
             calls[name] += 1
             return made(layer)
 
-        monkeypatch.setattr(LoRALinear, "made_weight", counted)
-        tune(options(tmp_path, adapters="before", start="se", epochs=1, cache="recompute", fast_eval=fast, output_dir=str(tmp_path / name)))
+        monkeypatch.setattr(LoRALinear, "compute_weight", loss_mask)
+        tune(
+            options(
+                tmp_path,
+                adapters="before",
+                start="se",
+                epochs=1,
+                cache="recompute",
+                fast_eval=fast,
+                output_dir=str(tmp_path / name),
+            )
+        )
         found.append(results(tmp_path / name))
     slow, fast_one = found
     assert slow["candidates"] == fast_one["candidates"]
@@ -281,12 +333,29 @@ def test_candidates_before_the_rounding_score_alike_fast_and_slow(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "metric"), [("openbookqa", "acc_norm"), ("hellaswag", "acc_norm"), ("gsm8k", "exact_match,strict-match")])
-def test_tasks_of_lm_eval_go_through_the_whole_flow(task: str, metric: str, tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("task", "metric"), [("openbookqa", "acc_norm"), ("hellaswag", "acc_norm"), ("gsm8k", "exact_match,strict-match")]
+)
+def test_tasks_of_lm_eval_go_through_the_whole_flow(
+    task: str, metric: str, tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real rows; the two commands that people type, the second with ranks of its own."""
     save_model(tmp_path / "model", "smollm", max_position_embeddings=8192)  # a token a letter
-    changes: dict[str, Any] = {"task": task, "data_dir": str(shared_data), "train_rows": 16, "epochs": 1, "task_limit": 3, "select_rows": 6}
-    changes |= {"adapters": "before", "start": "se", "seq_len": 512, "eval_batch_size": 4, "select_on": "test" if task == "openbookqa" else "held_out"}
+    changes: dict[str, Any] = {
+        "task": task,
+        "data_dir": str(shared_data),
+        "train_rows": 16,
+        "epochs": 1,
+        "task_limit": 3,
+        "select_rows": 6,
+    }
+    changes |= {
+        "adapters": "before",
+        "start": "se",
+        "seq_len": 512,
+        "eval_batch_size": 4,
+        "select_on": "test" if task == "openbookqa" else "held_out",
+    }
     tune(options(tmp_path, **changes))
     found = results(tmp_path / "run")
     column = f"task:{task} {metric}"
@@ -304,7 +373,9 @@ def test_tasks_of_lm_eval_go_through_the_whole_flow(task: str, metric: str, tmp_
 
 
 @pytest.mark.parametrize("cache", ["step", "recompute"])
-def test_epochs_are_judged_at_the_middle_configuration(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_are_judged_at_the_middle_configuration(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.qat.layers import FakeQuantizedLoRALinear
 
     quantized_at: list[int] = []
@@ -335,7 +406,9 @@ def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
     models = results(tmp_path / "run")["models"]
     assert models["openvino"]["task:letters acc"] == models["tuned"]["task:letters acc"]
     # float32 on both sides, in OpenVINO with the 8-bit activations that are deployed
-    assert models["openvino"]["task:letters log_likelihood"] == pytest.approx(models["tuned"]["task:letters log_likelihood"], abs=0.2)
+    assert models["openvino"]["task:letters log_likelihood"] == pytest.approx(
+        models["tuned"]["task:letters log_likelihood"], abs=0.2
+    )
 
 
 def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,8 +418,14 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     padded: list[list[int]] = []
     original = encoding.pad_batch
-    monkeypatch.setattr(encoding, "pad_batch", lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(scoring, "score_questions", lambda *arguments: scoring.QuestionScores((-1.0,), (True,)))  # it pads too
+    monkeypatch.setattr(
+        encoding,
+        "pad_batch",
+        lambda texts, *rest: padded.append([len(text.ids) for text in texts]) or original(texts, *rest),
+    )  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        scoring, "score_questions", lambda *arguments: scoring.QuestionScores((-1.0,), (True,))
+    )  # it pads too
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, loss_on="answer", device="cpu"))
     assert len(padded) == 12  # 48 rows
     assert {len(lengths) for lengths in padded} == {4}
@@ -354,7 +433,9 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
         assert first + second == sorted(first + second)
         assert len(set(first + second)) > 1
     tune(options(tmp_path, task=str(path), microbatch=0, epochs=1, overwrite=True))
-    assert resume.read_options(tmp_path / "run")["microbatch"] == 8, "choices, which share their beginnings, go together as far as memory allows"
+    assert resume.read_options(tmp_path / "run")["microbatch"] == 8, (
+        "choices, which share their beginnings, go together as far as memory allows"
+    )
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -376,7 +457,9 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
     texts = encoding.encode_choices(tokenizer, asked, 32)
     with torch.no_grad():
         shares = [scoring.choice_log_probs(model, LMHead.of(model), texts).double().log_softmax(-1) for model in models]
-    expected = (shares[1].exp() * (shares[1] - shares[0])).sum(-1).mean() if path else -shares[0][:, 0].mean()  # the right one is always the first
+    expected = (
+        (shares[1].exp() * (shares[1] - shares[0])).sum(-1).mean() if path else -shares[0][:, 0].mean()
+    )  # the right one is always the first
     assert found == pytest.approx(float(expected), rel=1e-4)
 
     tune(options(tmp_path, epochs=6, teacher=path, overwrite=True))
@@ -387,7 +470,10 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
 
 def test_questions_with_more_and_fewer_choices_follow_a_teacher(tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
-    rows = [{"prompt": f"pick {chr(97 + i % 6)}", "choices": ["a", "b", "c"][: 2 + i % 2], "answer": i % 2} for i in range(40)]
+    rows = [
+        {"prompt": f"pick {chr(97 + i % 6)}", "choices": ["a", "b", "c"][: 2 + i % 2], "answer": i % 2}
+        for i in range(40)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tune(options(tmp_path, task=str(path), teacher=str(taught(tmp_path)), epochs=1))
     assert all(0 <= row["loss"] < 10 for row in results(tmp_path / "run")["training"])
@@ -403,7 +489,9 @@ def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
 
 def test_a_rank_that_layers_are_too_narrow_for_is_said(tmp_path: Path) -> None:
     tune(options(tmp_path, lora_rank_space=(48,), epochs=1))
-    assert "rank 48 clamped in 4 layers that are narrower" in (tmp_path / "run" / "log.txt").read_text(), "keys and values, 32 wide, of 2 layers"
+    assert "rank 48 clamped in 4 layers that are narrower" in (tmp_path / "run" / "log.txt").read_text(), (
+        "keys and values, 32 wide, of 2 layers"
+    )
 
 
 def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
@@ -414,7 +502,9 @@ def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
     assert found["configuration"] == [4, 4]
 
 
-def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sandwich_trains_largest_smallest_and_random_in_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate_ranks
 
@@ -432,7 +522,11 @@ def test_sandwich_trains_largest_smallest_and_random_in_each_step(tmp_path: Path
 def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate_ranks
-    monkeypatch.setattr(ranks, "activate_ranks", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        ranks,
+        "activate_ranks",
+        lambda layers, configuration: seen.append(configuration) or original(layers, configuration),
+    )  # type: ignore[func-returns-value]
     tune(options(tmp_path, sampling="half", epochs=1))
     steps = len(results(tmp_path / "run")["training"])
     trained = seen[1 : 1 + steps]  # after the validation of the start
@@ -441,11 +535,19 @@ def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: p
     assert trained[1::2] == [ranks.sample_configuration((8, 4, 2), 2, 0, step) for step in range(1, steps, 2)]
 
 
-def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate_ranks
-    monkeypatch.setattr(ranks, "activate_ranks", lambda layers, configuration: seen.append(configuration) or original(layers, configuration))  # type: ignore[func-returns-value]
-    tune(options(tmp_path, epochs=1, sampling="random", lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6))
+    monkeypatch.setattr(
+        ranks,
+        "activate_ranks",
+        lambda layers, configuration: seen.append(configuration) or original(layers, configuration),
+    )  # type: ignore[func-returns-value]
+    tune(
+        options(tmp_path, epochs=1, sampling="random", lora_rank_space=(8, 7, 6, 5, 4, 3, 2, 1), num_min_loss_configs=6)
+    )
     found = results(tmp_path / "run")
     trained = seen[1:7]  # after the validation of the start
     order = sorted(range(6), key=lambda i: found["training"][i]["loss"])
@@ -484,18 +586,22 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def write_numbers(path: Path) -> Path:
     """No two rows alike."""
-    path.write_text("".join(json.dumps({"prompt": f"number {i}", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(60)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"number {i}", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(60))
+    )
     return path
 
 
-def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.tasks import dataset
 
     path, original = write_numbers(tmp_path / "numbers.jsonl"), scoring.score_questions
-    counted: Counter[frozenset[str]] = Counter()
+    loss_mask: Counter[frozenset[str]] = Counter()
 
     def spy(*given: Any) -> scoring.QuestionScores:
-        counted.update([frozenset(question.pairs[0][0] for question in given[3])])
+        loss_mask.update([frozenset(question.pairs[0][0] for question in given[3])])
         return original(*given)
 
     monkeypatch.setattr(scoring, "score_questions", spy)
@@ -504,18 +610,22 @@ def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(tmp_path: Pat
     held_out, scored = (frozenset(question.pairs[0][0] for question in part) for part in (task.held_out, task.scored))
     candidates = len(results(tmp_path / "run")["candidates"])
     assert candidates > 1
-    assert len(counted) == 2
-    (selected,) = counted.keys() - {scored}
+    assert len(loss_mask) == 2
+    (selected,) = loss_mask.keys() - {scored}
     assert selected < held_out
     assert len(selected) == 4
-    assert counted == {scored: 3, selected: 1 + 2 + candidates}, "16 bit, compressed and tuned; the start, the epochs and the candidates"
+    assert loss_mask == {scored: 3, selected: 1 + 2 + candidates}, (
+        "16 bit, compressed and tuned; the start, the epochs and the candidates"
+    )
 
 
 def test_held_out_and_scored_rows_are_never_trained_on(tmp_path: Path) -> None:
     from nybble.tasks.dataset import load_task
 
     task = load_task(str(write_numbers(tmp_path / "numbers.jsonl")), None, 0)
-    train, held_out, scored = ({question.pairs[0][0] for question in part} for part in (task.train, task.held_out, task.scored))
+    train, held_out, scored = (
+        {question.pairs[0][0] for question in part} for part in (task.train, task.held_out, task.scored)
+    )
     assert [len(part) for part in (train, held_out, scored)] == [48, 6, 6]
     assert len(train | held_out | scored) == 60
 
@@ -524,7 +634,10 @@ def test_own_files_hold_one_kind_of_rows_and_any_letters(tmp_path: Path) -> None
     from nybble.errors import DataError
     from nybble.tasks.dataset import load_task
 
-    path, choice = tmp_path / "own.jsonl", {"prompt": "a line\u2028and a half\u0085", "choices": ["a", "b"], "answer": 0}
+    path, choice = (
+        tmp_path / "own.jsonl",
+        {"prompt": "a line\u2028and a half\u0085", "choices": ["a", "b"], "answer": 0},
+    )
     path.write_text("".join(json.dumps(choice, ensure_ascii=False) + "\n" for _ in range(20)), encoding="utf-8")
     assert load_task(str(path), None, 0).train[0].pairs[0][0] == choice["prompt"]
     path.write_text("".join(json.dumps(row) + "\n" for row in [choice] * 19 + [{"prompt": "x", "completion": "y"}]))
@@ -550,7 +663,12 @@ def test_rows_and_choices_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureF
     loaded([{"prompt": f"row {i % 30}", "choices": ["a", "b"], "answer": 0} for i in range(60)])
     assert "training rows repeat rows to choose by or to score on" in caplog.text
     good = [{"prompt": f"row {i}", "choices": ["a", "b"], "answer": 0} for i in range(20)]
-    for wrong in ({"answer": True}, {"choices": [None, "b"]}, {"choices": ["a", "b"], "answer": 5, "completion": "c"}, {"choices": ["a"]}):
+    for wrong in (
+        {"answer": True},
+        {"choices": [None, "b"]},
+        {"choices": ["a", "b"], "answer": 5, "completion": "c"},
+        {"choices": ["a"]},
+    ):
         with pytest.raises(DataError, match="row 4 must have prompt, choices"):
             loaded([*good[:3], good[3] | wrong, *good[4:]])
     with pytest.raises(DataError, match="row 4 must have words in every choice; got"):
@@ -560,7 +678,9 @@ def test_rows_and_choices_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("what", ["a wrong choice of the training rows", "the teacher"])
-def test_what_is_read_may_not_change_before_training_ends(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_may_not_change_before_training_ends(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.errors import RunError
 
     teacher = taught(tmp_path)
@@ -574,11 +694,15 @@ def test_what_is_read_may_not_change_before_training_ends(what: str, tmp_path: P
         save_model(teacher, "smollm", seed=7)
     else:
         task.write_text("\n".join([lines[0].replace('"#"', '"%"'), *lines[1:]]))
-    with pytest.raises(RunError, match="the teacher changed" if what == "the teacher" else "the rows of the task changed"):
+    with pytest.raises(
+        RunError, match="the teacher changed" if what == "the teacher" else "the rows of the task changed"
+    ):
         tune(options(tmp_path, teacher=str(teacher), resume=True))
 
 
-def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": "x " * (2 + i % 20) + "pick", "choices": ["a", "b"], "answer": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -624,7 +748,17 @@ def test_sandwich_counts_the_largest_and_the_smallest_as_trained_most(tmp_path: 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, task: str | None = None) -> str:
     base = options(tmp_path)
-    arguments = ["tune", "--pretrained", base.pretrained, "--output_dir", str(tmp_path / "new"), "--task", task or base.task, "--export", *flags]
+    arguments = [
+        "tune",
+        "--pretrained",
+        base.pretrained,
+        "--output_dir",
+        str(tmp_path / "new"),
+        "--task",
+        task or base.task,
+        "--export",
+        *flags,
+    ]
     capsys.readouterr()
     assert main(arguments) == 2
     assert not (tmp_path / "new" / "results.json").exists()
@@ -634,30 +768,44 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, tas
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lora_rank_space must be one or more ranks of at least 1" in refused(tmp_path, capsys, "--lora_rank_space")
-    assert "one rank for each of the 2 decoder layers; got 3" in refused(tmp_path, capsys, "--custom_rank_config", "32", "24", "16")
+    assert "one rank for each of the 2 decoder layers; got 3" in refused(
+        tmp_path, capsys, "--custom_rank_config", "32", "24", "16"
+    )
     assert "from the space 32 24 16; got 5" in refused(tmp_path, capsys, "--custom_rank_config", "32", "5")
     assert "--eval_only needs --resume" in refused(tmp_path, capsys, "--eval_only")
     assert "else nothing is trained" in refused(tmp_path, capsys, "--lr", "0", "--scale_lr", "0", "--norm_lr", "0")
     assert "else nothing is trained" in refused(tmp_path, capsys, "--lr", "0", "--scale_epochs", "0")
-    assert "else nothing is trained" in refused(tmp_path, capsys, "--adapters", "inside", "--lr", "0", "--scale_lr", "0")
-    assert "must be a run of nybble tune that was trained; it is none, or its training did not end" in refused(tmp_path, capsys, "--eval_only", "--resume")
-    assert "nothing.jsonl cannot be read: No such file or directory" in refused(tmp_path, capsys, task=str(tmp_path / "nothing.jsonl"))
+    assert "else nothing is trained" in refused(
+        tmp_path, capsys, "--adapters", "inside", "--lr", "0", "--scale_lr", "0"
+    )
+    assert "must be a run of nybble tune that was trained; it is none, or its training did not end" in refused(
+        tmp_path, capsys, "--eval_only", "--resume"
+    )
+    assert "nothing.jsonl cannot be read: No such file or directory" in refused(
+        tmp_path, capsys, task=str(tmp_path / "nothing.jsonl")
+    )
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')
     assert "row 1 must have prompt, choices" in refused(tmp_path, capsys, task=str(tmp_path / "wrong.jsonl"))
     assert "answers must have tokens within --seq_len 8; none of 16 has; the shortest prompt has" in refused(
         tmp_path, capsys, "--seq_len", "8", task=str(write_long(tmp_path))
     )
-    assert "--batch_size must be at most the number of training rows; got 64 and 48 rows" in refused(tmp_path, capsys, "--batch_size", "64")
+    assert "--batch_size must be at most the number of training rows; got 64 and 48 rows" in refused(
+        tmp_path, capsys, "--batch_size", "64"
+    )
     assert main(["tune", "--pretrained", "x"]) == 2
     assert "--task is required" in capsys.readouterr().err
 
 
-def test_a_task_without_training_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_without_training_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from nybble.evaluation import lm_eval
 
     monkeypatch.setattr(lm_eval, "check_tasks", lambda *_: None)  # lm-eval's index takes long to read
     monkeypatch.setattr(lm_eval, "open_task", lambda name, data_dir: SimpleNamespace(has_training_docs=lambda: False))
-    assert "--task must have a training split; lambada has none; name another" in refused(tmp_path, capsys, task="lambada")
+    assert "--task must have a training split; lambada has none; name another" in refused(
+        tmp_path, capsys, task="lambada"
+    )
 
 
 def write_long(folder: Path) -> Path:
@@ -665,7 +813,9 @@ def write_long(folder: Path) -> Path:
     return folder / "long.jsonl"
 
 
-def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_space_task_or_model_on_resume_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.errors import RunError
 
     tune(options(tmp_path, epochs=1))
@@ -674,13 +824,18 @@ def test_another_space_task_or_model_on_resume_is_refused(tmp_path: Path, capsys
     with pytest.raises(RunError, match="--task was"):
         tune(options(tmp_path, epochs=1, resume=True, task=str(write_task(tmp_path / "other.jsonl"))))
     with pytest.raises(RunError, match="--pretrained was"):
-        tune(options(tmp_path, epochs=1, resume=True, pretrained=str(save_model(tmp_path / "another", "smollm", seed=7))))
+        tune(
+            options(tmp_path, epochs=1, resume=True, pretrained=str(save_model(tmp_path / "another", "smollm", seed=7)))
+        )
     save_model(tmp_path / "model", "smollm", seed=7)
     with pytest.raises(RunError, match="the model changed"):
         tune(options(tmp_path, epochs=1, resume=True))
     capsys.readouterr()
     monkeypatch.delattr("nybble.models.loading.load")  # it is found before the model is loaded
-    assert main(["tune", "--config", str(tmp_path / "run" / "config.toml"), "--resume", "--lora_rank_space", "8", "4"]) == 2
+    assert (
+        main(["tune", "--config", str(tmp_path / "run" / "config.toml"), "--resume", "--lora_rank_space", "8", "4"])
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--lora_rank_space was" in line
 
@@ -708,7 +863,9 @@ def taught(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(run.pretrained)
     tokenizer = AutoTokenizer.from_pretrained(run.pretrained)
     rows = [json.loads(line) for line in Path(run.task).read_text().splitlines()]
-    ids = torch.tensor([tokenizer(f"{row['prompt']} {row['choices'][0]}").input_ids for row in rows[:6]])  # the letters come round after six
+    ids = torch.tensor(
+        [tokenizer(f"{row['prompt']} {row['choices'][0]}").input_ids for row in rows[:6]]
+    )  # the letters come round after six
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(60):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -727,33 +884,54 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
     from nybble.training.losses import kl_to_teacher
 
     path = taught(tmp_path)
-    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer"))
+    tune(
+        options(
+            tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer"
+        )
+    )
     found = results(tmp_path / "run")
     losses = [row["loss"] for row in found["training"]]
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
 
-    tune(options(tmp_path, epochs=6, teacher=str(path), lora_rank_space=(8,), microbatch=8, scale_lr=0.0, loss_on="answer", overwrite=True))
+    tune(
+        options(
+            tmp_path,
+            epochs=6,
+            teacher=str(path),
+            lora_rank_space=(8,),
+            microbatch=8,
+            scale_lr=0.0,
+            loss_on="answer",
+            overwrite=True,
+        )
+    )
     assert [row["loss"] for row in results(tmp_path / "run")["training"]] == losses, "followed with --overwrite too"
 
     # The first loss is the KL of the compressed model to the teacher on the answers of the first batch.
     teacher = AutoModelForCausalLM.from_pretrained(path)
-    compressed = options(tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=1e-12, scale_lr=0.0, loss_on="answer")
+    compressed = options(
+        tmp_path, output_dir=str(tmp_path / "other"), epochs=1, lr=1e-12, scale_lr=0.0, loss_on="answer"
+    )
     tune(compressed)
     student, tokenizer, _ = quantized_model.load_quantized(tmp_path / "other" / "quantized", torch.float32)
     task = dataset.load_task(compressed.task, None, 0)
     texts = encoding.encode_right_answers(tokenizer, task.train, compressed.seq_len)
     batch = encoding.pad_batch([texts[i] for i in sampling.draw_order(len(texts), 8, 0).tolist()])
     with torch.no_grad():
-        states = [last_hidden_states(model, batch.ids)[batch.counted] for model in (student, teacher)]
+        states = [last_hidden_states(model, batch.ids)[batch.loss_mask] for model in (student, teacher)]
         expected = kl_to_teacher(*states, LMHead.of(student), LMHead.of(teacher))
     assert losses[0] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_teacher_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "wider", "smollm", vocab_size=300)
-    assert "--teacher must have the vocabulary of --pretrained, 260 tokens;" in refused(tmp_path, capsys, "--teacher", str(tmp_path / "wider"))
-    assert f"--teacher {tmp_path}/nowhere must be a model folder" in refused(tmp_path, capsys, "--teacher", f"{tmp_path}/nowhere")
+    assert "--teacher must have the vocabulary of --pretrained, 260 tokens;" in refused(
+        tmp_path, capsys, "--teacher", str(tmp_path / "wider")
+    )
+    assert f"--teacher {tmp_path}/nowhere must be a model folder" in refused(
+        tmp_path, capsys, "--teacher", f"{tmp_path}/nowhere"
+    )
 
 
 def test_overwriting_spares_the_task_and_its_data(tmp_path: Path) -> None:
@@ -794,7 +972,10 @@ def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> No
     from .tiny import make_model, make_tokenizer
 
     model, tokenizer = make_model("llama"), make_tokenizer()
-    asked = [Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)), Question((("say", " a"), ("say", " bcd")), 0, (1, 3))]
+    asked = [
+        Question((("ask", " yes"), ("ask", " no, never"), ("ask", " so")), 1, (3, 9, 2)),
+        Question((("say", " a"), ("say", " bcd")), 0, (1, 3)),
+    ]
     choices = encoding.encode_choices(tokenizer, asked, 64)
     with torch.no_grad():
         log_p = scoring.choice_log_probs(model, LMHead.of(model), choices).double()
@@ -812,13 +993,19 @@ def test_choices_that_are_scored_by_length_are_learnt_by_relative_length() -> No
 
 
 @pytest.mark.parametrize(("limit", "used"), [(160, "eager"), (4, "sdpa")])
-def test_short_texts_take_plain_attention_on_a_cpu(limit: int, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_texts_take_plain_attention_on_a_cpu(
+    limit: int, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nybble.workflows import lessons
 
     seen = []
     original = lessons._choice_loss
     monkeypatch.setattr(lessons, "PLAIN_ATTENTION", limit)
-    monkeypatch.setattr(lessons, "_choice_loss", lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson))
+    monkeypatch.setattr(
+        lessons,
+        "_choice_loss",
+        lambda loaded, lesson: seen.append(loaded.model.config._attn_implementation) or original(loaded, lesson),
+    )
     tune(options(tmp_path, epochs=1, device="cpu"))
     assert seen == [used]
 
@@ -829,13 +1016,24 @@ def test_what_tuning_made_worse_is_said_with_its_noise() -> None:
     def said(learnt: str, compressed: str, tuned: str, **others: Any) -> list[str]:
         rows = {"16bit": "1100", "learnt": learnt, "compressed": compressed, "tuned": tuned}
         models = {row: {"task:t acc": right.count("1") / 4, "right:t acc": right} for row, right in rows.items()}
-        return _judge({"task": {"name": "t", "metric": "acc"}, "models": models, "candidates": [], "selected_on": "held_out"} | others)
+        return _judge(
+            {"task": {"name": "t", "metric": "acc"}, "models": models, "candidates": [], "selected_on": "held_out"}
+            | others
+        )
 
     assert said("1110", "1100", "1101") == []
     (adapters,) = said("0010", "1000", "1000")
-    assert adapters == "the adapters made t acc on the test rows worse: 0.5000 before, 0.2500 after (row by row -0.2500 +- 0.4787)"
+    assert (
+        adapters
+        == "the adapters made t acc on the test rows worse: 0.5000 before, 0.2500 after (row by row -0.2500 +- 0.4787)"
+    )
     (scales,) = said("1111", "1111", "1110")
-    assert scales == "tuning in 4 bits made t acc on the test rows worse: 1.0000 before, 0.7500 after (row by row -0.2500 +- 0.2500)"
+    assert (
+        scales
+        == "tuning in 4 bits made t acc on the test rows worse: 1.0000 before, 0.7500 after (row by row -0.2500 +- 0.2500)"
+    )
     starts_kept = said("1100", "1100", "1100", best_step=0, scales={"best_step": 0})
     assert [text.split(" was ")[0] for text in starts_kept] == ["no epoch of tuning", "no epoch of training in 4 bits"]
-    assert said("1100", "1100", "1100", selected_on="test", candidates=[{}, {}])[0].startswith("the configuration was chosen on the test rows")
+    assert said("1100", "1100", "1100", selected_on="test", candidates=[{}, {}])[0].startswith(
+        "the configuration was chosen on the test rows"
+    )

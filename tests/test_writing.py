@@ -14,7 +14,9 @@ from .tiny import make_model, make_tokenizer
 
 
 def write(path: Path, count: int = 5, seed: int = 0, tokenizer: Any = None, **options: Any) -> torch.Tensor:
-    return generate.generate_sequences(path, make_model("smollm"), tokenizer or make_tokenizer(), count, 24, seed, 3, **options)
+    return generate.generate_sequences(
+        path, make_model("smollm"), tokenizer or make_tokenizer(), count, 24, seed, 3, **options
+    )
 
 
 def test_text_depends_on_the_seed_alone(tmp_path: Path) -> None:

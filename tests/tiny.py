@@ -40,14 +40,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3_ROPE}),  # Llama 3.x
     "smollm": ("LlamaConfig", {"tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {"sliding_window": 8, "head_dim": 32}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2": (
+        "Qwen2Config",
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
     "gemma2": (
         "Gemma2Config",
-        {"head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32},
+        {
+            "head_dim": 32,
+            "sliding_window": 8,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 32,
+        },
     ),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32}),
-    "phi3": ("Phi3Config", {"tie_word_embeddings": False, "sliding_window": 8, "rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 128}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+    "phi3": (
+        "Phi3Config",
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": 8,
+            "rope_parameters": _LONG_ROPE,
+            "original_max_position_embeddings": 128,
+        },
+    ),
 }
 
 
@@ -70,7 +95,12 @@ def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 def make_tokenizer(begin: bool = False) -> Any:
     """One token a byte; with `begin`, <s> before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<extra>": 258, "<more>": 259}
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | {
+        "<s>": 256,
+        "</s>": 257,
+        "<extra>": 258,
+        "<more>": 259,
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +108,13 @@ def make_tokenizer(begin: bool = False) -> Any:
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_model(folder: Path, family: str, begin: bool = False, **changes: Any) -> Path:

@@ -35,7 +35,14 @@ def set_up_logging() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when data are
     import transformers
 
-    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", omit_repeated_times=False, highlighter=None)
+    handler = RichHandler(
+        console=console,
+        show_path=False,
+        show_level=False,
+        log_time_format="%H:%M:%S",
+        omit_repeated_times=False,
+        highlighter=None,
+    )
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -63,12 +70,26 @@ def log_to(path: Path) -> Iterator[None]:
 @contextmanager
 def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
     """A progress bar; `text` names one column of free text."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
     if text is not None:
         columns.append(TextColumn(f"{{task.fields[{text}]}}"))
     spoke = time.monotonic()
     # rich takes the pace of the last minutes, without the first units.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, get_time=time.monotonic, speed_estimate_period=300) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        get_time=time.monotonic,
+        speed_estimate_period=300,
+    ) as progress:
         fields: dict[str, Any] = {} if text is None else {text: ""}
         task = progress.add_task(title, total=total, **fields)
 
@@ -79,6 +100,13 @@ def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
             if not console.is_terminal and now - spoke > _LOG_EVERY:
                 spoke = now
                 left = "" if state.time_remaining is None else f", about {state.time_remaining:.0f} s left"
-                log.info("%s %d of %d%s%s", title, state.completed, total, left, "".join(f", {value}" for value in texts.values()))
+                log.info(
+                    "%s %d of %d%s%s",
+                    title,
+                    state.completed,
+                    total,
+                    left,
+                    "".join(f", {value}" for value in texts.values()),
+                )
 
         yield advance

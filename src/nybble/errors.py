@@ -41,7 +41,9 @@ class MissingExtraError(NybbleError):
     """
 
     def __init__(self, extra: str, purpose: str) -> None:
-        super().__init__(f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: pip install -c constraints.txt -e ".[{extra}]"')
+        super().__init__(
+            f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: pip install -c constraints.txt -e ".[{extra}]"'
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -31,7 +31,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -
     """Write tensors and a JSON-able note (kept in the header) to one safetensors file, atomically."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}, temporary, {"note": json.dumps(note)})
+        save_file(
+            {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()},
+            temporary,
+            {"note": json.dumps(note)},
+        )
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written; {error}; free some space, then go on with --resume") from error
@@ -41,7 +45,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote: tensors on the CPU, and the note."""
     with open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("note", "{}"))  # noqa: SIM118
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, json.loads((file.metadata() or {}).get("note", "{}"))
 
 
 @contextmanager
@@ -51,7 +56,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} must be a readable safetensors file; {error}; delete it to start that stage again") from error
+        raise RunError(
+            f"{path} must be a readable safetensors file; {error}; delete it to start that stage again"
+        ) from error
 
 
 @contextmanager

@@ -17,14 +17,18 @@ GRID = QuantScheme(group_size=32)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folding_keeps_the_function(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # Gemma's norms compute in float32 whatever the model's dtype
+    monkeypatch.setattr(
+        torch.Tensor, "float", torch.Tensor.double
+    )  # Gemma's norms compute in float32 whatever the model's dtype
     model = make_model(family, dtype=torch.float64)
     ids = torch.randint(0, 255, (4, 16))
     before = model(ids).logits
     blocks = DecoderBlocks(model, selection.select_layers(model).int4, ids, 4)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     # factors far from 1, whatever the search would say
-    monkeypatch.setattr(awq, "search", lambda weight, gram, grid, share: awq.factors(gram + torch.eye(len(gram)), 3.0, share))
+    monkeypatch.setattr(
+        awq, "search", lambda weight, gram, scheme, share: awq.factors(gram + torch.eye(len(gram)), 3.0, share)
+    )
     for i, block in enumerate(blocks.modules):
         awq.fold(block, blocks.observe(i), model.config, GRID)
     assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-11)
@@ -55,7 +59,11 @@ def test_search_lowers_the_weighed_error() -> None:
     def error(s: torch.Tensor) -> float:
         scaled = weight * s
         scale, zero = min_max_qparams(scaled, GRID)
-        return float((((dequantize(quantize(scaled, scale, zero, GRID), scale, zero) - scaled) / s).square() * gram.diagonal()).sum())
+        return float(
+            (
+                ((dequantize(quantize(scaled, scale, zero, GRID), scale, zero) - scaled) / s).square() * gram.diagonal()
+            ).sum()
+        )
 
     found = awq.search(weight, gram, GRID)
     assert error(found) < 0.9 * error(torch.ones(64))
@@ -85,7 +93,9 @@ def test_rounding_of_a_16_bit_norm_is_made_up_for() -> None:
 
 def test_a_channel_that_rounding_would_turn_off_stays() -> None:
     norm = torch.nn.Linear(1, 1)
-    norm.weight = torch.nn.Parameter(torch.tensor([-0.9, 0.0, -1.0]).bfloat16(), requires_grad=False)  # Gemma: times 1 + weight
+    norm.weight = torch.nn.Parameter(
+        torch.tensor([-0.9, 0.0, -1.0]).bfloat16(), requires_grad=False
+    )  # Gemma: times 1 + weight
     used = awq.divide(norm, torch.tensor([60.0, 2.0, 2.0]), 1.0, None)
     assert norm.weight[0] == torch.tensor(-0.9).bfloat16()
     assert used[0] == 1

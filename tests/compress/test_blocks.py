@@ -33,7 +33,9 @@ def test_statistics_are_means_over_tokens() -> None:
     layers = model.model.layers[1]
     for name, module in layers.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)})
+            )
     blocks = DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
     blocks.advance_full(0)
     statistics = blocks.observe(1)
@@ -69,7 +71,10 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     model = make_model("llama")
     monkeypatch.setattr(compress_blocks, "IN_MEMORY", 0)
     monkeypatch.setattr(compress_blocks.os, "posix_fallocate", full)
-    with pytest.raises(RunError, match=r"must have room for 0\.0 GB of calibration; No space left on device; free some, or use fewer --calib_samples"):
+    with pytest.raises(
+        RunError,
+        match=r"must have room for 0\.0 GB of calibration; No space left on device; free some, or use fewer --calib_samples",
+    ):
         DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2, folder=tmp_path)
 
 
@@ -82,11 +87,19 @@ def test_every_family_is_a_chain(family: str) -> None:
 def test_blocks_that_take_something_of_the_tokens_are_refused() -> None:
     model = make_model("llama")
     original = model.model.layers[1].forward
-    model.model.layers[1].forward = lambda hidden_states, **rest: original(hidden_states, **rest) + rest["of_tokens"].mean()
-    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args, kwargs: (args, {"of_tokens": seen[0]} | kwargs), with_kwargs=True)
+    model.model.layers[1].forward = lambda hidden_states, **rest: (
+        original(hidden_states, **rest) + rest["of_tokens"].mean()
+    )
+    handle = model.model.layers[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {"of_tokens": seen[0]} | kwargs), with_kwargs=True
+    )
     seen = [torch.zeros(1)]
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.insert(0, kwargs["input_ids"].float()), with_kwargs=True)
-    with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.insert(0, kwargs["input_ids"].float()), with_kwargs=True
+    )
+    with pytest.raises(
+        ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"
+    ):
         check_chain(model, selection.select_layers(model).int4, IDS[:2])
     handle.remove()
 
@@ -128,7 +141,9 @@ def test_blocks_that_are_no_chain_are_refused() -> None:
         return output * calls[0]
 
     model.model.layers[1].register_forward_hook(drift)
-    with pytest.raises(ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"):
+    with pytest.raises(
+        ModelError, match=r"the blocks of llama must be a chain, .*; block 1 is not; use the method rtn"
+    ):
         DecoderBlocks(model, selection.select_layers(model).int4, IDS, 2)
 
 
@@ -142,7 +157,9 @@ def test_blocks_that_need_the_size_of_the_batch_are_refused() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)).eval()
-    with pytest.raises(ModelError, match=r"the blocks of bloom must be a chain, .*; block 0 is not; use the method rtn"):
+    with pytest.raises(
+        ModelError, match=r"the blocks of bloom must be a chain, .*; block 0 is not; use the method rtn"
+    ):
         check_chain(model, selection.select_layers(model).int4, IDS[:2])
 
 
@@ -150,5 +167,8 @@ def test_outputs_of_a_block_that_are_not_finite_are_named() -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=r"the outputs of block 1 \(mlp\.down_proj\) must be finite; they are not on this text; .* are broken"):
+    with pytest.raises(
+        ModelError,
+        match=r"the outputs of block 1 \(mlp\.down_proj\) must be finite; they are not on this text; .* are broken",
+    ):
         check_chain(model, selection.select_layers(model).int4, IDS[:2])

@@ -30,9 +30,14 @@ def block_error(blocks: DecoderBlocks, starts: dict[str, QuantizedInit], part: s
     block = blocks.modules[0]
     original = {name: block.get_submodule(name).weight for name in starts}
     for name, start in starts.items():
-        block.get_submodule(name).weight = torch.nn.Parameter(start.quantized(GRID).dequantize().to(blocks.dtype), requires_grad=False)
+        block.get_submodule(name).weight = torch.nn.Parameter(
+            start.quantized(GRID).dequantize().to(blocks.dtype), requires_grad=False
+        )
     with torch.no_grad():
-        error = F.mse_loss(blocks.run(0, blocks.quantized[part]).float(), blocks.full[part].float()) / blocks.full[part].float().square().mean()
+        error = (
+            F.mse_loss(blocks.run(0, blocks.quantized[part]).float(), blocks.full[part].float())
+            / blocks.full[part].float().square().mean()
+        )
     for name, weight in original.items():
         block.get_submodule(name).weight = weight
     return float(error)
@@ -40,7 +45,11 @@ def block_error(blocks: DecoderBlocks, starts: dict[str, QuantizedInit], part: s
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [pytest.param("llama", torch.float32, marks=pytest.mark.slow), ("gemma2", torch.float32), pytest.param("qwen2", torch.bfloat16, marks=pytest.mark.slow)],
+    [
+        pytest.param("llama", torch.float32, marks=pytest.mark.slow),
+        ("gemma2", torch.float32),
+        pytest.param("qwen2", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_the_block_comes_closer_on_held_out_text(family: str, dtype: torch.dtype) -> None:
     blocks, starts = ready(family, dtype)
@@ -79,7 +88,9 @@ def test_gradients_reach_offsets_and_scales() -> None:
 
 def test_a_block_that_would_get_worse_keeps_its_start() -> None:
     blocks, starts = ready()
-    trained, before, after = blockwise.train(blocks, 0, starts, GRID, BlockwiseConfig(epochs=1, offset_lr=50.0, scale_lr=3.0), seed=0)
+    trained, before, after = blockwise.train(
+        blocks, 0, starts, GRID, BlockwiseConfig(epochs=1, offset_lr=50.0, scale_lr=3.0), seed=0
+    )
     assert after == before
     assert trained is starts
 
@@ -97,7 +108,10 @@ def test_the_seed_decides() -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     blocks, starts = ready()
     blocks.quantized[3] = torch.inf
-    with pytest.raises(ModelError, match=r"the loss of block 0 must stay finite; it became nan; the model's weights or this text are broken"):
+    with pytest.raises(
+        ModelError,
+        match=r"the loss of block 0 must stay finite; it became nan; the model's weights or this text are broken",
+    ):
         blockwise.train(blocks, 0, starts, GRID, BlockwiseConfig(), 0)
 
 
@@ -109,7 +123,9 @@ def test_16_bit_starts_keep_their_codes(dtype: torch.dtype) -> None:
     # weights pushed next to a rounding boundary, where methods leave them
     near = scale.repeat_interleave(32, 1) * (codes - zero.repeat_interleave(32, 1) + 0.4999)
     codes = quantize(near, scale, zero, GRID)
-    assert not torch.equal(quantize(near.to(dtype).float(), scale, zero, GRID), codes), "the plain cast must fail for this test to mean anything"
+    assert not torch.equal(quantize(near.to(dtype).float(), scale, zero, GRID), codes), (
+        "the plain cast must fail for this test to mean anything"
+    )
     kept = QuantizedInit.keeping(codes, near, scale, zero, GRID, dtype)
     assert kept.weight_OI.dtype == dtype
     assert torch.equal(kept.quantized(GRID).codes_OI, codes)

@@ -24,15 +24,17 @@ def layer(outputs: int = 5, inputs: int = 32) -> tuple[torch.Tensor, torch.Tenso
     return weight, x.T @ x / 200
 
 
-def plain(weight: torch.Tensor, importance: torch.Tensor, grid: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    return min_max_qparams(weight, grid)
+def plain(weight: torch.Tensor, importance: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    return min_max_qparams(weight, scheme)
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 def test_equals_the_slow_reference(activation_order: bool, damping: float) -> None:
     weight, gram = layer()
-    running, scale, zero = gptq.compensate(weight, Hessian.of(gram, damping, activation_order=activation_order), GRID, plain)
+    running, scale, zero = gptq.compensate(
+        weight, Hessian.of(gram, damping, activation_order=activation_order), GRID, plain
+    )
     order = gram.diagonal().argsort(descending=True).tolist() if activation_order else list(range(32))
     assert torch.equal(quantize(running, scale, zero, GRID), reference(weight, gram, damping, scale, zero, 15, order))
 
@@ -40,13 +42,15 @@ def test_equals_the_slow_reference(activation_order: bool, damping: float) -> No
 def test_scales_come_from_the_running_weights() -> None:
     weight, gram = layer()
     _, scale, _ = gptq.compensate(weight, Hessian.of(gram), GRID, plain)
-    assert torch.equal(scale[:, 0], min_max_qparams(weight, GRID)[0][:, 0])  # nothing has been rounded before the first group
+    assert torch.equal(
+        scale[:, 0], min_max_qparams(weight, GRID)[0][:, 0]
+    )  # nothing has been rounded before the first group
     assert not torch.equal(scale[:, 1:], min_max_qparams(weight, GRID)[0][:, 1:])
     seen = []
 
-    def find(weight: torch.Tensor, importance: torch.Tensor, grid: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    def find(weight: torch.Tensor, importance: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append((weight.clone(), importance))
-        return min_max_qparams(weight, grid)
+        return min_max_qparams(weight, scheme)
 
     gptq.compensate(weight, Hessian.of(gram), GRID, find)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
@@ -88,7 +92,10 @@ def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
         assert hessian.upper_II.isfinite().all()
         assert hessian.order_I is not None
         assert hessian.order_I[0] == (x**2).mean(0).argmax()
-    with pytest.raises(ModelError, match=r"the Hessian of layers\.0\.q_proj must be positive definite; it is not, even with damping 1; .* or leave gptq out"):
+    with pytest.raises(
+        ModelError,
+        match=r"the Hessian of layers\.0\.q_proj must be positive definite; it is not, even with damping 1; .* or leave gptq out",
+    ):
         Hessian.of(torch.eye(4) - 5 * torch.ones(4, 4), 0.03, "layers.0.q_proj")
 
 
@@ -104,7 +111,9 @@ def test_descent_gives_each_code_its_best_value() -> None:
             for code in range(16):
                 trial = codes[o].clone()
                 trial[j] = code
-                errors.append(float(output_error(dequantize(trial[None], scale[o, None], zero[o, None]) - weight[o], hessian)))
+                errors.append(
+                    float(output_error(dequantize(trial[None], scale[o, None], zero[o, None]) - weight[o], hessian))
+                )
             codes[o, j] = errors.index(min(errors))
     assert not torch.equal(codes, start)
     assert torch.equal(gptq.descend(start, scale, zero, weight, hessian, GRID), codes)
@@ -116,7 +125,9 @@ def test_polishing_raises_no_error() -> None:
     running, scale, zero = gptq.compensate(weight, Hessian.of(gram), GRID, search)
     codes = quantize(running, scale, zero, GRID)
     polished, fitted = pipeline._polish(codes, scale, zero, weight, hessian, GRID)
-    before, after = (output_error(dequantize(c, s, zero) - weight, hessian) for c, s in ((codes, scale), (polished, fitted)))
+    before, after = (
+        output_error(dequantize(c, s, zero) - weight, hessian) for c, s in ((codes, scale), (polished, fitted))
+    )
     assert (after <= before * (1 + 1e-9)).all()
     assert after.sum() < 0.95 * before.sum()
 
@@ -131,7 +142,10 @@ def test_unused_inputs_do_no_harm() -> None:
 @pytest.mark.parametrize("method", ["se", "gptq", "se+gptq"])
 def test_a_layer_that_sees_nothing_is_rounded_well_all_the_same(method: str) -> None:
     block = torch.nn.ModuleDict({"dead": torch.nn.Linear(32, 16)})
-    shared, calibration = InputStatistics(("dead",), torch.zeros(32, 32)), compress_calibration.Calibration(torch.zeros(1, 1))
+    shared, calibration = (
+        InputStatistics(("dead",), torch.zeros(32, 32)),
+        compress_calibration.Calibration(torch.zeros(1, 1)),
+    )
     start = pipeline._round(block, shared, GRID, methods.parse_method(method), calibration, "layers.0.")["dead"]
     weight = block["dead"].weight.detach()
     nearest = dequantize(quantize(weight, *min_max_qparams(weight, GRID), GRID), *min_max_qparams(weight, GRID))
@@ -141,7 +155,9 @@ def test_a_layer_that_sees_nothing_is_rounded_well_all_the_same(method: str) -> 
 @pytest.mark.parametrize("method", ["se", "gptq", "se+gptq"])
 def test_rows_at_a_time_give_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = layer(20, 32)
-    block = torch.nn.ModuleDict({"a": torch.nn.Linear(32, 12, dtype=torch.float64), "b": torch.nn.Linear(32, 8, dtype=torch.float64)})
+    block = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(32, 12, dtype=torch.float64), "b": torch.nn.Linear(32, 8, dtype=torch.float64)}
+    )
     with torch.no_grad():
         block["a"].weight.copy_(weight[:12])
         block["b"].weight.copy_(weight[12:])
@@ -150,7 +166,12 @@ def test_rows_at_a_time_give_the_same(method: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(pipeline, "_EQUATIONS", equations)
         made.append(
             pipeline._round(
-                block, InputStatistics(("a", "b"), gram), GRID, methods.parse_method(method), compress_calibration.Calibration(torch.zeros(1, 1)), ""
+                block,
+                InputStatistics(("a", "b"), gram),
+                GRID,
+                methods.parse_method(method),
+                compress_calibration.Calibration(torch.zeros(1, 1)),
+                "",
             )
         )
     for name, size in (("a", 12), ("b", 8)):

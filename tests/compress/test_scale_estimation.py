@@ -32,7 +32,9 @@ def test_quadratic_is_the_error() -> None:
     codes = quantize(weight, scale, zero, GRID)
     quadratic = Quadratic.of(codes, zero, weight, weight @ gram, gram)
     for candidate in (scale, scale * 0.9, scale * torch.rand_like(scale)):
-        assert torch.allclose(quadratic.error(candidate), output_error(dequantize(codes, candidate, zero) - weight, gram))
+        assert torch.allclose(
+            quadratic.error(candidate), output_error(dequantize(codes, candidate, zero) - weight, gram)
+        )
 
 
 def test_solution_is_that_of_least_squares() -> None:
@@ -60,13 +62,17 @@ def test_search_takes_the_best_of_its_ranges() -> None:
                 low, high = groups[o, g].min() * shrink, groups[o, g].max() * shrink
                 s, z = qparams_from_range(low[None], high[None], GRID)
                 made = dequantize(quantize(groups[o, g][None], s[None], z[None], GRID), s[None], z[None])[0]
-                errors.append((float(((made - groups[o, g]).square() * importance[8 * g : 8 * g + 8]).sum()), float(s), float(z)))
+                errors.append(
+                    (float(((made - groups[o, g]).square() * importance[8 * g : 8 * g + 8]).sum()), float(s), float(z))
+                )
             assert (float(scale[o, g]), float(zero[o, g])) == min(errors)[1:]
 
 
 def test_each_stage_lowers_the_error_of_every_row() -> None:
     weight = torch.randn(64, 32, dtype=torch.float64)
-    x = torch.randn(200, 32, dtype=torch.float64) @ (torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64))
+    x = torch.randn(200, 32, dtype=torch.float64) @ (
+        torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, dtype=torch.float64)
+    )
     gram = x.T @ x / 200
     searched = error(weight, *search(weight, gram.diagonal(), GRID), gram)
     errors = [error(weight, *estimate(weight, gram, GRID, turns), gram) for turns in range(4)]

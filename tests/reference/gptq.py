@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 
-def gptq(weight_OI: Tensor, gram_II: Tensor, damping: float, scale_OG: Tensor, zero_OG: Tensor, max_code: int, order: list[int]) -> Tensor:
+def gptq(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    damping: float,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor,
+    max_code: int,
+    order: list[int],
+) -> Tensor:
     """Codes [O, I] for fixed scales and zeros, columns rounded in this order."""
     outputs, inputs = weight_OI.shape
     size = inputs // scale_OG.shape[1]
@@ -15,7 +23,7 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, damping: float, scale_OG: Tensor, z
         for n, j in enumerate(order):
             left = order[n:]
             inverse = torch.linalg.inv(hessian[left][:, left])
-            scale, zero = float(scale_OG[o, j // size]), float(zero_OG[o, j // size])
+            scale, zero = float(scale_OG[o, j // size]), float(zero_point_OG[o, j // size])
             code = min(max(round(float(row[j]) / scale) + zero, 0), max_code)
             codes[o, j] = int(code)
             error = (float(row[j]) - scale * (code - zero)) / float(inverse[0, 0])

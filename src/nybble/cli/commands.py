@@ -77,7 +77,9 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
     try:
         return loading.load(target, dtype, device, options.trust_remote_code)
     except ModelError as error:
-        raise ModelError(str(error).replace("--pretrained", "--teacher" if target == options.teacher else "MODEL_OR_RUN")) from error
+        raise ModelError(
+            str(error).replace("--pretrained", "--teacher" if target == options.teacher else "MODEL_OR_RUN")
+        ) from error
 
 
 def evaluate(options: EvalOptions) -> None:
@@ -93,10 +95,21 @@ def evaluate(options: EvalOptions) -> None:
             if options.teacher is not None:
                 teacher = perplexity.model_logits(_teacher(options, opened).model, rows.ids)
             with bar(f"{options.split} of {' + '.join(options.data)}", len(rows)) as advance:
-                results |= perplexity.measure_sequences(perplexity.model_logits(opened.model, rows.ids), rows.ids, teacher, advance, rows.counted)
+                results |= perplexity.measure_sequences(
+                    perplexity.model_logits(opened.model, rows.ids), rows.ids, teacher, advance, rows.loss_mask
+                )
         if options.tasks:
-            tasks = lm_eval.run_tasks(opened.model, opened.tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
-            results |= {key: value for key, value in lm_eval.result_columns(tasks).items() if not key.startswith("right:")}
+            tasks = lm_eval.run_tasks(
+                opened.model,
+                opened.tokenizer,
+                options.tasks,
+                options.eval_batch_size,
+                options.task_limit,
+                options.data_dir,
+            )
+            results |= {
+                key: value for key, value in lm_eval.result_columns(tasks).items() if not key.startswith("right:")
+            }
     table = Table("measure", "value", title=opened.name)
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -109,7 +122,10 @@ def _teacher(options: EvalOptions, opened: LoadedModel) -> LoadedModel:
     assert options.teacher is not None
     teacher = open_target(options, options.teacher)
     sizes = [model.config.get_text_config().vocab_size for model in (teacher.model, opened.model)]
-    if generate.vocabulary_fingerprint(teacher.tokenizer) != generate.vocabulary_fingerprint(opened.tokenizer) or sizes[0] != sizes[1]:
+    if (
+        generate.vocabulary_fingerprint(teacher.tokenizer) != generate.vocabulary_fingerprint(opened.tokenizer)
+        or sizes[0] != sizes[1]
+    ):
         raise OptionError(f"--teacher must have the vocabulary of {opened.name}; {teacher.name} has another")
     return teacher
 
@@ -117,11 +133,17 @@ def _teacher(options: EvalOptions, opened: LoadedModel) -> LoadedModel:
 def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> packing.TokenRows:
     """What `nybble eval` measures on."""
     mixture = data_mixture.Mixture.parse(options.data)
-    texts = {name: sources.load_texts(name, options.data_column, options.data_dir, (options.split,))[options.split] for name in mixture.names}
+    texts = {
+        name: sources.load_texts(name, options.data_column, options.data_dir, (options.split,))[options.split]
+        for name in mixture.names
+    }
     assistant = options.loss_on == "assistant"
     if assistant:
         data_mixture.check_conversations(texts)
-    parts = [packing.pack_documents(opened.tokenizer, documents, options.seq_len, options.split, assistant_only=assistant) for documents in texts.values()]
+    parts = [
+        packing.pack_documents(opened.tokenizer, documents, options.seq_len, options.split, assistant_only=assistant)
+        for documents in texts.values()
+    ]
     return mixture.first(parts, options.samples)
 
 
@@ -138,15 +160,19 @@ def inspect(options: InspectOptions) -> None:
         table.add_column(heading, justify="right")
     for name, weight in weights.items():
         cells = report_run.error_cells(errors[name]) if name in errors else ["-"] * 4
-        ends = ((weight.codes_OI == 0) | (weight.codes_OI == weight.grid.max_code)).float().mean()
-        table.add_row(name, " x ".join(map(str, weight.codes_OI.shape)), str(weight.grid), *cells, f"{float(ends):.2%}")
+        ends = ((weight.codes_OI == 0) | (weight.codes_OI == weight.scheme.max_code)).float().mean()
+        table.add_row(
+            name, " x ".join(map(str, weight.codes_OI.shape)), str(weight.scheme), *cells, f"{float(ends):.2%}"
+        )
     console.print(table)
     if errors and tuned:
         what = "before scales and norms were trained" if report_run.learns_first(results) else "before tuning"
         console.print(f"The errors are those of the start ({results.get('method', 'rtn')}), {what}.", highlight=False)
-    counts = Counter(str(weight.grid) for weight in weights.values())
+    counts = Counter(str(weight.scheme) for weight in weights.values())
     size = sum(weight.nbytes for weight in weights.values())
-    console.print(f"{', '.join(f'{count} x {grid}' for grid, count in counts.items())}; {size / 1e6:.1f} MB.", highlight=False)
+    console.print(
+        f"{', '.join(f'{count} x {grid}' for grid, count in counts.items())}; {size / 1e6:.1f} MB.", highlight=False
+    )
 
 
 def make_report(options: ReportOptions) -> None:
@@ -158,13 +184,21 @@ def make_report(options: ReportOptions) -> None:
     compared = [folder for folder in options.runs if (Path(folder) / five_columns.FILE).is_file()]
     if compared and len(compared) < len(options.runs):
         other = next(folder for folder in options.runs if folder not in compared)
-        raise OptionError(f"nybble report takes runs, or comparisons of tune --compare; got {compared[0]}, which is a comparison, and {other}, which is none")
+        raise OptionError(
+            f"nybble report takes runs, or comparisons of tune --compare; got {compared[0]}, which is a comparison, and {other}, which is none"
+        )
     _report_comparisons(options) if compared else _report_runs(options)
 
 
 def _report_comparisons(options: ReportOptions) -> None:
-    found = five_columns.together([five_columns.read(folder) for folder in {Path(run).resolve(): Path(run) for run in options.runs}.values()])
-    written = "" if options.table else _write_page(options, found.html, lambda: f"{report_run.MADE_HERE}\n\n{found.markdown()}")
+    found = five_columns.together(
+        [five_columns.read(folder) for folder in {Path(run).resolve(): Path(run) for run in options.runs}.values()]
+    )
+    written = (
+        ""
+        if options.table
+        else _write_page(options, found.html, lambda: f"{report_run.MADE_HERE}\n\n{found.markdown()}")
+    )
     for table in found.tables:
         console.print(tables.as_table(*table))
     console.print(f"{found.note}\n{written}" if written else found.markdown(), highlight=False, soft_wrap=True)
@@ -184,7 +218,11 @@ def _report_runs(options: ReportOptions) -> None:
     if not runs:
         raise RunError(f"{', '.join(unfinished)} has measured nothing yet; finish it with --resume")
     if unfinished:
-        console.print(f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.", highlight=False, soft_wrap=True)
+        console.print(
+            f"Not finished, and shown as far as measured: {', '.join(unfinished)}; go on with --resume.",
+            highlight=False,
+            soft_wrap=True,
+        )
     comparisons = report_comparison.compare_runs(runs)
     if options.table:
         headings, lines = report_comparison.published_rows(comparisons)
@@ -194,9 +232,16 @@ def _report_runs(options: ReportOptions) -> None:
             if any("task_limit" in results for results in comparison.runs.values()):
                 console.print(f"{comparison.model}: {comparison.measured_on}", highlight=False, soft_wrap=True)
             if comparison.baseline is None:
-                console.print(f"{comparison.model}: no model compressed without any training to compare with; {_REMEDY}", highlight=False)
+                console.print(
+                    f"{comparison.model}: no model compressed without any training to compare with; {_REMEDY}",
+                    highlight=False,
+                )
         return
-    written = _write_page(options, lambda: report_html.comparison_page(comparisons), lambda: report_comparison.comparison_markdown(comparisons))
+    written = _write_page(
+        options,
+        lambda: report_html.comparison_page(comparisons),
+        lambda: report_comparison.comparison_markdown(comparisons),
+    )
     for comparison in comparisons:
         console.print(tables.as_table(*report_comparison.comparison_rows(comparison), title=comparison.model))
         console.print(report_comparison.explained(comparison), highlight=False)
@@ -209,8 +254,14 @@ def _write_page(options: ReportOptions, html: Callable[[], str], markdown: Calla
     if out.suffix != ".html":
         raise OptionError(f"--out must be the name of a page, ending with .html; got {out}")
     beside = out.with_suffix(".md")
-    own = beside.resolve() in {(Path(folder) / "report.md").resolve() for folder in options.runs if run_results.read_results(Path(folder))}
-    if not own and beside.is_file() and not beside.read_text(encoding="utf-8", errors="replace").startswith(report_run.MADE_HERE):
+    own = beside.resolve() in {
+        (Path(folder) / "report.md").resolve() for folder in options.runs if run_results.read_results(Path(folder))
+    }
+    if (
+        not own
+        and beside.is_file()
+        and not beside.read_text(encoding="utf-8", errors="replace").startswith(report_run.MADE_HERE)
+    ):
         raise OptionError(f"--out {out} would replace {beside}, which nybble report did not write; choose another name")
     text = html()
     try:
@@ -219,7 +270,9 @@ def _write_page(options: ReportOptions, html: Callable[[], str], markdown: Calla
             files.write_text(beside, markdown())
     except OSError as error:
         raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
-    return f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline)" + (f" and {beside.name}" if beside.exists() else "")
+    return f"{out} ({out.stat().st_size / 1e3:.0f} kB, opens offline)" + (
+        f" and {beside.name}" if beside.exists() else ""
+    )
 
 
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:

@@ -92,17 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_up_logging()
             module, function = command.split(":")
             getattr(import_module(module), function)(options)
-    except (NybbleError, OSError) as error:  # OSError: a full disk, a folder without permission, a name that is too long
+    except (
+        NybbleError,
+        OSError,
+    ) as error:  # OSError: a full disk, a folder without permission, a name that is too long
         print(f"nybble: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded yet
             raise
-        print("nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu", file=sys.stderr)
+        print(
+            "nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         kind = COMMANDS[arguments[0]][0] if arguments[0] in COMMANDS else None
-        print("nybble: interrupted" + ("; the same command with --resume goes on from the last checkpoint" if hasattr(kind, "resume") else ""), file=sys.stderr)
+        print(
+            "nybble: interrupted"
+            + ("; the same command with --resume goes on from the last checkpoint" if hasattr(kind, "resume") else ""),
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -134,14 +144,18 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
     if name == "env":
         raise OptionError(f"nybble env takes no arguments; got {' '.join(flags)}")
     if name not in COMMANDS:
-        raise OptionError(f"unknown command {name}{_nearest(name, [*COMMANDS, 'env'])}; the commands are {', '.join(COMMANDS)}, env")
+        raise OptionError(
+            f"unknown command {name}{_nearest(name, [*COMMANDS, 'env'])}; the commands are {', '.join(COMMANDS)}, env"
+        )
     kind, command = COMMANDS[name]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     known = [f"--{field.replace('_', '-')}" for field in fields] + ["--config", "--help"]
     for flag in flags:
         stem = flag.split("=")[0]
         if stem.startswith("--") and stem not in known and stem.replace("--no-", "--", 1) not in known:
-            raise OptionError(f"unknown flag {stem.replace('-', '_').replace('__', '--', 1)} of nybble {name}{_nearest(stem, known)}; see nybble {name} --help")
+            raise OptionError(
+                f"unknown flag {stem.replace('-', '_').replace('__', '--', 1)} of nybble {name}{_nearest(stem, known)}; see nybble {name} --help"
+            )
 
     flags, config = _take(flags, "--config")
     values = {} if config is None else from_toml(kind, Path(config))
@@ -150,7 +164,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
         if saved.is_file():
             check_kind(saved.parent, kind)
             run = of_run(kind, saved.parent)
-            if "--eval-only" in flags:  # what the run was given need not be what is in place: `nybble search` puts other ranks there
+            if (
+                "--eval-only" in flags
+            ):  # what the run was given need not be what is in place: `nybble search` puts other ranks there
                 run.pop("custom_rank_config", None)
             values = run | values
     return _parse_flags(name, kind, flags, values), command
@@ -163,7 +179,14 @@ def _parse_flags(name: str, kind: type, flags: list[str], values: dict[str, Any]
         with redirect_stderr(box):
             default = tyro.MISSING_NONPROP if not values else _with_defaults(kind, values)
             description = (kind.__doc__ or "").split("\n")[0]
-            return tyro.cli(kind, args=flags, default=default, prog=f"nybble {name}", description=description, config=(tyro.conf.PositionalRequiredArgs,))
+            return tyro.cli(
+                kind,
+                args=flags,
+                default=default,
+                prog=f"nybble {name}",
+                description=description,
+                config=(tyro.conf.PositionalRequiredArgs,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -38,20 +38,25 @@ def factors(gram_II: Tensor, alpha: float, share: tuple[int, int] | None = None)
     rms_I = gram_II.diagonal().abs().sqrt()
     if share is not None:
         heads, size = share
-        rms_I = rms_I.view(heads, -1, size).mean(1, keepdim=True).expand(heads, len(rms_I) // (heads * size), size).reshape(-1)
+        rms_I = (
+            rms_I.view(heads, -1, size)
+            .mean(1, keepdim=True)
+            .expand(heads, len(rms_I) // (heads * size), size)
+            .reshape(-1)
+        )
     # A channel that is never used has no say; the bound keeps it from being blown up.
     log_I = torch.maximum(rms_I, 1e-4 * rms_I.max() + torch.finfo(rms_I.dtype).tiny).log()
     return ((log_I - log_I.mean()) * alpha).exp()
 
 
-def search(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, share: tuple[int, int] | None = None) -> Tensor:
+def search(weight_OI: Tensor, gram_II: Tensor, scheme: QuantScheme, share: tuple[int, int] | None = None) -> Tensor:
     """The best s [I] over ALPHAS for the stacked rows of all layers that read the same input."""
     importance_I, best, found_I = gram_II.diagonal(), torch.inf, torch.ones_like(weight_OI[0])
     for alpha in ALPHAS:
         s_I = factors(gram_II, alpha, share)
         scaled_OI = weight_OI * s_I
-        scale_OG, zero_OG = min_max_qparams(scaled_OI, grid)
-        difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_OG, grid).sub_(scaled_OI)
+        scale_OG, zero_point_OG = min_max_qparams(scaled_OI, scheme)
+        difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_point_OG, scheme).sub_(scaled_OI)
         error = float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
         if error < best:
             best, found_I = error, s_I
@@ -59,7 +64,7 @@ def search(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, share: tuple[i
 
 
 @torch.no_grad()
-def fold(block: nn.Module, statistics: list[InputStatistics], config: Any, grid: QuantScheme) -> int:
+def fold(block: nn.Module, statistics: list[InputStatistics], config: Any, scheme: QuantScheme) -> int:
     """Search and fold, in place, all feeds of a block; the statistics follow.
 
     Returns: how many feeds were folded.
@@ -75,7 +80,7 @@ def fold(block: nn.Module, statistics: list[InputStatistics], config: Any, grid:
             heads = config.num_key_value_heads
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             share = (heads, size)
-        s_I = search(torch.cat([at_least_float32(layer.weight) for layer in layers]), known.gram_II, grid, share)
+        s_I = search(torch.cat([at_least_float32(layer.weight) for layer in layers]), known.gram_II, scheme, share)
         s_I = divide(get_linear(block, feed.source), s_I, family.norm_offset, share)
         for layer in layers:
             layer.weight.copy_(at_least_float32(layer.weight) * s_I)

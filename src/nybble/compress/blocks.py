@@ -66,13 +66,23 @@ class DecoderBlocks:
         RunError: the disk is full.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], input_ids: Tensor, batch: int, with_quantized: bool = True, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        names: Sequence[str],
+        input_ids: Tensor,
+        batch: int,
+        with_quantized: bool = True,
+        folder: Path | None = None,
+    ) -> None:
         self.model, self.batch, self._folder = model, batch, folder
         self.device, self.dtype = model.device, model.dtype
         path = find_block_list(model, names)
         self.modules: list[nn.Module] = list(model.get_submodule(path))
         self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
-        self.layers = [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes]
+        self.layers = [
+            [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes
+        ]
         self._arguments, _ = record_blocks(model, self.modules, input_ids[:1].to(self.device))
         self.full = self._store(input_ids)
         for part in self.batches():
@@ -93,9 +103,13 @@ class DecoderBlocks:
         count = input_ids.numel() * shape[-1]
         if count * self.dtype.itemsize <= IN_MEMORY:
             return torch.empty(shape, dtype=self.dtype)
-        with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:  # deleted at once; the mapping lives on
+        with tempfile.NamedTemporaryFile(
+            prefix="nybble-", dir=self._folder
+        ) as file:  # deleted at once; the mapping lives on
             try:
-                os.posix_fallocate(file.fileno(), 0, count * self.dtype.itemsize)  # a full disk is an error now and not a crash later
+                os.posix_fallocate(
+                    file.fileno(), 0, count * self.dtype.itemsize
+                )  # a full disk is an error now and not a crash later
             except OSError as error:
                 raise RunError(
                     f"{self._folder or tempfile.gettempdir()} must have room for {count * self.dtype.itemsize / 1e9:.1f} GB of calibration; {error.strerror}; "
@@ -163,7 +177,9 @@ class DecoderBlocks:
                 _add_lower(grams[layers], x_NI, 1 / tokens)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
-                raise ModelError(f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {nonfinite_remedy(self.dtype)}")
+                raise ModelError(
+                    f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; {nonfinite_remedy(self.dtype)}"
+                )
         return [InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
 
     @contextmanager
@@ -189,7 +205,9 @@ def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
 
 
 @torch.no_grad()
-def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
+def record_blocks(
+    model: Any, modules: Sequence[nn.Module], input_ids: Tensor
+) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
     """Everything but the hidden states that each block is called with, and the hidden states before each and after the last, from one forward of the whole
     model; checks the chain."""
     arguments: list[tuple[Any, Any]] = []
@@ -210,7 +228,9 @@ def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -
     for i, (before, after) in enumerate(pairwise(states)):
         if not bool(after.isfinite().all()):
             where = _first_broken(modules[i], arguments[i], before) or "what it adds up"
-            raise ModelError(f"the outputs of block {i} ({where}) must be finite; they are not on this text; {nonfinite_remedy(model.dtype)}")
+            raise ModelError(
+                f"the outputs of block {i} ({where}) must be finite; they are not on this text; {nonfinite_remedy(model.dtype)}"
+            )
         if not block_gives(modules[i], arguments[i], before, after):
             raise no_chain_error(model, i)
     return arguments, states
@@ -230,7 +250,11 @@ def _first_broken(block: nn.Module, arguments: tuple[Any, Any], before: Tensor) 
     def check(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, args, output: None if bool(_first(output).isfinite().all()) else found.append(name)
 
-    handles = [module.register_forward_hook(check(name)) for name, module in block.named_modules() if not list(module.children())]
+    handles = [
+        module.register_forward_hook(check(name))
+        for name, module in block.named_modules()
+        if not list(module.children())
+    ]
     try:
         block(before, *arguments[0], **arguments[1])
     finally:
@@ -263,10 +287,14 @@ def _grouped(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
 def find_block_list(model: Any, names: Sequence[str]) -> str:
     """Path of the module list that holds most of the layers."""
     lists: dict[str, int] = {
-        path: sum(name.startswith(path + ".") for name in names) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        path: sum(name.startswith(path + ".") for name in names)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
     }
     if not lists or not max(lists.values()):
-        raise ModelError(f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn")
+        raise ModelError(
+            f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn"
+        )
     return max(lists, key=lambda path: (lists[path], -len(path)))
 
 

@@ -47,9 +47,9 @@ class BlockwiseConfig:
 class OffsetLinear(nn.Module):
     """Stands for nn.Linear while its block is trained."""
 
-    def __init__(self, start: QuantizedInit, bias: Tensor | None, grid: QuantScheme, dtype: torch.dtype) -> None:
+    def __init__(self, start: QuantizedInit, bias: Tensor | None, scheme: QuantScheme, dtype: torch.dtype) -> None:
         super().__init__()
-        self.start, self.grid, self.dtype, self.bias = start, grid, dtype, bias
+        self.start, self.scheme, self.dtype, self.bias = start, scheme, dtype, bias
         self.offset = nn.Parameter(torch.zeros_like(start.weight_OI, dtype=torch.float32))
         self.shift = nn.Parameter(torch.zeros_like(start.scale_OG))
 
@@ -62,23 +62,38 @@ class OffsetLinear(nn.Module):
         scale_OG = self.start.scale_OG
         groups = scale_OG.shape[-1]
         offset_OGK = quant_grid.to_groups(self.offset, groups)
-        return torch.addcmul(quant_grid.to_groups(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]).flatten(-2)
+        return torch.addcmul(
+            quant_grid.to_groups(self.start.weight_OI.float(), groups), offset_OGK, scale_OG[..., None]
+        ).flatten(-2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, fake_quant.fake_quantize(self.moved_OI(), self.scale_OG(), self.start.zero_OG, self.grid).to(self.dtype), self.bias)
+        return F.linear(
+            inputs,
+            fake_quant.fake_quantize(self.moved_OI(), self.scale_OG(), self.start.zero_point_OG, self.scheme).to(
+                self.dtype
+            ),
+            self.bias,
+        )
 
     @torch.no_grad()
     def result(self, dtype: torch.dtype) -> QuantizedInit:
         """The trained start, with exactly the codes of the forward."""
-        scale_OG, zero_OG, moved_OI = self.scale_OG(), self.start.zero_OG, self.moved_OI()
-        return QuantizedInit.keeping(quant_grid.quantize(moved_OI, scale_OG, zero_OG, self.grid), moved_OI, scale_OG, zero_OG, self.grid, dtype)
+        scale_OG, zero_point_OG, moved_OI = self.scale_OG(), self.start.zero_point_OG, self.moved_OI()
+        return QuantizedInit.keeping(
+            quant_grid.quantize(moved_OI, scale_OG, zero_point_OG, self.scheme),
+            moved_OI,
+            scale_OG,
+            zero_point_OG,
+            self.scheme,
+            dtype,
+        )
 
 
 def train(
     blocks: DecoderBlocks,
     i: int,
     starts: dict[str, QuantizedInit],
-    grid: QuantScheme,
+    scheme: QuantScheme,
     recipe: BlockwiseConfig,
     seed: int,
     advance: Callable[[str], None] = lambda text: None,
@@ -98,7 +113,9 @@ def train(
     block, full, quantized, count = blocks.modules[i], blocks.full, blocks.quantized, len(blocks.full)
     assert quantized is not None, "block-wise reconstruction needs the stream of the compressed blocks"
     plain = {name: get_linear(block, name) for name in starts}
-    layers = {name: OffsetLinear(start, plain[name].bias, grid, plain[name].weight.dtype) for name, start in starts.items()}
+    layers = {
+        name: OffsetLinear(start, plain[name].bias, scheme, plain[name].weight.dtype) for name, start in starts.items()
+    }
     held_out = torch.arange(count - min(recipe.held_out, count // 8), count)
     used = count - len(held_out)
     judged = held_out if len(held_out) else torch.arange(count)
@@ -116,7 +133,10 @@ def train(
     batch = min(max(1, recipe.tokens // full.shape[1]), used)
     steps = max(1, round(recipe.epochs * used / batch))
     rates = {"offset": recipe.offset_lr, "shift": recipe.scale_lr}
-    groups = [{"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate} for leaf, rate in rates.items()]
+    groups = [
+        {"params": [getattr(layer, leaf) for layer in layers.values()], "lr": rate, "peak": rate}
+        for leaf, rate in rates.items()
+    ]
     # The gradients of a mean over a large block are far below the usual eps of 1e-8, which would take the place of their own size.
     optimizer = torch.optim.Adam(groups, fused=True, eps=1e-16)
     generator = torch.Generator().manual_seed(seed * 1000 + i)

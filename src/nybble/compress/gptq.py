@@ -62,7 +62,9 @@ class Hessian:
             upper_II = _upper(matrix_II if order_I is None else matrix_II[order_I][:, order_I])
             if upper_II is not None:
                 if damping > wanted:
-                    log.warning("%s: the Hessian is not positive definite with damping %g; used %g", name, wanted, damping)
+                    log.warning(
+                        "%s: the Hessian is not positive definite with damping %g; used %g", name, wanted, damping
+                    )
                 return Hessian(matrix_II, order_I, upper_II)
             if damping >= 1:
                 raise ModelError(
@@ -79,7 +81,7 @@ def _upper(matrix_II: Tensor) -> Tensor | None:
     return None if bad else upper_II
 
 
-def compensate(weight_OI: Tensor, hessian: Hessian, grid: QuantScheme, find: Find) -> tuple[Tensor, Tensor, Tensor]:
+def compensate(weight_OI: Tensor, hessian: Hessian, scheme: QuantScheme, find: Find) -> tuple[Tensor, Tensor, Tensor]:
     """Round all rows.
 
     Args:
@@ -88,59 +90,68 @@ def compensate(weight_OI: Tensor, hessian: Hessian, grid: QuantScheme, find: Fin
 
     Returns: the weights as they were when each column was rounded, scale, zero; quantize() of them gives the codes.
     """
-    groups = grid.groups(weight_OI.shape[-1])
+    groups = scheme.groups(weight_OI.shape[-1])
     size = weight_OI.shape[-1] // groups
-    one_group = QuantScheme(grid.bits, None, grid.symmetric)
+    one_group = QuantScheme(scheme.bits, None, scheme.symmetric)
     order_I = torch.arange(weight_OI.shape[-1], device=weight_OI.device) if hessian.order_I is None else hessian.order_I
     scales: list[Tensor] = []
-    zeros: list[Tensor] = []
+    zero_points: list[Tensor] = []
     if hessian.order_I is not None:
-        scale_OG, zero_OG = find(weight_OI, hessian.matrix_II.diagonal(), grid)
-        scales, zeros = list(scale_OG.unbind(1)), list(zero_OG.unbind(1))
+        scale_OG, zero_point_OG = find(weight_OI, hessian.matrix_II.diagonal(), scheme)
+        scales, zero_points = list(scale_OG.unbind(1)), list(zero_point_OG.unbind(1))
     upper_II, order = hessian.upper_II, order_I.tolist()
     running_IO = weight_OI.T[order_I].contiguous()
     for start in range(0, len(running_IO), size):
         end = start + size
         if hessian.order_I is None:
-            scale_O1, zero_O1 = find(running_IO[start:end].T.contiguous(), upper_II.diagonal()[start:end] ** -2, one_group)
+            scale_O1, zero_point_O1 = find(
+                running_IO[start:end].T.contiguous(), upper_II.diagonal()[start:end] ** -2, one_group
+            )
             scales.append(scale_O1[:, 0])
-            zeros.append(zero_O1[:, 0])
+            zero_points.append(zero_point_O1[:, 0])
         errors_KO = torch.empty_like(running_IO[start:end])
         for j in range(start, end):
             g = order[j] // size
-            scale_O1, zero_O1 = scales[g][:, None], zeros[g][:, None]
+            scale_O1, zero_point_O1 = scales[g][:, None], zero_points[g][:, None]
             column_O1 = running_IO[j][:, None]
-            rounded_O1 = quantize_dequantize(column_O1, scale_O1, zero_O1, grid)
+            rounded_O1 = quantize_dequantize(column_O1, scale_O1, zero_point_O1, scheme)
             torch.div((column_O1 - rounded_O1)[:, 0], upper_II[j, j], out=errors_KO[j - start])
             running_IO[j + 1 : end].addr_(upper_II[j, j + 1 : end], errors_KO[j - start], alpha=-1)
         running_IO[end:].addmm_(upper_II[start:end, end:].T, errors_KO, alpha=-1)
     running_OI = torch.empty_like(weight_OI)
     running_OI[:, order_I] = running_IO.T
-    return running_OI, torch.stack(scales, 1), torch.stack(zeros, 1)
+    return running_OI, torch.stack(scales, 1), torch.stack(zero_points, 1)
 
 
-def descend(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, weight_OI: Tensor, hessian_II: Tensor, grid: QuantScheme) -> Tensor:
+def descend(
+    codes_OI: Tensor,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor,
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    scheme: QuantScheme,
+) -> Tensor:
     """One pass over all columns: w'_j = fake_quantize(w'_j - (H (w' - w))_j / H_jj). No row's error (w' - w)^T H (w' - w) rises.
 
     Args:
-        codes_OI, scale_OG, zero_OG: where it starts; scales and zeros stay.
+        codes_OI, scale_OG, zero_point_OG: where it starts; scales and zeros stay.
         weight_OI: the weight to come close to.
         hessian_II: damped, so that its diagonal is positive.
 
     Returns: codes [O, I].
     """
     size = weight_OI.shape[-1] // scale_OG.shape[-1]
-    made_IO = dequantize(codes_OI, scale_OG, zero_OG).T.contiguous()
+    made_IO = dequantize(codes_OI, scale_OG, zero_point_OG).T.contiguous()
     slope_IO = hessian_II @ (made_IO - weight_OI.T)
     for start in range(0, len(made_IO), size):
         end = start + size
-        scale_O1, zero_O1 = scale_OG[:, start // size, None], zero_OG[:, start // size, None]
+        scale_O1, zero_point_O1 = scale_OG[:, start // size, None], zero_point_OG[:, start // size, None]
         moves_KO = torch.empty_like(made_IO[start:end])
         for j in range(start, end):
             wanted_O1 = (made_IO[j] - slope_IO[j] / hessian_II[j, j])[:, None]
-            best_O1 = quantize_dequantize(wanted_O1, scale_O1, zero_O1, grid)
+            best_O1 = quantize_dequantize(wanted_O1, scale_O1, zero_point_O1, scheme)
             torch.sub(best_O1[:, 0], made_IO[j], out=moves_KO[j - start])
             slope_IO[j + 1 : end].addr_(hessian_II[j, j + 1 : end], moves_KO[j - start])
         made_IO[start:end] += moves_KO
         slope_IO[end:].addmm_(hessian_II[start:end, end:].T, moves_KO)
-    return quantize(made_IO.T.contiguous(), scale_OG, zero_OG, grid)
+    return quantize(made_IO.T.contiguous(), scale_OG, zero_point_OG, scheme)

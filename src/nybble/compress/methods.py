@@ -20,7 +20,9 @@ def parse_method(method: str, option: str = "--method") -> tuple[str, ...]:
     if parts == ("rtn",):
         return ()
     if any(part not in METHODS for part in parts) or parts != tuple(name for name in METHODS if name in parts):
-        raise OptionError(f"{option} must be rtn, or one or more of {', '.join(METHODS)} in this order, joined by +; got {method}; awq+se+gptq, for example")
+        raise OptionError(
+            f"{option} must be rtn, or one or more of {', '.join(METHODS)} in this order, joined by +; got {method}; awq+se+gptq, for example"
+        )
     return parts
 
 

@@ -10,7 +10,7 @@ from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
 
 
-def compress(model: Any, names: Iterable[str], grid: QuantScheme) -> dict[str, QuantizedInit]:
+def compress(model: Any, names: Iterable[str], scheme: QuantScheme) -> dict[str, QuantizedInit]:
     """Layer name -> Start; the weights are the model's own tensors."""
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    return {name: QuantizedInit(weight_OI, *min_max_qparams(weight_OI, grid)) for name, weight_OI in weights.items()}
+    return {name: QuantizedInit(weight_OI, *min_max_qparams(weight_OI, scheme)) for name, weight_OI in weights.items()}

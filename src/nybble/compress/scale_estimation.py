@@ -28,22 +28,22 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
     return ((difference_OI @ gram_II) * difference_OI).sum(-1)
 
 
-def search(weight_OI: Tensor, importance_I: Tensor, grid: QuantScheme) -> tuple[Tensor, Tensor]:
+def search(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero [O, G] of the range, out of SHRINKS times the full one, with the least square error weighed by importance."""
-    assert not grid.symmetric, "a symmetric grid has no range to choose"
-    groups = grid.groups(weight_OI.shape[-1])
+    assert not scheme.symmetric, "a symmetric grid has no range to choose"
+    groups = scheme.groups(weight_OI.shape[-1])
     w_OGK, importance_GK = to_groups(weight_OI, groups), to_groups(importance_I, groups)
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_OG = torch.full_like(low_OG, torch.inf)
-    scale_OG, zero_OG = min_max_qparams(weight_OI, grid)
+    scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
     for shrink in SHRINKS:
-        scale, zero = qparams_from_range(low_OG * shrink, high_OG * shrink, grid)
-        error_OGK = to_groups(quantize_dequantize(weight_OI, scale, zero, grid), groups).sub_(w_OGK).square_()
+        scale, zero = qparams_from_range(low_OG * shrink, high_OG * shrink, scheme)
+        error_OGK = to_groups(quantize_dequantize(weight_OI, scale, zero, scheme), groups).sub_(w_OGK).square_()
         error_OG = error_OGK.mul_(importance_GK).sum(-1)
         better = error_OG < best_OG
         best_OG = torch.where(better, error_OG, best_OG)
-        scale_OG, zero_OG = torch.where(better, scale, scale_OG), torch.where(better, zero, zero_OG)
-    return scale_OG, zero_OG
+        scale_OG, zero_point_OG = torch.where(better, scale, scale_OG), torch.where(better, zero, zero_point_OG)
+    return scale_OG, zero_point_OG
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Quadratic:
     c_O: Tensor
 
     @staticmethod
-    def of(codes_OI: Tensor, zero_OG: Tensor, weight_OI: Tensor, seen_OI: Tensor, gram_II: Tensor) -> Quadratic:
+    def of(codes_OI: Tensor, zero_point_OG: Tensor, weight_OI: Tensor, seen_OI: Tensor, gram_II: Tensor) -> Quadratic:
         """`seen_OI` is weight_OI @ gram_II, which stays the same over all codes."""
-        groups = zero_OG.shape[-1]
-        c_OGK = to_groups(codes_OI, groups).to(weight_OI.dtype).sub_(zero_OG[..., None])
+        groups = zero_point_OG.shape[-1]
+        c_OGK = to_groups(codes_OI, groups).to(weight_OI.dtype).sub_(zero_point_OG[..., None])
         a_OGG = torch.empty(len(weight_OI), groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
         size = weight_OI.shape[-1] // groups
         for g in range(groups):  # symmetric: on and below the diagonal only
@@ -80,7 +80,7 @@ class Quadratic:
         return torch.where((self.error(solved_OG) < self.error(scale_OG))[:, None], solved_OG, scale_OG)
 
 
-def estimate(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, turns: int = TURNS) -> tuple[Tensor, Tensor]:
+def estimate(weight_OI: Tensor, gram_II: Tensor, scheme: QuantScheme, turns: int = TURNS) -> tuple[Tensor, Tensor]:
     """Scale and zero [O, G] for rounding to nearest.
 
     Args:
@@ -88,16 +88,20 @@ def estimate(weight_OI: Tensor, gram_II: Tensor, grid: QuantScheme, turns: int =
         gram_II: mean of x x^T of the layer's inputs, in the same dtype.
         turns: of fitting and rounding again.
     """
-    scale_OG, zero_OG = search(weight_OI, gram_II.diagonal(), grid)
+    scale_OG, zero_point_OG = search(weight_OI, gram_II.diagonal(), scheme)
     seen_OI = weight_OI @ gram_II
-    quadratic = Quadratic.of(quantize(weight_OI, scale_OG, zero_OG, grid), zero_OG, weight_OI, seen_OI, gram_II)
+    quadratic = Quadratic.of(
+        quantize(weight_OI, scale_OG, zero_point_OG, scheme), zero_point_OG, weight_OI, seen_OI, gram_II
+    )
     error_O = quadratic.error(scale_OG)
     trial_OG = scale_OG
     for _ in range(turns):
         trial_OG = quadratic.solve(trial_OG)
-        quadratic = Quadratic.of(quantize(weight_OI, trial_OG, zero_OG, grid), zero_OG, weight_OI, seen_OI, gram_II)
+        quadratic = Quadratic.of(
+            quantize(weight_OI, trial_OG, zero_point_OG, scheme), zero_point_OG, weight_OI, seen_OI, gram_II
+        )
         now_O = quadratic.error(trial_OG)
         better_O = now_O < error_O
         error_O = torch.where(better_O, now_O, error_O)
         scale_OG = torch.where(better_O[:, None], trial_OG, scale_OG)
-    return scale_OG, zero_OG
+    return scale_OG, zero_point_OG

@@ -22,16 +22,26 @@ Message = dict[str, Any]
 
 def check_messages(value: Any, where: str) -> list[Message]:
     """The value as a conversation; DataError if it is none."""
-    fine = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    fine = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    )
     if not fine:
-        raise DataError(f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}')
+        raise DataError(
+            f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}'
+        )
     odd = next((m["content"] for m in value if not isinstance(m["content"], str | None)), None)
     if odd is not None:
-        raise DataError(f"{where} must have text as the content of its messages; got {str(odd)[:80]}; join the texts of its parts")
+        raise DataError(
+            f"{where} must have text as the content of its messages; got {str(odd)[:80]}; join the texts of its parts"
+        )
     return list(value)
 
 
-def encode_conversation(tokenizer: Any, messages: Sequence[Message], assistant_only: bool) -> tuple[list[int], list[bool]]:
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], assistant_only: bool
+) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them the model should learn to predict.
 
     Raises:
@@ -39,7 +49,9 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message], assistant_o
     """
     text = _render(tokenizer, messages)
     if assistant_only and not tokenizer.is_fast:
-        raise DataError("--loss_on assistant needs a fast tokenizer, which says where in the text a token stands; this model's is none; use --loss_on all")
+        raise DataError(
+            "--loss_on assistant needs a fast tokenizer, which says where in the text a token stands; this model's is none; use --loss_on all"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False)
     if not assistant_only:
         return encoded.input_ids, [True] * len(encoded.input_ids)

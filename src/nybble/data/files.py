@@ -43,7 +43,10 @@ def read_rows(path: Path, flag: str = "--data") -> list[dict[str, Any]]:
         return _read_parquet(path, flag)
     text = read_utf8(path, flag)
     if kind == ".csv":
-        return [{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(io.StringIO(text, newline=""))]
+        return [
+            {name: value or None for name, value in row.items() if name is not None}
+            for row in csv.DictReader(io.StringIO(text, newline=""))
+        ]
     rows = None
     if kind == ".json":
         try:
@@ -51,10 +54,16 @@ def read_rows(path: Path, flag: str = "--data") -> list[dict[str, Any]]:
         except ValueError:  # one object a line
             rows = None
     if not isinstance(rows, list):
-        rows = [_object(line, f"{flag} {path} cannot be read as {kind[1:]}: line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            _object(line, f"{flag} {path} cannot be read as {kind[1:]}: line {i}")
+            for i, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
     odd = next((i for i, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
     if odd is not None:
-        raise DataError(f"{flag} {path} cannot be read as {kind[1:]}: row {odd} must be an object with a value for each column; got {str(rows[odd - 1])[:80]}")
+        raise DataError(
+            f"{flag} {path} cannot be read as {kind[1:]}: row {odd} must be an object with a value for each column; got {str(rows[odd - 1])[:80]}"
+        )
     return rows
 
 

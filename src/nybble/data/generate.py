@@ -54,7 +54,9 @@ def first_tokens(model: Any, tokenizer: Any, count: int, generator: torch.Genera
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i < known and i not in special]
     if not ordinary:
-        raise ModelError("--data self needs a token to start from; the tokenizer has no begin-of-text token and no ordinary one; use --data with a text")
+        raise ModelError(
+            "--data self needs a token to start from; the tokenizer has no begin-of-text token and no ordinary one; use --data with a text"
+        )
     return torch.tensor(ordinary)[torch.randint(len(ordinary), (count, 1), generator=generator)]
 
 
@@ -119,9 +121,13 @@ def read_generated(path: Path, tokenizer: Any, length: int) -> Tensor:
         raise DataError(f"--data {path} must be a file that --data self wrote; there is none")
     tensors, note = files.load_tensors(path)
     if "ids" not in tensors or note.get("tokenizer") != vocabulary_fingerprint(tokenizer):
-        raise DataError(f"--data {path} must have been written by a model with the same tokenizer; it was not; use --data self")
+        raise DataError(
+            f"--data {path} must have been written by a model with the same tokenizer; it was not; use --data self"
+        )
     if note["length"] < length:
-        raise DataError(f"--data {path} holds sequences of {note['length']} tokens; --seq_len must not be more, got {length}")
+        raise DataError(
+            f"--data {path} holds sequences of {note['length']} tokens; --seq_len must not be more, got {length}"
+        )
     return tensors["ids"][:, :length].long()
 
 
@@ -144,14 +150,23 @@ def _sample(model: Any, first: Tensor, length: int, seed: int) -> Tensor:
 
     first = first.to(model.device)
     # After an end-of-text token the model goes on with another text, as in packed training text.
-    config = GenerationConfig(do_sample=False, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0)
-    its_own, model.generation_config = model.generation_config, GenerationConfig()  # what is None above would be taken from there: end token, penalties
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0
+    )
+    its_own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(),
+    )  # what is None above would be taken from there: end token, penalties
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             # All but the last token here: `generate` would multiply a copy of the head for every sequence (7 GB of SmolLM's for 128).
             known = model.base_model(first[:, :-1], use_cache=True).past_key_values if first.shape[1] > 1 else None
-            given = {"attention_mask": torch.ones_like(first), "past_key_values": known, "logits_processor": [sample_token]}
+            given = {
+                "attention_mask": torch.ones_like(first),
+                "past_key_values": known,
+                "logits_processor": [sample_token],
+            }
             ids = torch.as_tensor(model.generate(first, generation_config=config, **given)).cpu()
     finally:
         model.generation_config = its_own

@@ -32,7 +32,9 @@ class Mixture:
         """["wikitext2=0.7", "chat.jsonl=0.3"]."""
         if not entries:
             raise OptionError("--data must name at least one source")
-        parts = [entry.rpartition("=") if "=" in entry and not Path(entry).exists() else (entry, "", "") for entry in entries]
+        parts = [
+            entry.rpartition("=") if "=" in entry and not Path(entry).exists() else (entry, "", "") for entry in entries
+        ]
         names, shares = [part[0] for part in parts], [part[2] for part in parts]
         if not all(name.strip() for name in names):
             raise OptionError(f"--data must name every source; got {' '.join(entries) or 'an empty name'}")
@@ -46,7 +48,9 @@ class Mixture:
         except ValueError:
             numbers = []
         if not numbers or not all(0 < number < float("inf") for number in numbers):
-            raise OptionError(f"--data must be NAME=SHARE for every source, with shares above 0, or no shares at all; got {' '.join(entries)}")
+            raise OptionError(
+                f"--data must be NAME=SHARE for every source, with shares above 0, or no shares at all; got {' '.join(entries)}"
+            )
         return Mixture(names, numbers)
 
     def most(self, parts: Sequence[TokenRows]) -> int:
@@ -57,7 +61,11 @@ class Mixture:
 
     def first(self, parts: Sequence[TokenRows], count: int) -> TokenRows:
         """`count` rows to measure on (0 = all), none of them twice: the first ones of a single source, of several drawn at random, always the same ones."""
-        return parts[0][: count or None] if len(parts) == 1 else self.mix(parts, min(count or self.most(parts), self.most(parts)), 0)
+        return (
+            parts[0][: count or None]
+            if len(parts) == 1
+            else self.mix(parts, min(count or self.most(parts), self.most(parts)), 0)
+        )
 
     def mix(self, parts: Sequence[TokenRows], wanted: int, seed: int) -> TokenRows:
         """Draw `wanted` rows at random: by share (a part with too few gives some again), or without shares from all alike (never again)."""
@@ -68,8 +76,15 @@ class Mixture:
         counts = [int(sum(exact[: i + 1]) + 0.5) - int(sum(exact[:i]) + 0.5) for i in range(len(exact))]
         for name, part, count in zip(self.names, parts, counts, strict=True):
             if count > len(part):
-                log.warning("--data %s has %d sequences and its share asks for %d of them; some are used again", name, len(part), count)
-        drawn = TokenRows.cat([part[draw_order(len(part), count, seed)] for part, count in zip(parts, counts, strict=True) if count])
+                log.warning(
+                    "--data %s has %d sequences and its share asks for %d of them; some are used again",
+                    name,
+                    len(part),
+                    count,
+                )
+        drawn = TokenRows.cat(
+            [part[draw_order(len(part), count, seed)] for part, count in zip(parts, counts, strict=True) if count]
+        )
         return drawn[draw_order(len(drawn), len(drawn), seed)]
 
 

@@ -48,7 +48,9 @@ def _pieces(encode: Callable[[str], list[int]], text: str, piece: int) -> Iterat
         for at in range(start + piece, max(start + _AROUND, start + piece - 1000), -1):
             before, after = text[at - _AROUND : at], text[at : at + _AROUND]
             whole, left = encode(before + after), encode(before)
-            skipped = next((n for n in (0, 1) if (n == 0 or after.startswith(" ")) and whole == left + encode(after[n:])), None)
+            skipped = next(
+                (n for n in (0, 1) if (n == 0 or after.startswith(" ")) and whole == left + encode(after[n:])), None
+            )
             if skipped is not None:
                 yield text[start:at]
                 start = at + skipped
@@ -86,7 +88,7 @@ class TokenRows:
     """
 
     ids: Tensor
-    counted: Tensor
+    loss_mask: Tensor
 
     @staticmethod
     def of(ids: Tensor) -> TokenRows:
@@ -95,16 +97,23 @@ class TokenRows:
 
     @staticmethod
     def cat(parts: Sequence[TokenRows]) -> TokenRows:
-        return TokenRows(torch.cat([part.ids for part in parts]), torch.cat([part.counted for part in parts]))
+        return TokenRows(torch.cat([part.ids for part in parts]), torch.cat([part.loss_mask for part in parts]))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, which: slice | Tensor) -> TokenRows:
-        return TokenRows(self.ids[which], self.counted[which])
+        return TokenRows(self.ids[which], self.loss_mask[which])
 
 
-def pack_documents(tokenizer: Any, documents: Sequence[Document], length: int, what: str, minimum: int = 1, assistant_only: bool = False) -> TokenRows:
+def pack_documents(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    length: int,
+    what: str,
+    minimum: int = 1,
+    assistant_only: bool = False,
+) -> TokenRows:
     """Documents -> token sequences. Of plain text everything counts, with `assistant_only` too.
 
     Raises:
@@ -112,9 +121,17 @@ def pack_documents(tokenizer: Any, documents: Sequence[Document], length: int, w
     """
     texts = [document for document in documents if isinstance(document, str)]
     if texts and len(texts) < len(documents):
-        raise DataError(f"the {what} data must be plain text or conversations; it has {len(texts)} texts beside conversations; name them as two sources")
+        raise DataError(
+            f"the {what} data must be plain text or conversations; it has {len(texts)} texts beside conversations; name them as two sources"
+        )
     if len(texts) < len(documents):
-        rows, size = _conversations(tokenizer, [document for document in documents if not isinstance(document, str)], length, what, assistant_only)
+        rows, size = _conversations(
+            tokenizer,
+            [document for document in documents if not isinstance(document, str)],
+            length,
+            what,
+            assistant_only,
+        )
     else:
         tokens = tokenize(tokenizer, texts)
         rows, size = TokenRows.of(cut_sequences(tokens, length, begin_tokens(tokenizer))), len(tokens)
@@ -126,24 +143,32 @@ def pack_documents(tokenizer: Any, documents: Sequence[Document], length: int, w
 def too_few(what: str, minimum: int, length: int, count: int, tokens: int | None = None) -> DataError:
     """The error of a text that is too short."""
     has = f"{count} sequences" if tokens is None else f"{tokens} tokens = {count} sequences"
-    return DataError(f"the {what} text must give at least {minimum} sequences of {length} tokens; it has {has}; use more text or a smaller --seq_len")
+    return DataError(
+        f"the {what} text must give at least {minimum} sequences of {length} tokens; it has {has}; use more text or a smaller --seq_len"
+    )
 
 
-def _conversations(tokenizer: Any, conversations: Sequence[list[chat.Message]], length: int, what: str, assistant_only: bool) -> tuple[TokenRows, int]:
+def _conversations(
+    tokenizer: Any, conversations: Sequence[list[chat.Message]], length: int, what: str, assistant_only: bool
+) -> tuple[TokenRows, int]:
     """Rows, and tokens in all."""
     encoded = [chat.encode_conversation(tokenizer, messages, assistant_only) for messages in conversations]
     long = sum(len(ids) > length for ids, _ in encoded)
     if long == len(encoded):
         shortest = min(len(ids) for ids, _ in encoded)
-        raise DataError(f"at least one conversation of the {what} data must fit into {length} tokens; the shortest has {shortest}; use a larger --seq_len")
+        raise DataError(
+            f"at least one conversation of the {what} data must fit into {length} tokens; the shortest has {shortest}; use a larger --seq_len"
+        )
     if long:
-        log.warning("%s: %d of %d conversations are longer than %d tokens and were left out", what, long, len(encoded), length)
+        log.warning(
+            "%s: %d of %d conversations are longer than %d tokens and were left out", what, long, len(encoded), length
+        )
     rows = TokenRows(*chat.pack_conversations(encoded, length))
-    if not rows.counted.any():
+    if not rows.loss_mask.any():
         raise DataError(
             f"the {what} data must have assistant tokens to learn from; the {len(encoded) - long} conversations that fit have none; use --loss_on all"
         )
-    return rows[rows.counted.any(1)], sum(len(ids) for ids, _ in encoded)
+    return rows[rows.loss_mask.any(1)], sum(len(ids) for ids, _ in encoded)
 
 
 def token_fingerprint(input_ids: Tensor, identity: str) -> str:

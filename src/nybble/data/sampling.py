@@ -17,7 +17,9 @@ def distinct_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
     numbers: dict[bytes, int] = {}
     which = [numbers.setdefault(row.numpy().tobytes(), len(numbers)) for row in ids]
     first = {number: i for i, number in reversed(list(enumerate(which)))}
-    return torch.tensor([first[number] for number in range(len(numbers))], dtype=torch.int64), torch.tensor(which, dtype=torch.int64)
+    return torch.tensor([first[number] for number in range(len(numbers))], dtype=torch.int64), torch.tensor(
+        which, dtype=torch.int64
+    )
 
 
 def draw_order(available: int, wanted: int, seed: int) -> Tensor:

@@ -60,13 +60,20 @@ def load_texts(data: str, column: str = "text", data_dir: str | None = None, wan
         DataError: not found, no such column (the valid ones are named), empty.
     """
     if written_from(data) is not None:
-        raise DataError("what the model writes itself is for training: --data self of distill and compress; name a text to measure on")
+        raise DataError(
+            "what the model writes itself is for training: --data self of distill and compress; name a text to measure on"
+        )
     if data == WIKITEXT2_PLAIN:
         try:
             published = load_texts(WIKITEXT2, column, data_dir, wanted)
         except DataError as error:
             raise DataError(str(error).replace(f"--data {WIKITEXT2} ", f"--data {WIKITEXT2_PLAIN} ")) from error
-        return Texts(*([undo_tokenization(article) for text in published[split] for article in split_articles(str(text))] for split in SPLITS))
+        return Texts(
+            *(
+                [undo_tokenization(article) for text in published[split] for article in split_articles(str(text))]
+                for split in SPLITS
+            )
+        )
     local = _local(data, data_dir)
     if data == PYTHON_DOCS:
         texts = hold_out(_python_docs())
@@ -112,7 +119,9 @@ def _read_file(path: Path, column: str) -> Sequence[Document]:
     if kind in _PLAIN:
         return [data_files.read_utf8(path)]
     if kind not in data_files.ROW_SUFFIXES:
-        raise DataError(f"--data {path} must end with one of {' '.join((*_PLAIN, *data_files.ROW_SUFFIXES))}; got {path.suffix or 'no suffix'}")
+        raise DataError(
+            f"--data {path} must end with one of {' '.join((*_PLAIN, *data_files.ROW_SUFFIXES))}; got {path.suffix or 'no suffix'}"
+        )
     found = data_files.read_rows(path)
     known = list(dict.fromkeys(name for row in found for name in row))
     name = _column_of(known, column, str(path))
@@ -123,17 +132,26 @@ def _from_folder(folder: Path, column: str, wanted: Sequence[str], lines: bool =
     """`lines`: the rows of a file are the lines of one text, as those of wikitext-2 are, beside which lie others."""
     found: dict[str, Sequence[Document]] = {}
     for split in SPLITS:
-        for suffix in (*_PLAIN, *data_files.ROW_SUFFIXES):  # plain text first: it is what the perplexities of papers are measured on
+        for suffix in (
+            *_PLAIN,
+            *data_files.ROW_SUFFIXES,
+        ):  # plain text first: it is what the perplexities of papers are measured on
             files = sorted(file for file in folder.rglob(f"*{suffix}") if file.is_file() and split in splits_of(file))
             if lines:
                 files = [file for file in files if not _OTHER_WIKITEXT & set(file.relative_to(folder).parts)]
             if files:
-                texts = [text for file in files for text in _read_file(file, column if suffix in data_files.ROW_SUFFIXES else "text")]
+                texts = [
+                    text
+                    for file in files
+                    for text in _read_file(file, column if suffix in data_files.ROW_SUFFIXES else "text")
+                ]
                 found[split] = ["".join(map(str, texts))] if lines and suffix in data_files.ROW_SUFFIXES else texts
                 break
     lacking = _lacking(found, wanted)
     if lacking:
-        raise DataError(f"--data {folder} must hold a file with the word {lacking} in its name ({' '.join((*_PLAIN, *data_files.ROW_SUFFIXES))}); found none")
+        raise DataError(
+            f"--data {folder} must hold a file with the word {lacking} in its name ({' '.join((*_PLAIN, *data_files.ROW_SUFFIXES))}); found none"
+        )
     return _filled(found)
 
 
@@ -157,9 +175,15 @@ def _from_hub(data: str, column: str, wanted: Sequence[str]) -> Texts:
     try:
         splits = datasets.load_dataset(*arguments)
     except Exception as error:  # the hub's errors have no common base
-        if "not found" in str(error).lower() and "offline" not in str(error).lower() and "reach" not in str(error).lower():
+        if (
+            "not found" in str(error).lower()
+            and "offline" not in str(error).lower()
+            and "reach" not in str(error).lower()
+        ):
             raise DataError(f"--data {data} was not found on the hub; {_cause(error)}") from error
-        near = [name for name in get_close_matches(data, (WIKITEXT2, WIKITEXT2_PLAIN, PYTHON_DOCS, SELF), 1) if name != data]
+        near = [
+            name for name in get_close_matches(data, (WIKITEXT2, WIKITEXT2_PLAIN, PYTHON_DOCS, SELF), 1) if name != data
+        ]
         raise DataError(
             f"--data {data} is not on this machine and the Hugging Face hub cannot be reached; {f'did you mean {near[0]}? else ' if near else ''}"
             f"name a local file or folder, --data_dir for a folder of data sets, or --data python-docs ({_cause(error)})"
@@ -182,7 +206,9 @@ def _column_of(known: Sequence[str], column: str, source: str) -> str:
     if column == "text" and column not in known and _MESSAGES in known:
         return _MESSAGES
     if column not in known:
-        raise DataError(f"--data_column must be a column of {source}: got {column}; it has {', '.join(known) or 'none'}")
+        raise DataError(
+            f"--data_column must be a column of {source}: got {column}; it has {', '.join(known) or 'none'}"
+        )
     return column
 
 
@@ -190,12 +216,20 @@ def _documents(values: Sequence[Any], column: str, source: str) -> Sequence[Docu
     """The values of a column as texts or conversations."""
     filled = [(i, value) for i, value in enumerate(values, 1) if value is not None]
     if len(filled) < len(values):
-        log.warning("%s: %d of %d rows have nothing in column %s and were left out", source, len(values) - len(filled), len(values), column)
+        log.warning(
+            "%s: %d of %d rows have nothing in column %s and were left out",
+            source,
+            len(values) - len(filled),
+            len(values),
+            column,
+        )
     if filled and (isinstance(filled[0][1], list) or column == _MESSAGES):
         return [chat.check_messages(value, f"{source}: row {i}, column {column}") for i, value in filled]
     odd = next((i for i, value in filled if not isinstance(value, str)), None)
     if odd is not None:
-        raise DataError(f"{source}: row {odd}, column {column} must be text; got {str(values[odd - 1])[:80]}; name another --data_column")
+        raise DataError(
+            f"{source}: row {odd}, column {column} must be text; got {str(values[odd - 1])[:80]}; name another --data_column"
+        )
     return [value for _, value in filled]
 
 

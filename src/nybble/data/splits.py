@@ -13,7 +13,11 @@ from nybble.errors import DataError
 
 log = logging.getLogger("nybble")
 SPLITS = ("train", "validation", "test")
-SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing"},
+}
 
 
 # Text, or a conversation.
@@ -59,5 +63,7 @@ def splits_of(file: Path) -> list[str]:
     words = set(re.split(r"[^a-z]+", file.name.lower()))
     splits = [split for split, known in SPLIT_WORDS.items() if words & known]
     if len(splits) > 1:
-        raise DataError(f"--data: the name of {file} must speak of one split; it speaks of {' and '.join(splits)}; rename it, or move it away")
+        raise DataError(
+            f"--data: the name of {file} must speak of one split; it speaks of {' and '.join(splits)}; rename it, or move it away"
+        )
     return splits

@@ -11,7 +11,9 @@ from torch import Tensor
 @torch.no_grad()
 def decoder_outputs(model: Any, ids_T: Tensor) -> Tensor:
     """What comes out of every decoder layer of a torch model (of the last one after the final norm), on the CPU: [L, T, D]."""
-    found = model.base_model(input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True).hidden_states
+    found = model.base_model(
+        input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True
+    ).hidden_states
     return torch.cat(found[1:]).cpu()
 
 

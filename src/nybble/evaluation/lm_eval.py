@@ -35,8 +35,21 @@ def _explained(tasks: Sequence[str], remedy: str = ", or leave them out") -> Ite
     except NybbleError:
         raise
     except Exception as error:  # the hub's errors have no common base
-        if any(word in repr(error) for word in ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")):
-            places = ", ".join(str(Path("FOLDER", *filter(None, data_place(task)))) for task in tasks if not is_group(task)) or "FOLDER/NAME"
+        if any(
+            word in repr(error)
+            for word in (
+                "Connection",
+                "LocalEntryNotFound",
+                "Offline",
+                "couldn't be reached",
+                "couldn't find",
+                "Couldn't",
+            )
+        ):
+            places = (
+                ", ".join(str(Path("FOLDER", *filter(None, data_place(task)))) for task in tasks if not is_group(task))
+                or "FOLDER/NAME"
+            )
             raise DataError(
                 f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
                 f"put train.jsonl, validation.jsonl, test.jsonl into {places} and give --data_dir FOLDER{remedy}"
@@ -82,7 +95,10 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None, flag: str = "--tasks
 
 def _check_known(tasks: Sequence[str], flag: str) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("eval", f"measuring {', '.join(tasks)}" + (" (or leave the tasks out: --tasks)" if flag == "--tasks" else ""))
+        raise MissingExtraError(
+            "eval",
+            f"measuring {', '.join(tasks)}" + (" (or leave the tasks out: --tasks)" if flag == "--tasks" else ""),
+        )
     known = task_manager().all_tasks
     for task in tasks:
         if task not in known:
@@ -129,7 +145,12 @@ def requests_at_once(config: Any, length: int) -> int:
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 0, limit: int | None = None, data_dir: str | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    batch_size: int = 0,
+    limit: int | None = None,
+    data_dir: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """lm-eval tasks on a transformers-like model.
 
@@ -144,7 +165,9 @@ def run_tasks(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    evaluator.get_git_commit_hash = lambda: None  # of the working folder; where that is no repository, git says so on the terminal
+    evaluator.get_git_commit_hash = lambda: (
+        None
+    )  # of the working folder; where that is no repository, git says so on the terminal
 
     longest = longest_window(model.config)
 
@@ -155,7 +178,9 @@ def run_tasks(
         """lm-eval's own "auto" tries sizes until the memory is full; this one computes."""
 
         def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
-            self.batch_size_per_gpu = batch_size or fitting(max((len(context) + len(answer) for _, context, answer in requests), default=1))
+            self.batch_size_per_gpu = batch_size or fitting(
+                max((len(context) + len(answer) for _, context, answer in requests), default=1)
+            )
             if "override_bs" in named:  # called below, where there is a bar already
                 named["disable_tqdm"] = True
             return super()._loglikelihood_tokens(requests, *rest, **named)
@@ -169,14 +194,20 @@ def run_tasks(
                     advance(1)
             return found
 
-    wrapped = Sized(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest)
+    wrapped = Sized(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest
+    )
     chosen: list[Any] = list(tasks) if data_dir is None else local_tasks(tasks, Path(data_dir))
     with _explained(tasks):
-        output = lm_eval.simple_evaluate(wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=task_manager())
+        output = lm_eval.simple_evaluate(
+            wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=task_manager()
+        )
     assert output is not None  # None on other processes than the first only
     found: dict[str, dict[str, Any]] = {}
     for task, metrics in output["results"].items():
-        numbers = {metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)}
+        numbers = {
+            metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)
+        }
         rights = {f"right:{metric}": _right(output["samples"].get(task, []), metric) for metric in numbers}
         found[task] = numbers | {name: right for name, right in rights.items() if right}
     return found
@@ -185,5 +216,11 @@ def run_tasks(
 def _right(samples: list[dict[str, Any]], metric: str) -> str:
     """Which of lm-eval's documents were right by a metric: a 1 or a 0 each; nothing if it is of another kind."""
     name, _, chosen = metric.partition(",")
-    values: dict[int, Any] = {sample["doc_id"]: sample.get(name) for sample in samples if sample["filter"] == (chosen or "none")}
-    return "".join(str(int(values[i])) for i in sorted(values)) if all(value in (0, 1) for value in values.values()) else ""
+    values: dict[int, Any] = {
+        sample["doc_id"]: sample.get(name) for sample in samples if sample["filter"] == (chosen or "none")
+    }
+    return (
+        "".join(str(int(values[i])) for i in sorted(values))
+        if all(value in (0, 1) for value in values.values())
+        else ""
+    )

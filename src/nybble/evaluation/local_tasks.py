@@ -40,7 +40,9 @@ def data_place(task: str) -> tuple[str, str | None]:
     return _FOLDERS.get(name, name), config.get("dataset_name")
 
 
-def local_tasks(tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", train: bool = False) -> list[dict[str, Any]]:
+def local_tasks(
+    tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", train: bool = False
+) -> list[dict[str, Any]]:
     """lm-eval's own configurations with the data source replaced by local files, of which those that are scored must be there; with `train` those to train
     on too."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -48,17 +50,27 @@ def local_tasks(tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", tra
     index, configs = task_manager().task_index, []
     for task in tasks:
         if is_group(task):
-            raise OptionError(f"{flag} with --data_dir must name single tasks; {task} is a group of tasks; name its parts")
+            raise OptionError(
+                f"{flag} with --data_dir must name single tasks; {task} is a group of tasks; name its parts"
+            )
         config = load_yaml(index[task].yaml_path)
         for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
             config.pop(key, None)
-        splits = [config[key] for key in ("training_split", "validation_split", "test_split", "fewshot_split") if config.get(key)]
+        splits = [
+            config[key]
+            for key in ("training_split", "validation_split", "test_split", "fewshot_split")
+            if config.get(key)
+        ]
         folder = _local_folder(data_dir, task, splits)
         files = _split_files(folder, splits)
-        needed = {"scored": "test_split" if config.get("test_split") else "validation_split"} | ({"trained": "training_split"} if train else {})
+        needed = {"scored": "test_split" if config.get("test_split") else "validation_split"} | (
+            {"trained": "training_split"} if train else {}
+        )
         for what, key in needed.items():
             if config.get(key) and config[key] not in files:
-                raise DataError(f"--data_dir: {task} is {what} on the split {config[key]}; put {config[key]}.jsonl into {folder}, which has none")
+                raise DataError(
+                    f"--data_dir: {task} is {what} on the split {config[key]}; put {config[key]}.jsonl into {folder}, which has none"
+                )
         for key in ("training_split", "validation_split", "fewshot_split"):
             if config.get(key) and config[key] not in files:
                 config[key] = None
@@ -74,7 +86,9 @@ def _local_folder(data_dir: Path, task: str, splits: Sequence[str]) -> Path:
         if folder.is_dir() and _split_files(folder, splits):
             return folder
     named = ", ".join(dict.fromkeys(splits))
-    raise DataError(f"--data_dir must hold the data of {task} in {tried[0]} (files named {named}; .jsonl or .parquet); found none")
+    raise DataError(
+        f"--data_dir must hold the data of {task} in {tried[0]} (files named {named}; .jsonl or .parquet); found none"
+    )
 
 
 def _split_files(folder: Path, splits: Sequence[str]) -> dict[str, list[str]]:
@@ -82,9 +96,15 @@ def _split_files(folder: Path, splits: Sequence[str]) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for split in dict.fromkeys(splits):
         for suffix in ("jsonl", "parquet"):
-            of_that_name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}")  # anli's train_r1; dev_r1 is no "validation"
+            of_that_name = re.compile(
+                rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}"
+            )  # anli's train_r1; dev_r1 is no "validation"
             candidates = sorted(folder.glob(f"*.{suffix}"))
-            found = [str(file) for file in candidates if of_that_name.fullmatch(file.name) or (split in SPLITS and split in splits_of(file))]
+            found = [
+                str(file)
+                for file in candidates
+                if of_that_name.fullmatch(file.name) or (split in SPLITS and split in splits_of(file))
+            ]
             if found:
                 files.setdefault(split, found)
     return files
@@ -100,7 +120,11 @@ def read_dataset(files: dict[str, list[str]]) -> Any:
             raise DataError(f"--data_dir: {', '.join(names)} must have rows; it has none")
         try:
             result_columns = dict.fromkeys(name for row in read for name in row)
-            found[split] = datasets.Dataset.from_dict({name: [row.get(name) for row in read] for name in result_columns})
+            found[split] = datasets.Dataset.from_dict(
+                {name: [row.get(name) for row in read] for name in result_columns}
+            )
         except (ValueError, TypeError) as error:  # pyarrow's: values of one column that are of several types
-            raise DataError(f"--data_dir: {', '.join(names)} must have values of one type in each column: {' '.join(str(error).split())[:200]}") from error
+            raise DataError(
+                f"--data_dir: {', '.join(names)} must have values of one type in each column: {' '.join(str(error).split())[:200]}"
+            ) from error
     return found

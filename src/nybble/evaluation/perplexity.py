@@ -46,7 +46,7 @@ def measure_sequences(
     input_ids: Tensor,
     teacher: Logits | None = None,
     advance: Callable[[int], None] = lambda n: None,
-    counted: Tensor | None = None,
+    loss_mask: Tensor | None = None,
 ) -> dict[str, float]:
     """Token perplexity on sequences [S, T], and KL to the teacher where there is one; of the predictions that are counted [S, T] (default: all).
 
@@ -54,7 +54,7 @@ def measure_sequences(
     """
     loss, divergence, tokens = 0.0, 0.0, 0
     for i, ids in enumerate(input_ids):
-        which = (torch.ones_like(ids, dtype=torch.bool) if counted is None else counted[i])[:-1].nonzero()[:, 0]
+        which = (torch.ones_like(ids, dtype=torch.bool) if loss_mask is None else loss_mask[i])[:-1].nonzero()[:, 0]
         model_at, teacher_at = logits(i), teacher(i) if teacher is not None else None
         for positions in which.split(_CHUNK):
             log_q = F.log_softmax(model_at(positions), dim=-1)

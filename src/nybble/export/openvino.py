@@ -54,7 +54,9 @@ class _WithPast(nn.Module):
         self.window = getattr(text, "sliding_window", None)
         self.layer_types = getattr(text, "layer_types", None)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         cache = DynamicCache()
         cache.layers = []
         for i in range(self.layers):
@@ -83,7 +85,10 @@ class _WithPast(nn.Module):
         seen_BTS = (key_S <= query_T1) & attention_mask.bool()[:, None, :]
         full = (seen_BTS | itself_TS)[:, None]
         sliding = full if self.window is None else full & (key_S > query_T1 - self.window)
-        full, sliding = (torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, torch.finfo(torch.float32).min) for m in (full, sliding))
+        full, sliding = (
+            torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, torch.finfo(torch.float32).min)
+            for m in (full, sliding)
+        )
         if self.layer_types is not None:
             return {"full_attention": full, "sliding_attention": sliding}
         return sliding
@@ -136,7 +141,9 @@ def _trace(model: Any) -> Any:
         try:
             irs = ov.convert_model(_WithPast(model).eval(), example_input=(*example.values(), *states))
         except Exception as error:  # the tracer's, OpenVINO's and the model's own errors
-            raise ExportError(f"{type(model).__name__} cannot be traced for OpenVINO, with keys and values of past tokens ({_brief(error)})") from error
+            raise ExportError(
+                f"{type(model).__name__} cannot be traced for OpenVINO, with keys and values of past tokens ({_brief(error)})"
+            ) from error
 
     stateful = {}
     shapes = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
@@ -170,7 +177,9 @@ def _static_rope(model: Any) -> Iterator[None]:
         for module in changing:
             module.rope_type = "default"  # asked only whether to update the frequencies
         if changing:
-            log.info("positions: the exported model is right for contexts up to %d tokens", _original_length(model.config))
+            log.info(
+                "positions: the exported model is right for contexts up to %d tokens", _original_length(model.config)
+            )
         yield
     finally:
         for module, kind in zip(changing, kinds, strict=True):
@@ -200,7 +209,9 @@ def _compress_constants(irs: Any, quantized: Mapping[str, QuantizedWeight]) -> d
     constants = {}
     for node in irs.get_ops():
         if node.get_type_name() == "Constant" and node.get_friendly_name().endswith(".weight"):
-            constants[node.get_friendly_name().removeprefix("self.").removeprefix("model.").removesuffix(".weight")] = node
+            constants[node.get_friendly_name().removeprefix("self.").removeprefix("model.").removesuffix(".weight")] = (
+                node
+            )
     missing = [name for name in quantized if name not in constants]
     if missing:
         raise ExportError(
@@ -210,11 +221,13 @@ def _compress_constants(irs: Any, quantized: Mapping[str, QuantizedWeight]) -> d
     for name, weight in quantized.items():
         node = constants[name]
         if tuple(node.shape) != tuple(weight.codes_OI.shape):
-            raise ExportError(f"{name}: the traced weight has shape {tuple(node.shape)}, the codes {tuple(weight.codes_OI.shape)}")
+            raise ExportError(
+                f"{name}: the traced weight has shape {tuple(node.shape)}, the codes {tuple(weight.codes_OI.shape)}"
+            )
         replacement = _decompression(name, weight)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
-    bits = [weight.grid.bits for weight in quantized.values()]
+    bits = [weight.scheme.bits for weight in quantized.values()]
     return {"weights_u4": bits.count(4), "weights_u8": bits.count(8)}
 
 
@@ -222,7 +235,7 @@ def _decompression(name: str, weight: QuantizedWeight) -> Any:
     import openvino as ov
     from openvino import opset13 as op
 
-    four = weight.grid.bits == 4
+    four = weight.scheme.bits == 4
     (rows, columns), groups = weight.codes_OI.shape, weight.scale_OG.shape[1]
     shape = [rows, groups, columns // groups] if four else [rows, columns]
     compute = "f16" if four else "f32"
@@ -237,7 +250,9 @@ def _decompression(name: str, weight: QuantizedWeight) -> Any:
     per_group = [*shape[:-1], 1]
     scale = op.constant(weight.scale_OG.cpu().numpy().astype(compute.replace("f", "float")).reshape(per_group))
     scale.set_friendly_name(f"{name}.scale")
-    offset = op.subtract(constant("codes", weight.codes_OI, shape), constant("zero", weight.zero_OG, per_group))
+    offset = op.subtract(
+        constant("codes", weight.codes_OI, shape), constant("zero_point", weight.zero_point_OG, per_group)
+    )
     product = op.multiply(offset, scale)
     if not four:
         return product
@@ -259,14 +274,14 @@ def read_weights(folder: Path) -> dict[str, QuantizedWeight]:
     found: dict[str, dict[str, Any]] = {}
     for node in ov.Core().read_model(folder / MODEL_XML).get_ops():
         name, _, leaf = node.get_friendly_name().rpartition(".")
-        if node.get_type_name() == "Constant" and leaf in ("codes", "zero", "scale"):
+        if node.get_type_name() == "Constant" and leaf in ("codes", "zero_point", "scale"):
             found.setdefault(name, {})[leaf] = node
     weights = {}
     for name, parts in found.items():
-        codes_OI, scale_OG, zero_OG = (_read(parts[leaf]) for leaf in ("codes", "scale", "zero"))
+        codes_OI, scale_OG, zero_point_OG = (_read(parts[leaf]) for leaf in ("codes", "scale", "zero_point"))
         four = parts["codes"].get_element_type().get_type_name() == "u4"
-        grid = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four else INT8_PER_ROW
-        weights[name] = QuantizedWeight(codes_OI, scale_OG.float(), zero_OG, grid)
+        scheme = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four else INT8_PER_ROW
+        weights[name] = QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
     return weights
 
 
@@ -284,7 +299,7 @@ def _check_codes(folder: Path, quantized: Mapping[str, QuantizedWeight]) -> None
     if read.keys() != quantized.keys():
         raise ExportError(f"{folder}: {len(quantized)} quantized weights were written, {len(read)} read back")
     for name, weight in quantized.items():
-        for what, leaf in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zeros", "zero_OG")):
+        for what, leaf in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
             if not torch.equal(getattr(weight, leaf).cpu(), getattr(read[name], leaf)):
                 raise ExportError(f"{folder}: the {what} of {name} read back differently; please report this")
 
@@ -296,10 +311,14 @@ def _check_logits(folder: Path, model: Any, length: int = 48) -> float:
         expected = model(input_ids=ids, use_cache=False).logits
     runtime = OpenVINOModel(folder, model.config, STRICT)
     prompt = length - 4
-    parts = [runtime.run(ids[:, :prompt], reset=True)] + [runtime.run(ids[:, i : i + 1], reset=False) for i in range(prompt, length)]
+    parts = [runtime.run(ids[:, :prompt], reset=True)] + [
+        runtime.run(ids[:, i : i + 1], reset=False) for i in range(prompt, length)
+    ]
     difference = float((torch.cat(parts, dim=1) - expected).abs().max())
     if not difference <= LOGIT_TOLERANCE:
-        raise ExportError(f"{folder}: logits must be within {LOGIT_TOLERANCE} of torch in strict float32; they differ by {difference:.3g}; please report this")
+        raise ExportError(
+            f"{folder}: logits must be within {LOGIT_TOLERANCE} of torch in strict float32; they differ by {difference:.3g}; please report this"
+        )
     return difference
 
 
@@ -364,7 +383,12 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
         batch, length = input_ids.shape
         mask = torch.ones(batch, past + length, dtype=torch.int64) if attention_mask is None else attention_mask
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "beam_idx": torch.arange(batch, dtype=torch.int32)}
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "beam_idx": torch.arange(batch, dtype=torch.int32),
+        }
         output = self.request.infer({name: value.contiguous().numpy() for name, value in inputs.items()})
         return torch.from_numpy(output["logits"].copy())
 

@@ -32,7 +32,9 @@ def pick_device(device: str) -> torch.device:
             torch.cuda.set_device(picked)
     except (RuntimeError, AssertionError) as error:
         usable = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
-        raise ModelError(f"--device {device} is not usable on this machine ({first_line(error)}); choose {usable}") from error
+        raise ModelError(
+            f"--device {device} is not usable on this machine ({first_line(error)}); choose {usable}"
+        ) from error
     return picked
 
 

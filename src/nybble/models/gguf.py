@@ -27,7 +27,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Any:
     config = GgufConfig(gguf_file=path.name, dequantize=True)
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=config, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=config, dtype=dtype
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path.name} cannot be loaded as GGUF: {first_line(error)}") from error
 
@@ -63,8 +65,16 @@ def gguf_tokenizer(path: Path) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == _CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    )
 
     named = {}
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):

@@ -45,12 +45,19 @@ class LMHead:
     @torch.no_grad()
     def verify(self, model: Any, input_ids: Tensor) -> None:
         """Raise ModelError unless these logits are the model's own on a real input: guards against families that do more to them."""
-        ours, its = self.logits(last_hidden_states(model, input_ids)), model(input_ids=input_ids, use_cache=False).logits.float()
+        ours, its = (
+            self.logits(last_hidden_states(model, input_ids)),
+            model(input_ids=input_ids, use_cache=False).logits.float(),
+        )
         # Two bf16 roundings of the same sum may differ by 2**-7 of the largest logit.
-        tolerance = its.abs().max().item() * (2**-6 if its.dtype != torch.float32 or self.weight_VD.dtype != torch.float32 else 1e-4)
+        tolerance = its.abs().max().item() * (
+            2**-6 if its.dtype != torch.float32 or self.weight_VD.dtype != torch.float32 else 1e-4
+        )
         if not bool(its.isfinite().all()):
             remedy = "its weights are broken" if its.dtype == model.dtype else "use --dtype float32"
-            raise ModelError(f"the logits of {model.config.model_type} must be finite numbers; they are not on the first test sequence; {remedy}")
+            raise ModelError(
+                f"the logits of {model.config.model_type} must be finite numbers; they are not on the first test sequence; {remedy}"
+            )
         difference = (ours - its).abs().max().item()
         if not difference <= tolerance:
             raise ModelError(

@@ -55,7 +55,9 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives nan for some padded batches (torch 2.11, H200; docs/log.md, 2026-11-28)
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # its backward gives nan for some padded batches (torch 2.11, H200; docs/log.md, 2026-11-28)
     source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
     if pretrained == SMOLLM2:
         source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
@@ -68,14 +70,18 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         options = {"trust_remote_code": trust_remote_code}
         try:
             _check_architecture(pretrained, options)
-            model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)  # type: ignore[misc]
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options
+            )  # type: ignore[misc]
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, SafetensorError, ImportError, RuntimeError, pickle.UnpicklingError) as error:
             raise ModelError(_explain(pretrained, path.is_dir(), error)) from error
     if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
-        raise ModelError(f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files (first: {missing[0]})")
+        raise ModelError(
+            f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files (first: {missing[0]})"
+        )
     check_supported(model, name)
     _note_tying(model)
     model.requires_grad_(False)
@@ -103,9 +109,13 @@ def check_model_path(pretrained: str) -> None:
         if not (path / "config.json").is_file():
             raise ModelError(f"--pretrained {path} must hold a transformers model; the folder has no config.json")
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise ModelError(f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them")
+            raise ModelError(
+                f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them"
+            )
     elif path.exists() or pretrained.startswith((".", "/", "~")):
-        raise ModelError(f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder")
+        raise ModelError(
+            f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder"
+        )
 
 
 def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
@@ -117,17 +127,27 @@ def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
     encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
     if (config.model_type not in CAUSAL and not getattr(config, "auto_map", None)) or encoder:
         kind = ", ".join(architectures) or config.model_type
-        raise ModelError(f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM")
+        raise ModelError(
+            f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM"
+        )
     if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "some method") if isinstance(config.quantization_config, dict) else "some method"
-        raise ModelError(f"{pretrained} must be a 16-bit model; it is quantized already, by {method}; name the model that it was made from")
+        method = (
+            dict(config.quantization_config).get("quant_method", "some method")
+            if isinstance(config.quantization_config, dict)
+            else "some method"
+        )
+        raise ModelError(
+            f"{pretrained} must be a 16-bit model; it is quantized already, by {method}; name the model that it was made from"
+        )
 
 
 def check_supported(model: nn.Module, name: str) -> None:
     """Raise ModelError for what cannot be quantized yet."""
     config = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
-        raise ModelError(f"{name} must be a language model alone; {type(model).__name__} has other parts beside it (vision, sound); choose its text model")
+        raise ModelError(
+            f"{name} must be a language model alone; {type(model).__name__} has other parts beside it (vision, sound); choose its text model"
+        )
     experts = expert_parameters(model)
     if experts:
         raise ModelError(
@@ -135,14 +155,18 @@ def check_supported(model: nn.Module, name: str) -> None:
             "choose a dense model"
         )
     if not select_layers(model).int4:
-        raise ModelError(f"{name} has no nn.Linear layers to quantize (class {type(model).__name__}); choose a Llama-like model")
+        raise ModelError(
+            f"{name} has no nn.Linear layers to quantize (class {type(model).__name__}); choose a Llama-like model"
+        )
 
 
 def _note_tying(model: Any) -> None:
     """The configuration says of tied embeddings what is true of the model: where a checkpoint has a head of its own (a merged LoRA that trained it, for
     example), transformers loads that, and would tie it to the embedding when it is saved and loaded again."""
     if model.config.tie_word_embeddings and not select_layers(model).tied:
-        log.warning("the configuration says that the head is the embedding, but the checkpoint has a head of its own, which is used")
+        log.warning(
+            "the configuration says that the head is the embedding, but the checkpoint has a head of its own, which is used"
+        )
         model.config.tie_word_embeddings = False
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger("nybble")
 # --- the 4-bit model on disk ---------------------------------------------------------------------------------------------
 
 
-WEIGHTS_FILE, WEIGHTS_FORMAT = "weights.safetensors", "nybble-1"
+WEIGHTS_FILE, WEIGHTS_FORMAT = "weights.safetensors", "nybble-2"
 
 
 def other_tensors(model: Any, quantized: Iterable[str]) -> dict[str, Tensor]:
@@ -42,11 +42,11 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: dict[str
 
     tensors = other_tensors(model, quantized)
     for name, weight in quantized.items():
-        four = weight.grid.bits == 4
+        four = weight.scheme.bits == 4
         tensors[f"{name}.weight.codes"] = pack_nibbles(weight.codes_OI) if four else weight.codes_OI
         tensors[f"{name}.weight.scale"] = weight.scale_OG.half()
-        tensors[f"{name}.weight.zero"] = weight.zero_OG
-    note = {"format": WEIGHTS_FORMAT, "grids": {name: asdict(weight.grid) for name, weight in quantized.items()}}
+        tensors[f"{name}.weight.zero_point"] = weight.zero_point_OG
+    note = {"format": WEIGHTS_FORMAT, "schemes": {name: asdict(weight.scheme) for name, weight in quantized.items()}}
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / WEIGHTS_FILE, tensors, note)
         if model._auto_class is not None:  # Python code that came with the model
@@ -61,12 +61,16 @@ def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Te
     """The tensors that `save_quantized` wrote: name -> codes, and all others."""
     tensors, note = load_tensors(folder / WEIGHTS_FILE)
     if note.get("format") != WEIGHTS_FORMAT:
-        raise RunError(f"{folder / WEIGHTS_FILE} must be a 4-bit model that nybble wrote ({WEIGHTS_FORMAT}); it is something else")
+        raise RunError(
+            f"{folder / WEIGHTS_FILE} must be a 4-bit model that nybble wrote ({WEIGHTS_FORMAT}); it is something else"
+        )
     quantized = {}
-    for name, fields in note["grids"].items():
-        grid = QuantScheme(**fields)
-        codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero"))
-        quantized[name] = QuantizedWeight(unpack_nibbles(codes) if grid.bits == 4 else codes, scale.float(), zero, grid)
+    for name, fields in note["schemes"].items():
+        scheme = QuantScheme(**fields)
+        codes, scale, zero = (tensors.pop(f"{name}.weight.{leaf}") for leaf in ("codes", "scale", "zero_point"))
+        quantized[name] = QuantizedWeight(
+            unpack_nibbles(codes) if scheme.bits == 4 else codes, scale.float(), zero, scheme
+        )
     return quantized, tensors
 
 
@@ -80,13 +84,15 @@ def scale_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape [O, G] of the scales of every layer that `save_quantized` wrote; reads no weights."""
     end = ".weight.scale"
     with open_tensors(folder / WEIGHTS_FILE) as file:
-        return {key.removesuffix(end): tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(end)}  # noqa: SIM118
+        keys = file.keys()
+        return {key.removesuffix(end): tuple(file.get_slice(key).get_shape()) for key in keys if key.endswith(end)}
 
 
 def plain_tensors(folder: Path) -> set[str]:
     """Names of the tensors that `save_quantized` wrote as they were; reads no weights."""
     with open_tensors(folder / WEIGHTS_FILE) as file:
-        return {key for key in file.keys() if not key.endswith((".weight.codes", ".weight.scale", ".weight.zero"))}  # noqa: SIM118
+        keys = file.keys()
+        return {key for key in keys if not key.endswith((".weight.codes", ".weight.scale", ".weight.zero_point"))}
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -98,10 +104,14 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise RunError(f"{folder} needs Python code that comes with the model; if you trust it, add --trust_remote_code") from error
+        raise RunError(
+            f"{folder} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
+        ) from error
 
 
-def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
+def load_quantized(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[Any, Any, dict[str, QuantizedWeight]]:
     """What `save_quantized` wrote: (model with dequantized weights in `dtype`, tokenizer, name -> codes)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
@@ -115,7 +125,17 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     embedding = model.get_input_embeddings().weight
-    tied = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding and config.tie_word_embeddings}
+    tied = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is embedding and config.tie_word_embeddings
+    }
     if set(missing) - tied or unknown:
-        raise RunError(f"{folder} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, unknown {list(unknown)[:3]}")
-    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), quantized
+        raise RunError(
+            f"{folder} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, unknown {list(unknown)[:3]}"
+        )
+    return (
+        model.requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+        quantized,
+    )

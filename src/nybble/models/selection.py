@@ -46,7 +46,9 @@ def select_layers(model: Any) -> LayerSelection:
     modules = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
-        raise ModelError(f"{type(model).__name__} must have an embedding and a language-model head; choose a causal language model")
+        raise ModelError(
+            f"{type(model).__name__} must have an embedding and a language-model head; choose a causal language model"
+        )
     tied = head.weight is embedding.weight
     int8 = [modules[id(embedding)]] + ([] if tied else [modules[id(head)]])
     int4 = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

@@ -30,7 +30,9 @@ def parse_rank_space(values: Sequence[int], option: str = "--lora_rank_space") -
         OptionError: none, or one below 1.
     """
     if not values or min(values) < 1:
-        raise OptionError(f"{option} must be one or more ranks of at least 1, such as 32 24 16; got {' '.join(map(str, values)) or 'none'}")
+        raise OptionError(
+            f"{option} must be one or more ranks of at least 1, such as 32 24 16; got {' '.join(map(str, values)) or 'none'}"
+        )
     space = tuple(sorted(set(values), reverse=True))
     if space != tuple(values):
         log.info("%s: %s taken as %s", option, " ".join(map(str, values)), " ".join(map(str, space)))
@@ -60,10 +62,14 @@ def check_configuration(values: Sequence[int], space: Sequence[int], count: int)
         OptionError: not one rank for each of `count` decoder layers, or one that is not in the space.
     """
     if len(values) != count:
-        raise OptionError(f"--custom_rank_config must give one rank for each of the {count} decoder layers; got {len(values)}")
+        raise OptionError(
+            f"--custom_rank_config must give one rank for each of the {count} decoder layers; got {len(values)}"
+        )
     outside = sorted(set(values) - set(space))
     if outside:
-        raise OptionError(f"--custom_rank_config must take its ranks from the space {' '.join(map(str, space))}; got {' '.join(map(str, outside))}")
+        raise OptionError(
+            f"--custom_rank_config must take its ranks from the space {' '.join(map(str, space))}; got {' '.join(map(str, outside))}"
+        )
     return tuple(values)
 
 
@@ -91,10 +97,14 @@ def median_configuration(space: Sequence[int], count: int) -> RankConfiguration:
 
 def most_frequent_configuration(seen: Sequence[RankConfiguration]) -> RankConfiguration:
     """For each decoder layer the rank that was trained most often (of equals the larger)."""
-    return tuple(max(Counter(ranks).items(), key=lambda item: (item[1], item[0]))[0] for ranks in zip(*seen, strict=True))
+    return tuple(
+        max(Counter(ranks).items(), key=lambda item: (item[1], item[0]))[0] for ranks in zip(*seen, strict=True)
+    )
 
 
-def least_loss_configurations(seen: Sequence[RankConfiguration], losses: Sequence[float], count: int) -> list[RankConfiguration]:
+def least_loss_configurations(
+    seen: Sequence[RankConfiguration], losses: Sequence[float], count: int
+) -> list[RankConfiguration]:
     """The `count` different configurations with the least training loss, least first."""
     best: dict[RankConfiguration, float] = {}
     for configuration, loss in zip(seen, losses, strict=True):

@@ -40,14 +40,18 @@ class DataOptions:
     data_column: str = "text"  # Column with the text, for row-wise data.
     data_dir: str | None = None  # Folder with local copies of data sets, for machines without the hub.
     seq_len: int = 1024  # Tokens in a sequence.
-    loss_on: Literal["all", "assistant"] = "all"  # Of conversations (rows with messages): all tokens, or only what the assistant says.
+    loss_on: Literal["all", "assistant"] = (
+        "all"  # Of conversations (rows with messages): all tokens, or only what the assistant says.
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(DataOptions):
     """Which text to learn from, and which to measure on."""
 
-    eval_data: tuple[str, ...] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
+    eval_data: tuple[
+        str, ...
+    ] = ()  # Source of validation and test text. Default: --data; python-docs where the model writes --data itself.
 
 
 # Fewer sequences than this are no calibration.
@@ -83,7 +87,9 @@ class RunOptions:
     test_samples: int = 0  # Sequences of the test split for token perplexity and KL; 0 = all.
     tasks: tuple[str, ...] = ("wikitext",)  # lm-eval tasks measured on all models of the run; needs the extra eval.
     task_limit: int | None = None  # At most so many documents a task (for trying out).
-    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
+    eval_batch_size: int = (
+        0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
+    )
     export: tuple[str, ...] = ("openvino",)  # Formats to export to; needs the extra of the same name.
     resume: bool = False  # Go on where the run in output_dir stopped.
     overwrite: bool = False  # Delete the run in output_dir first.
@@ -116,7 +122,9 @@ class CompressOptions(RunOptions, CompressionOptions, TextOptions, ModelOptions)
         self.check_run()
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.dtype == "float16" and "blockwise" in self.method:
-            raise OptionError("--dtype must be bfloat16 or float32 for blockwise; float16 gradients vanish (they are below its smallest number)")
+            raise OptionError(
+                "--dtype must be bfloat16 or float32 for blockwise; float16 gradients vanish (they are below its smallest number)"
+            )
 
     @property
     def folder(self) -> Path:
@@ -141,7 +149,9 @@ class TrainingOptions:
     # Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; or a finished run, whose 4-bit model it goes on with.
     # auto: awq+se+gptq, without adapters awq+se+blockwise; without awq for a family that it does not know.
     start: str = "auto"
-    cache: Literal["auto", "step", "recompute"] = "auto"  # Quantize once a step (fast) or in every forward and backward (small).
+    cache: Literal["auto", "step", "recompute"] = (
+        "auto"  # Quantize once a step (fast) or in every forward and backward (small).
+    )
     patience: int = 0  # Stop when so many validations in a row were no better; 0 = never.
     save_every: int = 10  # Optimizer steps between checkpoints.
     tensorboard: bool = True  # Write curves for TensorBoard into the run folder.
@@ -156,7 +166,9 @@ class TrainingOptions:
         _require(self, ("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
-_FLOAT16 = "--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)"
+_FLOAT16 = (
+    "--dtype must be bfloat16 or float32 for training; float16 gradients vanish (they are below its smallest number)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +202,9 @@ class DistillOptions(TrainingOptions, RunOptions, CompressionOptions, TextOption
             )
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.batch_size > self.samples:
-            raise OptionError(f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}")
+            raise OptionError(
+                f"--batch_size must not be larger than --samples; got {self.batch_size} and {self.samples}"
+            )
         if self.dtype == "float16":
             raise OptionError(_FLOAT16)
 
@@ -228,23 +242,35 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
     # before: adapters learn on the 16-bit weights; then these are compressed, and scales and norms learn in 4 bits.
     # inside: adapters learn inside the rounding of a model that was compressed first.
     adapters: Literal["before", "inside"] = "before"
-    lora_rank_space: tuple[int, ...] = (32, 24, 16)  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
+    lora_rank_space: tuple[int, ...] = (
+        32,
+        24,
+        16,
+    )  # Ranks to choose from for every decoder layer; a single one = plain LoRA.
     # What a step trains. half: the largest ranks, every other step, and a random configuration between; random: always a random one, as published; sandwich:
     # the largest, the smallest and a random one, all three in every step.
     sampling: Literal["half", "random", "sandwich"] = "half"
     num_min_loss_configs: int = 5  # Configurations with the least training loss that are candidates afterwards.
     select_rows: int = 200  # Held-out rows that epochs and configurations are chosen by; 0 = all.
-    select_on: Literal["held_out", "test"] = "held_out"  # test: choose configurations by the test score, as published results do.
+    select_on: Literal["held_out", "test"] = (
+        "held_out"  # test: choose configurations by the test score, as published results do.
+    )
     custom_rank_config: tuple[int, ...] = ()  # One rank for each decoder layer, to be used instead of choosing.
-    eval_only: bool = False  # Train no adapters: measure those of the run, as chosen or with --custom_rank_config; needs --resume.
+    eval_only: bool = (
+        False  # Train no adapters: measure those of the run, as chosen or with --custom_rank_config; needs --resume.
+    )
     fast_eval: bool = False  # Measure on weights made once, also with --cache recompute (with the step cache it is always so): the same numbers.
 
     epochs: int = 3  # Passes over the training rows, each followed by a validation.
     batch_size: int = 16  # Rows in an optimizer step.
-    scale_epochs: int = 1  # --adapters before: passes over the training rows with scales and norms in 4 bits, after the adapters' own.
+    scale_epochs: int = (
+        1  # --adapters before: passes over the training rows with scales and norms in 4 bits, after the adapters' own.
+    )
     lr: float = 1e-3  # Peak learning rate of the adapters.
     scale_lr: float = 2e-3  # Peak relative learning rate of the scales: 2e-3 moves one by about 0.2 % a step. With --adapters inside 1e-3 was measured.
-    norm_lr: float = 1e-3  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
+    norm_lr: float = (
+        1e-3  # --adapters before: peak relative learning rate of the weights of norms in 4 bits; 0 = they stay.
+    )
     warmup: float = 0.1  # Share of the steps with a rising rate.
     # Compression: rtn, or any of awq, se, gptq, blockwise in this order, joined by +; with --adapters inside also a finished run, whose 4-bit model it goes on
     # with.
@@ -258,19 +284,30 @@ class TuneOptions(TrainingOptions, RunOptions, CompressionOptions, ModelOptions)
         if self.task and self.compare:
             raise OptionError("--task and --compare contradict each other; give one of them")
         if self.compare and (self.custom_rank_config or self.eval_only or self.teacher):
-            raise OptionError("--compare makes all its runs itself; leave --custom_rank_config, --eval_only and --teacher out")
+            raise OptionError(
+                "--compare makes all its runs itself; leave --custom_rank_config, --eval_only and --teacher out"
+            )
         if not (self.task or self.compare):
-            raise OptionError("--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file")
+            raise OptionError(
+                "--task is required: gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task, or a .jsonl file"
+            )
         self.check_compression()
         self.check_run()
         self.check_training()
         _require(self, ("norm_lr",), lambda value: 0 <= value < float("inf"), "0 or more")
-        _require(self, ("train_rows", "select_rows", "num_min_loss_configs", "scale_epochs"), lambda value: value >= 0, "0 or more")
+        _require(
+            self,
+            ("train_rows", "select_rows", "num_min_loss_configs", "scale_epochs"),
+            lambda value: value >= 0,
+            "0 or more",
+        )
         _require(self, ("seq_len",), lambda value: value >= 8, "at least 8")
         if self.dtype == "float16":
             raise OptionError(_FLOAT16)
         if not (self.lr or self.scale_passes or (self.scale_lr and self.adapters == "inside")):
-            raise OptionError("--lr, --scale_lr or --norm_lr must be above 0, else nothing is trained; nybble compress makes a model without training")
+            raise OptionError(
+                "--lr, --scale_lr or --norm_lr must be above 0, else nothing is trained; nybble compress makes a model without training"
+            )
         if self.eval_only and not self.resume:
             raise OptionError("--eval_only needs --resume and the folder of a run that was trained")
 
@@ -329,7 +366,9 @@ class ReportOptions:
     """Put one run, or several side by side, on one HTML page, and the same in Markdown."""
 
     runs: tuple[str, ...]  # Run folders.
-    out: str | None = None  # Page to write; the Markdown goes beside it. Default: report.html in the run folder, of several in this one.
+    out: str | None = (
+        None  # Page to write; the Markdown goes beside it. Default: report.html in the run folder, of several in this one.
+    )
     table: bool = False  # Only print the kind of table that is published: 16 bit, best compression without training, tuned; improvement and mean.
 
 
@@ -343,7 +382,9 @@ class EvalOptions(DataOptions):
     split: Literal["train", "validation", "test"] = "test"  # Split of the data for token perplexity.
     samples: int = 0  # Sequences of it; 0 = all.
     teacher: str | None = None  # Model to compare with: adds the KL divergence to it.
-    eval_batch_size: int = 0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
+    eval_batch_size: int = (
+        0  # Requests a forward in lm-eval tasks; 0 = as many as their length and the vocabulary allow.
+    )
     trust_remote_code: bool = False  # Run Python code that comes with the model.
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Dtype = "auto"  # auto: bfloat16 where it is fast, else float32.
@@ -386,7 +427,9 @@ def check_kind(folder: Path, options: Any) -> None:
     except (OSError, ValueError, AttributeError):
         return  # not there yet, or not what nybble wrote, which is said where it is read
     if began != kind:
-        raise RunError(f"--resume must go on with a run of nybble {kind}; {folder} was begun by nybble {began}; choose another --output_dir")
+        raise RunError(
+            f"--resume must go on with a run of nybble {kind}; {folder} was begun by nybble {began}; choose another --output_dir"
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -409,7 +452,9 @@ def from_toml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Field values of `kind` from a TOML file; OptionError for a key that it does not have (the nearest is named)."""
     values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
     if values.get(_TRUST):
-        raise OptionError(f"--config {path} must not allow Python code that comes with a model; remove {_TRUST}, and give it as a flag if you trust the model")
+        raise OptionError(
+            f"--config {path} must not allow Python code that comes with a model; remove {_TRUST}, and give it as a flag if you trust the model"
+        )
     return _checked(kind, path, values)
 
 
@@ -419,7 +464,9 @@ def _checked(kind: type[Options], path: Path, values: dict[str, Any]) -> dict[st
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, 1)
-            raise OptionError(f"--config {path} has an unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise OptionError(
+                f"--config {path} has an unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         values[key] = _typed(path, key, values[key], hints[key])
     return values
 
@@ -456,6 +503,13 @@ def to_toml(options: Any) -> str:
     """TOML text of all fields that have a value (None is left out: TOML has no word for it), but for what one start was told to do. Texts, numbers, booleans
     and lists of them are written as in JSON, but for one character that JSON leaves bare, and for what is not finite."""
     fields = dataclasses.asdict(options)
-    kept = {key: value for key, value in fields.items() if value is not None and key not in ("resume", "overwrite", "eval_only", _TRUST)}
-    written = {key: str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False) for key, value in kept.items()}
+    kept = {
+        key: value
+        for key, value in fields.items()
+        if value is not None and key not in ("resume", "overwrite", "eval_only", _TRUST)
+    }
+    written = {
+        key: str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        for key, value in kept.items()
+    }
     return "".join(f"{key} = {text}\n" for key, text in written.items()).replace("\x7f", "\\u007f")

@@ -23,7 +23,9 @@ from nybble.quant.weight import QuantizedWeight
 _ROWS = 4096  # of an embedding whose float32 copies exist at a time
 
 
-def insert(model: Any, starts: Mapping[str, QuantizedInit], grid: QuantScheme, rank: int, seed: int) -> dict[str, FakeQuantizedLoRALinear]:
+def insert(
+    model: Any, starts: Mapping[str, QuantizedInit], scheme: QuantScheme, rank: int, seed: int
+) -> dict[str, FakeQuantizedLoRALinear]:
     """Replace every layer named in `starts`, in place; the layers take over weight and bias without a copy.
 
     Returns: name -> layer, in the order of `starts`. Until trained, the model computes with the compressed weights.
@@ -32,7 +34,16 @@ def insert(model: Any, starts: Mapping[str, QuantizedInit], grid: QuantScheme, r
     layers = {}
     for name, start in starts.items():
         linear = model.get_submodule(name)
-        layers[name] = FakeQuantizedLoRALinear(start.weight_OI, start.scale_OG, start.zero_OG, grid, linear.bias, rank, linear.weight.dtype, generator)
+        layers[name] = FakeQuantizedLoRALinear(
+            start.weight_OI,
+            start.scale_OG,
+            start.zero_point_OG,
+            scheme,
+            linear.bias,
+            rank,
+            linear.weight.dtype,
+            generator,
+        )
         model.set_submodule(name, layers[name])
     return layers
 
@@ -77,7 +88,9 @@ def quantize_rows(model: Any, names: Iterable[str]) -> dict[str, QuantizedWeight
         for rows in model.get_submodule(name).weight.split(_ROWS):
             pieces.append(QuantizedInit(rows, *min_max_qparams(rows, INT8_PER_ROW)).quantized(INT8_PER_ROW))
             rows.copy_(pieces[-1].dequantize())
-        codes, scale, zero = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes_OI", "scale_OG", "zero_OG"))
+        codes, scale, zero = (
+            torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes_OI", "scale_OG", "zero_point_OG")
+        )
         quantized[name] = QuantizedWeight(codes, scale, zero, INT8_PER_ROW)
     return quantized
 
@@ -87,7 +100,9 @@ def _norms(model: Any) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("Norm") and isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
+        if type(module).__name__.endswith("Norm")
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 1
     }
 
 
@@ -111,16 +126,16 @@ def settle_norms(model: Any) -> None:
 
 
 @contextmanager
-def step_cache(layers: Iterable[CachedWeightLinear], push: bool = True) -> Iterator[None]:
+def weight_cache(layers: Iterable[CachedWeightLinear], push: bool = True) -> Iterator[None]:
     """Make every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
     layers = list(layers)
     try:
         for layer in layers:
-            layer.fill_step_cache()
+            layer.fill_weight_cache()
         yield
         if push:
             for layer in layers:
-                layer.push_step_cache()
+                layer.flush_weight_cache()
     finally:
         for layer in layers:
-            layer.drop_step_cache()
+            layer.drop_weight_cache()

@@ -6,8 +6,8 @@ LoRALinear, 16-bit weights with adapters, for what is learnt before the weights 
 
 FakeQuantizedLoRALinear, whose adapters are inside the rounding, so that they vanish into the codes:
 
-    codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / start_scale) + zero, 0, 15)
-    scale  = round7(start_scale * exp(log_scale_shift))
+    codes  = clamp(round((weight + lora_b[:, :r] @ lora_a[:r]) / init_scale) + zero, 0, 15)
+    scale  = round7(init_scale * exp(log_scale_shift))
     W_q    = scale * (codes - zero)
     output = input @ W_q.T + bias
 
@@ -26,7 +26,7 @@ The weights do not change within an optimizer step, which gives two ways to comp
 Where no weight needs a leaf, no gradient of the size of a weight is kept. With D = grad_output, summed over tokens,
 
     grad lora_a = (D @ lora_b).T @ input        grad lora_b = D.T @ (input @ lora_a.T)             adapters, scales not trained
-    grad log_scale_shift = sum over the group of (D.T @ input) * W_q * (start_scale * exp(log_scale_shift) / scale)         codes that stay
+    grad log_scale_shift = sum over the group of (D.T @ input) * W_q * (init_scale * exp(log_scale_shift) / scale)         codes that stay
 
 The first are two thin products in place of a third full one; they pass clipped codes too, which the full gradient leaves out. The second makes the full
 product, sums it over groups at once, and drops it.
@@ -54,12 +54,12 @@ class _ThinGradient(torch.autograd.Function):
     def forward(ctx, layer: LoRALinear | FakeQuantizedLoRALinear, inputs: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.layer = layer
         ctx.save_for_backward(inputs, a_RI, b_OR)
-        return F.linear(inputs, layer.weight_of_step(), layer.bias)
+        return F.linear(inputs, layer.current_weight(), layer.bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
         inputs, a_RI, b_OR = ctx.saved_tensors
-        grad_inputs = grad @ ctx.layer.weight_of_step() if ctx.needs_input_grad[1] else None
+        grad_inputs = grad @ ctx.layer.current_weight() if ctx.needs_input_grad[1] else None
         x, d = inputs.flatten(0, -2), grad.flatten(0, -2)
         grad_a = (d @ b_OR.to(d.dtype)).T @ x
         grad_b = d.T @ (x @ a_RI.to(x.dtype).T)
@@ -82,30 +82,30 @@ class CachedWeightLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.dtype = dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.step_weight: Tensor | None = None
+        self.cached_weight: Tensor | None = None
 
-    def made_weight(self) -> Tensor:
+    def compute_weight(self) -> Tensor:
         """The weight in `dtype`, made anew."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def weight_of_step(self) -> Tensor:
+    def current_weight(self) -> Tensor:
         """The weight in `dtype`: the step cache, or made anew."""
-        return self.made_weight() if self.step_weight is None else self.step_weight
+        return self.compute_weight() if self.cached_weight is None else self.cached_weight
 
     @torch.no_grad()
-    def fill_step_cache(self) -> None:
+    def fill_weight_cache(self) -> None:
         """Make the weight once for all microbatches until `push_step_cache`."""
-        self.step_weight = self.made_weight()
+        self.cached_weight = self.compute_weight()
 
-    def push_step_cache(self) -> None:
+    def flush_weight_cache(self) -> None:
         """Send what gradient the cache has collected to what is trained, and drop the cache."""
-        assert self.step_weight is not None, "push_step_cache without fill_step_cache"
-        self.step_weight = None
+        assert self.cached_weight is not None, "push_step_cache without fill_step_cache"
+        self.cached_weight = None
 
-    def drop_step_cache(self) -> None:
+    def drop_weight_cache(self) -> None:
         """Forget the cache (after evaluation)."""
-        self.step_weight = None
+        self.cached_weight = None
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank {self.active_rank} of {self.rank}"
@@ -142,13 +142,20 @@ class LoRALinear(CachedWeightLinear):
     # With it and a third of the variance of lora_a, both as with peft, a task is learnt as with peft's adapters; without, less of it (docs/log.md).
     SCALING = 2.0
 
-    def __init__(self, weight_OI: Tensor, bias: Tensor | None, rank: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        bias: Tensor | None,
+        rank: int,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__(weight_OI.shape, bias, dtype)
         self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
         self.lora_a, self.lora_b = _adapters(weight_OI.shape, rank, weight_OI.device, generator, 1 / 3)
         self.rank = self.active_rank = len(self.lora_a)
 
-    def made_weight(self) -> Tensor:
+    def compute_weight(self) -> Tensor:
         return _merged(self.weight, self.lora_a, self.SCALING * self.lora_b, self.active_rank).to(self.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -161,7 +168,7 @@ class QuantizedLinear(CachedWeightLinear):
 
     Args:
         shape, bias, dtype: see StepLinear.
-        scale_OG, zero_OG: the start: float32 on the scale grid, and whole numbers.
+        scale_OG, zero_point_OG: the start: float32 on the scale grid, and whole numbers.
         grid: of the codes.
         generator: for the random start of log_scale_shift.
     """
@@ -170,30 +177,30 @@ class QuantizedLinear(CachedWeightLinear):
         self,
         shape: torch.Size,
         scale_OG: Tensor,
-        zero_OG: Tensor,
-        grid: QuantScheme,
+        zero_point_OG: Tensor,
+        scheme: QuantScheme,
         bias: Tensor | None,
         dtype: torch.dtype,
         generator: torch.Generator | None,
     ) -> None:
         super().__init__(shape, bias, dtype)
-        self.grid = grid
-        self.start_scale: Tensor
-        self.zero: Tensor
-        self.register_buffer("start_scale", scale_OG.float())
-        self.register_buffer("zero", zero_OG.float())
-        self.log_scale_shift = nn.Parameter(quant_grid.shift_within_cell(self.start_scale, generator))
+        self.scheme = scheme
+        self.init_scale: Tensor
+        self.zero_point: Tensor
+        self.register_buffer("init_scale", scale_OG.float())
+        self.register_buffer("zero_point", zero_point_OG.float())
+        self.log_scale_shift = nn.Parameter(quant_grid.shift_within_cell(self.init_scale, generator))
 
     def scale_OG(self) -> Tensor:
         """Current scale, on the scale grid; float32, differentiable."""
-        return fake_quant.round_scale_ste(self.start_scale * self.log_scale_shift.exp())
+        return fake_quant.round_scale_ste(self.init_scale * self.log_scale_shift.exp())
 
     def absorb(self) -> QuantizedWeight:
         """The codes of W_q."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.grid}, rank {self.active_rank} of {self.rank}"
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, rank {self.active_rank} of {self.rank}"
 
 
 class FakeQuantizedLoRALinear(QuantizedLinear):
@@ -201,7 +208,7 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
 
     Args:
         weight_OI: frozen base weight, float32 / bfloat16 / float16; the sum with the adapters is made in float32.
-        scale_OG, zero_OG, grid, bias, dtype: see QuantizedLinear.
+        scale_OG, zero_point_OG, grid, bias, dtype: see QuantizedLinear.
         rank: of the adapters, clamped to min(O, I).
         generator: for the random starts of lora_a and log_scale_shift.
     """
@@ -210,8 +217,8 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
         self,
         weight_OI: Tensor,
         scale_OG: Tensor,
-        zero_OG: Tensor,
-        grid: QuantScheme,
+        zero_point_OG: Tensor,
+        scheme: QuantScheme,
         bias: Tensor | None,
         rank: int,
         dtype: torch.dtype,
@@ -219,7 +226,7 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
     ) -> None:
         device = weight_OI.device
         lora_a, lora_b = _adapters(weight_OI.shape, rank, device, generator)
-        super().__init__(weight_OI.shape, scale_OG.to(device), zero_OG.to(device), grid, bias, dtype, generator)
+        super().__init__(weight_OI.shape, scale_OG.to(device), zero_point_OG.to(device), scheme, bias, dtype, generator)
         self.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
         self.lora_a, self.lora_b = lora_a, lora_b
         self.rank = self.active_rank = len(lora_a)
@@ -230,40 +237,40 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
 
     def quantized_OI(self) -> Tensor:
         """W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
-        centered_OGK = fake_quant.centered_codes(self.merged_OI(), self.start_scale, self.zero, self.grid)
+        centered_OGK = fake_quant.centered_codes(self.merged_OI(), self.init_scale, self.zero_point, self.scheme)
         return (centered_OGK * self.scale_OG()[..., None]).flatten(-2)
 
-    def made_weight(self) -> Tensor:
+    def compute_weight(self) -> Tensor:
         return self.quantized_OI().to(self.dtype)
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:
         """The codes of W_q: the adapters are gone. Made from the same sum, by the same rounding as in the forward."""
-        codes_OI = quant_grid.quantize(self.merged_OI(), self.start_scale, self.zero, self.grid)
-        return QuantizedWeight(codes_OI, self.scale_OG(), self.zero.to(torch.uint8), self.grid)
+        codes_OI = quant_grid.quantize(self.merged_OI(), self.init_scale, self.zero_point, self.scheme)
+        return QuantizedWeight(codes_OI, self.scale_OG(), self.zero_point.to(torch.uint8), self.scheme)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not self.log_scale_shift.requires_grad:
             r = self.active_rank
             return _ThinGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
-        if self.step_weight is not None:
-            return F.linear(inputs, self.step_weight, self.bias)
+        if self.cached_weight is not None:
+            return F.linear(inputs, self.cached_weight, self.bias)
         if not torch.is_grad_enabled():
             return self._linear(inputs)
         return checkpoint(self._linear, inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def _linear(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.made_weight(), self.bias)
+        return F.linear(inputs, self.compute_weight(), self.bias)
 
-    def fill_step_cache(self) -> None:
+    def fill_weight_cache(self) -> None:
         """Make W_q once for all microbatches until `push_step_cache`; where scales are trained, as a leaf that collects gradients."""
-        super().fill_step_cache()
-        assert self.step_weight is not None
-        self.step_weight.requires_grad_(self.log_scale_shift.requires_grad)
+        super().fill_weight_cache()
+        assert self.cached_weight is not None
+        self.cached_weight.requires_grad_(self.log_scale_shift.requires_grad)
 
-    def push_step_cache(self) -> None:
-        leaf = self.step_weight
-        super().push_step_cache()
+    def flush_weight_cache(self) -> None:
+        leaf = self.cached_weight
+        super().flush_weight_cache()
         if leaf is not None and leaf.grad is not None:
             self.quantized_OI().backward(leaf.grad.float())
 
@@ -276,19 +283,23 @@ class FixedCodesLinear(QuantizedLinear):
         bias, dtype, generator: see QuantizedLinear.
     """
 
-    def __init__(self, start: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None = None) -> None:
-        super().__init__(start.codes_OI.shape, start.scale_OG, start.zero_OG, start.grid, bias, dtype, generator)
+    def __init__(
+        self, start: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(
+            start.codes_OI.shape, start.scale_OG, start.zero_point_OG, start.scheme, bias, dtype, generator
+        )
         self.codes: Tensor
         self.register_buffer("codes", start.codes_OI)
 
-    def made_weight(self) -> Tensor:
+    def compute_weight(self) -> Tensor:
         # In 16 bits from the start: a scale has 7 significant bits, a code less its zero 4, so only the product is rounded, as the cast from float32 would.
-        return quant_grid.dequantize(self.codes, self.scale_OG().to(self.dtype), self.zero.to(self.dtype))
+        return quant_grid.dequantize(self.codes, self.scale_OG().to(self.dtype), self.zero_point.to(self.dtype))
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:
         """The codes of the start with the trained scales."""
-        return QuantizedWeight(self.codes, self.scale_OG(), self.zero.to(torch.uint8), self.grid)
+        return QuantizedWeight(self.codes, self.scale_OG(), self.zero_point.to(torch.uint8), self.scheme)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return _ScaleGradient.apply(self, inputs, self.log_scale_shift)  # type: ignore[no-any-return]
@@ -301,19 +312,21 @@ class _ScaleGradient(torch.autograd.Function):
     def forward(ctx, layer: FixedCodesLinear, inputs: Tensor, shift_OG: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.layer = layer
         ctx.save_for_backward(inputs, shift_OG)
-        return F.linear(inputs, layer.weight_of_step(), layer.bias)
+        return F.linear(inputs, layer.current_weight(), layer.bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
         inputs, shift_OG = ctx.saved_tensors
-        layer, weight_OI = ctx.layer, ctx.layer.weight_of_step()
+        layer, weight_OI = ctx.layer, ctx.layer.current_weight()
         grad_inputs = grad @ weight_OI if ctx.needs_input_grad[1] else None
         grad_shift = None
         if ctx.needs_input_grad[2]:
             grad_OI = grad.flatten(0, -2).T @ inputs.flatten(0, -2)
-            grad_OI = grad_OI.float() if grad_OI.dtype == torch.float16 else grad_OI  # float16 has no room for products of gradients and weights
+            grad_OI = (
+                grad_OI.float() if grad_OI.dtype == torch.float16 else grad_OI
+            )  # float16 has no room for products of gradients and weights
             summed_OG = quant_grid.to_groups(grad_OI.mul_(weight_OI), shift_OG.shape[-1]).sum(-1, dtype=torch.float32)
-            grad_shift = summed_OG * (layer.start_scale * shift_OG.exp() / layer.scale_OG())
+            grad_shift = summed_OG * (layer.init_scale * shift_OG.exp() / layer.scale_OG())
         return None, grad_inputs, grad_shift
 
 

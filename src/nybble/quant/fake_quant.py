@@ -27,19 +27,19 @@ def round_scale_ste(scale: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
-        ctx.save_for_backward(weight_OI, scale_OG, zero_OG)
-        ctx.grid = grid
-        return quantize_dequantize(weight_OI, scale_OG, zero_OG, grid)
+    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(weight_OI, scale_OG, zero_point_OG)
+        ctx.scheme = scheme
+        return quantize_dequantize(weight_OI, scale_OG, zero_point_OG, scheme)
 
     @staticmethod
     def backward(ctx, grad_OI: Tensor):  # type: ignore[no-untyped-def,override]
-        weight_OI, scale_OG, zero_OG = ctx.saved_tensors
+        weight_OI, scale_OG, zero_point_OG = ctx.saved_tensors
         grad_OGK = to_groups(grad_OI, scale_OG.shape[-1])
         steps_OGK = to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
         # code - zero, before and after clamping
         offset_OGK = steps_OGK.round()
-        low_OG1, high_OG1 = -zero_OG[..., None], (ctx.grid.max_code - zero_OG)[..., None]
+        low_OG1, high_OG1 = -zero_point_OG[..., None], (ctx.scheme.max_code - zero_point_OG)[..., None]
         clamped_OGK = offset_OGK.clamp(low_OG1, high_OG1)
         inside_OGK = offset_OGK.eq_(clamped_OGK)  # 1.0 or 0.0: booleans are slow to multiply with
         need_weight, need_scale, need_zero, _ = ctx.needs_input_grad
@@ -52,7 +52,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_weight, grad_scale, grad_zero, None
 
 
-def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
     """dequantize(quantize(weight)), with straight-through gradients (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
 
     d/d weight = 1 where the code is not clipped, else 0;
@@ -61,14 +61,16 @@ def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Qu
 
     Args: as `quantize`. Returns: [O, I] in the dtype of weight and scale, which must agree.
     """
-    return _FakeQuantize.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(weight_OI, scale_OG, zero_point_OG, scheme)  # type: ignore[no-any-return]
 
 
 class _CenteredCodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]
         rounded_OGK = (to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]).round_()
-        centered_OGK = (rounded_OGK + zero_OG[..., None]).clamp_(0, grid.max_code).sub_(zero_OG[..., None])
+        centered_OGK = (
+            (rounded_OGK + zero_point_OG[..., None]).clamp_(0, scheme.max_code).sub_(zero_point_OG[..., None])
+        )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(rounded_OGK.eq_(centered_OGK), scale_OG)  # 1.0 where the code is not clipped
         return centered_OGK
@@ -79,9 +81,9 @@ class _CenteredCodes(torch.autograd.Function):
         return (grad_OGK * inside_OGK).div_(scale_OG[..., None]).flatten(-2), None, None, None
 
 
-def centered_codes(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+def centered_codes(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
     """code - zero, with a straight-through gradient to the weight: 1 / scale where the code is not clipped, else 0.
 
     Args: as `quantize`. Returns: [O, G, K] in the dtype of weight and scale, which must agree.
     """
-    return _CenteredCodes.apply(weight_OI, scale_OG, zero_OG, grid)  # type: ignore[no-any-return]
+    return _CenteredCodes.apply(weight_OI, scale_OG, zero_point_OG, scheme)  # type: ignore[no-any-return]

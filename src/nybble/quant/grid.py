@@ -52,10 +52,12 @@ def shift_within_cell(scale: Tensor, generator: torch.Generator | None = None) -
     step = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - SCALE_BITS)
     drawn = scale + step * (torch.rand(scale.shape, generator=generator).to(scale) - 0.5)
     shift = (drawn / scale).log()
-    return torch.where(round_scale(scale * shift.exp()) == scale, shift, 0)  # at a power of two the cell is narrower below
+    return torch.where(
+        round_scale(scale * shift.exp()) == scale, shift, 0
+    )  # at a power of two the cell is narrower below
 
 
-def min_max_qparams(weight_OI: Tensor, grid: QuantScheme) -> tuple[Tensor, Tensor]:
+def min_max_qparams(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero by round-to-nearest: the range of each group, widened to hold 0, spread over all codes.
 
     Args:
@@ -63,45 +65,45 @@ def min_max_qparams(weight_OI: Tensor, grid: QuantScheme) -> tuple[Tensor, Tenso
         grid: the grid; its group_size must divide I.
 
     Returns:
-        scale_OG on the scale grid and zero_OG (whole numbers), both in the dtype of the computation.
+        scale_OG on the scale grid and zero_point_OG (whole numbers), both in the dtype of the computation.
     """
-    w_OGK = to_groups(at_least_float32(weight_OI), grid.groups(weight_OI.shape[-1]))
-    if grid.symmetric:
-        scale_OG = round_scale(w_OGK.abs().amax(-1) / (grid.middle - 1))
-        return scale_OG, torch.full_like(scale_OG, grid.middle)
-    return qparams_from_range(w_OGK.amin(-1), w_OGK.amax(-1), grid)
+    w_OGK = to_groups(at_least_float32(weight_OI), scheme.groups(weight_OI.shape[-1]))
+    if scheme.symmetric:
+        scale_OG = round_scale(w_OGK.abs().amax(-1) / (scheme.middle - 1))
+        return scale_OG, torch.full_like(scale_OG, scheme.middle)
+    return qparams_from_range(w_OGK.amin(-1), w_OGK.amax(-1), scheme)
 
 
-def qparams_from_range(low_OG: Tensor, high_OG: Tensor, grid: QuantScheme) -> tuple[Tensor, Tensor]:
+def qparams_from_range(low_OG: Tensor, high_OG: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero of an asymmetric grid that spreads all codes over a range, widened to hold 0."""
     low_OG, high_OG = low_OG.clamp(max=0), high_OG.clamp(min=0)
-    scale_OG = round_scale((high_OG - low_OG) / grid.max_code)
-    return scale_OG, round_zero_point(-low_OG / scale_OG, grid)
+    scale_OG = round_scale((high_OG - low_OG) / scheme.max_code)
+    return scale_OG, round_zero_point(-low_OG / scale_OG, scheme)
 
 
-def round_zero_point(zero: Tensor, grid: QuantScheme) -> Tensor:
+def round_zero_point(zero: Tensor, scheme: QuantScheme) -> Tensor:
     """Nearest valid zero: a whole number from 0 to the largest code."""
-    return zero.round().clamp(0, grid.max_code)
+    return zero.round().clamp(0, scheme.max_code)
 
 
-def quantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
-    """Codes [O, I] uint8 of the weights. scale_OG must be on the scale grid, zero_OG whole."""
-    return _codes(weight_OI, scale_OG, zero_OG, grid).flatten(-2).to(torch.uint8)
+def quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes [O, I] uint8 of the weights. scale_OG must be on the scale grid, zero_point_OG whole."""
+    return _codes(weight_OI, scale_OG, zero_point_OG, scheme).flatten(-2).to(torch.uint8)
 
 
-def _codes(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+def _codes(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes [O, G, K] as floats."""
     codes_OGK = to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
-    return codes_OGK.round_().add_(zero_OG[..., None]).clamp_(0, grid.max_code)
+    return codes_OGK.round_().add_(zero_point_OG[..., None]).clamp_(0, scheme.max_code)
 
 
-def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor) -> Tensor:
     """Weights [O, I] = scale * (codes - zero), in the dtype of scale."""
     w_OGK = to_groups(codes_OI, scale_OG.shape[-1]).to(scale_OG.dtype)
-    return w_OGK.sub_(zero_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)
+    return w_OGK.sub_(zero_point_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)
 
 
-def quantize_dequantize(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: QuantScheme) -> Tensor:
+def quantize_dequantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
     """dequantize(quantize(weight)), without the detour over integers: the same bits."""
-    codes_OGK = _codes(weight_OI, scale_OG, zero_OG, grid)
-    return codes_OGK.sub_(zero_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)
+    codes_OGK = _codes(weight_OI, scale_OG, zero_point_OG, scheme)
+    return codes_OGK.sub_(zero_point_OG[..., None]).mul_(scale_OG[..., None]).flatten(-2)

@@ -23,22 +23,24 @@ class QuantizedWeight:
     Attributes:
         codes_OI: uint8, 0 .. grid.max_code.
         scale_OG: float32, on the scale grid of grid.py, hence exact in fp16.
-        zero_OG: uint8, in code units.
+        zero_point_OG: uint8, in code units.
         grid: bits, group size, symmetry.
     """
 
     codes_OI: Tensor
     scale_OG: Tensor
-    zero_OG: Tensor
-    grid: QuantScheme
+    zero_point_OG: Tensor
+    scheme: QuantScheme
 
     def dequantize(self) -> Tensor:
         """float32 [O, I] = scale * (codes - zero)."""
-        return dequantize(self.codes_OI, self.scale_OG, self.zero_OG)
+        return dequantize(self.codes_OI, self.scale_OG, self.zero_point_OG)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on a device; no copy of what is there already."""
-        return QuantizedWeight(self.codes_OI.to(device), self.scale_OG.to(device), self.zero_OG.to(device), self.grid)
+        return QuantizedWeight(
+            self.codes_OI.to(device), self.scale_OG.to(device), self.zero_point_OG.to(device), self.scheme
+        )
 
     def cpu(self) -> QuantizedWeight:
         """The same on the CPU."""
@@ -47,8 +49,8 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes when shipped: packed codes, fp16 scales, packed zeros (a fixed zero costs nothing)."""
-        zero_bits = 0 if self.grid.symmetric else self.grid.bits
-        return (self.codes_OI.numel() * self.grid.bits + self.scale_OG.numel() * (16 + zero_bits) + 7) // 8
+        zero_bits = 0 if self.scheme.symmetric else self.scheme.bits
+        return (self.codes_OI.numel() * self.scheme.bits + self.scale_OG.numel() * (16 + zero_bits) + 7) // 8
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

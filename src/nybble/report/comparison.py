@@ -82,7 +82,11 @@ class Comparison:
         tasks = {task_column(results) for results in self.runs.values() if "task" in results}
         if len(tasks) == 1 and all(tasks <= entry.values.keys() for entry in self.entries):
             return tasks.pop()
-        return "word_perplexity" if all("word_perplexity" in entry.values for entry in self.entries) else "token_perplexity"
+        return (
+            "word_perplexity"
+            if all("word_perplexity" in entry.values for entry in self.entries)
+            else "token_perplexity"
+        )
 
     def value(self, entry: Entry) -> float:
         return float(entry.values[self.metric])
@@ -128,7 +132,11 @@ def _entry_label(results: dict[str, Any], row: str) -> str:
     if row == "learnt":
         return f"16 bit, {made}"
     if row == "compressed":
-        return f"4 bit, {made}, then {method}" if learns_first(results) else f"4 bit, {method} ({'tuned before' if starts_tuned(results) else 'start'})"
+        return (
+            f"4 bit, {made}, then {method}"
+            if learns_first(results)
+            else f"4 bit, {method} ({'tuned before' if starts_tuned(results) else 'start'})"
+        )
     made += f" before and after {method}" if learns_first(results) else f" from {method}"
     return f"4 bit, {made}" + (" (OpenVINO)" if row == "openvino" else "")
 
@@ -146,7 +154,11 @@ def compare_runs(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
     for members in groups:
         first = next(iter(members.values()))
         found = [(name, results, row) for name, results in members.items() for row in ROWS if row in results["models"]]
-        found = [item for i, item in enumerate(found) if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])]
+        found = [
+            item
+            for i, item in enumerate(found)
+            if item[2] != "16bit" or not any(other[2] == "16bit" for other in found[:i])
+        ]
         found.sort(key=lambda item: item[2] != "16bit")
         labels = [_entry_label(results, row) for _, results, row in found]
         counts = Counter(labels)
@@ -157,7 +169,12 @@ def compare_runs(runs: Mapping[str, dict[str, Any]]) -> list[Comparison]:
                 results.get("method", "rtn"),
                 results["models"][row],
                 name,
-                row != "16bit" and (starts_tuned(results) or learns_first(results) if row == "compressed" else tunes(results) or starts_tuned(results)),
+                row != "16bit"
+                and (
+                    starts_tuned(results) or learns_first(results)
+                    if row == "compressed"
+                    else tunes(results) or starts_tuned(results)
+                ),
                 _training(results),
                 _recipe(name, results),
                 results.get("options", results).get("seed"),
@@ -234,8 +251,14 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
                 shares = [comparison.improvement(entry, untrained) for entry in group] if group is tuned else []
                 repaired = [share for share in shares if share is not None]
                 improvements += [statistics.fmean(repaired)] if repaired else []
-                name = f"INT4, {precision}" + (f" ({_steps(group[0].method)})" if group is untrained else "") + _repeats(group)
-                lines.append([comparison.model, name, _spread(map(comparison.value, group), ".3f"), _spread(repaired, ".1%")])
+                name = (
+                    f"INT4, {precision}"
+                    + (f" ({_steps(group[0].method)})" if group is untrained else "")
+                    + _repeats(group)
+                )
+                lines.append(
+                    [comparison.model, name, _spread(map(comparison.value, group), ".3f"), _spread(repaired, ".1%")]
+                )
     if improvements:
         lines.append(["mean", "", "", f"{statistics.fmean(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}
@@ -245,7 +268,13 @@ def published_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[l
 def _repeats(group: Sequence[Entry]) -> str:
     """How many runs of one recipe there are, and of how many seeds."""
     seeds = len({entry.seed for entry in group})
-    return "" if len(group) == 1 else f", {seeds} seeds" if seeds == len(group) else f", {len(group)} runs of {seeds} seed{'s'[: seeds > 1]}"
+    return (
+        ""
+        if len(group) == 1
+        else f", {seeds} seeds"
+        if seeds == len(group)
+        else f", {len(group)} runs of {seeds} seed{'s'[: seeds > 1]}"
+    )
 
 
 def _by_recipe(entries: Iterable[Entry]) -> list[list[Entry]]:
@@ -259,15 +288,24 @@ def _spread(values: Iterable[float], form: str) -> str:
     found = sorted(values)
     if not found:
         return "-"
-    return f"{statistics.fmean(found):{form}}" + (f" ({found[0]:{form}} to {found[-1]:{form}})" if len(found) > 1 else "")
+    return f"{statistics.fmean(found):{form}}" + (
+        f" ({found[0]:{form}} to {found[-1]:{form}})" if len(found) > 1 else ""
+    )
 
 
 def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
     """All comparisons, then the report of each run."""
     parts = [MADE_HERE]
     for comparison in comparisons:
-        parts += [f"# {comparison.model}: {len(comparison.runs)} runs", as_markdown(*comparison_rows(comparison)), explained(comparison)]
-        parts += [markdown(results).replace("\n## ", "\n### ").replace("# ", f"## {name}: ", 1).rstrip() for name, results in comparison.runs.items()]
+        parts += [
+            f"# {comparison.model}: {len(comparison.runs)} runs",
+            as_markdown(*comparison_rows(comparison)),
+            explained(comparison),
+        ]
+        parts += [
+            markdown(results).replace("\n## ", "\n### ").replace("# ", f"## {name}: ", 1).rstrip()
+            for name, results in comparison.runs.items()
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -52,7 +52,11 @@ class Figure:
     @property
     def error(self) -> float:
         """Standard error of the mean over rows: sqrt(p (1 - p) / (n - 1)) of zeros and ones."""
-        return run.standard_error(self.right) if self.right else math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
+        return (
+            run.standard_error(self.right)
+            if self.right
+            else math.sqrt(self.value * (1 - self.value) / max(self.documents - 1, 1))
+        )
 
     def less(self, other: Figure) -> tuple[float, float]:
         """Difference to another figure of the same rows, and its standard error; the error is nan where rows are not known."""
@@ -89,7 +93,9 @@ class Compared:
 
 def setting_of(options: TuneOptions) -> dict[str, Any]:
     """The options that all seeds of a comparison have in common, as compare.json has them."""
-    found: dict[str, Any] = json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in _NO_SETTING}))
+    found: dict[str, Any] = json.loads(
+        json.dumps({key: value for key, value in asdict(options).items() if key not in _NO_SETTING})
+    )
     return found
 
 
@@ -116,7 +122,11 @@ def write(folder: Path, options: TuneOptions, figures: Figures) -> Compared:
     with suppress(RunError):  # none yet, or of another version
         earlier = read(folder)
         if (earlier.model, earlier.seed, earlier.setting) == (options.pretrained, options.seed, setting):
-            figures = {task: row for task, row in earlier.figures.items() if (folder / task / TUNED[0] / run_results.RESULTS).is_file()} | dict(figures)
+            figures = {
+                task: row
+                for task, row in earlier.figures.items()
+                if (folder / task / TUNED[0] / run_results.RESULTS).is_file()
+            } | dict(figures)
     results = {task: run_results.read_results(folder / task / TUNED[0]) for task in figures}
     found = {
         "model": options.pretrained,
@@ -127,7 +137,12 @@ def write(folder: Path, options: TuneOptions, figures: Figures) -> Compared:
         "learnt": {task: of["task"].get("loss_on", options.loss_on) for task, of in results.items()},
         "figures": {
             task: {
-                column: {"value": one.value, "error": one.error, "documents": one.documents, "right": "".join(f"{row:.0f}" for row in one.right)}
+                column: {
+                    "value": one.value,
+                    "error": one.error,
+                    "documents": one.documents,
+                    "right": "".join(f"{row:.0f}" for row in one.right),
+                }
                 for column, one in row.items()
             }
             for task, row in figures.items()
@@ -142,10 +157,22 @@ def read(folder: Path) -> Compared:
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         figures = {
-            task: {column: Figure(row[column]["value"], row[column]["documents"], tuple(map(float, row[column]["right"]))) for column in COLUMNS}
+            task: {
+                column: Figure(row[column]["value"], row[column]["documents"], tuple(map(float, row[column]["right"])))
+                for column in COLUMNS
+            }
             for task, row in found["figures"].items()
         }
-        return Compared(folder, found["model"], found["seed"], found["setting"], found["dtype"], found.get("ptwc", PTWC), found["learnt"], figures)
+        return Compared(
+            folder,
+            found["model"],
+            found["seed"],
+            found["setting"],
+            found["dtype"],
+            found.get("ptwc", PTWC),
+            found["learnt"],
+            figures,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{folder / FILE} must be written by this version of nybble tune --compare; it is not ({type(error).__name__}: {error}); "
@@ -168,10 +195,17 @@ class Together:
     runs: Mapping[str, dict[str, Any]]
 
     def markdown(self) -> str:
-        return f"# {self.title}\n\n" + "\n\n".join(report_tables.as_markdown(*table) for table in self.tables) + f"\n\n{self.note}\n"
+        return (
+            f"# {self.title}\n\n"
+            + "\n\n".join(report_tables.as_markdown(*table) for table in self.tables)
+            + f"\n\n{self.note}\n"
+        )
 
     def html(self) -> str:
-        bars = {task: {column: (figure.value, figure.error) for column, figure in row.items()} for task, row in self.figures.items()}
+        bars = {
+            task: {column: (figure.value, figure.error) for column, figure in row.items()}
+            for task, row in self.figures.items()
+        }
         return report_html.tasks_page(self.title, self.tables, self.note, bars, self.runs)
 
 
@@ -185,25 +219,37 @@ def together(compared: Sequence[Compared]) -> Together:
             settings.append((key, same := []))
         for other in same:
             if other.seed == one.seed and other.figures.keys() & one.figures.keys():
-                raise OptionError(f"comparisons must differ in seed, setting, model or tasks; {other.folder} and {one.folder} do not; name one of them")
+                raise OptionError(
+                    f"comparisons must differ in seed, setting, model or tasks; {other.folder} and {one.folder} do not; name one of them"
+                )
         same.append(one)
     models = list(dict.fromkeys(one.model for one in compared))
     figures: dict[str, dict[str, Figure]] = {}
     for model in models:
         for task in dict.fromkeys(task for one in compared if one.model == model for task in one.figures):
-            groups = [[one.figures[task] for one in members if task in one.figures] for (of, _), members in settings if of == model]
+            groups = [
+                [one.figures[task] for one in members if task in one.figures]
+                for (of, _), members in settings
+                if of == model
+            ]
             found = [{column: _mean([row[column] for row in rows]) for column in COLUMNS} for rows in groups if rows]
             best = {column: max((row[column] for row in found), key=lambda figure: figure.value) for column in COLUMNS}
             figures[task if len(models) == 1 else f"{Path(model).name} {task}"] = best
     tables = [rows(figures), differences(figures)]
     if len(compared) > 1:
         lines = [
-            [one.folder.resolve().name, *(f"{100 * statistics.fmean(row[c].value for row in one.figures.values()):.1f}" for c in COLUMNS)] for one in compared
+            [
+                one.folder.resolve().name,
+                *(f"{100 * statistics.fmean(row[c].value for row in one.figures.values()):.1f}" for c in COLUMNS),
+            ]
+            for one in compared
         ]
         tables.append((["mean over its tasks", *COLUMNS], lines))
     several = len(compared) > 1
     runs = {
-        f"{one.folder.resolve().name}/{task}/{name}" if several else f"{task}/{name}": run_results.read_results(one.folder / task / name)
+        f"{one.folder.resolve().name}/{task}/{name}" if several else f"{task}/{name}": run_results.read_results(
+            one.folder / task / name
+        )
         for one in compared
         for task in one.figures
         for name in TUNED
@@ -226,16 +272,28 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
     for one in compared:
         for task, loss in one.learnt.items():
             losses.setdefault(loss, set()).add(task)
-    learnt = next(iter(losses)) if len(losses) == 1 else ", ".join(f"{loss} ({', '.join(sorted(tasks))})" for loss, tasks in losses.items())
+    learnt = (
+        next(iter(losses))
+        if len(losses) == 1
+        else ", ".join(f"{loss} ({', '.join(sorted(tasks))})" for loss, tasks in losses.items())
+    )
     text = (
         "Percent of the test rows that were right, and its standard error; in the second table, differences row by row. "
         "Epochs were chosen on held-out rows, ranks "
-        + ("too." if honest else "on the TEST rows, as published results do: the last column is not one on unseen rows.")
+        + (
+            "too."
+            if honest
+            else "on the TEST rows, as published results do: the last column is not one on unseen rows."
+        )
         + f" The first two columns are computed in {', '.join(dict.fromkeys(one.dtype for one in compared))}."
         + f" PTWC: {', '.join(dict.fromkeys(one.ptwc for one in compared))};"
         + f" QAT: {', '.join(dict.fromkeys(_qat(one.setting) for one in compared))}. Loss on: {learnt}."
     )
-    seeds = {sum(task in one.figures for one in members) for members in settings for task in dict.fromkeys(task for one in members for task in one.figures)}
+    seeds = {
+        sum(task in one.figures for one in members)
+        for members in settings
+        for task in dict.fromkeys(task for one in members for task in one.figures)
+    }
     if seeds == {1}:
         text += f" Seed {', '.join(dict.fromkeys(str(one.seed) for one in compared))}."
     else:
@@ -247,7 +305,9 @@ def _note(compared: Sequence[Compared], settings: Sequence[Sequence[Compared]]) 
     if most > 1:
         first = compared[0].setting
         changed = [
-            key for key in dict.fromkeys(key for one in compared for key in one.setting) if any(one.setting.get(key) != first.get(key) for one in compared)
+            key
+            for key in dict.fromkeys(key for one in compared for key in one.setting)
+            if any(one.setting.get(key) != first.get(key) for one in compared)
         ]
         values = (", ".join(dict.fromkeys(_readable(one.setting.get(key)) for one in compared)) for key in changed)
         differ = "; ".join(f"--{key} {value}" for key, value in zip(changed, values, strict=True))
@@ -271,16 +331,26 @@ def _readable(value: Any) -> str:
 
 def rows(figures: Figures) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: a task each, then the mean."""
-    return _table(COLUMNS, {task: [(found[column].value, found[column].error) for column in COLUMNS] for task, found in figures.items()})
+    return _table(
+        COLUMNS,
+        {task: [(found[column].value, found[column].error) for column in COLUMNS] for task, found in figures.items()},
+    )
 
 
 def differences(figures: Figures) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: what the last column is better by than each of the others, row by row."""
     *others, last = COLUMNS
-    return _table(others, {task: [found[last].less(found[column]) for column in others] for task, found in figures.items()}, f"{last}, less", "+")
+    return _table(
+        others,
+        {task: [found[last].less(found[column]) for column in others] for task, found in figures.items()},
+        f"{last}, less",
+        "+",
+    )
 
 
-def _table(columns: Sequence[str], values: Mapping[str, list[tuple[float, float]]], heading: str = "task", sign: str = "") -> tuple[list[str], list[list[str]]]:
+def _table(
+    columns: Sequence[str], values: Mapping[str, list[tuple[float, float]]], heading: str = "task", sign: str = ""
+) -> tuple[list[str], list[list[str]]]:
     """Headings and rows in percent, of values and their standard errors by task; the last one is the mean over tasks."""
     every = dict(values)
     if len(values) > 1:
@@ -294,4 +364,6 @@ def _table(columns: Sequence[str], values: Mapping[str, list[tuple[float, float]
 
 def mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Mean of values with independent standard errors, and its own."""
-    return sum(value for value, _ in values) / len(values), math.sqrt(sum(error**2 for _, error in values)) / len(values)
+    return sum(value for value, _ in values) / len(values), math.sqrt(sum(error**2 for _, error in values)) / len(
+        values
+    )

@@ -59,7 +59,11 @@ def comparison_page(comparisons: Sequence[Comparison]) -> str:
 
 
 def tasks_page(
-    title: str, tables: Sequence[Any], note: str, figures: Mapping[str, Mapping[str, tuple[float, float]]], runs: Mapping[str, dict[str, Any]]
+    title: str,
+    tables: Sequence[Any],
+    note: str,
+    figures: Mapping[str, Mapping[str, tuple[float, float]]],
+    runs: Mapping[str, dict[str, Any]],
 ) -> str:
     """The page of a comparison over tasks. Args: task -> column -> value and standard error; name -> results of the tuned runs. Raises: see `page`."""
     _need_charts()
@@ -71,7 +75,9 @@ def _render(sections: Sequence[dict[str, Any]]) -> str:
     from jinja2 import Environment
 
     source = resources.files("nybble").joinpath("report/page.html").read_text("utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections)
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source).render(sections=sections)
+    )
 
 
 def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -90,20 +96,32 @@ def _run(name: str, results: dict[str, Any]) -> dict[str, Any]:
         ("Time", _draw(_times, results)),
     ]
     tables = [("Search for ranks", run.search_rows(results), run.search_note(results))] if "search" in results else []
-    tables += [("Score against ranks (nsga2)", run.front_rows(results), run.FRONT_NOTE)] if results.get("search", {}).get("front") else []
+    tables += (
+        [("Score against ranks (nsga2)", run.front_rows(results), run.FRONT_NOTE)]
+        if results.get("search", {}).get("front")
+        else []
+    )
     tables += [("Tested configurations", run.tested_rows(results), run.TESTED_NOTE)] if "tested" in results else []
     decoder = run.decoder_rows(results)
     tables += [("Decoder layers", decoder, run.DECODER_NOTE)] if decoder[1] else []
     tables += [("Every layer", run.layer_rows(results), run.LAYER_NOTE)] if errors else []
-    memory = ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value)
+    memory = ", ".join(
+        f"{value / 1e9:.2f} GB ({kind})" for kind, value in results.get("peak_memory_bytes", {}).items() if value
+    )
     facts = {
         "Command": results.get("command", ""),
         "Time": f"{sum(results['seconds'].values()):.0f} s",
         "Peak memory": memory,
         "4-bit weights": run.moved(results) if "codes_changed" in results else "",
         "Seed": str(results.get("seed", "")),
-        "Machine": ", ".join(str(results.get("machine", {}).get(key, "")) for key in ("platform", "cpu", "cuda") if results.get("machine", {}).get(key)),
-        "Versions": ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).get("versions", {}).items()),
+        "Machine": ", ".join(
+            str(results.get("machine", {}).get(key, ""))
+            for key in ("platform", "cpu", "cuda")
+            if results.get("machine", {}).get(key)
+        ),
+        "Versions": ", ".join(
+            f"{key} {value}" for key, value in results.get("machine", {}).get("versions", {}).items()
+        ),
     }
     return {
         "name": name,
@@ -132,7 +150,9 @@ def _stages(figure: Any, comparison: Comparison) -> None:
     """A bar per model: perplexity (the axis starts near the 16-bit model's) and KL to the 16-bit model."""
     entries = list(comparison.entries)[::-1]
     figure.set_size_inches(10, 0.6 + 0.32 * len(entries))
-    colors = [COLORS["16bit" if entry.kind == "16bit" else "tuned" if entry.tuned else "compressed"] for entry in entries]
+    colors = [
+        COLORS["16bit" if entry.kind == "16bit" else "tuned" if entry.tuned else "compressed"] for entry in entries
+    ]
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     labels = [entry.label for entry in entries]
     values = [comparison.value(entry) for entry in entries]
@@ -156,14 +176,23 @@ def _curves(figure: Any, results: dict[str, Any]) -> None:
     figure.set_size_inches(10, 2.8)
     left, right = figure.subplots(1, 2)
     training, validation = results.get("training", []), results.get("validation", [])
-    left.plot([row["step"] for row in training], [row["loss"] for row in training], color=COLORS["tuned"], alpha=0.5, linewidth=1, label="training")
+    left.plot(
+        [row["step"] for row in training],
+        [row["loss"] for row in training],
+        color=COLORS["tuned"],
+        alpha=0.5,
+        linewidth=1,
+        label="training",
+    )
     steps = [row["step"] for row in validation]
     if results.get("task"):  # the losses of training and validation are not of the same thing: not on one axis
         left.set(xlabel="step", ylabel="training loss")
         right.set(xlabel="step", ylabel="held-out loss")
         right.plot(steps, [row["loss"] for row in validation], "o-", color=COLORS["compressed"])
     else:
-        left.plot(steps, [row["kl_to_teacher"] for row in validation], "o-", color=COLORS["compressed"], label="validation")
+        left.plot(
+            steps, [row["kl_to_teacher"] for row in validation], "o-", color=COLORS["compressed"], label="validation"
+        )
         left.set(xlabel="step", ylabel="KL to 16 bit")
         left.legend(frameon=False)
         right.plot(steps, [row["token_perplexity"] for row in validation], "o-", color=COLORS["compressed"])
@@ -184,9 +213,12 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
 
     errors = results["layer_errors"]
     places = {name: (int(found[1]), found[2]) for name in errors if (found := _BLOCK.search(name))}
-    kinds, blocks = list(dict.fromkeys(kind for _, kind in places.values())), 1 + max((block for block, _ in places.values()), default=0)
+    kinds, blocks = (
+        list(dict.fromkeys(kind for _, kind in places.values())),
+        1 + max((block for block, _ in places.values()), default=0),
+    )
 
-    def grid(values: dict[str, float | None]) -> list[list[float]]:
+    def layer_grid(values: dict[str, float | None]) -> list[list[float]]:
         made = [[float("nan")] * blocks for _ in kinds]
         for name, (block, kind) in places.items():
             value = values.get(name)
@@ -194,16 +226,20 @@ def _layers(figure: Any, results: dict[str, Any]) -> None:
         return made
 
     if all(error["rtn"] is None for error in errors.values()):
-        maps = {"weight error": grid({name: error["weight"] for name, error in errors.items()})}
+        maps = {"weight error": layer_grid({name: error["weight"] for name, error in errors.items()})}
     else:
         maps = {
-            "output error, round-to-nearest": grid({name: error["rtn"] for name, error in errors.items()}),
-            f"output error, {results.get('method', 'compressed')}": grid({name: error["start"] for name, error in errors.items()}),
+            "output error, round-to-nearest": layer_grid({name: error["rtn"] for name, error in errors.items()}),
+            f"output error, {results.get('method', 'compressed')}": layer_grid(
+                {name: error["compressed"] for name, error in errors.items()}
+            ),
         }
     numbers = [value for lines in maps.values() for line in lines for value in line if value > 0]  # not of nan
     least, most = min(numbers, default=0), max(numbers, default=1)
-    shared = (LogNorm if 0 < 10 * least < most else Normalize)(least, most)  # a logarithmic bar has labels at powers of ten only
-    maps |= {title: grid(results[key]) for key, title in run.MOVED.items() if any(results.get(key, {}).values())}
+    shared = (LogNorm if 0 < 10 * least < most else Normalize)(
+        least, most
+    )  # a logarithmic bar has labels at powers of ten only
+    maps |= {title: layer_grid(results[key]) for key, title in run.MOVED.items() if any(results.get(key, {}).values())}
     figure.set_size_inches(10, 0.7 + 0.22 * len(kinds) * -(-len(maps) // 2) + 0.5 * (-(-len(maps) // 2)))
     all_axes = figure.subplots(-(-len(maps) // 2), min(2, len(maps)), squeeze=False).flatten()
     for axes, (title, lines) in zip(all_axes, maps.items(), strict=False):
@@ -263,7 +299,9 @@ def _tasks(figure: Any, figures: Mapping[str, Mapping[str, tuple[float, float]]]
     for i, column in enumerate(columns):
         places = [task + (i - len(columns) / 2 + 0.5) * 0.16 for task in range(len(figures))]
         values, errors = zip(*(found[column] for found in figures.values()), strict=True)
-        axes.bar(places, values, 0.15, yerr=errors, color=shades[i % len(shades)], label=column, error_kw={"linewidth": 0.8})
+        axes.bar(
+            places, values, 0.15, yerr=errors, color=shades[i % len(shades)], label=column, error_kw={"linewidth": 0.8}
+        )
     axes.set_xticks(range(len(figures)), list(figures))
     axes.set_ylabel("test rows right")
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -290,7 +328,14 @@ def _ranks(figure: Any, results: dict[str, Any]) -> None:
     left.locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=left, label="rank", ticks=sorted(results["task"]["space"]))
     errors = [0.0 if on_test else row["error"] for row in candidates]
-    right.errorbar([_score(row, on_test) for row in candidates], range(len(candidates)), xerr=errors, fmt="o", color=COLORS["tuned"], linewidth=1)
+    right.errorbar(
+        [_score(row, on_test) for row in candidates],
+        range(len(candidates)),
+        xerr=errors,
+        fmt="o",
+        color=COLORS["tuned"],
+        linewidth=1,
+    )
     right.set_ylim(left.get_ylim())  # each beside its row
     right.set_yticks([])
     right.locator_params(axis="x", nbins=5)  # their labels are long

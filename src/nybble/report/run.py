@@ -141,10 +141,22 @@ def _repair(models: dict[str, Any], tuned: str) -> str:
 def sentence(results: dict[str, Any]) -> str:
     """What came out, in words."""
     models, name, trained, task = results["models"], results["model"], tunes(results), "task" in results
-    last = "openvino" if "openvino" in models else "lora16" if "lora16" in models else "tuned" if trained else "compressed"
-    needed = ("16bit", last) if last == "lora16" or not trained else ("16bit", "learnt" if learns_first(results) else "compressed", last)
+    last = (
+        "openvino" if "openvino" in models else "lora16" if "lora16" in models else "tuned" if trained else "compressed"
+    )
+    needed = (
+        ("16bit", last)
+        if last == "lora16" or not trained
+        else ("16bit", "learnt" if learns_first(results) else "compressed", last)
+    )
     measured = [models.get(row, {}) for row in needed]
-    metric = task_column(results) if task else "word_perplexity" if all("word_perplexity" in row for row in measured) else "token_perplexity"
+    metric = (
+        task_column(results)
+        if task
+        else "word_perplexity"
+        if all("word_perplexity" in row for row in measured)
+        else "token_perplexity"
+    )
     if not all(metric in row for row in measured):
         return f"{name}: the run is not finished; go on with --resume."
     full, *before, after = (f"{row[metric]:.{4 if task else 2}f}" for row in measured)
@@ -153,7 +165,11 @@ def sentence(results: dict[str, Any]) -> str:
     where, seconds, size = "OpenVINO" if last == "openvino" else "torch", results["seconds"], models[last]["bytes"]
     if trained:
         text = f"{name} in 4 bits ({where}): {heading(metric)} {after}, against "
-        text += f"{before[0]} tuned in 16 bit and {full}" if learns_first(results) else f"{before[0]} before tuning and {full} in 16 bit"
+        text += (
+            f"{before[0]} tuned in 16 bit and {full}"
+            if learns_first(results)
+            else f"{before[0]} before tuning and {full} in 16 bit"
+        )
         text += " without tuning" if task else _repair(models, last)
         text += " (ranks chosen by this very score: not one on unseen rows)" if chosen_on_test(results) else ""
         text += f", in {sum(seconds.get(stage, 0) for stage in ('train', 'train scales')) / 60:.1f} minutes of training"
@@ -177,7 +193,7 @@ LAYER_NOTE = (
 
 def error_cells(error: dict[str, Any]) -> list[str]:
     """A layer's output error by rtn and as compressed, weight error, clipped share."""
-    outputs = ["-" if error[key] is None else f"{error[key]:.3%}" for key in ("rtn", "start")]
+    outputs = ["-" if error[key] is None else f"{error[key]:.3%}" for key in ("rtn", "compressed")]
     return [*outputs, f"{error['weight']:.2%}", f"{error['clipped']:.3%}"]
 
 
@@ -203,11 +219,20 @@ DECODER_NOTE = (
 
 def decoder_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: of every decoder layer its error compressed and tuned, and what block-wise reconstruction did."""
-    errors = {f"error, {label(results, row).removeprefix('4 bit, ')}": found for row, found in results.get("decoder_errors", {}).items()}
+    errors = {
+        f"error, {label(results, row).removeprefix('4 bit, ')}": found
+        for row, found in results.get("decoder_errors", {}).items()
+    }
     blocks = list(results.get("block_losses", {}).values())
-    columns = errors | ({"reconstruction, before": [before for before, _ in blocks], "after": [after for _, after in blocks]} if blocks else {})
+    columns = errors | (
+        {"reconstruction, before": [before for before, _ in blocks], "after": [after for _, after in blocks]}
+        if blocks
+        else {}
+    )
     count = max(map(len, columns.values()), default=0)
-    return ["decoder layer", *columns], [[str(i), *(f"{found[i]:.3%}" if i < len(found) else "-" for found in columns.values())] for i in range(count)]
+    return ["decoder layer", *columns], [
+        [str(i), *(f"{found[i]:.3%}" if i < len(found) else "-" for found in columns.values())] for i in range(count)
+    ]
 
 
 def scored_by(results: dict[str, Any]) -> tuple[str, str]:
@@ -250,15 +275,29 @@ def candidate_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     lines = []
     for row in results["candidates"]:
         behind = "chosen" if row["configuration"] == results["chosen"] else f"{row['behind']:.4f} +- {row['error']:.4f}"
-        line = [row["why"], f"{score_of(row):.4f}", behind, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"]
+        line = [
+            row["why"],
+            f"{score_of(row):.4f}",
+            behind,
+            "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}",
+        ]
         lines.append([*line, *([f"{row['test']:.4f}"] if on_test else []), ranks_written(row["configuration"])])
-    return ["candidate", scored_by(results)[0], "behind", "accuracy", *(["test"] if on_test else []), "rank of each decoder layer"], lines
+    return [
+        "candidate",
+        scored_by(results)[0],
+        "behind",
+        "accuracy",
+        *(["test"] if on_test else []),
+        "rank of each decoder layer",
+    ], lines
 
 
 def search_note(results: dict[str, Any]) -> str:
     """What the figures of a search are."""
     note = f"{scored_by(results)[1]} Fresh rows: by which neither tune nor a search has chosen; behind: mean difference row by row, with its standard error."
-    return note + (" All of the adapters on 16-bit weights, before these were compressed." if learns_first(results) else "")
+    return note + (
+        " All of the adapters on 16-bit weights, before these were compressed." if learns_first(results) else ""
+    )
 
 
 FRONT_NOTE = "Not beaten by another trial of nsga2 in score and sum of ranks."
@@ -268,17 +307,40 @@ def search_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of what `nybble search` compared: what tune had chosen, what is in place if it is another, and the best of each sampler."""
     found = results["search"]["winners"]
     judged = "rows searched" if found[0]["fresh"] is None else "fresh rows"
-    headings = ["found by", "rows searched", "fresh rows", f"behind the best ({judged})", f"accuracy ({judged})", "sum of ranks", "rank of each decoder layer"]
+    headings = [
+        "found by",
+        "rows searched",
+        "fresh rows",
+        f"behind the best ({judged})",
+        f"accuracy ({judged})",
+        "sum of ranks",
+        "rank of each decoder layer",
+    ]
     lines = []
     for row in found:
-        line = [row["by"], f"{score_of(row):.4f}", "-" if row["fresh"] is None else f"{row['fresh']:.4f}", f"{row['behind']:.4f} +- {row['error']:.4f}"]
-        lines.append([*line, "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}", str(row["rank_sum"]), ranks_written(row["configuration"])])
+        line = [
+            row["by"],
+            f"{score_of(row):.4f}",
+            "-" if row["fresh"] is None else f"{row['fresh']:.4f}",
+            f"{row['behind']:.4f} +- {row['error']:.4f}",
+        ]
+        lines.append(
+            [
+                *line,
+                "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}",
+                str(row["rank_sum"]),
+                ranks_written(row["configuration"]),
+            ]
+        )
     return headings, lines
 
 
 def front_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that no other one searched by nsga2 beats in both aims."""
-    lines = [[f"{score_of(row):.4f}", str(row["rank_sum"]), ranks_written(row["configuration"])] for row in results["search"]["front"]]
+    lines = [
+        [f"{score_of(row):.4f}", str(row["rank_sum"]), ranks_written(row["configuration"])]
+        for row in results["search"]["front"]
+    ]
     return ["rows searched", "sum of ranks", "rank of each decoder layer"], lines
 
 
@@ -288,7 +350,9 @@ TESTED_NOTE = "One at a time, by `nybble tune --resume --eval_only`, on the test
 def tested_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the configurations that --eval_only has scored."""
     metric = results["task"]["metric"]
-    return [metric, "rank of each decoder layer"], [[f"{row[metric]:.4f}", ranks_written(row["configuration"])] for row in results["tested"]]
+    return [metric, "rank of each decoder layer"], [
+        [f"{row[metric]:.4f}", ranks_written(row["configuration"])] for row in results["tested"]
+    ]
 
 
 def _search_markdown(results: dict[str, Any]) -> str:
@@ -305,19 +369,29 @@ def _candidates_markdown(results: dict[str, Any]) -> str:
         f"## Configurations\n\nOf the ranks {' '.join(map(str, results['task']['space']))}, chosen on {rows}. "
         f"{scored_by(results)[1]} Behind: mean difference row by row, with its standard error.\n\n"
         + as_markdown(*candidate_rows(results))
-        + (f"\n\nIn place: {ranks_written(results['configuration'])}, {replaced_by(results)}." if replaced(results) else "")
+        + (
+            f"\n\nIn place: {ranks_written(results['configuration'])}, {replaced_by(results)}."
+            if replaced(results)
+            else ""
+        )
     )
 
 
 def moved(results: dict[str, Any]) -> str:
     """What training did to the 4-bit weights, in words."""
     text = f"Training in 4 bits changed {results['codes_changed']:.1%} of the codes"
-    return text + (f", and scales by {results['scales_moved']:.2%} (root mean square)" if "scales_moved" in results else "")
+    return text + (
+        f", and scales by {results['scales_moved']:.2%} (root mean square)" if "scales_moved" in results else ""
+    )
 
 
 def trainings(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Of what the run trained, and its losses: one training, or that of adapters on 16-bit weights and then that of scales and norms in 4 bits."""
-    return [(" of adapters", results), (" of scales and norms", results["scales"])] if "scales" in results else [("", results)]
+    return (
+        [(" of adapters", results), (" of scales and norms", results["scales"])]
+        if "scales" in results
+        else [("", results)]
+    )
 
 
 def _errors_markdown(results: dict[str, Any]) -> str:
@@ -327,26 +401,46 @@ def _errors_markdown(results: dict[str, Any]) -> str:
 def measured_on(results: dict[str, Any]) -> str:
     """Which text and how much of the tasks the numbers are of."""
     text = f"Perplexity and KL on {results.get('test', 'the test split')}."
-    return text + (f" Word perplexity and tasks on the first {results['task_limit']} documents only (--task_limit)." if "task_limit" in results else "")
+    return text + (
+        f" Word perplexity and tasks on the first {results['task_limit']} documents only (--task_limit)."
+        if "task_limit" in results
+        else ""
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     seconds, memory = results["seconds"], results.get("peak_memory_bytes", {})
-    what = f"tuning on {results['task']['name']}" if "task" in results else "distillation" if tunes(results) else "compression"
-    title = f"16-bit LoRA, {what}" if "lora16" in results["models"] else f"4-bit {what} ({results.get('method', 'rtn')})"
+    what = (
+        f"tuning on {results['task']['name']}"
+        if "task" in results
+        else "distillation"
+        if tunes(results)
+        else "compression"
+    )
+    title = (
+        f"16-bit LoRA, {what}" if "lora16" in results["models"] else f"4-bit {what} ({results.get('method', 'rtn')})"
+    )
     parts = [
         f"# {results['model']}: {title}",
         sentence(results),
         as_markdown(*rows(results)),
-        measured_on(results) + (" Repaired = (perplexity before tuning - after) / (before - 16 bit)." if tunes(results) and "task" not in results else ""),
+        measured_on(results)
+        + (
+            " Repaired = (perplexity before tuning - after) / (before - 16 bit)."
+            if tunes(results) and "task" not in results
+            else ""
+        ),
     ]
     if results.get("warnings"):
         parts.append("\n".join(f"**Warning:** {warning}" for warning in results["warnings"]))
     for title, training in trainings(results):
         if training.get("validation"):
             keys = [key for key in training["validation"][0] if key not in ("step", "tokens")]
-            lines = [[f"{measured['step']:.0f}", *(f"{measured[key]:.4f}" for key in keys)] for measured in training["validation"]]
+            lines = [
+                [f"{measured['step']:.0f}", *(f"{measured[key]:.4f}" for key in keys)]
+                for measured in training["validation"]
+            ]
             parts.append(f"## Validation{title}\n\n" + as_markdown(["step", *map(heading, keys)], lines))
     if results.get("candidates"):
         parts.append(_candidates_markdown(results))
@@ -358,12 +452,18 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(f"## Decoder layers\n\n{DECODER_NOTE}\n\n{as_markdown(*decoder)}")
     if results.get("layer_errors"):
         parts.append(_errors_markdown(results))
-    parts.append("## Cost\n\n| stage | seconds |\n| --- | ---: |" + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items()))
+    parts.append(
+        "## Cost\n\n| stage | seconds |\n| --- | ---: |"
+        + "".join(f"\n| {stage} | {value:.1f} |" for stage, value in seconds.items())
+    )
     parts[-1] += f"\n| all | {sum(seconds.values()):.1f} |"
-    parts.append("Peak memory: " + ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in memory.items() if value) + ".")
+    parts.append(
+        "Peak memory: " + ", ".join(f"{value / 1e9:.2f} GB ({kind})" for kind, value in memory.items() if value) + "."
+    )
     if "codes_changed" in results:
         parts.append(f"{moved(results)} ({results['layers']['int4']} layers).")
     parts.append(
-        f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. " + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items())
+        f"## How\n\n    {results['command']}\n\nSeed {results.get('seed')}. "
+        + ", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items())
     )
     return "\n\n".join(parts) + "\n"

@@ -17,4 +17,6 @@ def as_table(headings: list[str], lines: list[list[str]], title: str | None = No
 
 def as_markdown(headings: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines))
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)
+    )

@@ -87,7 +87,9 @@ def _lock(path: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise RunError(f"--output_dir {path} is in use by another process; wait for it, or choose another folder") from error
+        raise RunError(
+            f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
+        ) from error
     return lock
 
 
@@ -107,9 +109,13 @@ class Run:
         """Whether there is a run already; RunError if it may not be touched, or if the folder holds something else."""
         used = path.exists() and (not path.is_dir() or any(entry.name not in _EMPTY for entry in path.iterdir()))
         if used and not is_run(path):
-            raise RunError(f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder")
+            raise RunError(
+                f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder"
+            )
         if used and not (resume or overwrite):
-            raise RunError(f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it")
+            raise RunError(
+                f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it"
+            )
         if overwrite:
             _check_deletable(path)
         return used

@@ -13,7 +13,18 @@ from nybble.run.results import CONFIG, MARKER, is_run
 
 log = logging.getLogger("nybble")
 # Options that may change on resume. Another microbatch or cache gives the same gradients up to rounding: the last bits may differ.
-_FREE = {"output_dir", "save_every", "tensorboard", "export", "eval_batch_size", "cache", "microbatch", "fast_eval", "custom_rank_config", "trust_remote_code"}
+_FREE = {
+    "output_dir",
+    "save_every",
+    "tensorboard",
+    "export",
+    "eval_batch_size",
+    "cache",
+    "microbatch",
+    "fast_eval",
+    "custom_rank_config",
+    "trust_remote_code",
+}
 
 
 def read_options(path: Path) -> dict[str, Any]:

@@ -103,15 +103,21 @@ def load_task(name: str, data_dir: str | None, seed: int, most: int = 0) -> Task
 def _known_task(name: str, data_dir: str | None, seed: int, most: int) -> Task:
     task = lm_eval.open_task(name, data_dir)
     if not task.has_training_docs():
-        raise OptionError(f"--task must have a training split; {name} has none; name another, or a .jsonl file with rows of prompt, choices, answer")
+        raise OptionError(
+            f"--task must have a training split; {name} has none; name another, or a .jsonl file with rows of prompt, choices, answer"
+        )
     if task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
-        raise OptionError(f"--task must ask for one of several answers or for one of its own words; {name} asks for {task.OUTPUT_TYPE}")
+        raise OptionError(
+            f"--task must ask for one of several answers or for one of its own words; {name} asks for {task.OUTPUT_TYPE}"
+        )
     rows, metric = task.training_docs(), lm_eval.metric_of(task)
     order = sampling.draw_order(len(rows), len(rows), seed).tolist()
     splits = task.config
     scored_on = splits.test_split or splits.validation_split
     if splits.training_split == scored_on:
-        raise OptionError(f"--task must be scored on other rows than it trains on; {name} has a single split, {scored_on}; name another task")
+        raise OptionError(
+            f"--task must be scored on other rows than it trains on; {name} has a single split, {scored_on}; name another task"
+        )
     apart = NearDuplicates(())
     if splits.validation_split and splits.validation_split not in (scored_on, splits.training_split):
         held_out = [_rendered(task, row, name) for row in task.validation_docs()]
@@ -121,7 +127,10 @@ def _known_task(name: str, data_dir: str | None, seed: int, most: int) -> Task:
             raise DataError(
                 f"--task {name} has no validation split, so a tenth of its training rows is held out; it must have at least 10, and has {len(rows)}"
             )
-        held_out, apart = [_rendered(task, rows[i], name) for i in order[:count]], NearDuplicates([rows[i] for i in order[:count]])
+        held_out, apart = (
+            [_rendered(task, rows[i], name) for i in order[:count]],
+            NearDuplicates([rows[i] for i in order[:count]]),
+        )
         order = order[count:]
     train, twins = [], 0
     for i in order:
@@ -185,7 +194,11 @@ def _render(task: Any, row: dict[str, Any]) -> Question:
     if isinstance(gold, list):
         raise OptionError(f"--task must have one right answer a row; {task.config.task} has rows with several")
     pairs = tuple((str(request.args[0]), str(request.args[1])) for request in requests)
-    return Question(pairs, choices.index(gold) if isinstance(gold, str) else int(gold), tuple(max(1, len(choice)) for choice in choices))
+    return Question(
+        pairs,
+        choices.index(gold) if isinstance(gold, str) else int(gold),
+        tuple(max(1, len(choice)) for choice in choices),
+    )
 
 
 def _own_task(path: Path, seed: int, most: int) -> Task:
@@ -199,28 +212,47 @@ def _own_task(path: Path, seed: int, most: int) -> Task:
         parts[data_splits.split_of(i)].append(question)
     kinds = {len(question.pairs) > 1 for question in questions}
     if len(kinds) > 1:
-        raise DataError(f"--task {path} must have choices in all rows or in none; it has rows of both kinds; make two files")
+        raise DataError(
+            f"--task {path} must have choices in all rows or in none; it has rows of both kinds; make two files"
+        )
     metric = "acc" if kinds == {True} else "log_likelihood"
     elsewhere = {question.pairs for question in (*parts["validation"], *parts["test"])}
     if repeated := sum(question.pairs in elsewhere for question in parts["train"]):
         log.warning("%s: %d of %d training rows repeat rows to choose by or to score on, whose figures are then better than those of unseen rows", path,
                     repeated, len(parts["train"]))  # fmt: skip
     order = sampling.draw_order(len(parts["train"]), len(parts["train"]), seed).tolist()
-    return Task(str(path), metric, [parts["train"][i] for i in order[: most or None]], parts["validation"], parts["test"])
+    return Task(
+        str(path), metric, [parts["train"][i] for i in order[: most or None]], parts["validation"], parts["test"]
+    )
 
 
 def _own_question(row: Any, where: str) -> Question:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip():
-        prompt, choices, answer, completion = row["prompt"], row.get("choices"), row.get("answer"), row.get("completion")
+        prompt, choices, answer, completion = (
+            row["prompt"],
+            row.get("choices"),
+            row.get("answer"),
+            row.get("completion"),
+        )
         if choices is None and isinstance(completion, str) and completion.strip():
             return Question(((prompt, _spaced(prompt, completion)),), 0)
-        if isinstance(choices, list) and len(choices) > 1 and all(type(choice) in (str, int, float) for choice in choices):
+        if (
+            isinstance(choices, list)
+            and len(choices) > 1
+            and all(type(choice) in (str, int, float) for choice in choices)
+        ):
             texts = [str(choice) for choice in choices]
             if not all(text.strip() for text in texts):
                 raise DataError(f"{where} must have words in every choice; got {str(choices)[:80]}")
             if type(answer) is int and 0 <= answer < len(texts):
-                return Question(tuple((prompt, _spaced(prompt, text)) for text in texts), answer, tuple(max(1, len(text)) for text in texts))
-    raise DataError(f"{where} must have prompt, choices (two or more) and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}")
+                return Question(
+                    tuple((prompt, _spaced(prompt, text)) for text in texts),
+                    answer,
+                    tuple(max(1, len(text)) for text in texts),
+                )
+    raise DataError(
+        f"{where} must have prompt, choices (two or more) and the number of the right one as answer, or prompt and completion; got {str(row)[:80]}"
+    )
 
 
 def _spaced(prompt: str, answer: str) -> str:

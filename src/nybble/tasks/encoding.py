@@ -43,7 +43,9 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str) -> EncodedAnswer:
     if spaces:
         prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
     ids = tokenizer(prompt + answer).input_ids
-    return EncodedAnswer(ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(packing.begin_tokens(tokenizer))))
+    return EncodedAnswer(
+        ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(packing.begin_tokens(tokenizer)))
+    )
 
 
 @dataclass(frozen=True)
@@ -56,37 +58,39 @@ class PaddedBatch:
     """
 
     ids: Tensor
-    counted: Tensor
+    loss_mask: Tensor
 
     def losses(self, model: Any, head: LMHead | None) -> Tensor:
         """-log q of every counted token, in order: float32 [N]. Without a head, from the model's own logits (exported models)."""
         if head is None:
             logits = model(input_ids=self.ids).logits.float()
-            return F.cross_entropy(logits[self.counted], self.ids.roll(-1, 1)[self.counted], reduction="none")
+            return F.cross_entropy(logits[self.loss_mask], self.ids.roll(-1, 1)[self.loss_mask], reduction="none")
         device = model.device
-        counted, targets = self.counted.to(device), self.ids.roll(-1, 1).to(device)
-        return cross_entropy(last_hidden_states(model, self.ids.to(device))[counted], targets[counted], head)
+        loss_mask, targets = self.loss_mask.to(device), self.ids.roll(-1, 1).to(device)
+        return cross_entropy(last_hidden_states(model, self.ids.to(device))[loss_mask], targets[loss_mask], head)
 
     def divergence(self, model: Any, head: LMHead, teacher: Any, teacher_head: LMHead) -> Tensor:
         """Mean over the counted tokens of KL(teacher || model)."""
-        ids, counted = self.ids.to(model.device), self.counted.to(model.device)
+        ids, loss_mask = self.ids.to(model.device), self.loss_mask.to(model.device)
         with torch.no_grad():
-            taught = last_hidden_states(teacher, ids)[counted]
-        return kl_to_teacher(last_hidden_states(model, ids)[counted], taught, head, teacher_head)
+            taught = last_hidden_states(teacher, ids)[loss_mask]
+        return kl_to_teacher(last_hidden_states(model, ids)[loss_mask], taught, head, teacher_head)
 
     def sums(self, losses: Tensor) -> Tensor:
         """Sums of `losses` by text: [B]."""
-        rows = self.counted.nonzero()[:, 0].to(losses.device)
+        rows = self.loss_mask.nonzero()[:, 0].to(losses.device)
         return torch.zeros(len(self.ids), device=losses.device).index_add_(0, rows, losses)
 
 
 def pad_batch(texts: Sequence[EncodedAnswer], everything: bool = False) -> PaddedBatch:
     """What `encode` gave; the answer's tokens count, or with `everything` the prompt's too."""
     length = max(len(text.ids) for text in texts)
-    batch = PaddedBatch(torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool))
+    batch = PaddedBatch(
+        torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool)
+    )
     for i, text in enumerate(texts):
         batch.ids[i, : len(text.ids)] = torch.tensor(text.ids)
-        batch.counted[i, (0 if everything else text.first - 1) : len(text.ids) - 1] = True
+        batch.loss_mask[i, (0 if everything else text.first - 1) : len(text.ids) - 1] = True
     return batch
 
 
@@ -99,15 +103,25 @@ def encode_right_answers(tokenizer: Any, questions: Sequence[Question], length: 
     """
     end = packing.end_tokens(tokenizer)
     encoded = [encode_answer(tokenizer, *question.pairs[question.gold]) for question in questions]
-    encoded = [EncodedAnswer(text.ids + end if len(q.pairs) == 1 else text.ids, text.prompt) for q, text in zip(questions, encoded, strict=True)]
+    encoded = [
+        EncodedAnswer(text.ids + end if len(q.pairs) == 1 else text.ids, text.prompt)
+        for q, text in zip(questions, encoded, strict=True)
+    ]
     cut = sum(text.first < length < len(text.ids) for text in encoded)
     encoded = [EncodedAnswer(text.ids[:length], text.prompt) for text in encoded]
     texts = [text for text in encoded if text.answered]
     if not texts:
         shortest = min((text.prompt for text in encoded), default=0)
-        raise DataError(f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {shortest}")
+        raise DataError(
+            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {shortest}"
+        )
     if len(texts) < len(encoded):
-        log.warning("%d of %d rows have no answer within %d tokens and were left out", len(encoded) - len(texts), len(encoded), length)
+        log.warning(
+            "%d of %d rows have no answer within %d tokens and were left out",
+            len(encoded) - len(texts),
+            len(encoded),
+            length,
+        )
     if cut:
         log.warning("%d of %d answers are learnt only up to token %d (--seq_len)", cut, len(encoded), length)
     return texts

@@ -55,7 +55,9 @@ class QuestionScores:
     def better_by(self, other: QuestionScores) -> tuple[float, float]:
         """Mean difference of the scores, question by question, and its standard error (0 for a single question)."""
         differences = torch.tensor([a - b for a, b in zip(self.scores, other.scores, strict=True)], dtype=torch.float64)
-        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
+        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(
+            differences
+        ) > 1 else 0.0
 
 
 @torch.no_grad()
@@ -81,7 +83,10 @@ def score_questions(
                 values = [value * factor for value, factor in zip(values, questions[i].factors(by_length), strict=True)]
                 likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
                 correct[i] = max(range(len(values)), key=values.__getitem__) == questions[i].gold
-    return QuestionScores(tuple(likely[i] for i in range(len(questions))), tuple(correct[i] for i in range(len(questions)) if i in correct))
+    return QuestionScores(
+        tuple(likely[i] for i in range(len(questions))),
+        tuple(correct[i] for i in range(len(questions)) if i in correct),
+    )
 
 
 def choice_log_probs(model: Any, head: LMHead, texts: Sequence[Sequence[EncodedAnswer]]) -> Tensor:
@@ -91,7 +96,12 @@ def choice_log_probs(model: Any, head: LMHead, texts: Sequence[Sequence[EncodedA
         texts: of `encode_choices`.
     """
     sums, most = _sums(model, head, texts, _begins(model, head, texts)), max(map(len, texts))
-    return torch.stack([F.pad(-values, (0, most - len(values)), value=-math.inf) for values in sums.split([len(choices) for choices in texts])])
+    return torch.stack(
+        [
+            F.pad(-values, (0, most - len(values)), value=-math.inf)
+            for values in sums.split([len(choices) for choices in texts])
+        ]
+    )
 
 
 def _begins(model: Any, head: LMHead | None, texts: Sequence[Sequence[EncodedAnswer]]) -> list[int]:
@@ -116,16 +126,22 @@ def _parts(texts: Sequence[Sequence[EncodedAnswer]], begins: Sequence[int]) -> I
         yield part
 
 
-def _sums(model: Any, head: LMHead | None, questions: Sequence[Sequence[EncodedAnswer]], begins: Sequence[int]) -> Tensor:
+def _sums(
+    model: Any, head: LMHead | None, questions: Sequence[Sequence[EncodedAnswer]], begins: Sequence[int]
+) -> Tensor:
     """-log p of the answer of every text, one after the other: float32 [texts]; of each question so many tokens are shared by all texts as `begins` says."""
     flat = [text for texts in questions for text in texts]
     if head is None or not max(begins):
         batch = pad_batch(flat)
         return batch.sums(batch.losses(model, head))
     most, begin_Q1 = max(begins), torch.tensor(begins)[:, None]
-    known_QP = torch.arange(most) >= most - begin_Q1  # beginnings end together: what is in front of a shorter one is padding, and windows see no gap
+    known_QP = (
+        torch.arange(most) >= most - begin_Q1
+    )  # beginnings end together: what is in front of a shorter one is padding, and windows see no gap
     kept = model.base_model(
-        input_ids=torch.tensor([[0] * (most - begin) + texts[0].ids[:begin] for texts, begin in zip(questions, begins, strict=True)]).to(model.device),
+        input_ids=torch.tensor(
+            [[0] * (most - begin) + texts[0].ids[:begin] for texts, begin in zip(questions, begins, strict=True)]
+        ).to(model.device),
         attention_mask=known_QP.long().to(model.device),
         position_ids=(torch.arange(most) - most + begin_Q1).relu().to(model.device),
         use_cache=True,
@@ -138,13 +154,13 @@ def _sums(model: Any, head: LMHead | None, questions: Sequence[Sequence[EncodedA
         batch = pad_batch([ends[i] for i in part.tolist()])
         hidden = model.base_model(
             input_ids=batch.ids.to(model.device),
-            attention_mask=torch.cat([known_QP[owner_N], torch.ones_like(batch.counted)], 1).long().to(model.device),
+            attention_mask=torch.cat([known_QP[owner_N], torch.ones_like(batch.loss_mask)], 1).long().to(model.device),
             position_ids=(begin_Q1[owner_N] + torch.arange(batch.ids.shape[1])).to(model.device),
             past_key_values=_rows(kept, owner_N.to(model.device)),
             use_cache=True,
         ).last_hidden_state
-        counted, targets = batch.counted.to(model.device), batch.ids.roll(-1, 1).to(model.device)
-        found.append(batch.sums(cross_entropy(hidden[counted], targets[counted], head)))
+        loss_mask, targets = batch.loss_mask.to(model.device), batch.ids.roll(-1, 1).to(model.device)
+        found.append(batch.sums(cross_entropy(hidden[loss_mask], targets[loss_mask], head)))
     return torch.cat(found)[order.argsort().to(model.device)]
 
 

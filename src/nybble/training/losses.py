@@ -83,7 +83,9 @@ def _through_head(grad: Tensor, z: Tensor, head: LMHead) -> Tensor:
     return grad if head.multiplier == 1.0 else grad.mul_(head.multiplier)
 
 
-def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student: LMHead, teacher: LMHead, chunk: int | None = None) -> Tensor:
+def kl_to_teacher(
+    student_ND: Tensor, teacher_ND: Tensor, student: LMHead, teacher: LMHead, chunk: int | None = None
+) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats; differentiable in the student's hidden states.
 
     Args:

@@ -59,7 +59,9 @@ class ModelShapes:
         )
 
 
-def training_memory(shapes: ModelShapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int, logits: int) -> int:
+def training_memory(
+    shapes: ModelShapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int, logits: int
+) -> int:
     """Peak of training with `tokens` a microbatch, or of measuring with `logits` bytes of logits at once.
 
     `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient. At rank 0 the layers keep their codes, a byte each, instead.
@@ -68,8 +70,15 @@ def training_memory(shapes: ModelShapes, rank: int, group_size: int, tokens: int
     model = frozen + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
     kept = copies * shapes.int4 * shapes.itemsize
     one_layer = 6 * shapes.largest * _FLOAT32
-    trained = (_ADAM + 2 * _FLOAT32) * (shapes.features * rank + shapes.int4 // group_size)  # and means, and what stands aside while these are measured
-    activations = tokens * shapes.layers * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
+    trained = (_ADAM + 2 * _FLOAT32) * (
+        shapes.features * rank + shapes.int4 // group_size
+    )  # and means, and what stands aside while these are measured
+    activations = (
+        tokens
+        * shapes.layers
+        * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate)
+        * shapes.itemsize
+    )
     loss = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
     return _OVERHEAD + model + kept + one_layer + trained + max(activations, logits) + loss
 
@@ -90,14 +99,23 @@ def compression_memory(shapes: ModelShapes, sequences: int, length: int, gpu: bo
     hessians = (3 * shapes.hidden**2 + (1 + 3) * shapes.intermediate**2) * _FLOAT32
     rows = 6 * 2 * shapes.hidden * shapes.intermediate * _FLOAT32
     trained = (_ADAM + 2 * _FLOAT32) * block
-    activations = max(length, TOKENS) * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate) * shapes.itemsize
+    activations = (
+        max(length, TOKENS)
+        * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate)
+        * shapes.itemsize
+    )
     at_hand = max(hessians + rows, trained) + activations
     if gpu:
         # before the blocks, the whole model is there; the teacher's head all the time
         head = shapes.vocabulary * shapes.hidden * shapes.itemsize
         return _OVERHEAD + head + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
     stream = sequences * length * shapes.hidden * shapes.itemsize
-    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + 2 * min(stream, IN_MEMORY) + at_hand
+    return (
+        _OVERHEAD
+        + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize
+        + 2 * min(stream, IN_MEMORY)
+        + at_hand
+    )
 
 
 def export_memory(parameters: int) -> int:
@@ -116,7 +134,17 @@ def training_disk(shapes: ModelShapes, rank: int, group_size: int, tokens: int) 
     return tokens * shapes.hidden * shapes.itemsize + (2 * 4 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
 
 
-def pick_microbatch(shapes: ModelShapes, rank: int, group_size: int, length: int, batch_size: int, chunk: int, copies: int, available: int, most: int) -> int:
+def pick_microbatch(
+    shapes: ModelShapes,
+    rank: int,
+    group_size: int,
+    length: int,
+    batch_size: int,
+    chunk: int,
+    copies: int,
+    available: int,
+    most: int,
+) -> int:
     """Largest power of two of sequences that fits 70 % of `available` memory and at most `most` tokens; at least 1."""
     size = 1
     while (

@@ -47,7 +47,9 @@ class HiddenStates:
         self._mapped()[which] = states
 
     def _mapped(self) -> Tensor:
-        return torch.from_file(str(self.path), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
+        return torch.from_file(str(self.path), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(
+            self.shape
+        )
 
 
 @torch.no_grad()

@@ -197,4 +197,6 @@ class Trainer:
                 self.means[name] = tensors[f"mean:{name}"].to(parameter.device, copy=True)
             if f"step:{name}" in tensors:
                 moments = ("exp_avg", "exp_avg_sq", "step")
-                self.optimizer.state[parameter] = {moment: tensors[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in moments}
+                self.optimizer.state[parameter] = {
+                    moment: tensors[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in moments
+                }

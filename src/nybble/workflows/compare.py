@@ -54,7 +54,9 @@ def compare(options: TuneOptions) -> Path:
             f"--compare takes tasks that lm-eval knows, for one of the columns is compressed and scored without this file; got {own[0]}; use --task"
         )
     if len(set(options.lora_rank_space)) < 2:
-        raise OptionError("--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA")
+        raise OptionError(
+            "--compare needs a --lora_rank_space of two or more ranks; its largest alone is the column QAT + LoRA"
+        )
     for task in options.compare:
         _check_task(task, options)
     folder = Path(options.output_dir or f"runs/{Path(options.pretrained).name.removesuffix('.gguf')}-compare")
@@ -65,7 +67,9 @@ def compare(options: TuneOptions) -> Path:
     shown: Compared | None = None
     for task in options.compare:
         try:
-            figures[Path(task).stem] = _five(replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem)
+            figures[Path(task).stem] = _five(
+                replace(options, compare=(), task=task, output_dir=None), task, folder / Path(task).stem
+            )
         except TrainingError as error:
             stopped.append(str(error))
             log.error("%s", error)
@@ -75,7 +79,9 @@ def compare(options: TuneOptions) -> Path:
                 _show(found)
             shown = found
     if stopped:
-        raise TrainingError(f"all {len(options.compare)} tasks must be tuned; {len(stopped)} could not: {'; '.join(stopped)}")
+        raise TrainingError(
+            f"all {len(options.compare)} tasks must be tuned; {len(stopped)} could not: {'; '.join(stopped)}"
+        )
     return folder
 
 
@@ -91,9 +97,13 @@ def _check_task(name: str, options: TuneOptions) -> None:
     if not task.has_training_docs():
         raise OptionError(f"--compare takes tasks with a training split; {name} has none")
     if options.loss_on == "choices" and task.OUTPUT_TYPE != "multiple_choice":
-        raise OptionError(f"--loss_on choices needs tasks with choices; {name} has answers in the model's own words; use --loss_on auto")
+        raise OptionError(
+            f"--loss_on choices needs tasks with choices; {name} has answers in the model's own words; use --loss_on auto"
+        )
     if not metric.startswith(("acc", "exact_match")):
-        raise OptionError(f"--compare takes tasks that are scored by the share of right answers; {name} is scored by {metric}")
+        raise OptionError(
+            f"--compare takes tasks that are scored by the share of right answers; {name} is scored by {metric}"
+        )
 
 
 def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
@@ -112,7 +122,11 @@ def _five(options: TuneOptions, task: str, folder: Path) -> dict[str, Figure]:
     _unless_done(lora, lambda options: tune.tune(options, before), last)
     full = run("lora", lora_rank_space=(largest,), export=(), epochs=options.epochs + options.scale_passes)
     _unless_done(full, lambda options: tune_16bit(options, before["16bit"]), "lora16")
-    same = {field.name: getattr(options, field.name) for kind in (CompressionOptions, ModelOptions) for field in fields(kind)}
+    same = {
+        field.name: getattr(options, field.name)
+        for kind in (CompressionOptions, ModelOptions)
+        for field in fields(kind)
+    }
     tuned = (folder / "lora").resolve()
     compressed = CompressOptions(
         **same | {"pretrained": str(tuned / "merged")},
@@ -182,8 +196,14 @@ def tune_16bit(options: TuneOptions, before: dict[str, Any]) -> Path:
         if not merged.exists():
             _train_lora(job, lesson)
             with files.atomic_folder(run.path / "texts") as temporary:
-                for split, questions in (("train", lesson.task.train), ("validation", lesson.task.held_out), ("test", lesson.task.held_out)):
-                    texts = [json.dumps({"text": "".join(question.pairs[question.gold])}) + "\n" for question in questions]
+                for split, questions in (
+                    ("train", lesson.task.train),
+                    ("validation", lesson.task.held_out),
+                    ("test", lesson.task.held_out),
+                ):
+                    texts = [
+                        json.dumps({"text": "".join(question.pairs[question.gold])}) + "\n" for question in questions
+                    ]
                     files.write_text(temporary / f"{split}.jsonl", "".join(texts))
             with files.atomic_folder(merged) as temporary:
                 job.loaded.model.save_pretrained(temporary)
@@ -204,7 +224,15 @@ def peft_config(model: Any, layers: Sequence[str], rank: int) -> Any:
     widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
     narrow = {name: width for name, width in widths.items() if width < rank}
     alphas = {name: 2 * width for name, width in narrow.items()}
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(layers), bias="none", rank_pattern=narrow, alpha_pattern=alphas)
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(layers),
+        bias="none",
+        rank_pattern=narrow,
+        alpha_pattern=alphas,
+    )
 
 
 def _train_lora(job: Job, lesson: TaskData) -> None:
@@ -215,7 +243,9 @@ def _train_lora(job: Job, lesson: TaskData) -> None:
     config = peft_config(model, list(job.plan.int4), rank)
     torch.manual_seed(job.options.seed)
     wrapped = peft.get_peft_model(model, config)  # puts its layers into `model` itself
-    adapters: dict[str, nn.Parameter] = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters: dict[str, nn.Parameter] = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     log.info("16-bit LoRA by peft: %d adapters of rank %d, scaled by 2", len(adapters) // 2, rank)
     groups = [{"params": adapters, "lr": job.options.lr, "weight_decay": job.options.weight_decay}]
     with lessons.plain_attention(job, lesson):
@@ -235,4 +265,6 @@ def _show(found: Compared) -> None:
     for table in read.tables:
         console.print(tables.as_table(*table))
     console.print(read.note, highlight=False)
-    console.print(f"{folder}/compare.md, {five_columns.FILE}" + (", compare.html" if html.available() else ""), highlight=False)
+    console.print(
+        f"{folder}/compare.md, {five_columns.FILE}" + (", compare.html" if html.available() else ""), highlight=False
+    )

@@ -42,12 +42,17 @@ def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequen
     count = stages.check_calibration(options, options.method, sequences)
     shapes = training_memory.ModelShapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
     measuring = training_memory.measuring_memory(shapes, stages.measured_logits(options, loaded, sequences))
-    memory, available = max(stages.estimate_compression(options, loaded, shapes, count), measuring), stages.free_memory(loaded)
+    memory, available = (
+        max(stages.estimate_compression(options, loaded, shapes, count), measuring),
+        stages.free_memory(loaded),
+    )
     states = sequences.test.ids.numel() * shapes.hidden * shapes.itemsize
     disk = states + training_memory.blocks_disk(shapes, sequences.calibration.numel()) + 3 * shapes.parameters
     files.check_free_disk(options.folder, disk)
     if count:
-        log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9)
+        log.info(
+            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9
+        )
         stages.check_memory(memory, available, "fewer --calib_samples or a smaller --seq_len need less")
     return options
 

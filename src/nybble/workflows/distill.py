@@ -56,7 +56,9 @@ def _run(job: Job) -> None:
     if not job.quantized.exists():
         compressed, layers = tuning.insert_layers(job, options.lora_rank)
         with tuning.fixed_weights(options, layers):
-            stages.measure(job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed))
+            stages.measure(
+                job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed)
+            )
         norms = insert.train_norms(loaded.model) if options.norm_lr else {}
         tuning.train_layers(run, options, layers, _course(job, states, which, layers), norms)
         with run.stage("absorb"):
@@ -72,9 +74,13 @@ def _run(job: Job) -> None:
     stages.finish(run, _judge(run))
 
 
-def _resolve(options: DistillOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences) -> DistillOptions:
+def _resolve(
+    options: DistillOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences
+) -> DistillOptions:
     if not options.lora_rank and (options.lr, options.weight_decay) != (DistillOptions.lr, DistillOptions.weight_decay):
-        log.warning("--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them")
+        log.warning(
+            "--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them"
+        )
     if options.moves_codes and (starts.start_run(options.start) or "blockwise" in options.start):
         log.warning(
             "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of their cells; "
@@ -92,33 +98,43 @@ def _resolve(options: DistillOptions, loaded: loading.LoadedModel, plan: selecti
     return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len, copies)  # type: ignore[no-any-return]
 
 
-def _course(job: Job, states: Mapping[str, HiddenStates], which: Tensor, layers: Mapping[str, QuantizedLinear]) -> TrainingObjective:
+def _course(
+    job: Job, states: Mapping[str, HiddenStates], which: Tensor, layers: Mapping[str, QuantizedLinear]
+) -> TrainingObjective:
     """KL to the teacher, on text for training, whose i-th sequence has the states which[i], and on text for validation."""
     options, model, sequences = job.options, job.loaded.model, job.sequences
     student, device = LMHead.of(model), model.device
-    order = sampling.draw_order(len(sequences.train), options.steps_per_epoch * options.epochs * options.batch_size, options.seed)
+    order = sampling.draw_order(
+        len(sequences.train), options.steps_per_epoch * options.epochs * options.batch_size, options.seed
+    )
 
     def loss(indices: Tensor) -> Tensor:
         rows = sequences.train[indices]
-        counted = rows.counted.to(device)
+        loss_mask = rows.loss_mask.to(device)
         hidden = last_hidden_states(model, rows.ids.to(device))
-        return kl_to_teacher(hidden[counted], states["train"][which[indices]].to(device)[counted], student, job.head)
+        return kl_to_teacher(
+            hidden[loss_mask], states["train"][which[indices]].to(device)[loss_mask], student, job.head
+        )
 
     def validate() -> dict[str, float]:
         held = sequences.validation
         teacher = perplexity.logits_from_states(job.head, states["validation"])
         with tuning.fixed_weights(options, layers):
-            return perplexity.measure_sequences(perplexity.model_logits(model, held.ids), held.ids, teacher, counted=held.counted)
+            return perplexity.measure_sequences(
+                perplexity.model_logits(model, held.ids), held.ids, teacher, loss_mask=held.loss_mask
+            )
 
     return TrainingObjective(
         steps_per_epoch=options.steps_per_epoch,
         draw=lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
         loss=loss,
-        tokens=lambda indices: int(sequences.train.counted[indices].sum()),
+        tokens=lambda indices: int(sequences.train.loss_mask[indices].sum()),
         validate=validate,
         criterion="kl_to_teacher",
         pace=lambda step, seconds: f"{options.batch_size * sequences.train.ids.shape[1] / seconds:.0f} tokens/s",
-        describe=lambda measured: f"validation KL {measured['kl_to_teacher']:.4f}, token perplexity {measured['token_perplexity']:.3f}",
+        describe=lambda measured: (
+            f"validation KL {measured['kl_to_teacher']:.4f}, token perplexity {measured['token_perplexity']:.3f}"
+        ),
     )
 
 
@@ -128,10 +144,14 @@ def _course(job: Job, states: Mapping[str, HiddenStates], which: Tensor, layers:
 def _judge(run: Run) -> list[str]:
     """Fill in the improvement; returns warnings in plain words."""
     results = run.results
-    results["improvement"] = {row: report_run.improvement(results["models"], row) for row in ("tuned", "openvino") if row in results["models"]}
+    results["improvement"] = {
+        row: report_run.improvement(results["models"], row) for row in ("tuned", "openvino") if row in results["models"]
+    }
     warnings = []
     if results.get("best_step") == 0:
-        warnings.append("no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or other rates")
+        warnings.append(
+            "no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or other rates"
+        )
     compressed, tuned, exported = (results["models"].get(row, {}) for row in ("compressed", "tuned", "openvino"))
     for metric in ("kl_to_teacher", "token_perplexity", "word_perplexity"):
         before, after, shipped = (row.get(metric, math.nan) for row in (compressed, tuned, exported))
@@ -139,5 +159,7 @@ def _judge(run: Run) -> list[str]:
         if after > before:
             warnings.append(f"tuning made the {name} of the test text worse: {before:.4f} before, {after:.4f} after")
         elif shipped > before:
-            warnings.append(f"in OpenVINO the tuned model's {name} is worse than the compressed one's in torch: {shipped:.4f}, against {before:.4f}")
+            warnings.append(
+                f"in OpenVINO the tuned model's {name} is worse than the compressed one's in torch: {shipped:.4f}, against {before:.4f}"
+            )
     return warnings

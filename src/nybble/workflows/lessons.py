@@ -76,7 +76,9 @@ class TaskData:
     teacher: Any = None
 
 
-def prepare(options: TuneOptions, loaded: loading.LoadedModel, space: tuple[int, ...], custom: RankConfiguration) -> TaskData:
+def prepare(
+    options: TuneOptions, loaded: loading.LoadedModel, space: tuple[int, ...], custom: RankConfiguration
+) -> TaskData:
     """Rows of the task, encoded, and the teacher; raises NybbleError for whatever does not fit. `custom`: a configuration to check, or ()."""
     task = dataset.load_task(options.task, options.data_dir, options.seed, options.train_rows)
     count = len(set(ranks.decoder_layers(list(selection.select_layers(loaded.model).int4)).values()))
@@ -84,14 +86,27 @@ def prepare(options: TuneOptions, loaded: loading.LoadedModel, space: tuple[int,
         ranks.check_configuration(custom, space, count)
     loss_on = _loss_on(options, task)
     choices = encoding.encode_choices(loaded.tokenizer, task.train, options.seq_len) if loss_on == "choices" else []
-    texts = _right(task.train, choices) if choices else encoding.encode_right_answers(loaded.tokenizer, task.train, options.seq_len)
+    texts = (
+        _right(task.train, choices)
+        if choices
+        else encoding.encode_right_answers(loaded.tokenizer, task.train, options.seq_len)
+    )
     if len(texts) < options.batch_size:
-        raise OptionError(f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows")
+        raise OptionError(
+            f"--batch_size must be at most the number of training rows; got {options.batch_size} and {len(texts)} rows"
+        )
     order = sampling.draw_order(len(task.held_out), len(task.held_out), options.seed)
     held_out = [task.held_out[i] for i in order.tolist()]
     count_held = options.select_rows or len(held_out)
     held_out, fresh = held_out[:count_held], held_out[count_held:]
-    log.info("%s: %d rows to train on (loss on %s), %d held out to choose by, reported as %s", task.name, len(texts), loss_on, len(held_out), task.metric)
+    log.info(
+        "%s: %d rows to train on (loss on %s), %d held out to choose by, reported as %s",
+        task.name,
+        len(texts),
+        loss_on,
+        len(held_out),
+        task.metric,
+    )
     return TaskData(task, loss_on, texts, choices, held_out, fresh, space, count, _teacher(options, loaded))
 
 
@@ -103,24 +118,34 @@ def _loss_on(options: TuneOptions, task: Task) -> str:
     """--loss_on with auto resolved; OptionError for choices where there are none."""
     alternatives = all(len(question.pairs) > 1 for question in task.train)
     if options.loss_on == "choices" and not alternatives:
-        raise OptionError(f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer")
+        raise OptionError(
+            f"--loss_on choices needs a task with choices; {task.name} has answers in the model's own words; use --loss_on answer"
+        )
     return options.loss_on if options.loss_on != "auto" else "choices" if alternatives else "answer"
 
 
 def _teacher(options: TuneOptions, student: loading.LoadedModel) -> Any:
     """The model of --teacher; None without, or where training is over. (Other ranks are tried with scales of their own, --adapters before.)"""
     results = {} if options.overwrite else run_results.read_results(options.folder)
-    other_ranks = results.get("applied", results.get("configuration")) != results.get("configuration")  # `nybble search --apply` was interrupted
-    over = (options.folder / "quantized").exists() and not (options.overwrite or other_ranks or (options.eval_only and options.scale_passes))
+    other_ranks = results.get("applied", results.get("configuration")) != results.get(
+        "configuration"
+    )  # `nybble search --apply` was interrupted
+    over = (options.folder / "quantized").exists() and not (
+        options.overwrite or other_ranks or (options.eval_only and options.scale_passes)
+    )
     if not options.teacher or over:
         return None
     try:
-        model = loading.load(options.teacher, student.model.dtype, student.model.device, options.trust_remote_code).model
+        model = loading.load(
+            options.teacher, student.model.dtype, student.model.device, options.trust_remote_code
+        ).model
     except ModelError as error:
         raise ModelError(str(error).replace("--pretrained", "--teacher")) from error
     theirs, ours = (loaded.get_output_embeddings().weight.shape[0] for loaded in (model, student.model))
     if theirs != ours:
-        raise ModelError(f"--teacher must have the vocabulary of --pretrained, {ours} tokens; {options.teacher} has {theirs}; tune --pretrained itself for it")
+        raise ModelError(
+            f"--teacher must have the vocabulary of --pretrained, {ours} tokens; {options.teacher} has {theirs}; tune --pretrained itself for it"
+        )
     return model
 
 
@@ -130,20 +155,28 @@ def sequences_of(options: TuneOptions, loaded: loading.LoadedModel, lesson: Task
     end = packing.end_tokens(tokenizer)
 
     def joined(texts: Sequence[EncodedAnswer]) -> torch.Tensor:
-        return torch.tensor([token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64)
+        return torch.tensor(
+            [token for ids, _ in texts for token in (*ids, *(end if ids[-1:] != end else []))], dtype=torch.int64
+        )
 
     encoding.encode_choices(tokenizer, task.scored, options.seq_len)  # raises now what would be raised at the end
     held_out = joined(_right(task.held_out, encoding.encode_choices(tokenizer, task.held_out, options.seq_len)))
     train = joined(lesson.texts)
     length = text_length(options, len(train), len(held_out))
-    calibration, test = (packing.cut_sequences(tokens, length, packing.begin_tokens(tokenizer)) for tokens in (train, held_out))
-    calibration = calibration[sampling.draw_order(len(calibration), min(len(calibration), options.calib_samples), options.seed)]
+    calibration, test = (
+        packing.cut_sequences(tokens, length, packing.begin_tokens(tokenizer)) for tokens in (train, held_out)
+    )
+    calibration = calibration[
+        sampling.draw_order(len(calibration), min(len(calibration), options.calib_samples), options.seed)
+    ]
     rows = repr((lesson.texts, task.train, lesson.held_out, lesson.fresh, task.scored))
     others = {"rows of the task": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     if lesson.teacher is not None:
         others["teacher"] = loading.model_fingerprint(lesson.teacher)
     measured = TokenRows.of(test[: options.test_samples or None])
-    return Sequences(NO_ROWS, calibration, NO_ROWS, measured, f"held-out rows of {task.name} with their right answers", others)
+    return Sequences(
+        NO_ROWS, calibration, NO_ROWS, measured, f"held-out rows of {task.name} with their right answers", others
+    )
 
 
 def text_length(options: TuneOptions, train: int, held_out: int) -> int:
@@ -156,11 +189,19 @@ def text_length(options: TuneOptions, train: int, held_out: int) -> int:
     while length > 16 and (length > options.seq_len or train < 9 * length or held_out < 2 * length):
         length //= 2
     if train < 9 * length or held_out < length + 1:
-        raise DataError(f"the rows of --task must have at least {9 * length} tokens to train on and {length + 1} held out; got {train} and {held_out}")
+        raise DataError(
+            f"the rows of --task must have at least {9 * length} tokens to train on and {length + 1} held out; got {train} and {held_out}"
+        )
     return length
 
 
-def resolve(options: TuneOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences, lesson: TaskData) -> TuneOptions:
+def resolve(
+    options: TuneOptions,
+    loaded: loading.LoadedModel,
+    plan: selection.LayerSelection,
+    sequences: Sequences,
+    lesson: TaskData,
+) -> TuneOptions:
     _say_what_is_not_used(options)
     steps = _steps_per_epoch(options, lesson)
     log.info("%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers", options.epochs, steps, options.batch_size,
@@ -174,10 +215,20 @@ def resolve(options: TuneOptions, loaded: loading.LoadedModel, plan: selection.L
 
 def _say_what_is_not_used(options: TuneOptions) -> None:
     """Warn of options that the way of the adapters has no use for."""
-    unused = ("scale_epochs", "norm_lr") if options.adapters == "inside" else () if options.scale_passes else ("scale_lr", "norm_lr")
+    unused = (
+        ("scale_epochs", "norm_lr")
+        if options.adapters == "inside"
+        else ()
+        if options.scale_passes
+        else ("scale_lr", "norm_lr")
+    )
     for name in unused:
         if getattr(options, name) not in (0, getattr(TuneOptions, name)):
-            log.warning("--%s has no effect with --adapters %s", name, options.adapters + ("" if options.adapters == "inside" else " and --scale_epochs 0"))
+            log.warning(
+                "--%s has no effect with --adapters %s",
+                name,
+                options.adapters + ("" if options.adapters == "inside" else " and --scale_epochs 0"),
+            )
 
 
 def _steps_per_epoch(options: TuneOptions, lesson: TaskData) -> int:
@@ -192,7 +243,13 @@ def _tokens(lesson: TaskData) -> list[int]:
 def described(lesson: TaskData) -> dict[str, Any]:
     """For the results."""
     by = "share" if len(lesson.held_out[0].pairs) > 1 else "log-likelihood"
-    return {"name": lesson.task.name, "metric": lesson.task.metric, "space": list(lesson.space), "loss_on": lesson.loss_on, "scored_by": by}
+    return {
+        "name": lesson.task.name,
+        "metric": lesson.task.metric,
+        "space": list(lesson.space),
+        "loss_on": lesson.loss_on,
+        "scored_by": by,
+    }
 
 
 # Indices of rows [M] -> their mean loss; and how much of it they are, by which a microbatch counts in its batch.
@@ -207,7 +264,11 @@ def _token_loss(loaded: loading.LoadedModel, lesson: TaskData) -> _Loss:
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
         batch = encoding.pad_batch([lesson.texts[i] for i in indices.tolist()], everything)
-        return batch.losses(model, head).mean() if teacher_head is None else batch.divergence(model, head, lesson.teacher, teacher_head)
+        return (
+            batch.losses(model, head).mean()
+            if teacher_head is None
+            else batch.divergence(model, head, lesson.teacher, teacher_head)
+        )
 
     return loss, lambda indices: int(learnt[indices].sum())
 
@@ -245,7 +306,7 @@ def course(job: Job, lesson: TaskData, layers: Mapping[str, CachedWeightLinear])
     steps = _steps_per_epoch(options, lesson)
     lengths = torch.tensor(_tokens(lesson))
     order = sampling.draw_order(len(lengths), steps * options.epochs * options.batch_size, options.seed)
-    loss, counted = (_choice_loss if lesson.choices else _token_loss)(loaded, lesson)
+    loss, loss_mask = (_choice_loss if lesson.choices else _token_loss)(loaded, lesson)
 
     def draw(step: int) -> torch.Tensor:
         """By length, so that a microbatch has little padding."""
@@ -253,21 +314,27 @@ def course(job: Job, lesson: TaskData, layers: Mapping[str, CachedWeightLinear])
         return rows[lengths[rows].argsort(stable=True)]
 
     def validate() -> dict[str, float]:
-        ranks.activate_ranks(layers, ranks.median_configuration(lesson.space, lesson.count))  # before the weights are quantized
+        ranks.activate_ranks(
+            layers, ranks.median_configuration(lesson.space, lesson.count)
+        )  # before the weights are quantized
         with for_measuring(options, layers):
             found = score(job, lesson, lesson.held_out)
-        return {"loss": (1.0 if found.correct else 0.0) - found.score} | ({} if found.accuracy is None else {"accuracy": found.accuracy})
+        return {"loss": (1.0 if found.correct else 0.0) - found.score} | (
+            {} if found.accuracy is None else {"accuracy": found.accuracy}
+        )
 
     return TrainingObjective(
         steps_per_epoch=steps,
         draw=draw,
         loss=loss,
-        tokens=counted,
+        tokens=loss_mask,
         validate=validate,
         criterion="loss",
         pace=lambda step, seconds: f"{options.batch_size / seconds:.1f} rows/s",
         describe=lambda measured: "held-out " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()),
-        passes=3 if options.sampling == "sandwich" and len(lesson.space) > 1 and any(layer.rank for layer in layers.values()) else 1,
+        passes=3
+        if options.sampling == "sandwich" and len(lesson.space) > 1 and any(layer.rank for layer in layers.values())
+        else 1,
         enter=lambda step, number: ranks.activate_ranks(layers, configuration_of(options, lesson, step, number)),
     )
 
@@ -297,7 +364,9 @@ def plain_attention(job: Job, lesson: TaskData) -> Iterator[None]:
 
 def score(job: Job, lesson: TaskData, rows: Sequence[Question]) -> QuestionScores:
     model = job.loaded.model
-    return scoring.score_questions(model, LMHead.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len)
+    return scoring.score_questions(
+        model, LMHead.of(model), job.loaded.tokenizer, rows, lesson.task.by_length, job.options.seq_len
+    )
 
 
 def for_measuring(options: TuneOptions, layers: Mapping[str, CachedWeightLinear]) -> Any:

@@ -50,8 +50,14 @@ def search(options: SearchOptions) -> None:
     if found.get("kind") != "tune" or "configuration" not in found or not (path / "quantized").exists():
         raise RunError(f"{path} must be a finished run of nybble tune; it is none")
     if "scored_by" not in found["task"]:
-        raise RunError(f"{path} must be a run of this version of nybble tune; an earlier one, which scored configurations otherwise, made it; tune again")
-    values = of_run(TuneOptions, path) | {"output_dir": str(path), "resume": True, "trust_remote_code": options.trust_remote_code}
+        raise RunError(
+            f"{path} must be a run of this version of nybble tune; an earlier one, which scored configurations otherwise, made it; tune again"
+        )
+    values = of_run(TuneOptions, path) | {
+        "output_dir": str(path),
+        "resume": True,
+        "trust_remote_code": options.trust_remote_code,
+    }
     with tune.reopened(TuneOptions(**values)) as trained:
         if len(trained.lesson.space) == 1:
             raise RunError(f"{path} has the single rank {trained.lesson.space[0]}; there is nothing to search")
@@ -63,7 +69,9 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     known = [tuple(row["configuration"]) for row in run.results.get("candidates", [])]
     in_place = run.results["configuration"]
     first = run.results.get("chosen", in_place)
-    winners: dict[str, RankConfiguration] = {"heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)}
+    winners: dict[str, RankConfiguration] = {
+        "heuristics (tune)" if "chosen" in run.results else "given (tune)": tuple(first)
+    }
     if in_place != first:  # of an earlier --apply, or given on resume: a search that finds less must not replace it
         winners["in place"] = tuple(in_place)
     with run.stage("search"):
@@ -80,24 +88,38 @@ def _search(trained: Trained, options: SearchOptions, path: Path) -> None:
     run.save_results()
     files.write_text(path / "report.md", report_run.markdown(run.results))
     if front:
-        console.print("Not beaten by another trial in score and sum of ranks:", tables.as_table(*report_run.front_rows(run.results)))
+        console.print(
+            "Not beaten by another trial in score and sum of ranks:",
+            tables.as_table(*report_run.front_rows(run.results)),
+        )
     console.print(tables.as_table(*report_run.search_rows(run.results)))
     judged = "fresh" if compared[0]["fresh"] is not None else "score"
     best = max(compared, key=lambda row: row[judged])
-    rows = f"{len(lesson.fresh)} fresh rows" if judged == "fresh" else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
+    rows = (
+        f"{len(lesson.fresh)} fresh rows"
+        if judged == "fresh"
+        else f"the {len(lesson.held_out)} rows searched (there are no fresh ones)"
+    )
     if judged == "fresh" and "applied" in run.results:
         rows += " (an earlier --apply has chosen by them)"
-    console.print(f"Best on {rows}: {best['by']}. {report_run.scored_by(run.results)[1]} Higher is better.", highlight=False)
+    console.print(
+        f"Best on {rows}: {best['by']}. {report_run.scored_by(run.results)[1]} Higher is better.", highlight=False
+    )
     if best["configuration"] == in_place:
         console.print("It is in place.")
     elif options.apply:
         tune.put_in_place(trained, tuple(best["configuration"]))
     else:
         text = " ".join(map(str, best["configuration"]))
-        console.print(f"--apply ships it; nybble tune ... --resume --eval_only --custom_rank_config {text} scores it on the test rows.", highlight=False)
+        console.print(
+            f"--apply ships it; nybble tune ... --resume --eval_only --custom_rank_config {text} scores it on the test rows.",
+            highlight=False,
+        )
 
 
-def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: str, wanted: int, known: list[RankConfiguration]) -> Any:
+def _run_study(
+    trained: Trained, options: SearchOptions, path: Path, sampler: str, wanted: int, known: list[RankConfiguration]
+) -> Any:
     """Trials of one sampler up to the number wanted, counting those of earlier sittings; at least one was scored on all rows."""
     import optuna
 
@@ -111,8 +133,12 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
         directions=["maximize", "minimize"] if sampler == "nsga2" else ["maximize"],
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     )
-    study.sampler = _sampler(sampler, (options.seed + 1_000_003 * len(study.trials)) % 2**32)  # one that begins anew must not draw the same again
-    for stopped in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # an earlier sitting was interrupted in it
+    study.sampler = _sampler(
+        sampler, (options.seed + 1_000_003 * len(study.trials)) % 2**32
+    )  # one that begins anew must not draw the same again
+    for stopped in study.get_trials(
+        states=(optuna.trial.TrialState.RUNNING,)
+    ):  # an earlier sitting was interrupted in it
         study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
         params = stopped.params or stopped.system_attrs.get("fixed_params", {})
         if params.keys() == set(names):
@@ -126,16 +152,26 @@ def _run_study(trained: Trained, options: SearchOptions, path: Path, sampler: st
     with bar(f"search ({sampler})", wanted, "best") as advance:
         advance(done)
         for _ in range(done, wanted):
-            if sampler == "hill" and _complete(study) and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+            if (
+                sampler == "hill"
+                and _complete(study)
+                and not study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+            ):
                 neighbours = _neighbours(study, lesson.space, names)
                 if not neighbours:
-                    log.info("hill: every neighbour of the best was tried; stopped after %d of %d trials", len(_done(study)), wanted)
+                    log.info(
+                        "hill: every neighbour of the best was tried; stopped after %d of %d trials",
+                        len(_done(study)),
+                        wanted,
+                    )
                     break
                 study.enqueue_trial(random.Random(f"{options.seed} {len(study.trials)}").choice(neighbours))
             trial = study.ask()
             configuration = tuple(int(trial.suggest_categorical(name, list(lesson.space))) for name in names)
             reported = None if sampler == "nsga2" else trial
-            score = _score_unless_hopeless(trained, configuration, reported, configuration in known, scored.setdefault(configuration, []))
+            score = _score_unless_hopeless(
+                trained, configuration, reported, configuration in known, scored.setdefault(configuration, [])
+            )
             if score is None:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
@@ -154,7 +190,9 @@ def _configuration_of(trial: Any) -> RankConfiguration:
 def _front(study: Any) -> list[dict[str, Any]]:
     """The trials that no other one beats in both aims, the best score first."""
     best = {_configuration_of(trial): trial.values for trial in study.best_trials}
-    found = [{"configuration": list(ranks), "score": values[0], "rank_sum": int(values[1])} for ranks, values in best.items()]
+    found = [
+        {"configuration": list(ranks), "score": values[0], "rank_sum": int(values[1])} for ranks, values in best.items()
+    ]
     return sorted(found, key=lambda row: -row["score"])
 
 
@@ -174,7 +212,9 @@ def _neighbours(study: Any, space: Sequence[int], names: Sequence[str]) -> list[
     return [configuration for configuration in moved if configuration not in tried]
 
 
-def _score_unless_hopeless(trained: Trained, configuration: RankConfiguration, trial: Any, spared: bool, scored: list[float]) -> float | None:
+def _score_unless_hopeless(
+    trained: Trained, configuration: RankConfiguration, trial: Any, spared: bool, scored: list[float]
+) -> float | None:
     """Mean score on all rows; None where `trial` has given up on the way, unless it is spared. `scored` are the rows scored already; it grows."""
     rows = list(trained.lesson.held_out)
 
@@ -185,7 +225,9 @@ def _score_unless_hopeless(trained: Trained, configuration: RankConfiguration, t
 
     for step, share in enumerate(_RUNGS if trial is not None else (), 1):
         trial.report(mean_of(max(1, int(len(rows) * share))), step)
-        if trial.should_prune() and not spared:  # asked in any case: what it was asked about is what others are measured by
+        if (
+            trial.should_prune() and not spared
+        ):  # asked in any case: what it was asked about is what others are measured by
             return None
     return mean_of(len(rows))
 
@@ -214,7 +256,11 @@ def _compare(trained: Trained, winners: dict[str, RankConfiguration]) -> list[di
     """Score each winner on the rows searched and on fresh ones."""
     lesson = trained.lesson
     scores = {by: trained.score(configuration, lesson.held_out) for by, configuration in winners.items()}
-    fresh = {by: trained.score(configuration, lesson.fresh) for by, configuration in winners.items()} if lesson.fresh else {}
+    fresh = (
+        {by: trained.score(configuration, lesson.fresh) for by, configuration in winners.items()}
+        if lesson.fresh
+        else {}
+    )
     judged = fresh or scores
     best = max(judged, key=lambda by: judged[by].score)
     rows = []

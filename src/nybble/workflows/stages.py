@@ -75,7 +75,7 @@ class Job:
     outputs: Tensor | None = None
 
     @property
-    def grid(self) -> QuantScheme:
+    def scheme(self) -> QuantScheme:
         return QuantScheme(group_size=self.options.group_size)
 
     @property
@@ -86,7 +86,11 @@ class Job:
 
 @contextmanager
 def opened(
-    options: Options, method: str, flag: str, cut: Callable[[Any, loading.LoadedModel], Sequences], resolve: Callable[[Any, Any, Any, Any], Any]
+    options: Options,
+    method: str,
+    flag: str,
+    cut: Callable[[Any, loading.LoadedModel], Sequences],
+    resolve: Callable[[Any, Any, Any, Any], Any],
 ) -> Iterator[Job]:
     """Find everything that can be wrong with options, model and data before the run folder exists; then open the folder.
 
@@ -97,7 +101,9 @@ def opened(
     """
     options.check()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError(f"nybble {options.KIND} must run in one process for now; start it without accelerate launch or torchrun")
+        raise OptionError(
+            f"nybble {options.KIND} must run in one process for now; start it without accelerate launch or torchrun"
+        )
     automatic = (flag, method) == ("--start", workflows_starts.AUTO)
     if not automatic:
         workflows_starts.steps_of(method, flag)
@@ -116,7 +122,10 @@ def opened(
         known = {"start": resume.read_options(path).get("start", workflows_starts.AUTO)} if automatic else {}
         resume.check_same_options(path, replace(options, **known))  # type: ignore[arg-type]
     task = getattr(options, "task", None)  # of tune; it is among those to measure
-    for names, asked in (((task,) if task in options.tasks else (), "--task"), (tuple(name for name in options.tasks if name != task), "--tasks")):
+    for names, asked in (
+        ((task,) if task in options.tasks else (), "--task"),
+        (tuple(name for name in options.tasks if name != task), "--tasks"),
+    ):
         lm_eval.check_tasks(names, options.data_dir, asked)
     if options.overwrite:
         _keep_inputs(options, path)
@@ -136,7 +145,9 @@ def opened(
     sequences = cut(options, loaded)
     _check_tokens(loaded, sequences)
     probe_T = sequences.test.ids[0, :32]
-    checks.check_model(loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), workflows_starts.steps_of(method, flag))
+    checks.check_model(
+        loaded.model, plan.int4, torch.stack([probe_T, probe_T.flip(0)]), workflows_starts.steps_of(method, flag)
+    )
     log.info(
         "%s: %.1f M parameters; %d linear layers get 4 bits (group %d), %s 8 bits%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(plan.int4), options.group_size, ", ".join(plan.int8),
@@ -158,17 +169,38 @@ def opened(
     try:
         with log_to(path / "log.txt"):
             run.results["seconds"].setdefault("load", round(time.perf_counter() - started, 2))
-            run.results |= {"model": loaded.name, "seed": options.seed, "kind": options.KIND, "machine": machine.describe_machine()}
+            run.results |= {
+                "model": loaded.name,
+                "seed": options.seed,
+                "kind": options.KIND,
+                "machine": machine.describe_machine(),
+            }
             run.results |= {
                 "method": workflows_starts.described(method),
                 "start_tuned": workflows_starts.tuned(method),
                 "dtype": str(dtype).removeprefix("torch."),
             }
             run.results["layers"] = {"int4": len(plan.int4), "int8": len(plan.int8), "tied": plan.tied}
-            run.results["test"] = f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
-            run.results |= {"task_limit": options.task_limit} if options.task_limit and (options.tasks or task is not None) else {}
-            _check_unchanged(run, {"model": loading.model_fingerprint(loaded.model)} | _fingerprints(sequences, workflows_starts.start_run(method)))
-            yield Job(run, options, loaded, plan, workflows_text.written(run, options, loaded, sequences), head, outputs=outputs)
+            run.results["test"] = (
+                f"{sequences.test_source} ({len(sequences.test)} x {sequences.test.ids.shape[1]} tokens)"
+            )
+            run.results |= (
+                {"task_limit": options.task_limit} if options.task_limit and (options.tasks or task is not None) else {}
+            )
+            _check_unchanged(
+                run,
+                {"model": loading.model_fingerprint(loaded.model)}
+                | _fingerprints(sequences, workflows_starts.start_run(method)),
+            )
+            yield Job(
+                run,
+                options,
+                loaded,
+                plan,
+                workflows_text.written(run, options, loaded, sequences),
+                head,
+                outputs=outputs,
+            )
     finally:
         run.close()
 
@@ -189,21 +221,44 @@ def _check_tokens(loaded: loading.LoadedModel, sequences: Sequences) -> None:
     known, length = loaded.model.get_input_embeddings().num_embeddings, sequences.test.ids.shape[1]
     for ids in (sequences.train.ids, sequences.calibration, sequences.validation.ids, sequences.test.ids):
         if ids.numel() and ids.device.type != "meta" and int(ids.max()) >= known:
-            raise DataError(f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(ids.max())}; it must be the model's own tokenizer")
+            raise DataError(
+                f"{loaded.name} knows the tokens 0 to {known - 1}; its tokenizer gives {int(ids.max())}; it must be the model's own tokenizer"
+            )
     most = getattr(loaded.model.config, "max_position_embeddings", None) or length
     if length > most:
         words = loaded.model.get_input_embeddings()
-        tables = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
+        tables = [
+            module
+            for module in loaded.model.modules()
+            if isinstance(module, torch.nn.Embedding) and module is not words
+        ]
         if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT's has two rows more than positions
-            raise OptionError(f"--seq_len must be at most {most}, for {loaded.name} has learnt so many positions; got {length}")
+            raise OptionError(
+                f"--seq_len must be at most {most}, for {loaded.name} has learnt so many positions; got {length}"
+            )
         log.warning("--seq_len %d is more than the %d positions that %s was made for", length, most, loaded.name)
 
 
 def _fingerprints(sequences: Sequences, start: Path | None) -> dict[str, str]:
     """Of the text that is there before the run, and of the run that it starts from: what -> fingerprint."""
-    rows = {"training": sequences.train.ids, "calibration": sequences.calibration, "validation": sequences.validation.ids, "test": sequences.test.ids}
-    found = {f"{split} text": packing.token_fingerprint(ids, "") for split, ids in rows.items() if ids.device.type != "meta"}
-    return found | ({} if start is None else {"4-bit model of --start": quantized_model.weights_fingerprint(start / "quantized")}) | dict(sequences.others)
+    rows = {
+        "training": sequences.train.ids,
+        "calibration": sequences.calibration,
+        "validation": sequences.validation.ids,
+        "test": sequences.test.ids,
+    }
+    found = {
+        f"{split} text": packing.token_fingerprint(ids, "") for split, ids in rows.items() if ids.device.type != "meta"
+    }
+    return (
+        found
+        | (
+            {}
+            if start is None
+            else {"4-bit model of --start": quantized_model.weights_fingerprint(start / "quantized")}
+        )
+        | dict(sequences.others)
+    )
 
 
 def _check_unchanged(run: Run, now: dict[str, str]) -> None:
@@ -212,7 +267,9 @@ def _check_unchanged(run: Run, now: dict[str, str]) -> None:
     changed = [what for what in now if before.get(what, now[what]) != now[what]]
     if changed:
         it = "it" if len(changed) == 1 else "them"
-        raise RunError(f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring {it} back, or start again (--overwrite)")
+        raise RunError(
+            f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring {it} back, or start again (--overwrite)"
+        )
 
 
 def _keep_inputs(options: Options, path: Path) -> None:
@@ -222,7 +279,9 @@ def _keep_inputs(options: Options, path: Path) -> None:
         for name in (value,) if isinstance(value, str) else mixture.Mixture.parse(value).names if value else ():
             name = sources.written_from(name) or name
             if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-                raise OptionError(f"--overwrite would delete --{flag} {name}, which this run is to read; choose another --output_dir")
+                raise OptionError(
+                    f"--overwrite would delete --{flag} {name}, which this run is to read; choose another --output_dir"
+                )
 
 
 def free_memory(loaded: loading.LoadedModel) -> int:
@@ -258,7 +317,9 @@ def teach(job: Job, splits: dict[str, TokenRows], batch: int) -> dict[str, Hidde
     states = {}
     with job.run.stage("teacher"), bar("teacher", sum(len(ids) for ids in splits.values())) as advance:
         for split, rows in splits.items():
-            states[split] = teacher.teacher_hidden_states(job.run.path / "teacher" / f"{split}.bin", job.loaded.model, rows.ids, batch, identity, advance)
+            states[split] = teacher.teacher_hidden_states(
+                job.run.path / "teacher" / f"{split}.bin", job.loaded.model, rows.ids, batch, identity, advance
+            )
     return states
 
 
@@ -276,8 +337,13 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, QuantizedInit], dic
     if workflows_starts.steps_of(method):
         recipe = blockwise.BlockwiseConfig(epochs=options.blockwise_epochs)
         ids = job.sequences.calibration
-        calibration = Calibration(ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path)
-        store = BlockStore(job.run.path / "compress", f"{options.pretrained} {loading.model_fingerprint(model)} {packing.token_fingerprint(ids, method)}")
+        calibration = Calibration(
+            ids, options.seed, options.gptq_damping, options.gptq_act_order, recipe, options.limit_blocks, job.run.path
+        )
+        store = BlockStore(
+            job.run.path / "compress",
+            f"{options.pretrained} {loading.model_fingerprint(model)} {packing.token_fingerprint(ids, method)}",
+        )
     with job.run.stage("compress"):
         with bar(f"compress ({method})", len(job.plan.int4), "now") as advance:
 
@@ -285,16 +351,22 @@ def compress_model(job: Job, method: str) -> tuple[dict[str, QuantizedInit], dic
                 advance(layers, now=text)
                 job.run.save_results()  # so that a killed process keeps the seconds so far
 
-            compressed = pipeline.compress(model, job.plan.int4, job.grid, method, calibration, store, done)
+            compressed = pipeline.compress(model, job.plan.int4, job.scheme, method, calibration, store, done)
         rows = insert.quantize_rows(model, job.plan.int8)
     job.run.results["layer_errors"] = {name: asdict(error) for name, error in compressed.errors.items()}
     job.run.results["block_losses"] = compressed.blocks
-    log.info("%s: quantized %d of %d linear layers to 4 bits, %s to 8 bits", method, len(compressed.starts), len(job.plan.int4), ", ".join(rows))
+    log.info(
+        "%s: quantized %d of %d linear layers to 4 bits, %s to 8 bits",
+        method,
+        len(compressed.starts),
+        len(job.plan.int4),
+        ", ".join(rows),
+    )
     for line in error_lines(compressed):
         log.info(line)
     job.run.save_results()
     return compressed.starts, {name: weight.cpu() for name, weight in rows.items()} | {
-        name: start.quantized(job.grid).cpu() for name, start in compressed.starts.items()
+        name: start.quantized(job.scheme).cpu() for name, start in compressed.starts.items()
     }
 
 
@@ -309,8 +381,10 @@ def _take_over(job: Job, run: Path) -> tuple[dict[str, QuantizedInit], dict[str,
         starts = {}
         for name in plan.int4:
             weight = quantized[name]
-            scale_OG, zero_OG = (tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_OG))
-            starts[name] = QuantizedInit(model.get_submodule(name).weight.detach(), scale_OG, zero_OG)
+            scale_OG, zero_point_OG = (
+                tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_point_OG)
+            )
+            starts[name] = QuantizedInit(model.get_submodule(name).weight.detach(), scale_OG, zero_point_OG)
     if results.get("kind") == "compress":
         job.run.results |= {key: results[key] for key in ("layer_errors", "block_losses") if key in results}
     log.info("start: the 4-bit weights of %s, %d layers", run, len(starts))
@@ -320,27 +394,53 @@ def _take_over(job: Job, run: Path) -> tuple[dict[str, QuantizedInit], dict[str,
 
 def error_lines(compressed: CompressionResult) -> list[str]:
     """What compression did, in words."""
-    measured = {name: error for name, error in compressed.errors.items() if error.rtn is not None and error.start is not None}
+    measured = {
+        name: error
+        for name, error in compressed.errors.items()
+        if error.rtn is not None and error.compressed is not None
+    }
     lines = []
     if measured:
-        before, after = (sum(getattr(error, key) for error in measured.values()) / len(measured) for key in ("rtn", "start"))
-        worst = max(measured, key=lambda name: measured[name].start or 0.0)
-        lines.append(f"mean output error of a layer {before:.2%} rounded to nearest, {after:.2%} compressed; largest {measured[worst].start:.2%} ({worst})")
+        before, after = (
+            sum(getattr(error, key) for error in measured.values()) / len(measured) for key in ("rtn", "compressed")
+        )
+        worst = max(measured, key=lambda name: measured[name].compressed or 0.0)
+        lines.append(
+            f"mean output error of a layer {before:.2%} rounded to nearest, {after:.2%} compressed; largest {measured[worst].compressed:.2%} ({worst})"
+        )
     if compressed.blocks:
-        before, after = (sum(losses[i] for losses in compressed.blocks.values()) / len(compressed.blocks) for i in (0, 1))
-        lines.append(f"mean error of a block's outputs on held-out sequences {before:.3%} before reconstruction, {after:.3%} after")
+        before, after = (
+            sum(losses[i] for losses in compressed.blocks.values()) / len(compressed.blocks) for i in (0, 1)
+        )
+        lines.append(
+            f"mean error of a block's outputs on held-out sequences {before:.3%} before reconstruction, {after:.3%} after"
+        )
     return lines
 
 
 def size_of(model: Any, quantized: Mapping[str, QuantizedWeight]) -> int:
     """Bytes of the model when shipped: quantized weights packed, everything else in 16 bits."""
     weights = {name: weight.nbytes for name, weight in quantized.items()}
-    counted = {id(getattr(model.get_submodule(name), "weight", None)) for name in quantized}  # layers whose codes stay have none
-    rest: int = sum(2 * p.numel() for name, p in model.named_parameters() if id(p) not in counted and ".lora_" not in name and "log_scale" not in name)
+    loss_mask = {
+        id(getattr(model.get_submodule(name), "weight", None)) for name in quantized
+    }  # layers whose codes stay have none
+    rest: int = sum(
+        2 * p.numel()
+        for name, p in model.named_parameters()
+        if id(p) not in loss_mask and ".lora_" not in name and "log_scale" not in name
+    )
     return sum(weights.values()) + rest
 
 
-def measure(job: Job, reference: perplexity.Logits, row: str, model: Any, tokenizer: Any, size: int, known: Mapping[str, Any] | None = None) -> None:
+def measure(
+    job: Job,
+    reference: perplexity.Logits,
+    row: str,
+    model: Any,
+    tokenizer: Any,
+    size: int,
+    known: Mapping[str, Any] | None = None,
+) -> None:
     """Fill one row of the results, unless an earlier sitting did. `known`: what the tasks gave for this model in another run; they are not measured again."""
     run, options, test = job.run, job.options, job.sequences.test
     if row in run.results["models"]:
@@ -348,22 +448,42 @@ def measure(job: Job, reference: perplexity.Logits, row: str, model: Any, tokeni
     label = report_run.label(run.results, row)
     with run.stage("measure"), bar(f"measure {label}", len(test)) as advance:
         logits = reference if row == "16bit" else perplexity.model_logits(model, test.ids)
-        measured: dict[str, Any] = dict(perplexity.measure_sequences(logits, test.ids, reference, advance, test.counted))
+        measured: dict[str, Any] = dict(
+            perplexity.measure_sequences(logits, test.ids, reference, advance, test.loss_mask)
+        )
         if options.tasks and known is None:
             log.info("lm-eval on %s: %s", label, ", ".join(options.tasks))
-            tasks = lm_eval.run_tasks(model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir)
+            tasks = lm_eval.run_tasks(
+                model, tokenizer, options.tasks, options.eval_batch_size, options.task_limit, options.data_dir
+            )
             measured |= lm_eval.result_columns(tasks)
         measured |= job.score(model, tokenizer) if known is None else known
         if job.outputs is not None and row in ("compressed", "tuned"):
-            run.results.setdefault("decoder_errors", {})[row] = decoder_error.decoder_errors(model, test.ids[0, : job.outputs.shape[1]], job.outputs)
+            run.results.setdefault("decoder_errors", {})[row] = decoder_error.decoder_errors(
+                model, test.ids[0, : job.outputs.shape[1]], job.outputs
+            )
     run.results["models"][row] = measured | {"bytes": size}
     run.save_results()
-    log.info("%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB", label, measured["token_perplexity"], measured["kl_to_teacher"], size / 1e6)
+    log.info(
+        "%s: token perplexity %.3f, KL to 16 bit %.4f, %.1f MB",
+        label,
+        measured["token_perplexity"],
+        measured["kl_to_teacher"],
+        size / 1e6,
+    )
 
 
 def measure_16bit(job: Job, reference: perplexity.Logits, known: Mapping[str, Any] | None = None) -> None:
     """The row of the model that was given. `known`: see `measure`."""
-    measure(job, reference, "16bit", job.loaded.model, job.loaded.tokenizer, 2 * sum(p.numel() for p in job.loaded.model.parameters()), known)
+    measure(
+        job,
+        reference,
+        "16bit",
+        job.loaded.model,
+        job.loaded.tokenizer,
+        2 * sum(p.numel() for p in job.loaded.model.parameters()),
+        known,
+    )
 
 
 def kinds_of(job: Job) -> list[str]:
@@ -377,7 +497,9 @@ def measure_saved(job: Job, reference: perplexity.Logits, row: str) -> None:
     options = job.options
     if row not in job.run.results["models"]:
         device = models_device.pick_device(options.device)
-        model, tokenizer, quantized = quantized_model.load_quantized(job.quantized, models_device.pick_dtype(options.dtype, device), options.trust_remote_code)
+        model, tokenizer, quantized = quantized_model.load_quantized(
+            job.quantized, models_device.pick_dtype(options.dtype, device), options.trust_remote_code
+        )
         measure(job, reference, row, model.to(device), tokenizer, size_of(model, quantized))
         del model
     for kind in kinds_of(job):
@@ -403,7 +525,9 @@ def export_run(run: Run, kind: str, trust_remote_code: bool = False) -> Exported
     """Export the quantized folder of a run to RUN/kind, and open what was written."""
     exporter, folder = EXPORTERS[kind](), run.path / kind
     with run.stage(f"export {kind}"):
-        model, tokenizer, quantized = quantized_model.load_quantized(run.path / "quantized", torch.float32, trust_remote_code)
+        model, tokenizer, quantized = quantized_model.load_quantized(
+            run.path / "quantized", torch.float32, trust_remote_code
+        )
         log.info("exporting to %s", kind)
         with files.atomic_folder(folder) as temporary:
             counts = exporter.export(model, tokenizer, quantized, temporary)
@@ -426,7 +550,10 @@ def finish(run: Run, warnings: list[str]) -> None:
     files.write_text(run.path / "report.md", report_run.markdown(results))
     console.print(report_run.table(results))
     console.print(report_run.sentence(results), highlight=False)
-    console.print(f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).", highlight=False)
+    console.print(
+        f"Everything is in {run.path} (report.md, results.json{''.join(f', {kind}/' for kind in results.get('exports', {}))}).",
+        highlight=False,
+    )
     if run.failed:
         raise run.failed[0]
 
@@ -441,7 +568,10 @@ def _check_export_memory(loaded: loading.LoadedModel, path: Path) -> None:
     """Warn where the export at the end will not fit into the machine's memory, whatever the device: the 16-bit model is gone by then."""
     parameters = list(loaded.model.parameters())
     held = sum(p.numel() * p.dtype.itemsize for p in parameters if p.device.type == "cpu")
-    needed, available = memory.export_memory(sum(p.numel() for p in parameters)), psutil.virtual_memory().available + held
+    needed, available = (
+        memory.export_memory(sum(p.numel() for p in parameters)),
+        psutil.virtual_memory().available + held,
+    )
     if needed > available:
         log.warning(
             "the export at the end takes about %.1f GB of memory, %.1f GB are free; if it fails, the 4-bit model in %s/quantized is kept, and "

@@ -27,7 +27,9 @@ def steps_of(start: str, flag: str = "--start") -> tuple[str, ...]:
     """Steps of the compression that is to be done; none where a finished run has done it (--start only)."""
     run = start_run(start) if flag == "--start" else None
     if run is None:
-        return methods.parse_method(start, "--start, where it is not the folder of a run," if flag == "--start" else flag)
+        return methods.parse_method(
+            start, "--start, where it is not the folder of a run," if flag == "--start" else flag
+        )
     if not (run / "quantized").exists():
         raise OptionError(f"--start {run} must be a finished run; it has no folder quantized; finish it with --resume")
     return ()
@@ -39,14 +41,22 @@ def check(run: Path, loaded: loading.LoadedModel, plan: selection.LayerSelection
     layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*plan.int4, *plan.int8)}
     other = run_results.read_results(run).get("model")
     if sizes.keys() != layers.keys() or any(sizes[name][0] != shape[0] for name, shape in layers.items()):
-        raise OptionError(f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others")
-    differing = sorted(quantized_model.plain_tensors(run / "quantized") ^ quantized_model.other_tensors(loaded.model, layers).keys())
+        raise OptionError(
+            f"--start {run} must be of a model like {loaded.name}; it is of {other}, whose layers are others"
+        )
+    differing = sorted(
+        quantized_model.plain_tensors(run / "quantized") ^ quantized_model.other_tensors(loaded.model, layers).keys()
+    )
     if differing:
-        raise OptionError(f"--start {run} must be of a model like {loaded.name}; only one of it and {other} has {', '.join(differing[:3])}")
+        raise OptionError(
+            f"--start {run} must be of a model like {loaded.name}; only one of it and {other} has {', '.join(differing[:3])}"
+        )
     for name in plan.int4:
         found = layers[name][1] // sizes[name][1]
         if found != group_size:
-            raise OptionError(f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}")
+            raise OptionError(
+                f"--start {run} must have groups of {group_size} weights; it has groups of {found}; add --group_size {found}"
+            )
     if other != loaded.name:
         log.warning("--start %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
 

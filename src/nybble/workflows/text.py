@@ -48,7 +48,14 @@ class Sequences:
 NO_ROWS = TokenRows.of(torch.empty(0, 8, dtype=torch.int64))
 
 
-def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.LoadedModel, method: str, train: int, least: int, validation: int) -> Sequences:
+def sequences_of(
+    options: CompressOptions | DistillOptions,
+    loaded: loading.LoadedModel,
+    method: str,
+    train: int,
+    least: int,
+    validation: int,
+) -> Sequences:
     """Cut the text: `train` sequences of the training split (or all there are), and those to calibrate with; chosen at random by the seed, so that few
     see all parts of it. The first of the one are the first of the other.
 
@@ -62,7 +69,9 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.Load
     evaluated = data_mixture.Mixture.parse(_evaluated(options))
     for name in mixture.names:  # also where nothing of them is used (rtn), and the text to measure on would be another
         if Path(name).suffix == Path(generate.GENERATED_FILE).suffix and not Path(name).is_file():
-            raise DataError(f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path")
+            raise DataError(
+                f"--data {name} must be a file of tokens that --data self wrote; there is nothing at this path"
+            )
 
     @functools.cache
     def texts_of(name: str) -> data_splits.Texts:
@@ -82,7 +91,9 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.Load
                 raise OptionError(f"--data {name} holds no {split} text; name a source of it by --eval_data")
             return TokenRows.of(generate.read_generated(Path(name), tokenizer, options.seq_len))
         try:
-            return packing.pack_documents(tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant")
+            return packing.pack_documents(
+                tokenizer, texts_of(name)[split], options.seq_len, what, minimum, options.loss_on == "assistant"
+            )
         except DataError as error:
             alone = len(mixture.names) == len(evaluated.names) == 1 or f"data {name} " in str(error)  # named already
             raise error if alone else DataError(f"{name}: {error}") from error
@@ -96,17 +107,26 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.Load
     beginnings = None
     if own is not None:
         if f"{sources.SELF}:" in mixture.names:
-            raise OptionError("--data self:SOURCE must name a text to go on from; got self: with none; to write from nothing, use --data self")
+            raise OptionError(
+                "--data self:SOURCE must name a text to go on from; got self: with none; to write from nothing, use --data self"
+            )
         if len(mixture.names) > 1:
-            raise OptionError("what the model writes must stand alone in --data; to mix, let one run write it, then name that run's self.safetensors")
+            raise OptionError(
+                "what the model writes must stand alone in --data; to mix, let one run write it, then name that run's self.safetensors"
+            )
         if options.loss_on == "assistant":
-            raise OptionError("--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all")
+            raise OptionError(
+                "--loss_on assistant is for conversations, and what the model writes (--data self) is plain text; use --loss_on all"
+            )
         beginnings = _beginnings(tokenizer, texts_of(own)["train"], options.seq_len) if own and wanted else None
         if beginnings is None:
             generate.first_tokens(loaded.model, tokenizer, 1, torch.Generator())
         train = min(train, getattr(options, "samples", 0))  # every epoch repeats these
         rows = TokenRows(
-            *(torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta") for kind in (torch.int64, torch.bool))
+            *(
+                torch.empty(max(getattr(options, "samples", 0), calibrate), options.seq_len, dtype=kind, device="meta")
+                for kind in (torch.int64, torch.bool)
+            )
         )
     else:
         if options.loss_on == "assistant":
@@ -114,7 +134,11 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.Load
             data_mixture.check_conversations({name: documents_of(name, split) for name in names})
         what, minimum = "training" if train else "calibration", max(least, LEAST_CALIBRATION if calibrate else 0)
         alone = minimum if len(mixture.names) == 1 else 1
-        rows = mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed) if wanted else NO_ROWS
+        rows = (
+            mixture.mix([rows_of(name, "train", what, alone) for name in mixture.names], wanted, options.seed)
+            if wanted
+            else NO_ROWS
+        )
         if len(rows) < minimum:
             raise packing.too_few(what, minimum, options.seq_len, len(rows))
 
@@ -124,7 +148,9 @@ def sequences_of(options: CompressOptions | DistillOptions, loaded: loading.Load
     validated = held("validation", validation) if validation else NO_ROWS
     source = f"the test split of {' + '.join(_evaluated(options))}"
     others = {} if beginnings is None else {"beginnings": packing.token_fingerprint(beginnings, "")}
-    return Sequences(rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source, others, beginnings)
+    return Sequences(
+        rows[:train], rows.ids[:calibrate], validated, held("test", options.test_samples), source, others, beginnings
+    )
 
 
 def _beginnings(tokenizer: Any, documents: Sequence[data_splits.Document], length: int) -> Tensor:
@@ -138,25 +164,40 @@ def _evaluated(options: TextOptions) -> tuple[str, ...]:
     """Sources of validation and test text."""
     names = data_mixture.Mixture.parse(options.data).names
     gone_on_from = tuple(filter(None, map(sources.written_from, names)))
-    written = all(sources.written_from(name) is not None or Path(name).suffix == Path(generate.GENERATED_FILE).suffix for name in names)
+    written = all(
+        sources.written_from(name) is not None or Path(name).suffix == Path(generate.GENERATED_FILE).suffix
+        for name in names
+    )
     return options.eval_data or gone_on_from or ((sources.PYTHON_DOCS,) if written else options.data)
 
 
-def written(run: Run, options: CompressOptions | DistillOptions | TuneOptions, loaded: loading.LoadedModel, sequences: Sequences) -> Sequences:
+def written(
+    run: Run, options: CompressOptions | DistillOptions | TuneOptions, loaded: loading.LoadedModel, sequences: Sequences
+) -> Sequences:
     """With --data self: let the model write what it is trained on."""
     count = max(len(sequences.train), len(sequences.calibration))
     if not count or sequences.calibration.device.type != "meta":
         return sequences
     device = loaded.model.device
-    gpu_memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0  # not what is free: the batch decides what is written
-    batch = min(count, generate.generation_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize, gpu_memory))
+    gpu_memory = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    )  # not what is free: the batch decides what is written
+    batch = min(
+        count, generate.generation_batch(loaded.model.config, options.seq_len, loaded.model.dtype.itemsize, gpu_memory)
+    )
     try:
         with run.stage("write"), bar("write", count) as advance:
             path, seed, beginnings = run.path / generate.GENERATED_FILE, options.seed, sequences.beginnings
-            ids = generate.generate_sequences(path, loaded.model, loaded.tokenizer, count, options.seq_len, seed, batch, advance, beginnings)
+            ids = generate.generate_sequences(
+                path, loaded.model, loaded.tokenizer, count, options.seq_len, seed, batch, advance, beginnings
+            )
     except DataError:  # the model cannot write, so there is no run
         if not run.results["models"]:
             files.remove_folder(run.path)
         raise
-    log.info("the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / generate.GENERATED_FILE)
-    return replace(sequences, train=TokenRows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)])
+    log.info(
+        "the model wrote %d sequences of %d tokens: %s", count, options.seq_len, run.path / generate.GENERATED_FILE
+    )
+    return replace(
+        sequences, train=TokenRows.of(ids[: len(sequences.train)]), calibration=ids[: len(sequences.calibration)]
+    )

@@ -89,7 +89,9 @@ def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None
         if options.eval_only:
             options = replace(options, custom_rank_config=saved)  # a trial leaves the run's own options alone
         elif custom != saved and (path / "quantized").exists():
-            raise RunError(f"{path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it")
+            raise RunError(
+                f"{path} is finished, with other ranks; --eval_only tests --custom_rank_config, another --output_dir ships it"
+            )
     with opened(options, custom) as (job, lesson):
         _test_one(_trained(job, lesson), custom) if options.eval_only else _run(job, lesson, known or {})
         return job.run.path
@@ -98,7 +100,11 @@ def tune(options: TuneOptions, known: Mapping[str, dict[str, Any]] | None = None
 def settled(options: TuneOptions) -> TuneOptions:
     """Ranks in order, each once; the task among those that lm-eval measures."""
     options = replace(options, lora_rank_space=ranks.parse_rank_space(options.lora_rank_space))
-    return options if options.task.endswith(".jsonl") else replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
+    return (
+        options
+        if options.task.endswith(".jsonl")
+        else replace(options, tasks=tuple(dict.fromkeys((options.task, *options.tasks))))
+    )
 
 
 @contextmanager
@@ -112,7 +118,9 @@ def reopened(options: TuneOptions) -> Iterator[Trained]:
 def _check_trained(path: Path) -> None:
     results = run_results.read_results(path)
     if results.get("kind") != "tune" or not results.get("training") or "lora16" in results["models"]:
-        raise RunError(f"{path} must be a run of nybble tune that was trained; it is none, or its training did not end; train first (--resume)")
+        raise RunError(
+            f"{path} must be a run of nybble tune that was trained; it is none, or its training did not end; train first (--resume)"
+        )
 
 
 @contextmanager
@@ -129,7 +137,9 @@ def opened(options: TuneOptions, custom: RankConfiguration) -> Iterator[tuple[Jo
         prepared.append(lessons.prepare(options, loaded, options.lora_rank_space, custom))
         return lessons.sequences_of(options, loaded, prepared[0])
 
-    def resolve(options: TuneOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences) -> TuneOptions:
+    def resolve(
+        options: TuneOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences
+    ) -> TuneOptions:
         return lessons.resolve(options, loaded, plan, sequences, prepared[0])
 
     with stages.opened(options, options.start, "--start", cut, resolve) as job:
@@ -155,7 +165,12 @@ def _run(job: Job, lesson: TaskData, known: Mapping[str, dict[str, Any]]) -> Non
             _measure_compressed(job, reference, compressed, layers)
         with lessons.plain_attention(job, lesson):
             tuning.train_layers(run, options, layers, lessons.course(job, lesson, layers))
-            chosen = applied or options.custom_rank_config or tuple(run.results.get("chosen", ())) or _choose(job, lesson, layers)
+            chosen = (
+                applied
+                or options.custom_rank_config
+                or tuple(run.results.get("chosen", ()))
+                or _choose(job, lesson, layers)
+            )
         _save(Trained(job, lesson, layers, compressed, reference), chosen)
     _tidy(job)
     stages.measure_saved(job, reference, "tuned")
@@ -165,12 +180,28 @@ def _run(job: Job, lesson: TaskData, known: Mapping[str, dict[str, Any]]) -> Non
 def _inserted(job: Job, lesson: TaskData) -> tuple[dict[str, QuantizedWeight] | None, dict[str, Any]]:
     """All 4-bit weights as they start, or None with --adapters before; and the layers with adapters, in place."""
     rank = max(lesson.space)
-    return (None, dict(tuning.insert_adapters(job, rank))) if job.options.adapters == "before" else tuning.insert_layers(job, rank)
+    return (
+        (None, dict(tuning.insert_adapters(job, rank)))
+        if job.options.adapters == "before"
+        else tuning.insert_layers(job, rank)
+    )
 
 
-def _measure_compressed(job: Job, reference: perplexity.Logits, compressed: Mapping[str, QuantizedWeight], layers: Mapping[str, QuantizedLinear]) -> None:
+def _measure_compressed(
+    job: Job,
+    reference: perplexity.Logits,
+    compressed: Mapping[str, QuantizedWeight],
+    layers: Mapping[str, QuantizedLinear],
+) -> None:
     with lessons.for_measuring(job.options, layers):
-        stages.measure(job, reference, "compressed", job.loaded.model, job.loaded.tokenizer, stages.size_of(job.loaded.model, compressed))
+        stages.measure(
+            job,
+            reference,
+            "compressed",
+            job.loaded.model,
+            job.loaded.tokenizer,
+            stages.size_of(job.loaded.model, compressed),
+        )
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------------------
@@ -185,11 +216,23 @@ def candidates(job: Job, lesson: TaskData) -> dict[RankConfiguration, str]:
     if job.run.results["best_step"] == 0:  # the start was kept: its adapters add nothing at any rank
         return {ranks.median_configuration(lesson.space, lesson.count): "median"}
     seen = [lessons.configuration_of(options, lesson, int(row["step"]) - 1, 2) for row in training]
-    uniform = [ranks.uniform_configuration(extreme(lesson.space), lesson.count) for extreme in (max, min)] if options.sampling == "sandwich" else []
-    proposed = [(ranks.median_configuration(lesson.space, lesson.count), "median"), (ranks.uniform_configuration(max(lesson.space), lesson.count), "largest")]
+    uniform = (
+        [ranks.uniform_configuration(extreme(lesson.space), lesson.count) for extreme in (max, min)]
+        if options.sampling == "sandwich"
+        else []
+    )
+    proposed = [
+        (ranks.median_configuration(lesson.space, lesson.count), "median"),
+        (ranks.uniform_configuration(max(lesson.space), lesson.count), "largest"),
+    ]
     proposed.append((ranks.most_frequent_configuration([*seen, *(uniform * len(seen))]), "most frequent"))
-    losses = [row["last_pass"] if uniform else row["loss"] for row in training]  # of the configuration in `seen`: it comes after the largest and the smallest
-    proposed += [(ranks_, f"least loss {i}") for i, ranks_ in enumerate(ranks.least_loss_configurations(seen, losses, options.num_min_loss_configs), 1)]
+    losses = [
+        row["last_pass"] if uniform else row["loss"] for row in training
+    ]  # of the configuration in `seen`: it comes after the largest and the smallest
+    proposed += [
+        (ranks_, f"least loss {i}")
+        for i, ranks_ in enumerate(ranks.least_loss_configurations(seen, losses, options.num_min_loss_configs), 1)
+    ]
     found: dict[RankConfiguration, str] = {}
     for configuration, why in proposed:
         found[configuration] = f"{found[configuration]}, {why}" if configuration in found else why
@@ -207,7 +250,12 @@ def _choose(job: Job, lesson: TaskData, layers: Mapping[str, CachedWeightLinear]
             ranks.activate_ranks(layers, configuration)
             with lessons.for_measuring(options, layers):
                 score = lessons.score(job, lesson, lesson.held_out)
-                row = {"why": why, "configuration": list(configuration), "score": score.score, "accuracy": score.accuracy}
+                row = {
+                    "why": why,
+                    "configuration": list(configuration),
+                    "score": score.score,
+                    "accuracy": score.accuracy,
+                }
                 if on_test:
                     row["test"] = _test_metric(job, lesson)
             rows.append(row)
@@ -216,7 +264,11 @@ def _choose(job: Job, lesson: TaskData, layers: Mapping[str, CachedWeightLinear]
     best = max(range(len(rows)), key=lambda i: rows[i]["test" if on_test else "score"])
     for row, score in zip(rows, scores, strict=True):
         row["behind"], row["error"] = scores[best].better_by(score)
-    run.results["candidates"], run.results["selected_on"], run.results["chosen"] = rows, options.select_on, rows[best]["configuration"]
+    run.results["candidates"], run.results["selected_on"], run.results["chosen"] = (
+        rows,
+        options.select_on,
+        rows[best]["configuration"],
+    )
     log.info("of %d candidates the best on %s rows: %s, %s", len(rows), "test" if on_test else "held-out", rows[best]["why"],
              report_run.ranks_written(rows[best]["configuration"]))  # fmt: skip
     return tuple(rows[best]["configuration"])
@@ -227,7 +279,9 @@ def _test_metric(job: Job, lesson: TaskData) -> float:
     options, model, tokenizer = job.options, job.loaded.model, job.loaded.tokenizer
     if lesson.task.scored:
         return next(iter(job.score(model, tokenizer).values()))
-    measured = lm_eval.run_tasks(model, tokenizer, [options.task], options.eval_batch_size, options.task_limit, options.data_dir)
+    measured = lm_eval.run_tasks(
+        model, tokenizer, [options.task], options.eval_batch_size, options.task_limit, options.data_dir
+    )
     return float(measured[options.task][lesson.task.metric])
 
 
@@ -255,8 +309,12 @@ def _test_one(trained: Trained, custom: RankConfiguration) -> None:
                 value = _test_metric(job, lesson)
         elif chosen == in_place and job.quantized.exists():
             loaded = job.loaded
-            model, tokenizer, _ = quantized_model.load_quantized(job.quantized, loaded.model.dtype, job.options.trust_remote_code)
-            value = _test_metric(replace(job, loaded=replace(loaded, model=model.to(loaded.model.device), tokenizer=tokenizer)), lesson)
+            model, tokenizer, _ = quantized_model.load_quantized(
+                job.quantized, loaded.model.dtype, job.options.trust_remote_code
+            )
+            value = _test_metric(
+                replace(job, loaded=replace(loaded, model=model.to(loaded.model.device), tokenizer=tokenizer)), lesson
+            )
         else:
             with _aside(job) as trial:
                 _in_4_bits(replace(trained, job=trial))
@@ -267,7 +325,10 @@ def _test_one(trained: Trained, custom: RankConfiguration) -> None:
     job.run.save_results()
     if report_run.finished(results):
         files.write_text(job.run.path / "report.md", report_run.markdown(results))
-    console.print(f"{lesson.task.name} at ranks {report_run.ranks_written(chosen)}: {lesson.task.metric} {value:.4f}", highlight=False)
+    console.print(
+        f"{lesson.task.name} at ranks {report_run.ranks_written(chosen)}: {lesson.task.metric} {value:.4f}",
+        highlight=False,
+    )
 
 
 @contextmanager
@@ -341,14 +402,23 @@ def _compress_learnt(trained: Trained) -> tuple[dict[str, QuantizedWeight], dict
     compressed; and the trained layers."""
     job, model = trained.job, trained.job.loaded.model
     absorb.merge(model, trained.layers)
-    stages.measure(job, trained.reference, "learnt", model, job.loaded.tokenizer, 2 * sum(p.numel() for p in model.parameters()))
+    stages.measure(
+        job, trained.reference, "learnt", model, job.loaded.tokenizer, 2 * sum(p.numel() for p in model.parameters())
+    )
     compressed, layers = tuning.insert_layers(job, 0)
     _measure_compressed(job, trained.reference, compressed, layers)
     options = replace(job.options, epochs=job.options.scale_passes)
     if options.epochs:
         norms = insert.train_norms(model) if options.norm_lr else {}
         with lessons.plain_attention(job, trained.lesson):
-            tuning.train_layers(job.run, options, layers, lessons.course(replace(job, options=options), trained.lesson, layers), norms, SCALES)
+            tuning.train_layers(
+                job.run,
+                options,
+                layers,
+                lessons.course(replace(job, options=options), trained.lesson, layers),
+                norms,
+                SCALES,
+            )
     return compressed, layers
 
 
@@ -356,14 +426,22 @@ def _judge(results: dict[str, Any]) -> list[str]:
     """Warnings in plain words."""
     warnings = []
     if results.get("best_step") == 0:
-        warnings.append("no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr")
+        warnings.append(
+            "no epoch of tuning was better on held-out rows than the start, so the start was kept; use more rows or another --lr"
+        )
     if results.get(SCALES, {}).get("best_step") == 0:
-        warnings.append("no epoch of training in 4 bits was better on held-out rows than the compressed model, which was kept; use another --scale_lr")
+        warnings.append(
+            "no epoch of training in 4 bits was better on held-out rows than the compressed model, which was kept; use another --scale_lr"
+        )
     if report_run.chosen_on_test(results):
-        warnings.append("the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows")
+        warnings.append(
+            "the configuration was chosen on the test rows, as published results do; its figure on them is no longer that of unseen rows"
+        )
     column, models = report_run.task_column(results), results["models"]
     for row, later, what in (("16bit", "learnt", "the adapters"), ("compressed", "tuned", "tuning in 4 bits")):
         before, after = models.get(row, {}), models.get(later, {})
         if column in before and column in after and after[column] < before[column]:
-            warnings.append(f"{what} made {report_run.heading(column)} on the test rows worse: {report_run.before_and_after(before, after, column)}")
+            warnings.append(
+                f"{what} made {report_run.heading(column)} on the test rows worse: {report_run.before_and_after(before, after, column)}"
+            )
     return warnings

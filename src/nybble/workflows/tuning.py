@@ -97,18 +97,34 @@ def resolve(
     logits = stages.measured_logits(options, loaded, sequences)
     cache = options.cache
     if cache == "auto":
-        cache = "step" if training_memory.training_memory(*sizes, length, chunk, copies, logits) < 0.7 * available else "recompute"
+        cache = (
+            "step"
+            if training_memory.training_memory(*sizes, length, chunk, copies, logits) < 0.7 * available
+            else "recompute"
+        )
     copies = copies if cache == "step" else 0
     most = min(options.batch_size, rows or options.batch_size)
-    microbatch = options.microbatch or training_memory.pick_microbatch(*sizes, length, most, chunk, copies, available, MOST_TOKENS.get(device.type, 1024))
+    microbatch = options.microbatch or training_memory.pick_microbatch(
+        *sizes, length, most, chunk, copies, available, MOST_TOKENS.get(device.type, 1024)
+    )
     calibration = stages.check_calibration(options, options.start, sequences)
     memory = training_memory.training_memory(*sizes, microbatch * length, chunk, copies, logits)
     memory = max(memory, stages.estimate_compression(options, loaded, shapes, calibration))
-    disk = training_memory.training_disk(*sizes, states) + training_memory.blocks_disk(shapes, sequences.calibration.numel())
+    disk = training_memory.training_disk(*sizes, states) + training_memory.blocks_disk(
+        shapes, sequences.calibration.numel()
+    )
     if not trained:
         files.check_free_disk(path, disk)
-        log.info("estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk", memory / 1e9, cache, available / 1e9, disk / 1e9)
-        stages.check_memory(memory, available, "a smaller rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less")
+        log.info(
+            "estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk",
+            memory / 1e9,
+            cache,
+            available / 1e9,
+            disk / 1e9,
+        )
+        stages.check_memory(
+            memory, available, "a smaller rank, --microbatch 1, --cache recompute or a shorter --seq_len needs less"
+        )
     return replace(options, cache=cache, microbatch=microbatch, output_dir=str(path))
 
 
@@ -117,7 +133,9 @@ def insert_layers(job: Job, rank: int) -> tuple[dict[str, QuantizedWeight], dict
     starts, compressed = stages.compress_model(job, job.options.start)
     model, seed = job.loaded.model, job.options.seed
     codes = {name: compressed[name] for name in starts}
-    layers: dict[str, QuantizedLinear] = {**(insert.insert(model, starts, job.grid, rank, seed) if rank else insert.insert_codes(model, codes, seed))}
+    layers: dict[str, QuantizedLinear] = {
+        **(insert.insert(model, starts, job.scheme, rank, seed) if rank else insert.insert_codes(model, codes, seed))
+    }
     _say_rank(job, layers, rank)
     return compressed, layers
 
@@ -145,7 +163,7 @@ def train_layers(
     part: str = "",
 ) -> None:
     """Train adapters, scales and `norms` (insert.train_norms); afterwards the model holds what was best on held-out text. `part`: see `train`."""
-    step = partial(insert.step_cache, list(layers.values())) if options.cache == "step" else nullcontext
+    step = partial(insert.weight_cache, list(layers.values())) if options.cache == "step" else nullcontext
     groups = _groups(options, layers)
     if norms:
         groups.append({"params": dict(norms), "lr": options.norm_lr, "weight_decay": 0.0})
@@ -193,13 +211,17 @@ def train(
             log.info("step %d of %d: %s", progress.step, steps, course.describe(measured))
             if not (progress.step or math.isfinite(measured[course.criterion])):
                 remedy = "another --start" if options.dtype == "float32" else "--dtype float32"
-                raise TrainingError(f"the {course.criterion} on held-out text must be a finite number; before this training it is none; use {remedy}")
+                raise TrainingError(
+                    f"the {course.criterion} on held-out text must be a finite number; before this training it is none; use {remedy}"
+                )
             if measured[course.criterion] < progress.best_loss:
                 progress.best_loss, progress.best_step = measured[course.criterion], progress.step
                 files.save_tensors(best, dict(trainer.parameters), vars(progress))
 
     def stale() -> bool:
-        return bool(0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history))
+        return bool(
+            0 < options.patience <= sum(validation["step"] > progress.best_step for validation in progress.history)
+        )
 
     stage = " ".join(filter(None, ("train", part)))
     with run.stage(stage), _curves(run, options, part) as curves, bar(stage, steps, "loss") as advance:
@@ -213,13 +235,21 @@ def train(
                 advance(1, loss=f"loss {record['loss']:.4f}, {course.pace(progress.step, record['seconds'])}")
                 if progress.step % course.steps_per_epoch == 0:
                     validate()
-                    curves(progress.step, {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"})
+                    curves(
+                        progress.step,
+                        {f"validation_{key}": value for key, value in progress.history[-1].items() if key != "step"},
+                    )
                 if progress.step % options.save_every == 0 or progress.step % course.steps_per_epoch == 0:
                     files.save_tensors(last, trainer.state(), vars(progress))
                     run.save_results()  # so that a killed process keeps the seconds so far
                 if stale():
                     count = options.patience
-                    log.info("stopped at step %d: the last %d validations were no better than that of step %d", progress.step, count, progress.best_step)
+                    log.info(
+                        "stopped at step %d: the last %d validations were no better than that of step %d",
+                        progress.step,
+                        count,
+                        progress.best_step,
+                    )
                     break
         except torch.OutOfMemoryError as error:
             raise TrainingError(
@@ -240,17 +270,30 @@ def checkpoints(part: str = "") -> tuple[str, str]:
 
 
 def _groups(options: Any, layers: Mapping[str, CachedWeightLinear]) -> list[dict[str, Any]]:
-    adapters = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() if layer.rank for leaf in ("lora_a", "lora_b")}
-    scales = {f"{name}.log_scale_shift": layer.log_scale_shift for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    adapters = {
+        f"{name}.{leaf}": getattr(layer, leaf)
+        for name, layer in layers.items()
+        if layer.rank
+        for leaf in ("lora_a", "lora_b")
+    }
+    scales = {
+        f"{name}.log_scale_shift": layer.log_scale_shift
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLinear)
+    }
     for shift in scales.values():
         shift.requires_grad_(options.scale_lr > 0)  # without, the layers need no gradient of the size of a weight
     groups = [{"params": adapters, "lr": options.lr, "weight_decay": options.weight_decay}] if adapters else []
-    return [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}] if scales and options.scale_lr else groups
+    return (
+        [*groups, {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0}]
+        if scales and options.scale_lr
+        else groups
+    )
 
 
 def fixed_weights(options: Any, layers: Mapping[str, CachedWeightLinear]) -> AbstractContextManager[None]:
     """For measuring: make the weights once, where the memory for it was found."""
-    return insert.step_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
+    return insert.weight_cache(layers.values(), push=False) if options.cache == "step" else nullcontext()
 
 
 @contextmanager
