@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 # The top of the house first. What has a dot after it is a package; the others are modules.
 ORDER = [
-    "errors", "runtime", "files", "options", "console", "quant", "models", "data", "compress", "qat", "training", "evaluation", "export", "tasks", "nls",
+    "errors", "registry", "runtime", "files", "options", "console", "quant", "models", "data", "compress", "qat", "training", "evaluation", "export", "tasks", "nls",
     "run", "report", "workflows", "cli", "__init__", "__main__",
 ]  # fmt: skip
 

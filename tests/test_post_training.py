@@ -96,7 +96,7 @@ def test_compress_measures_exports_and_reports(
         assert cells[1:3] == ["64 x 128", "uint4 asymmetric group 32"]
         assert cells[3:7] == [
             f"{error['rtn']:.3%}",
-            f"{error['start']:.3%}",
+            f"{error['compressed']:.3%}",
             f"{error['weight']:.2%}",
             f"{error['clipped']:.3%}",
         ]
