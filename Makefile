@@ -1,17 +1,23 @@
-# make demo    the whole flow on the built-in model, in minutes
-# make test    lint, types and all tests (make quick: without the real model)
-# make lint    ruff and mypy          make format    let ruff rewrite
-# make bench   decoding speed and size of the demo's export against torch
-# make bench-nncf   compression beside NNCF's, which gets an environment of its own (TEXT = folder with wikitext-2; takes long on two cores)
+# make demo         run the whole flow on the built-in model, in minutes (result in runs/demo)
+# make test         lint, types, and all tests
+# make quick        the same without the slow tests, which need the real model or minutes
+# make lint         ruff and mypy
+# make format       let ruff rewrite the code
+# make bench        decoding speed and size of the demo's export, compared with torch
+# make bench-nncf   post-training compression compared with NNCF's, which is installed in .venv-nncf;
+#                   TEXT is a folder with wikitext-2 (takes hours on two cores)
+# make docs         build the documentation site into build/site
+# make docs-serve   serve the site on this machine and rebuild it on changes
+# make clean        delete environments, runs and builds
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick lint format bench bench-nncf nncf install clean
+.PHONY: demo test quick lint format bench bench-nncf nncf docs docs-serve install clean
 
-# torch first: a local CPU build, if pip knows of one, then satisfies every other package.
+# torch comes first: a local CPU build, if pip knows of one, then satisfies every other package.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch numpy
@@ -29,7 +35,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Tiny models are worked off side by side, one thread each; the real one gets all threads.
+# Tests with tiny models run in parallel with one thread each; the real model gets all threads.
 quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
@@ -55,6 +61,15 @@ nncf: $(NNCF)/.installed
 
 bench-nncf: install nncf
 	$(BIN)/python benchmarks/compress_vs_nncf.py --text $(TEXT)
+
+# NO_MKDOCS_2_WARNING: mkdocs-material would print a notice about MkDocs 2 on every build.
+docs: install
+	$(BIN)/python docs/make_drawing.py
+	$(BIN)/python docs/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) $(NNCF) runs build

@@ -1,10 +1,11 @@
 """Post-training compression beside NNCF's: the same tokens, interleaved, each in a process of its own.
 
-make bench-nncf     or     python benchmarks/compress_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--jobs nncf:awq+se nybble:awq+se ...]
+    make bench-nncf
+    python benchmarks/compress_vs_nncf.py --text ../shared/data/wikitext [--seeds 0 1 2] [--jobs nncf:awq+se ...]
 
-Calibration: sequences chosen at random from wiki.train* and the first three quarters of wiki.valid.raw. Measured: token perplexity and KL on the
-first 16 and 64 x 512 tokens of wiki.test.raw (`wiki` alone: on all of it) and on 16 x 512 tokens of CPython's documentation. Finished jobs are not run
-again. A job is PEER:METHOD or PEER:METHOD:SAMPLESxLENGTH.
+Calibration: sequences chosen at random from wiki.train* and the first three quarters of wiki.valid.raw. Measured: token
+perplexity and KL on the first 16 and 64 x 512 tokens of wiki.test.raw (`wiki` alone: on all of it) and on 16 x 512
+tokens of CPython's documentation. Finished jobs are not run again. A job is PEER:METHOD or PEER:METHOD:SAMPLESxLENGTH.
 """
 
 import argparse
@@ -40,7 +41,7 @@ JOBS = [
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Write the 16-bit model, the tokens to train on, held-out text and, per text to be measured, its tokens and the 16-bit model's hidden states."""
+    """Write the 16-bit model, the tokens to train on, held-out text and, per text to measure, tokens and states."""
     model = "" if options.pretrained == loading.SMOLLM2 else f"-{Path(options.pretrained).name}"
     options.folder = options.folder or Path(f"build/compress_vs_nncf{model}")
     folder, text, texts = options.folder, options.text, options.texts
@@ -63,7 +64,7 @@ def prepare(options: argparse.Namespace) -> None:
         found = (
             tokens(read("wiki.test.raw"))
             if name.startswith("wiki")
-            else tokens(*sources.load_texts(sources.PYTHON_DOCS)["train"])
+            else tokens(*sources.load_documents(sources.PYTHON_DOCS, "text", None, ("train",))["train"])
         )
         rows = found[: len(found) // LENGTH * LENGTH].view(-1, LENGTH)[: count(name)].clone()
         with torch.no_grad():

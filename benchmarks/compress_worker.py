@@ -1,7 +1,8 @@
-"""One compression by one tool, measured: seconds, peak memory, token perplexity and KL to the 16-bit model. Run by compress_vs_nncf.py.
+"""One compression by one tool: seconds, peak memory, perplexity and KL to the 16-bit model. See compress_vs_nncf.py.
 
-It runs in nybble's environment and in NNCF's alike (there with PYTHONPATH=src: of nybble only what measures is used, which needs nothing but torch).
-Both tools get the same float32 model, the same tokens, the same grid: 4 bits asymmetric in groups of 64, embedding and head 8 bits.
+It runs in nybble's environment and in NNCF's alike (there with PYTHONPATH=src: of nybble only what measures is used,
+which needs nothing but torch). Both tools get the same float32 model, the same tokens, the same grid: 4 bits asymmetric
+in groups of 64, embedding and head 8 bits.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nybble.compress import calibration as compress_calibration
+from nybble.compression import calibration as compress_calibration
 from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
 from nybble.models import selection
 from nybble.models.head import LMHead
@@ -31,16 +32,16 @@ def calibration(tokens: torch.Tensor, seed: int, samples: int, length: int) -> t
 
 
 def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
-    from nybble.cli.main import keep_freed_memory
-    from nybble.compress import pipeline
+    from nybble.compression import pipeline
     from nybble.qat import insert
     from nybble.quant.scheme import QuantScheme
+    from nybble.runtime import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     started = time.perf_counter()
     plan, scheme = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
     result = pipeline.compress(model, plan.int4, scheme, method, compress_calibration.Calibration(ids, seed))
-    insert.quantize_rows(model, plan.int8)
+    insert.quantize_embeddings(model, plan.int8)
     with torch.no_grad():
         for name, start in result.starts.items():
             model.get_submodule(name).weight.copy_(start.quantized(scheme).dequantize())
@@ -48,7 +49,7 @@ def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[An
 
 
 def by_nncf(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
-    """NNCF's torch backend; its GPTQ exists for OpenVINO models only, so a method with gptq runs there (tracing is not counted)."""
+    """NNCF on torch; a method with gptq runs on OpenVINO, where alone NNCF has it (tracing is not counted)."""
     import nncf
 
     steps = method.split("+")
@@ -112,7 +113,7 @@ class OpenVINO:
 
 
 def evaluate(model: Any, head: LMHead, folder: Path, texts: list[str]) -> dict[str, Any]:
-    """Token perplexity and KL to the 16-bit model on each text that was prepared; model None = the 16-bit model, whose states were prepared too."""
+    """Token perplexity and KL to the 16-bit model on each prepared text; model None = the 16-bit model itself."""
     result = {}
     for text in texts:
         tensors = load_file(folder / f"{text}.safetensors")

@@ -79,7 +79,8 @@ def main() -> None:
     for part in ("openvino_model.bin", "openvino_model.xml"):
         size = (run / "openvino" / part).stat().st_size
         console.print(
-            f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} byte a parameter ({parameters / 1e6:.1f} M parameters)"
+            f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} bytes per parameter "
+            f"({parameters / 1e6:.1f} M parameters)"
         )
 
 

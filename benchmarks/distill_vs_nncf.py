@@ -1,18 +1,24 @@
-"""Distillation beside NNCF's: the same tokens, epochs, batch and microbatch; each in a process of its own, one after the other.
+"""Distillation beside NNCF's: the same tokens, epochs, batch and microbatch; each in a process of its own, in turn.
 
-python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--pretrained MODEL] [--seeds 0 1 2] [--samples 1024] [--length 256] [--device cuda]
+    python benchmarks/distill_vs_nncf.py --text ../shared/data/wikitext [--pretrained MODEL] [--seeds 0 1 2]
+        [--samples 1024] [--length 256] [--device cuda]
 
-NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill --lora_rank 0`, on the same sequences (without
-the curves for tensorboard, which NNCF does not write either); everything after -- is given to it. nybble-half: the same on the first half of the
-sequences. nybble-lora: from awq+se, adapters of the same rank.
-Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: start and training, without loading and
-measuring. Finished jobs are not run again: all that they depend on is in their names, but for folder, machine and versions.
+NNCF: its published recipe from its own awq+se (nncf_distill.py). nybble: the command line, `nybble distill --lora_rank
+0`, on the same sequences (without TensorBoard, which NNCF does not write either); everything after -- is given to it.
+nybble-half: the same on the first half of the sequences. nybble-lora: from awq+se, adapters of the same rank.
+Measured afterwards by the same code: token perplexity and KL on the texts of compress_vs_nncf.py. Seconds: compression
+and training, without loading and measuring. Finished jobs are not run again: everything that they depend on is in their
+names, except folder, machine and versions.
 
 Not alike:
-- Calibration: NNCF on 128 sequences of 128 tokens; nybble on the first 128 (or --calib_samples, after --) of those that it trains on, of --length tokens.
-- What is trained: by NNCF adapters and ranges; by nybble scales and norms, without adapters, from awq+se+blockwise. nybble-lora is the
-  like-for-like one: adapters and scales, from awq+se; only rates, schedule, weight decay and clipping are nybble's own.
-- nybble validates before training and after each epoch, within its seconds and memory, and keeps the best; NNCF keeps its last step.
+- Calibration: NNCF on 128 sequences of 128 tokens; nybble on the first 128 (or --num_calibration_samples, after --) of
+  those that it trains on, of --length tokens.
+- What is trained: by NNCF adapters and ranges; by nybble scales and norms, without adapters, from awq+se+blockwise.
+  nybble-lora is the like-for-like one: adapters and scales, from awq+se; only rates, schedule, weight decay and
+  clipping are nybble's own.
+- nybble validates before training and after each epoch, within its seconds and memory, and keeps the best; NNCF keeps
+its
+  last step.
 - Sequences that do not fill a batch are a smaller step for NNCF; nybble leaves them out.
 With --device cuda only NNCF's part was run so far.
 """
@@ -40,12 +46,13 @@ from nybble.console import console
 from nybble.data import generate
 from nybble.models import loading, quantized_model
 from nybble.models.head import LMHead
-from nybble.run import results as run_results
+from nybble.run.results import has_results, read_results
 
 
 def shared(options: argparse.Namespace, samples: int) -> str:
     """The settings of both peers, as a part of a file name."""
-    return f"{samples}x{options.length}-epochs_{options.epochs}-batch_{options.batch}-microbatch_{options.microbatch}-{options.device}"
+    batches = f"batch_{options.batch}-microbatch_{options.microbatch}"
+    return f"{samples}x{options.length}-epochs_{options.epochs}-{batches}-{options.device}"
 
 
 def readable(flags: list[str]) -> str:
@@ -97,7 +104,7 @@ def by_nncf(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, Any]:
     """The command line on the same sequences; then its 4-bit model is measured."""
     flags = (
-        ["--start", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"]
+        ["--method", "awq+se", "--lora_rank", str(options.rank), "--norm_lr", "0"]
         if peer == "nybble-lora"
         else ["--lora_rank", "0", *options.flags]
     )
@@ -106,37 +113,20 @@ def by_nybble(seed: int, options: argparse.Namespace, peer: str) -> dict[str, An
     out, run = options.folder / f"{name}.json", options.folder / name
     done = texts_of(out)
     if not set(options.texts) <= set(done):
-        if "tuned" not in run_results.read_results(run).get("models", {}):
+        if not (has_results(run) and read_results(run).finished):
             train(run, flags, samples, seed, options)
         files.write_text(out, json.dumps(measured(run, options, list(dict.fromkeys([*done, *options.texts])))))
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 def train(run: Path, flags: list[str], samples: int, seed: int, options: argparse.Namespace) -> None:
-    """Run the command line, or go on with a run that was stopped."""
-    command = [
-        sys.executable,
-        "-m",
-        "nybble",
-        "distill",
-        "--pretrained",
-        options.folder / "model",
-        "--device",
-        options.device,
-    ]
-    command += [
-        "--data",
-        write_tokens(samples, seed, options),
-        "--seq_len",
-        options.length,
-        "--samples",
-        samples,
-        "--epochs",
-        options.epochs,
-    ]
-    command += ["--batch_size", options.batch, "--microbatch", options.microbatch, "--seed", seed]
-    command += ["--eval_data", options.folder / "held-out", "--test_samples", 4, "--valid_samples", 16]
-    command += ["--tasks", "--export", "--no_tensorboard", "--output_dir", run]
+    """Run the command line, or continue a run that was stopped."""
+    command: list[Any] = [sys.executable, "-m", "nybble", "distill", "--pretrained", options.folder / "model"]
+    command += ["--device", options.device, "--data", write_tokens(samples, seed, options), "--seq_len", options.length]
+    command += ["--num_train_samples", samples, "--epochs", options.epochs, "--batch_size", options.batch]
+    command += ["--microbatch_size", options.microbatch, "--seed", seed]
+    command += ["--eval_data", options.folder / "held-out", "--num_test_samples", 4, "--num_validation_samples", 16]
+    command += ["--eval_tasks", "none", "--export", "none", "--report_to", "none", "--output_dir", run]
     command += ["--resume"] if (run / "config.toml").exists() else []
     call([*command, *flags], run.with_name(f"{run.name}.log"), {})
 
@@ -154,15 +144,15 @@ def write_tokens(samples: int, seed: int, options: argparse.Namespace) -> Path:
 
 def measured(run: Path, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """Seconds, memory and losses of a finished run, and its 4-bit model on the texts."""
-    results, device = run_results.read_results(run), torch.device(options.device)
+    results, device = read_results(run), torch.device(options.device)
+    training = results.training()
+    assert training is not None, "a finished run of distill has a training"
     found = {
-        "step_seconds": [row["seconds"] for row in results["training"]],
-        "losses": [row["loss"] for row in results["training"]],
-    }
-    found |= {"seconds": sum(results["seconds"][stage] for stage in ("teacher", "compress", "train", "absorb"))}
-    found |= {
-        "start_seconds": results["seconds"]["compress"],
-        "peak_gigabytes": results["peak_memory_bytes"][device.type] / 1e9,
+        "step_seconds": [row["seconds"] for row in training.steps],
+        "losses": [row["loss"] for row in training.steps],
+        "seconds": sum(results.seconds[stage] for stage in ("teacher", "compress", "train", "absorb")),
+        "start_seconds": results.seconds["compress"],
+        "peak_gigabytes": results.peak_memory_bytes[device.type] / 1e9,
     }
     head = LMHead.of(loading.load(str(options.folder / "model"), torch.float32, device).model, copy=True)
     model, _, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
@@ -170,7 +160,7 @@ def measured(run: Path, options: argparse.Namespace, texts: list[str]) -> dict[s
 
 
 def eighths(losses: list[float]) -> list[float]:
-    """Mean loss of each eighth of the training; a step that is longer than an eighth stands for all that it is part of."""
+    """Mean loss of each eighth of the training; a step longer than an eighth counts in each that it is part of."""
     ends = [len(losses) * i // 8 for i in range(9)]
     return [statistics.fmean(losses[begin : max(end, begin + 1)]) for begin, end in pairwise(ends)]
 

@@ -1,9 +1,10 @@
-"""NNCF's published distillation (FQ_LORA), measured: its compressed start, then KL to the 16-bit model over given tokens. Run in NNCF's environment.
+"""NNCF's published distillation (FQ_LORA), measured. Runs in NNCF's environment.
 
-As published: all sequences in every epoch, each time in another random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr),
-no clipping, KL on all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere in float32, and one
-thing is changed in its favour: its bfloat16 adapters are made float32, like the model, for CPUs without bfloat16 arithmetic take ten times as long over
-them (docs/log.md). `--steps` stops early, for timing alone.
+Its compressed model, then KL to the 16-bit model over given tokens, as published: all sequences in every epoch, each
+time in another random order, AdamW with a constant rate (adapters lr, ranges lr / 10, weight decay = lr), no clipping,
+KL on all logits, gradients of microbatches summed. It computes in bfloat16 where that is fast, as published. Elsewhere
+in float32, and one thing is changed in its favour: its bfloat16 adapters are made float32, like the model, because CPUs
+without bfloat16 arithmetic take ten times as long over them (dev/log.md). `--steps` stops early, for timing alone.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def peak_gigabytes(device: torch.device) -> float:
     return peak / 1e9
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1024)
@@ -101,8 +102,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what compress_vs_nncf.py prepared")
     parser.add_argument("--texts", nargs="*", default=["wiki16", "wiki64", "docs16"])
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse()
     tokens, device = load_file(options.folder / "train.safetensors")["ids"], torch.device(options.device)
     fast = has_bfloat16(device)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" or (options.dtype == "auto" and fast) else torch.float32

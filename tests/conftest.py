@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # cli.spin_briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # runtime.set_openmp_spin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 
@@ -36,7 +36,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _float32(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny models compute in float32 on every machine, also where `--dtype auto` would take bfloat16; the real model computes as a user's would."""
+    """Tiny models compute in float32 on every machine, also where `--dtype auto` takes bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != "test_smollm2":
             patch.setattr("nybble.models.device.has_bfloat16", lambda device: False)

@@ -25,7 +25,10 @@ _LOG_EVERY = 30.0
 
 
 class Advance(Protocol):
-    """Called with the number of units done, and texts for named columns. What an earlier sitting had done comes first, and says nothing of the pace."""
+    """Called with the number of units done, and texts for named columns.
+
+    What an earlier session did is reported first, and does not count for the estimate of the time left.
+    """
 
     def __call__(self, units: int, **texts: str) -> None: ...
 

@@ -42,7 +42,8 @@ class MissingExtraError(NybbleError):
 
     def __init__(self, extra: str, purpose: str) -> None:
         super().__init__(
-            f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: pip install -c constraints.txt -e ".[{extra}]"'
+            f'the extra "{extra}" is needed for {purpose}; install it, in the clone, with: '
+            f'pip install -c constraints.txt -e ".[{extra}]"'
         )
 
 

@@ -1,4 +1,4 @@
-"""Registry: names to objects that extend nybble. Packages add their own through entry points; nothing in nybble is edited.
+"""Registry: names to objects that extend nybble. Other packages add their own through entry points.
 
     [project.entry-points."nybble.methods"]          in the pyproject.toml of another package
     my-method = "my_package.methods:MyMethod"

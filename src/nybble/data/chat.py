@@ -1,105 +1,129 @@
-"""Conversations -> token sequences, through the model's own chat template.
+"""Conversations to tokens, through the chat template of the model.
 
-A conversation is a list of {"role": ..., "content": ...}. Whole conversations are packed one after the other into rows of equal length; what stays free
-at the end of a row is filled with the beginning of the next conversation (so that calibration sees nothing but text), and does not count. With
-`assistant_only`, what counts is the prediction of the assistant's words and of what the template writes to end its turn, not that of the other roles'
-words, nor of a turn that nothing came before.
+A conversation is a list of messages {"role": ..., "content": ...}. With `assistant_only`, a token is a label (a token
+that the model learns to predict) if it belongs to the content of an assistant message or to what the template writes
+to end that message. The messages of other roles, and an assistant message that opens the conversation, give no labels.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nybble.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# "role" is a string and "content" a string or None. Templates may read further keys (tool calls, names) of any type.
 Message = dict[str, Any]
 
 
-def check_messages(value: Any, where: str) -> list[Message]:
-    """The value as a conversation; DataError if it is none."""
-    fine = (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
-    )
-    if not fine:
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Attributes:
+    ids: the token ids.
+    label_mask: for every token, whether the model learns to predict it.
+    """
+
+    ids: list[int]
+    label_mask: list[bool]
+
+
+def check_messages(value: object, where: str) -> list[Message]:
+    """Check that a value is a conversation, and return it.
+
+    Args:
+        value: what a file or data set holds.
+        where: where the value stands, for error messages ("chats.jsonl: row 3, column messages").
+
+    Raises:
+        DataError: it is not a non-empty list of messages, or the content of a message is not text.
+    """
+    if not (isinstance(value, list) and value and all(map(_is_message, value))):
         raise DataError(
-            f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}'
+            f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}; '
+            "convert it to such a list, or name the column of the conversations with --text_column"
         )
-    odd = next((m["content"] for m in value if not isinstance(m["content"], str | None)), None)
-    if odd is not None:
-        raise DataError(
-            f"{where} must have text as the content of its messages; got {str(odd)[:80]}; join the texts of its parts"
-        )
+    for message in value:
+        if not isinstance(message["content"], str | None):
+            raise DataError(
+                f"{where} must have text as the content of its messages; got {str(message['content'])[:80]}; "
+                "join the texts of its parts"
+            )
     return list(value)
 
 
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+
+
 def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], assistant_only: bool
-) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the model should learn to predict.
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], assistant_only: bool
+) -> EncodedConversation:
+    """Tokenize a conversation with the chat template.
+
+    Args:
+        tokenizer: of the model; a fast one with `assistant_only`.
+        messages: the conversation.
+        assistant_only: only the tokens of assistant messages are labels; else all tokens are.
 
     Raises:
-        DataError: no chat template; it refuses the conversation; it renders a turn differently once more turns follow (with assistant_only).
+        DataError: the tokenizer has no chat template; the template rejects the conversation; with `assistant_only`,
+            the tokenizer gives no character offsets, or the template renders a message differently once others follow.
     """
     text = _render(tokenizer, messages)
     if assistant_only and not tokenizer.is_fast:
         raise DataError(
-            "--loss_on assistant needs a fast tokenizer, which says where in the text a token stands; this model's is none; use --loss_on all"
+            "--assistant_only_loss needs a fast tokenizer, which gives the characters of every token; the tokenizer "
+            "of this model is a slow one; leave out --assistant_only_loss"
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False)
+    ids: list[int] = encoded.input_ids
     if not assistant_only:
-        return encoded.input_ids, [True] * len(encoded.input_ids)
+        return EncodedConversation(ids, [True] * len(ids))
+    spans = _assistant_spans(tokenizer, messages, text)
+    # Tokenizers that trim offsets give an empty span for a token of white space, at the position where it ends.
+    offsets = [(start, end) if start < end else (end - 1, end) for start, end in encoded.offset_mapping]
+    return EncodedConversation(
+        ids, [any(begin <= start and end <= stop for begin, stop in spans) for start, end in offsets]
+    )
+
+
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+) -> list[tuple[int, int]]:
+    """Character ranges of the assistant messages in the rendered text, from after the generation prompt on."""
     spans = []
     for k, message in enumerate(messages):
         if k and message["role"] == "assistant":
-            before, after = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[: k + 1])
-            if not (after.startswith(before) and text.startswith(after)):
+            prompt = _render(tokenizer, messages[:k], add_generation_prompt=True)
+            through = _render(tokenizer, messages[: k + 1])
+            if not (through.startswith(prompt) and text.startswith(through)):
                 raise DataError(
-                    "the chat template renders a turn differently once more turns follow, so assistant tokens cannot be told apart; use --loss_on all"
+                    "--assistant_only_loss needs a chat template that renders a message the same way whatever follows; "
+                    "the template of this model does not; leave out --assistant_only_loss"
                 )
-            spans.append((len(before), len(after)))
-    # Tokenizers that trim offsets leave nothing of a token of white space but the place where it ends.
-    places = [(start, end) if start < end else (end - 1, end) for start, end in encoded.offset_mapping]
-    return encoded.input_ids, [any(begin <= start and end <= stop for begin, stop in spans) for start, end in places]
+            spans.append((len(prompt), len(through)))
+    return spans
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
     if not tokenizer.chat_template:
         raise DataError(
-            "conversations need a chat template, and this model's tokenizer has none; give plain text, or use the model's instruction-tuned version"
+            "conversations need a chat template; the tokenizer of this model has none; "
+            "use plain text, or the instruction-tuned version of the model"
         )
-    if not messages:
-        return ""
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates raise whatever they like
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except Exception as error:  # a template can raise anything
+        roles = " ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"the chat template refuses a conversation of {' '.join(str(m['role']) for m in messages)}: {' '.join(str(error).split())[:200]}"
+            f"the chat template must accept every conversation; it rejects one with the roles {roles}: "
+            f"{' '.join(str(error).split())[:200]}; remove or change this conversation"
         ) from error
-
-
-def pack_conversations(conversations: Sequence[tuple[list[int], list[bool]]], length: int) -> tuple[Tensor, Tensor]:
-    """Encoded conversations, in their order, into rows of `length` tokens; those that are longer are left out.
-
-    Returns: ids [S, length] (int64), and counted [S, length] (bool): whether the prediction made at a position (of the token after it) counts.
-    """
-    rows: list[tuple[list[int], list[bool]]] = []
-    fitting = [(ids, learnt) for ids, learnt in conversations if len(ids) <= length]
-    for ids, learnt in fitting:
-        if not rows or len(rows[-1][0]) + len(ids) > length:
-            rows.append(([], []))
-        rows[-1][0].extend(ids)
-        rows[-1][1].extend(learnt)
-    ids_ST = torch.empty(len(rows), length, dtype=torch.int64)
-    counted_ST = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (ids, learnt) in enumerate(rows):
-        following = itertools.cycle([*rows[(i + 1) % len(rows)][0], *ids])
-        ids_ST[i] = torch.tensor([*ids, *itertools.islice(following, length - len(ids))])
-        counted_ST[i, : len(ids) - 1] = torch.tensor(learnt[1:], dtype=torch.bool)
-    return ids_ST, counted_ST

@@ -1,4 +1,7 @@
-"""Rows of files that people bring: .jsonl, .json, .csv, .parquet. The file named is read, and no other: what is in it now, not what a cache says of it."""
+"""Read rows from the files that users bring: .jsonl, .json, .csv and .parquet.
+
+A file is read as it is now, without a cache, and under exactly its name: brackets and asterisks are no patterns.
+"""
 
 from __future__ import annotations
 
@@ -13,73 +16,88 @@ from nybble.errors import DataError
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_utf8(path: Path, flag: str = "--data") -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark.
+def read_utf8(path: Path, option: str) -> str:
+    """Read a UTF-8 text file, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+        option: the option that named the file, for error messages.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{flag} {path} must be UTF-8 text; byte {error.start} is not; convert it first") from error
+        raise DataError(
+            f"{option} {path} must be UTF-8 text; byte {error.start} is not; convert the file to UTF-8"
+        ) from error
     except OSError as error:
-        raise DataError(f"{flag} {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{option} {path} cannot be read: {error.strerror}") from error
 
 
-def read_rows(path: Path, flag: str = "--data") -> list[dict[str, Any]]:
-    """The rows of a file, in their order, each as column -> value.
+def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
+    """Read the rows of a file in order, each as {column: value}.
 
-    A .json file is a list of objects, or holds one object a line as .jsonl does. Cells of a .csv file are text; empty ones are None.
+    A .json file holds a list of objects, or one object a line as a .jsonl file does. A cell of a .csv file is a
+    string; an empty cell is None.
 
     Args:
-        flag: the option that named the file, for errors.
+        path: the file.
+        option: the option that named the file, for error messages.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or is not what its suffix says.
+        DataError: the file cannot be read, is not UTF-8, or does not hold what its suffix says.
     """
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _read_parquet(path, flag)
-    text = read_utf8(path, flag)
-    if kind == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path, option)
+    text = read_utf8(path, option)
+    if suffix == ".csv":
         return [
             {name: value or None for name, value in row.items() if name is not None}
             for row in csv.DictReader(io.StringIO(text, newline=""))
         ]
-    rows = None
-    if kind == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError:  # one object a line
-            rows = None
-    if not isinstance(rows, list):
-        rows = [
-            _object(line, f"{flag} {path} cannot be read as {kind[1:]}: line {i}")
-            for i, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    odd = next((i for i, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
-    if odd is not None:
-        raise DataError(
-            f"{flag} {path} cannot be read as {kind[1:]}: row {odd} must be an object with a value for each column; got {str(rows[odd - 1])[:80]}"
-        )
+    problem = f"{option} {path} cannot be read as {suffix[1:]}"
+    rows = _json_list(text) if suffix == ".json" else None
+    if rows is None:
+        rows = [_json_line(line, f"{problem}: line {i}") for i, line in _numbered_lines(text) if line.strip()]
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{problem}: row {i} must be an object with a value for each column; got {str(row)[:80]}; "
+                'write it as {"text": "..."}'
+            )
     return rows
 
 
-def _object(line: str, where: str) -> Any:
+def _numbered_lines(text: str) -> list[tuple[int, str]]:
+    """(line number from 1, line). Only line feeds end a line: JSON strings may hold other separators (U+2028)."""
+    return list(enumerate(text.split("\n"), 1))
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """The list that a JSON text holds, or None for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _json_line(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
 
 
-def _read_parquet(path: Path, flag: str) -> list[dict[str, Any]]:
+def _read_parquet(path: Path, option: str) -> list[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with path.open("rb") as file:  # a name is taken as it is, brackets too
+        with path.open("rb") as file:  # given a path, pyarrow would take brackets for a pattern
             return parquet.read_table(file).to_pylist()  # type: ignore[no-any-return]
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{flag} {path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{option} {path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from error

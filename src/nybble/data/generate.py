@@ -1,186 +1,278 @@
-"""`--data self`: the 16-bit model writes its own training text, for when there is none at hand. (LLM-QAT, arXiv 2305.17888.)
+"""`--data self`: the model generates its own training text, for users who have none.
 
-Sampled from the model's own distribution (temperature 1, nothing cut off), many sequences at a time, each from the begin-of-text token or, where the
-tokenizer has none, from a random ordinary token; or from the beginnings of a text that there is too little of. Sequences that repeat themselves are thrown
-away. What a batch gives depends on the seed and its number alone; finished batches are kept in one file (`self.safetensors` in the run folder), so an
-interrupted run goes on, and other runs can use it (`--data RUN/self.safetensors`).
+This is data-free distillation as in LLM-QAT (https://arxiv.org/abs/2305.17888). Sequences are sampled from the model's
+own distribution: temperature 1, no top-k and no top-p. A sequence starts with the begin-of-text token; if the tokenizer
+has none, with a random ordinary token; with `--data self:SOURCE`, with a piece of another text (a prefix). Sequences
+that repeat themselves are discarded.
+
+A batch depends on the seed and its number alone. Finished batches are kept in one file (`self.safetensors` in the run
+folder), so an interrupted run continues, and other runs can train on them (`--data RUN/self.safetensors`).
+
+Dimensions: S sequences, T tokens per sequence, P tokens of a prompt or prefix, V vocabulary, N prefixes.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nybble import files
-from nybble.data import packing
-from nybble.data.packing import begin_tokens
+from nybble.data.packing import begin_tokens, token_fingerprint
 from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 GENERATED_FILE = "self.safetensors"
-# A sequence is thrown away if fewer of its runs of 4 tokens are different ones.
+# A sequence is discarded if fewer of its 4-grams are distinct. Ordinary prose has nearly 1; a loop over one sentence,
+# far less.
 MIN_DISTINCT_NGRAMS = 0.5
-# Give up when more than this many times the sequences wanted have been written.
-_MOST_TRIES = 4
-_RUN = 4
+_NGRAM = 4
+# Give up after this many times the number of sequences wanted: a model that repeats itself in most of them is broken.
+_MAX_ATTEMPTS = 4
+# Batch n of a run draws its random numbers from seed * _SEED_STRIDE + n. A prime, so that runs with neighbouring seeds
+# share no batch.
+_SEED_STRIDE = 1_000_003
 
 
-def distinct_ngram_ratio(ids_ST: Tensor) -> Tensor:
-    """Of all runs of 4 tokens in a sequence, the share that are different ones: 1 = no repetition. [S, T] -> [S]."""
-    runs = ids_ST.unfold(1, _RUN, 1)
-    return torch.tensor([len(row.unique(dim=0)) / len(row) for row in runs])
+@dataclass(frozen=True)
+class PendingGeneration:
+    """Training sequences that the model has still to generate.
+
+    Attributes:
+        num_train: sequences to train on.
+        num_calibration: sequences to calibrate with; they are the first ones of the same sequences.
+        seq_len: tokens per sequence, the prefix included.
+        seed: of all sampling.
+        prefixes: [N, P] token ids with P < seq_len, which sequences start with, each as often as the others; or None.
+    """
+
+    num_train: int
+    num_calibration: int
+    seq_len: int
+    seed: int
+    prefixes: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Sequences to generate."""
+        return max(self.num_train, self.num_calibration)
 
 
-def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """Short hash of the vocabulary: token ids mean nothing with another."""
-    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+def generate_pending(
+    pending: PendingGeneration,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Let the model generate its training sequences, or the rest of them if `path` holds a part.
 
+    Args:
+        pending: what to generate.
+        model: the 16-bit model (transformers).
+        tokenizer: of the model.
+        path: the file for finished batches.
+        batch_size: sequences generated at a time; the text depends on it.
+        progress: called with the number of sequences that were just added.
 
-def first_tokens(model: Any, tokenizer: Any, count: int, generator: torch.Generator) -> Tensor:
-    """What `count` sequences start from: [count, 1].
+    Returns: [pending.count, pending.seq_len], int64.
 
     Raises:
-        ModelError: no begin-of-text token and no ordinary one.
+        DataError: most sequences repeat themselves.
+        ModelError: there is no token to start from.
     """
-    known = model.get_input_embeddings().num_embeddings
-    begin = [i for i in begin_tokens(tokenizer) if i < known]
+    count, seed = pending.count, pending.seed
+    identity = _identity(pending, tokenizer, batch_size)
+    kept_ST, batches = torch.empty(0, pending.seq_len, dtype=torch.int32), 0
+    if path.exists():
+        tensors, note = files.load_tensors(path)
+        if note == identity | {"batches": note.get("batches")}:
+            kept_ST, batches = tensors["ids"], note["batches"]
+    progress(min(len(kept_ST), count))
+    while len(kept_ST) < count:
+        if batches * batch_size >= _MAX_ATTEMPTS * count + batch_size:
+            attempts = batches * batch_size
+            raise DataError(
+                f"--data self needs a model that generates varied text; {attempts - len(kept_ST)} of {attempts} "
+                "sequences repeat themselves; name a text with --data"
+            )
+        batch_seed = seed * _SEED_STRIDE + batches
+        if pending.prefixes is None:
+            num_embeddings = model.get_input_embeddings().num_embeddings
+            generator = torch.Generator().manual_seed(batch_seed)
+            prompt_SP = first_tokens(num_embeddings, tokenizer, batch_size, generator)
+        else:
+            order = draw_order(len(pending.prefixes), (batches + 1) * batch_size, seed)
+            prompt_SP = pending.prefixes[order[batches * batch_size :]]
+        ids_ST = _sample(model, prompt_SP, pending.seq_len, batch_seed)
+        ids_ST = ids_ST[distinct_ngram_ratio(ids_ST) >= MIN_DISTINCT_NGRAMS].to(torch.int32)
+        batches += 1
+        progress(min(len(ids_ST), count - len(kept_ST)))
+        kept_ST = torch.cat([kept_ST, ids_ST])
+        files.save_tensors(path, {"ids": kept_ST}, identity | {"batches": batches})
+    return kept_ST[:count].long()
+
+
+def _identity(pending: PendingGeneration, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
+    """What generated text depends on beside the model. A file with another identity is overwritten."""
+    identity = {
+        "length": pending.seq_len,
+        "seed": pending.seed,
+        "batch": batch_size,
+        "tokenizer": vocabulary_fingerprint(tokenizer),
+    }
+    if pending.prefixes is not None:
+        identity["prefixes"] = token_fingerprint(pending.prefixes, "")
+    return identity
+
+
+def first_tokens(
+    num_embeddings: int, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator
+) -> Tensor:
+    """The token that each of `count` sequences starts with.
+
+    Args:
+        num_embeddings: tokens that the model knows.
+        tokenizer: of the model.
+        count: number of sequences.
+        generator: draws ordinary tokens where the tokenizer has no begin-of-text token.
+
+    Returns: [count, 1], int64.
+
+    Raises:
+        ModelError: the tokenizer has no begin-of-text token and no ordinary one.
+    """
+    begin = [i for i in begin_tokens(tokenizer) if i < num_embeddings]
     if begin:
         return torch.tensor([begin[:1]]).expand(count, 1)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i < known and i not in special]
+    ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i < num_embeddings and i not in special]
     if not ordinary:
         raise ModelError(
-            "--data self needs a token to start from; the tokenizer has no begin-of-text token and no ordinary one; use --data with a text"
+            "--data self needs a token to start from; the tokenizer has no begin-of-text token and no ordinary token; "
+            "name a text with --data"
         )
     return torch.tensor(ordinary)[torch.randint(len(ordinary), (count, 1), generator=generator)]
 
 
-def generate_sequences(
-    path: Path,
-    model: Any,
-    tokenizer: Any,
-    count: int,
-    length: int,
-    seed: int,
-    batch: int,
-    advance: Callable[[int], None] = lambda sequences: None,
-    beginnings: Tensor | None = None,
-) -> Tensor:
-    """Token sequences [count, length] of the model's own; written to `path`, and gone on with if they are there in part.
+def distinct_ngram_ratio(ids_ST: Tensor) -> Tensor:
+    """Distinct 4-grams of each sequence divided by all its 4-grams: 1 means that nothing repeats. [S, T] -> [S]."""
+    ngrams = ids_ST.unfold(1, _NGRAM, 1)
+    return torch.tensor([len(row.unique(dim=0)) / len(row) for row in ngrams])
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of the vocabulary. Token ids are comparable only between tokenizers with the same one."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def is_token_file(name: str) -> bool:
+    """Whether a source of --data is a file of generated tokens (by its suffix; the file need not exist)."""
+    return Path(name).suffix == Path(GENERATED_FILE).suffix
+
+
+def read_generated(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Read the sequences that `generate_pending` kept in another run.
 
     Args:
-        model: the 16-bit model.
-        batch: sequences written at a time.
-        advance: called with the number of sequences just kept.
-        beginnings: tokens [N, P], P < length, that sequences go on from, each as often as the others; they are part of the sequences. None: see above.
+        path: a `self.safetensors`.
+        tokenizer: of the model to train.
+        length: tokens per sequence; longer sequences are cut to it.
+
+    Returns: [S, length], int64, S > 0.
 
     Raises:
-        DataError: the model repeats itself all the time.
-        ModelError: there is no token to start from.
-    """
-    identity = {"length": length, "seed": seed, "batch": batch, "tokenizer": vocabulary_fingerprint(tokenizer)}
-    if beginnings is not None:
-        identity["beginnings"] = packing.token_fingerprint(beginnings, "")
-    kept, number = torch.empty(0, length, dtype=torch.int32), 0
-    if path.exists():
-        tensors, note = files.load_tensors(path)
-        if {key: note.get(key) for key in identity} == identity:
-            kept, number = tensors["ids"], note["batches"]
-    advance(min(len(kept), count))
-    while len(kept) < count:
-        if number * batch >= _MOST_TRIES * count + batch:
-            raise DataError(
-                f"--data self needs a model that writes text: of {number * batch} sequences, {number * batch - len(kept)} repeat themselves; "
-                "use --data with a text"
-            )
-        if beginnings is None:
-            first = first_tokens(model, tokenizer, batch, torch.Generator().manual_seed(seed * 1_000_003 + number))
-        else:
-            first = beginnings[draw_order(len(beginnings), (number + 1) * batch, seed)[number * batch :]]
-        made = _sample(model, first, length, seed * 1_000_003 + number)
-        made = made[distinct_ngram_ratio(made) >= MIN_DISTINCT_NGRAMS].to(torch.int32)
-        number += 1
-        advance(min(len(made), count - len(kept)))
-        kept = torch.cat([kept, made])
-        files.save_tensors(path, {"ids": kept}, identity | {"batches": number})
-    return kept[:count].long()
-
-
-def read_generated(path: Path, tokenizer: Any, length: int) -> Tensor:
-    """Sequences that `write` wrote in another run, cut to [S, length].
-
-    Raises:
-        DataError: no such file, of another tokenizer, or shorter sequences.
+        DataError: there is no such file; it was generated with another vocabulary; its sequences are shorter, or none.
+        RunError: the file is damaged.
     """
     if not path.is_file():
-        raise DataError(f"--data {path} must be a file that --data self wrote; there is none")
+        raise DataError(f"--data {path} must be a file of tokens that --data self generated; there is no such file")
     tensors, note = files.load_tensors(path)
     if "ids" not in tensors or note.get("tokenizer") != vocabulary_fingerprint(tokenizer):
         raise DataError(
-            f"--data {path} must have been written by a model with the same tokenizer; it was not; use --data self"
+            f"--data {path} must have been generated by a model with the same tokenizer; it was not; use --data self"
         )
     if note["length"] < length:
         raise DataError(
-            f"--data {path} holds sequences of {note['length']} tokens; --seq_len must not be more, got {length}"
+            f"--data {path} holds sequences of {note['length']} tokens; --seq_len is {length}; "
+            f"use --seq_len {note['length']} or less"
         )
+    if not len(tensors["ids"]):
+        raise DataError(f"--data {path} must hold sequences; it has none; use --data self")
     return tensors["ids"][:, :length].long()
 
 
 def sample_token(input_ids: Tensor, scores_SV: Tensor) -> Tensor:
-    """For `generate` as a logits processor: a token drawn from each distribution gets 0, all others -inf.
+    """Logits processor for `generate`: give one token drawn from softmax(scores) the score 0, all others -inf.
 
-    By one uniform number each and the cumulated probabilities. What `generate` does itself, torch.multinomial, takes a random number of every token of the
-    vocabulary, which on a CPU is a third of the time of writing (docs/log.md).
+    The token is drawn from one uniform number by the cumulated probabilities. `generate` itself would use
+    torch.multinomial, which draws a random number for every token of the vocabulary; on a CPU that is a third of the
+    time of generation.
     """
     cumulated_SV = scores_SV.float().softmax(-1).cumsum_(-1)
-    places_S1 = torch.rand(len(scores_SV), 1, device=scores_SV.device) * cumulated_SV[:, -1:]
-    drawn_S1 = torch.searchsorted(cumulated_SV, places_S1)
-    return torch.full_like(scores_SV, -torch.inf).scatter_(1, drawn_S1, 0.0)
+    threshold_S1 = torch.rand(len(scores_SV), 1, device=scores_SV.device) * cumulated_SV[:, -1:]
+    token_S1 = torch.searchsorted(cumulated_SV, threshold_S1)
+    return torch.full_like(scores_SV, -torch.inf).scatter_(1, token_S1, 0.0)
 
 
 @torch.no_grad()
-def _sample(model: Any, first: Tensor, length: int, seed: int) -> Tensor:
-    """[S, length], going on from `first` [S, P]; the same for the same seed, whatever was drawn before."""
+def _sample(model: Any, prompt_SP: Tensor, length: int, seed: int) -> Tensor:
+    """Continue prompts to `length` tokens: [S, P] -> [S, length]. Depends on the seed, not on earlier random draws."""
     from transformers import GenerationConfig
 
-    first = first.to(model.device)
-    # After an end-of-text token the model goes on with another text, as in packed training text.
+    prompt_SP = prompt_SP.to(model.device)
+    # No end token: after an end-of-text token the model continues with another text, as in packed training text.
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=length - first.shape[1], eos_token_id=None, pad_token_id=0
+        do_sample=False, max_new_tokens=length - prompt_SP.shape[1], eos_token_id=None, pad_token_id=0
     )
-    its_own, model.generation_config = (
-        model.generation_config,
-        GenerationConfig(),
-    )  # what is None above would be taken from there: end token, penalties
+    # `generate` takes what is None above from the model's own configuration (its end token, its penalties).
+    own_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            # All but the last token here: `generate` would multiply a copy of the head for every sequence (7 GB of SmolLM's for 128).
-            known = model.base_model(first[:, :-1], use_cache=True).past_key_values if first.shape[1] > 1 else None
-            given = {
-                "attention_mask": torch.ones_like(first),
-                "past_key_values": known,
-                "logits_processor": [sample_token],
-            }
-            ids = torch.as_tensor(model.generate(first, generation_config=config, **given)).cpu()
+            # The keys and values of all prompt tokens but the last are computed here, without logits: `generate` would
+            # copy the weight of the head for every sequence.
+            cache = (
+                model.base_model(prompt_SP[:, :-1], use_cache=True).past_key_values if prompt_SP.shape[1] > 1 else None
+            )
+            ids = model.generate(
+                prompt_SP,
+                generation_config=config,
+                attention_mask=torch.ones_like(prompt_SP),
+                past_key_values=cache,
+                logits_processor=[sample_token],
+            )
     finally:
-        model.generation_config = its_own
-    assert ids.shape == (len(first), length), f"asked for {len(first)} x {length} tokens, got {tuple(ids.shape)}"
-    return ids
+        model.generation_config = own_config
+    ids_ST = torch.as_tensor(ids).cpu()
+    assert ids_ST.shape == (len(prompt_SP), length), f"{len(prompt_SP)} x {length} tokens, got {tuple(ids_ST.shape)}"
+    return ids_ST
 
 
 def generation_batch(config: Any, length: int, itemsize: int, gpu_memory: int = 0) -> int:
-    """Sequences that the model writes at a time: what fits into 1 GiB of keys and values, at most 128; on a GPU into a quarter of its memory, at most 1024.
+    """Sequences to generate at a time.
 
-    Each token takes one pass over the whole model, and on a GPU that pass takes as long for one sequence as for hundreds.
+    On a CPU, as many as fit into 1 GiB of keys and values, at most 128. On a GPU, as many as fit into a quarter of its
+    memory, at most 1024: a pass over the model takes as long for one sequence as for hundreds.
+
+    Args:
+        config: the transformers configuration of the model.
+        length: tokens per sequence.
+        itemsize: bytes of a number in the cache.
+        gpu_memory: bytes of memory of the GPU, in total; 0 for a CPU. Not its free memory: the text depends on the
+            batch size.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * width * length * itemsize
-    bytes_, most = (gpu_memory // 4, 1024) if gpu_memory else (1 << 30, 128)
-    return max(1, min(most, int(bytes_ // row)))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_sequence = 2 * config.num_hidden_layers * heads * head_dim * length * itemsize
+    available, largest = (gpu_memory // 4, 1024) if gpu_memory else (1 << 30, 128)
+    return max(1, min(largest, int(available // bytes_per_sequence)))

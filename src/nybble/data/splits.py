@@ -1,69 +1,92 @@
-"""Training, validation and test splits."""
+"""Training, validation and test splits of documents.
+
+A source that lacks a split takes it from its training documents: of every ten documents in a row, one goes to
+validation and one to test.
+"""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nybble.data import chat
+from nybble.data.chat import Message
 from nybble.errors import DataError
 
-log = logging.getLogger("nybble")
 SPLITS = ("train", "validation", "test")
+# Words in a file name that say which split the file holds.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing"},
 }
+# With fewer documents than this, a text is cut into blocks of lines before splits are taken from it.
+_FEW_DOCUMENTS = 10
+_LINES_PER_BLOCK = 100
 
-
-# Text, or a conversation.
-Document = str | list[chat.Message]
+# A plain text, or a conversation.
+Document = str | list[Message]
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Documents by split."""
+class DocumentSplits:
+    """The documents of a source, by split."""
 
     train: Sequence[Document]
     validation: Sequence[Document]
     test: Sequence[Document]
 
     def __getitem__(self, split: str) -> Sequence[Document]:
-        assert split in SPLITS, split
-        return getattr(self, split)  # type: ignore[no-any-return]
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-def hold_out(documents: Sequence[Document], lacking: Collection[str] = SPLITS[1:]) -> Texts:
-    """A tenth of the documents for validation, a tenth for test, as far as these are `lacking`; a single text is cut into blocks of 100 lines first."""
-    if len(documents) < 10 and all(isinstance(document, str) for document in documents):
+def hold_out(documents: Sequence[Document], missing: Collection[str] = SPLITS[1:]) -> DocumentSplits:
+    """Take the missing splits from training documents.
+
+    Fewer than ten plain texts are joined and cut into blocks of 100 lines first. From ten documents on, each missing
+    split gets a tenth. From three to nine, each gets one document. With fewer than three, it stays empty.
+
+    Args:
+        documents: training documents.
+        missing: the splits to take, of "validation" and "test".
+    """
+    if len(documents) < _FEW_DOCUMENTS and all(isinstance(document, str) for document in documents):
         lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
-        documents = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+        documents = [
+            "".join(lines[i : i + _LINES_PER_BLOCK]) for i in range(0, len(lines), _LINES_PER_BLOCK)
+        ]  # fmt: skip
     if len(documents) < 3:
-        return Texts(documents, (), ())
-    few = ["train"] * (len(documents) - 2) + ["validation", "test"]
-    places = few if len(documents) < 10 else [split_of(i) for i in range(len(documents))]
+        return DocumentSplits(documents, (), ())
+    if len(documents) < _FEW_DOCUMENTS:
+        splits = ["train"] * (len(documents) - 2) + ["validation", "test"]
+    else:
+        splits = [split_of_row(i) for i in range(len(documents))]
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for split, document in zip(places, documents, strict=True):
-        parts[split if split in lacking else "train"].append(document)
-    return Texts(parts["train"], parts["validation"], parts["test"])
+    for split, document in zip(splits, documents, strict=True):
+        parts[split if split in missing else "train"].append(document)
+    return DocumentSplits(parts["train"], parts["validation"], parts["test"])
 
 
-def split_of(i: int) -> str:
-    """The split of the i-th of rows that come without: of every ten neighbours one for validation and one for test, each time at another place in the ten, for
-    rows may alternate."""
+def split_of_row(i: int) -> str:
+    """The split of row `i` of a source without splits.
+
+    Of every ten rows in a row, one is for validation and one for test. Their positions move by one from ten to ten,
+    because rows often alternate between kinds.
+    """
     return {5: "validation", 9: "test"}.get((i + i // 10) % 10, "train")
 
 
-def splits_of(file: Path) -> list[str]:
-    """The splits that a file's name speaks of: none or one; DataError for more."""
+def splits_in_name(file: Path) -> list[str]:
+    """The split that the name of a file contains as a word: a list of one, or an empty list.
+
+    Raises:
+        DataError: the name contains the words of several splits.
+    """
     words = set(re.split(r"[^a-z]+", file.name.lower()))
-    splits = [split for split, known in SPLIT_WORDS.items() if words & known]
+    splits = [split for split, split_words in SPLIT_WORDS.items() if words & split_words]
     if len(splits) > 1:
         raise DataError(
-            f"--data: the name of {file} must speak of one split; it speaks of {' and '.join(splits)}; rename it, or move it away"
+            f"the name of {file} must contain one split; it contains {' and '.join(splits)}; rename the file"
         )
     return splits

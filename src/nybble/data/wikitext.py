@@ -1,19 +1,15 @@
-"""WikiText without the marks of its tokenization."""
+"""WikiText without its tokenization marks."""
 
 from __future__ import annotations
 
-import logging
 import re
 from itertools import pairwise
 
-log = logging.getLogger("nybble")
-
-
-# A heading of the first order begins an article of wikitext: " = Robert Boulter = ".
+# A heading of the first level starts an article: " = Robert Boulter = ".
 _TITLE = re.compile(r"^ ?= [^=\n].* = ?$", re.MULTILINE)
-# What undoes the tokenization of wikitext, in this order: lm-eval's rules for its task wikitext (lm_eval/tasks/wikitext/preprocess_wikitext.py), with their
-# oddities, so that what is trained is what is measured.
-_PLAIN_RULES = [
+# The detokenizer of lm-eval's task wikitext (lm_eval/tasks/wikitext/preprocess_wikitext.py), in its order and with its
+# oddities (" N " becomes " 1 "), so that the text a model is trained on looks like the text it is measured on.
+_DETOKENIZER_RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"s '", "s'"),
@@ -37,13 +33,13 @@ _PLAIN_RULES = [
 
 
 def split_articles(text: str) -> list[str]:
-    """The articles of wikitext, each from its title on; what stands before the first title is one too, if it is more than space."""
-    starts = [0, *(found.start() for found in _TITLE.finditer(text)), len(text)]
-    return [part for begin, end in pairwise(starts) if (part := text[begin:end]).strip()]
+    """Cut WikiText into articles, each with its title. Text before the first title is an article too, unless blank."""
+    starts = [0, *(title.start() for title in _TITLE.finditer(text)), len(text)]
+    return [article for begin, end in pairwise(starts) if (article := text[begin:end]).strip()]
 
 
 def undo_tokenization(article: str) -> str:
-    """An article of wikitext without the marks of its tokenization (" @-@ ", spaces before commas and inside quotes)."""
-    for pattern, replacement in _PLAIN_RULES:
+    """Remove the tokenization marks of an article: " @-@ ", spaces before commas and inside quotes."""
+    for pattern, replacement in _DETOKENIZER_RULES:
         article = pattern.sub(replacement, article)
     return article

@@ -1,4 +1,9 @@
-"""Error of hidden states after each decoder layer."""
+"""Relative error of the hidden states after each decoder layer, for tracing where a quantized model deviates.
+
+    error_l = mean over tokens of  |h_l - h_ref_l|^2 / |h_ref_l|^2
+
+h_l went through all layers of the model up to l, so errors accumulate.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,28 @@ from torch import Tensor
 
 @torch.no_grad()
 def decoder_outputs(model: Any, ids_T: Tensor) -> Tensor:
-    """What comes out of every decoder layer of a torch model (of the last one after the final norm), on the CPU: [L, T, D]."""
-    found = model.base_model(
-        input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True
-    ).hidden_states
-    return torch.cat(found[1:]).cpu()
+    """Return the output of every decoder layer of a transformers model; of the last one after the final norm.
+
+    Args:
+        model: a torch model.
+        ids_T: token ids of one sequence, int64.
+
+    Returns:
+        [L, T, D] on the CPU, in the dtype of the model.
+    """
+    output = model.base_model(input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True)
+    return torch.cat(output.hidden_states[1:]).cpu()  # the first are embeddings
 
 
-def decoder_errors(model: Any, ids_T: Tensor, wanted_LTD: Tensor) -> list[float]:
-    """By decoder layer the mean over tokens of |h - wanted|^2 / |wanted|^2, where h has come through the model's own layers before."""
+def decoder_errors(model: Any, ids_T: Tensor, reference_LTD: Tensor) -> list[float]:
+    """Return the relative error after each decoder layer.
+
+    Args:
+        model: a torch model.
+        ids_T: token ids of one sequence, int64.
+        reference_LTD: outputs of the reference model for the same tokens, see `decoder_outputs`.
+    """
     return [
-        float(((ours.float() - theirs.float()).square().sum(-1) / theirs.float().square().sum(-1)).mean())
-        for ours, theirs in zip(decoder_outputs(model, ids_T), wanted_LTD, strict=True)
+        float(((h_TD.float() - ref_TD.float()).square().sum(-1) / ref_TD.float().square().sum(-1)).mean())
+        for h_TD, ref_TD in zip(decoder_outputs(model, ids_T), reference_LTD, strict=True)
     ]

@@ -1,9 +1,7 @@
-"""Measure a model: token perplexity, KL divergence to the teacher, lm-eval tasks. The same calls for a torch model and for every export.
+"""lm-eval tasks: check them before a run, run them on torch models and on exported models, and name their results.
 
-    token perplexity = exp(mean over tokens of -log q(token | those before it in its sequence))
-    KL to teacher    = mean over the same positions of sum_v p_v (log p_v - log q_v)             p teacher, q model; nats
-
-Word perplexity is lm-eval's task `wikitext` (whole articles, per word), with windows of at most `MAX_LENGTH` tokens.
+Word perplexity is lm-eval's task `wikitext`: whole articles, loss per word, windows of at most
+`lm_eval_model.MAX_WINDOW` tokens. What nybble changes in lm-eval stands in lm_eval_model.py.
 """
 
 from __future__ import annotations
@@ -11,216 +9,194 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nybble.console import bar
 from nybble.errors import DataError, MissingExtraError, NybbleError, OptionError
-from nybble.evaluation.local_tasks import data_place, is_group, local_tasks, task_manager
+from nybble.evaluation.lm_eval_model import disable_git_lookup, wrap_model
+from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
 
-# Longest window in lm-eval: that of the published tables we compare with (EVIDENCE: NNCF's evaluation length).
-MAX_LENGTH = 2048
-# Bytes that the logits of one forward in lm-eval may take, with the copy that log_softmax makes.
-_LOGIT_BYTES = 2 << 30
-# Requests in a forward; more gain nothing (docs/log.md).
-_MOST_REQUESTS = 32
-
-
-@contextmanager
-def _explained(tasks: Sequence[str], remedy: str = ", or leave them out") -> Iterator[None]:
-    """Data that cannot be had becomes a DataError, which says where it is looked for."""
-    try:
-        yield
-    except NybbleError:
-        raise
-    except Exception as error:  # the hub's errors have no common base
-        if any(
-            word in repr(error)
-            for word in (
-                "Connection",
-                "LocalEntryNotFound",
-                "Offline",
-                "couldn't be reached",
-                "couldn't find",
-                "Couldn't",
-            )
-        ):
-            places = (
-                ", ".join(str(Path("FOLDER", *filter(None, data_place(task)))) for task in tasks if not is_group(task))
-                or "FOLDER/NAME"
-            )
-            raise DataError(
-                f"the data of {', '.join(tasks)} is not on this machine and the Hugging Face hub cannot be reached; "
-                f"put train.jsonl, validation.jsonl, test.jsonl into {places} and give --data_dir FOLDER{remedy}"
-            ) from error
-        raise
+# Words in the errors that datasets and huggingface_hub raise when data can neither be downloaded nor be found in the
+# cache. These errors have no common base class.
+_UNREACHABLE = ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")
+_LEAVE_OUT = ", or leave the tasks out with --eval_tasks none"
 
 
-def result_columns(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """lm-eval's results as columns of a table: word_perplexity of wikitext, and "task:NAME METRIC" for all else but standard errors; beside them
-    "documents:NAME", the number of documents, and "right:NAME METRIC", which of them were right."""
-    found: dict[str, Any] = {}
-    for task, metrics in tasks.items():
-        for metric, value in metrics.items():
-            if task == "wikitext":
-                if metric == "word_perplexity":
-                    found[metric] = value
-            elif metric.startswith("right:"):
-                found[f"right:{task} {metric.removeprefix('right:')}"] = value
-            elif metric == "sample_len":
-                found[f"documents:{task}"] = value
-            elif "stderr" not in metric:
-                found[f"task:{task} {metric}"] = value
-    return found
+@dataclass(frozen=True)
+class LmEvalConfig:
+    """What to run.
+
+    Attributes:
+        tasks: names of lm-eval tasks.
+        batch_size: requests per forward; 0 = computed from the vocabulary and the length of the requests.
+        limit: run only this many documents of each task; None = all.
+        data_dir: folder with local copies of the data sets; None = the Hugging Face hub.
+    """
+
+    tasks: tuple[str, ...]
+    batch_size: int = 0
+    limit: int | None = None
+    data_dir: str | None = None
 
 
-def check_tasks(tasks: Sequence[str], data_dir: str | None, flag: str = "--tasks") -> None:
-    """Raise before the expensive part: MissingExtraError without lm-eval, OptionError for unknown tasks, DataError for missing local data.
+def check_tasks(tasks: Sequence[str], data_dir: str | None, option: str = "--eval_tasks") -> None:
+    """Check before the expensive part of a run that tasks can be run.
 
     Args:
-        flag: that named them, for errors.
+        tasks: names of lm-eval tasks; may be empty.
+        data_dir: folder with local copies of the data sets; None = the Hugging Face hub.
+        option: the option that named the tasks, for error messages.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        OptionError: a task is unknown, or a group of tasks with `data_dir`.
+        DataError: the data are neither in `data_dir` nor available from the hub.
     """
     if not tasks:
         return
-    _check_known(tasks, flag)
+    _check_names(tasks, option)
     if data_dir is not None:
-        local_tasks(tasks, Path(data_dir), flag)
-    else:
-        with _explained(tasks, ", or leave them out" if flag == "--tasks" else ""):
-            from lm_eval.tasks import get_task_dict
-
-            get_task_dict(list(tasks), task_manager())
+        local_task_configs(tasks, Path(data_dir), option)
+        return
+    with _explain_missing_data(tasks, _LEAVE_OUT if option == "--eval_tasks" else ""):
+        task_manager().load(list(tasks))
 
 
-def _check_known(tasks: Sequence[str], flag: str) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError(
-            "eval",
-            f"measuring {', '.join(tasks)}" + (" (or leave the tasks out: --tasks)" if flag == "--tasks" else ""),
-        )
-    known = task_manager().all_tasks
-    for task in tasks:
-        if task not in known:
-            near = get_close_matches(task, known, 3)
-            remedy = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks shows them"
-            raise OptionError(f"{flag} must be ones that lm-eval knows; got {task}; {remedy}")
-
-
-def open_task(name: str, data_dir: str | None, flag: str = "--task") -> Any:
-    """lm-eval's own object for a task, with its rows.
+def open_task(name: str, data_dir: str | None, option: str = "--task") -> Any:
+    """Return lm-eval's object for a task, with its rows, among them those for training.
 
     Args:
-        flag: that named it, for errors.
+        name: name of a single lm-eval task.
+        data_dir: folder with local copies of the data sets; None = the Hugging Face hub.
+        option: the option that named the task, for error messages.
 
     Raises:
-        OptionError: unknown. DataError: no data.
+        MissingExtraError: lm-eval is not installed.
+        OptionError: the task is unknown, or a group of tasks.
+        DataError: the data are neither in `data_dir` nor available from the hub.
     """
-    _check_known([name], flag)
+    _check_names([name], option)
     if is_group(name):
-        raise OptionError(f"{flag} must name a single task; {name} is a group of tasks; name one of its parts")
-    from lm_eval.tasks import get_task_dict
+        raise OptionError(f"{option} must name a single task; {name} is a group of tasks; name one of its tasks")
+    task: Any = name
+    if data_dir is not None:
+        task = local_task_configs([name], Path(data_dir), option, needs_train=True)[0]
+    with _explain_missing_data([name], ""):
+        return task_manager().load([task])["tasks"][name]
 
-    chosen: list[Any] = [name] if data_dir is None else local_tasks([name], Path(data_dir), flag, train=True)
-    with _explained([name], ""):
-        return get_task_dict(chosen, task_manager())[name]
 
-
-def metric_of(task: Any) -> str:
-    """What a task is reported by, as `run_tasks` names it: acc_norm, else acc, else its first."""
+def main_metric(task: Any) -> str:
+    """Return the metric that a task is reported by, as `run_tasks` names it: acc_norm, else acc, else its first."""
     names = [entry["metric"] for entry in task.config.metric_list]
-    name = next((known for known in ("acc_norm", "acc") if known in names), names[0])
+    name = next((preferred for preferred in ("acc_norm", "acc") if preferred in names), names[0])
     filters = [entry["name"] for entry in task.config.filter_list or []]
     return f"{name},{filters[0]}" if filters else str(name)
 
 
-def longest_window(config: Any) -> int:
-    """Tokens of the longest window in lm-eval."""
-    return min(MAX_LENGTH, getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
-
-
-def requests_at_once(config: Any, length: int) -> int:
-    """Requests of `length` tokens in one forward in lm-eval."""
-    return int(max(1, min(_MOST_REQUESTS, _LOGIT_BYTES // (2 * 4 * length * config.vocab_size))))
-
-
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    batch_size: int = 0,
-    limit: int | None = None,
-    data_dir: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """lm-eval tasks on a transformers-like model.
+def run_tasks(model: Any, tokenizer: Any, config: LmEvalConfig) -> dict[str, dict[str, Any]]:
+    """Run lm-eval tasks.
 
     Args:
-        batch_size: requests in one forward; 0 = as many of the longest one of the task as `_LOGIT_BYTES` and `_MOST_REQUESTS` allow, at least 1.
-        data_dir: folder with local copies of the data sets in the hub's field names, instead of the hub.
+        model: a transformers model, or an exported model with the same call.
+        tokenizer: its tokenizer.
+        config: the tasks.
 
-    Returns: task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "acc_norm", "exact_match,strict-match", ...; and for metrics that are a
-        share of right answers "right:METRIC", a 1 or a 0 for each document, in the order of the data set, so that models can be compared document by document.
+    Returns:
+        task -> metric -> value, with lm-eval's names: "word_perplexity", "acc", "exact_match,strict-match", ...
+        A metric that is a share of right answers has also "right:METRIC", a string with a 1 (right) or a 0 for each
+        document in the order of the data set. It allows to compare models document by document.
+
+    Raises:
+        OptionError: a group of tasks with `data_dir`.
+        DataError: the data are neither in `data_dir` nor available from the hub.
     """
     import lm_eval
-    from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
 
-    evaluator.get_git_commit_hash = lambda: (
-        None
-    )  # of the working folder; where that is no repository, git says so on the terminal
-
-    longest = longest_window(model.config)
-
-    def fitting(length: int) -> int:
-        return requests_at_once(model.config, min(length, longest))
-
-    class Sized(HFLM):  # type: ignore[misc]
-        """lm-eval's own "auto" tries sizes until the memory is full; this one computes."""
-
-        def _loglikelihood_tokens(self, requests: Any, *rest: Any, **named: Any) -> Any:
-            self.batch_size_per_gpu = batch_size or fitting(
-                max((len(context) + len(answer) for _, context, answer in requests), default=1)
-            )
-            if "override_bs" in named:  # called below, where there is a bar already
-                named["disable_tqdm"] = True
-            return super()._loglikelihood_tokens(requests, *rest, **named)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            """Whole documents, one at a time under one bar; lm-eval would draw a bar for every forward."""
-            found: list[float] = []
-            with bar(f"{requests[0].task_name}, documents", len(requests)) as advance:
-                for request in requests:
-                    found += super().loglikelihood_rolling([request], disable_tqdm=True)
-                    advance(1)
-            return found
-
-    wrapped = Sized(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size or fitting(longest), max_length=longest
-    )
-    chosen: list[Any] = list(tasks) if data_dir is None else local_tasks(tasks, Path(data_dir))
-    with _explained(tasks):
+    disable_git_lookup()
+    tasks: list[Any] = list(config.tasks)
+    if config.data_dir is not None:
+        tasks = list(local_task_configs(config.tasks, Path(config.data_dir)))
+    with _explain_missing_data(config.tasks, _LEAVE_OUT):
         output = lm_eval.simple_evaluate(
-            wrapped, tasks=chosen, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=task_manager()
+            wrap_model(model, tokenizer, config.batch_size),
+            tasks=tasks,
+            limit=config.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=task_manager(),
         )
-    assert output is not None  # None on other processes than the first only
-    found: dict[str, dict[str, Any]] = {}
+    assert output is not None  # it is None only in processes other than the first
+    results: dict[str, dict[str, Any]] = {}
     for task, metrics in output["results"].items():
         numbers = {
             metric.removesuffix(",none"): value for metric, value in metrics.items() if isinstance(value, int | float)
         }
-        rights = {f"right:{metric}": _right(output["samples"].get(task, []), metric) for metric in numbers}
-        found[task] = numbers | {name: right for name, right in rights.items() if right}
-    return found
+        samples = output["samples"].get(task, [])
+        right = {f"right:{metric}": _right_documents(samples, metric) for metric in numbers}
+        results[task] = numbers | {name: documents for name, documents in right.items() if documents}
+    return results
 
 
-def _right(samples: list[dict[str, Any]], metric: str) -> str:
-    """Which of lm-eval's documents were right by a metric: a 1 or a 0 each; nothing if it is of another kind."""
-    name, _, chosen = metric.partition(",")
+def result_columns(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Turn the results of `run_tasks` into columns of a table.
+
+    Returns:
+        "word_perplexity" of wikitext, and for every other task "task:NAME METRIC" without standard errors,
+        "right:NAME METRIC" (see `run_tasks`), and "documents:NAME", the number of documents.
+    """
+    columns: dict[str, Any] = {}
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            if task == "wikitext":
+                if metric == "word_perplexity":
+                    columns[metric] = value
+            elif metric.startswith("right:"):
+                columns[f"right:{task} {metric.removeprefix('right:')}"] = value
+            elif metric == "sample_len":
+                columns[f"documents:{task}"] = value
+            elif "stderr" not in metric:
+                columns[f"task:{task} {metric}"] = value
+    return columns
+
+
+def _check_names(tasks: Sequence[str], option: str) -> None:
+    """Raise MissingExtraError without lm-eval, and OptionError for a task that it does not know."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("eval", f"{option} {' '.join(tasks)}")
+    known = task_manager().all_tasks
+    for task in tasks:
+        if task not in known:
+            similar = get_close_matches(task, known, 3)
+            remedy = f"did you mean {', '.join(similar)}?" if similar else "list them with: lm-eval ls tasks"
+            raise OptionError(f"{option} must name tasks of lm-eval; got {task}; {remedy}")
+
+
+@contextmanager
+def _explain_missing_data(tasks: Sequence[str], alternative: str) -> Iterator[None]:
+    """Turn the errors of data that cannot be downloaded into a DataError that says where local files go."""
+    try:
+        yield
+    except NybbleError:
+        raise
+    except Exception as error:
+        if not any(word in repr(error) for word in _UNREACHABLE):
+            raise
+        folders = [str(Path("FOLDER", *filter(None, data_location(task)))) for task in tasks if not is_group(task)]
+        raise DataError(
+            f"the data of {', '.join(tasks)} must be on this machine, as the Hugging Face hub cannot be reached; "
+            f"put train.jsonl, validation.jsonl and test.jsonl into {', '.join(folders) or 'FOLDER/NAME'} "
+            f"and add --data_dir FOLDER{alternative}"
+        ) from error
+
+
+def _right_documents(samples: Sequence[dict[str, Any]], metric: str) -> str:
+    """Return a 1 or a 0 for each document of lm-eval's samples; empty where the metric is no share of right answers."""
+    name, _, metric_filter = metric.partition(",")
     values: dict[int, Any] = {
-        sample["doc_id"]: sample.get(name) for sample in samples if sample["filter"] == (chosen or "none")
+        sample["doc_id"]: sample.get(name) for sample in samples if sample["filter"] == (metric_filter or "none")
     }
-    return (
-        "".join(str(int(values[i])) for i in sorted(values))
-        if all(value in (0, 1) for value in values.values())
-        else ""
-    )
+    if not all(value in (0, 1) for value in values.values()):
+        return ""
+    return "".join(str(int(values[i])) for i in sorted(values))

@@ -1,130 +1,157 @@
-"""lm-eval tasks on local copies of their data."""
+"""lm-eval tasks on local copies of their data sets (--data_dir), for machines without the Hugging Face hub.
+
+A task keeps lm-eval's own configuration. Only its data source is replaced. Files are looked for in these folders:
+
+    DATA_DIR/DATASET/SUBSET, DATA_DIR/DATASET, DATA_DIR/TASK
+        DATASET is the last part of the hub's name, SUBSET its configuration
+
+as SPLIT.jsonl, SPLIT-00000-of-00002.jsonl, or a name with the split as a word ("my-dev.jsonl" for validation), or the
+same with the suffix .parquet.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nybble.data.files import read_rows
-from nybble.data.splits import SPLITS, splits_of
+from nybble.data.splits import SPLITS, splits_in_name
 from nybble.errors import DataError, OptionError
 
-# --- lm-eval ------------------------------------------------------------------------------------------------------------------
-
-# Local folders for hub data sets whose name says something else.
+# Folder names for data sets whose name on the hub does not say what they are.
 _FOLDERS = {"ai2_arc": "arc", "wikitext_document_level": "wikitext/document_level"}
+_SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 @functools.cache
 def task_manager() -> Any:
-    """lm-eval's index of tasks; reading it takes seconds, so once."""
+    """Return lm-eval's index of tasks. Building it takes seconds, so there is one for the process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def is_group(name: str) -> bool:
+    """Return whether a name that lm-eval knows stands for several tasks."""
     entry = task_manager().task_index[name]
     return entry.yaml_path is None or str(entry.kind).lower().endswith(("group", "tag"))
 
 
-def data_place(task: str) -> tuple[str, str | None]:
-    """Folder of a task's data in --data_dir, and a folder in it."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(task_manager().task_index[task].yaml_path)
+def data_location(task: str) -> tuple[str, str | None]:
+    """Return the folder of a task's data in --data_dir, and the subfolder of its subset if the data set has subsets."""
+    config = _task_config(task)
     name = config.get("dataset_path", task).split("/")[-1]
     return _FOLDERS.get(name, name), config.get("dataset_name")
 
 
-def local_tasks(
-    tasks: Sequence[str], data_dir: Path, flag: str = "--tasks", train: bool = False
+def local_task_configs(
+    tasks: Sequence[str], data_dir: Path, option: str = "--eval_tasks", needs_train: bool = False
 ) -> list[dict[str, Any]]:
-    """lm-eval's own configurations with the data source replaced by local files, of which those that are scored must be there; with `train` those to train
-    on too."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+    """Return lm-eval's configurations of tasks with their data source replaced by local files.
 
-    index, configs = task_manager().task_index, []
+    Args:
+        tasks: names of single lm-eval tasks.
+        data_dir: folder of the data sets.
+        option: the option that named the tasks, for error messages.
+        needs_train: whether the training split must be there too. The split that is scored must always be there.
+
+    Raises:
+        OptionError: a name stands for a group of tasks.
+        DataError: the files of a required split are missing. Other missing splits are removed from the configuration.
+    """
+    configs = []
     for task in tasks:
         if is_group(task):
             raise OptionError(
-                f"{flag} with --data_dir must name single tasks; {task} is a group of tasks; name its parts"
+                f"{option} must name single tasks with --data_dir; {task} is a group of tasks; name one of its tasks"
             )
-        config = load_yaml(index[task].yaml_path)
+        config = _task_config(task)
         for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
             config.pop(key, None)
-        splits = [
-            config[key]
-            for key in ("training_split", "validation_split", "test_split", "fewshot_split")
-            if config.get(key)
-        ]
-        folder = _local_folder(data_dir, task, splits)
+        splits = [config[key] for key in _SPLIT_KEYS if config.get(key)]
+        folder = _data_folder(data_dir, task, splits)
         files = _split_files(folder, splits)
-        needed = {"scored": "test_split" if config.get("test_split") else "validation_split"} | (
-            {"trained": "training_split"} if train else {}
-        )
-        for what, key in needed.items():
+        scored = "test_split" if config.get("test_split") else "validation_split"
+        for verb, key in (("scored", scored), *([("trained", "training_split")] if needs_train else [])):
             if config.get(key) and config[key] not in files:
                 raise DataError(
-                    f"--data_dir: {task} is {what} on the split {config[key]}; put {config[key]}.jsonl into {folder}, which has none"
+                    f"--data_dir must hold the split that {task} is {verb} on; {folder} has no {config[key]}; "
+                    f"put {config[key]}.jsonl there"
                 )
-        for key in ("training_split", "validation_split", "fewshot_split"):
-            if config.get(key) and config[key] not in files:
+        for key in _SPLIT_KEYS:
+            if key != "test_split" and config.get(key) and config[key] not in files:
                 config[key] = None
-        config["custom_dataset"] = lambda _files=files, **_: read_dataset(_files)
+        config["custom_dataset"] = _dataset_reader(files)
         configs.append(config)
     return configs
 
 
-def _local_folder(data_dir: Path, task: str, splits: Sequence[str]) -> Path:
-    name, subset = data_place(task)
-    tried = ([data_dir / name / subset] if subset else []) + [data_dir / name, data_dir / task]
-    for folder in tried:
+def read_dataset(files: dict[str, list[str]]) -> Any:
+    """Read split -> files into a datasets.DatasetDict. Columns that a row does not have are None.
+
+    Raises:
+        DataError: a file cannot be read, a split has no rows, or a column has values of several types.
+    """
+    import datasets
+
+    splits = datasets.DatasetDict()
+    for split, paths in files.items():
+        rows = [row for path in paths for row in read_rows(Path(path), "--data_dir")]
+        if not rows:
+            raise DataError(f"--data_dir must hold rows in {', '.join(paths)}; there are none; add rows, or delete it")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        try:
+            splits[split] = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+        except (ValueError, TypeError) as error:  # from pyarrow
+            raise DataError(
+                f"--data_dir must hold values of one type in each column of {', '.join(paths)}; "
+                f"{' '.join(str(error).split())[:200]}; correct the file"
+            ) from error
+    return splits
+
+
+def _task_config(task: str) -> dict[str, Any]:
+    """Return a new copy of lm-eval's configuration of a task."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(task_manager().task_index[task].yaml_path)
+    return config
+
+
+def _dataset_reader(files: dict[str, list[str]]) -> Callable[..., Any]:
+    """Return the function that lm-eval calls for the data set of a task; it passes arguments that are not needed."""
+    return lambda **_: read_dataset(files)
+
+
+def _data_folder(data_dir: Path, task: str, splits: Sequence[str]) -> Path:
+    """Return the folder with files of a task's splits, or raise DataError."""
+    name, subset = data_location(task)
+    candidates = ([data_dir / name / subset] if subset else []) + [data_dir / name, data_dir / task]
+    for folder in candidates:
         if folder.is_dir() and _split_files(folder, splits):
             return folder
-    named = ", ".join(dict.fromkeys(splits))
     raise DataError(
-        f"--data_dir must hold the data of {task} in {tried[0]} (files named {named}; .jsonl or .parquet); found none"
+        f"--data_dir must hold the data of {task} in {candidates[0]}; there are none; "
+        f"put files there named {', '.join(dict.fromkeys(splits))} (.jsonl or .parquet)"
     )
 
 
 def _split_files(folder: Path, splits: Sequence[str]) -> dict[str, list[str]]:
-    """The files of those splits that a folder holds, all of one kind: .jsonl, or where a split has none of those .parquet."""
+    """Return split -> its files in a folder, all of one suffix: .jsonl, or .parquet if there is no .jsonl."""
     files: dict[str, list[str]] = {}
     for split in dict.fromkeys(splits):
         for suffix in ("jsonl", "parquet"):
-            of_that_name = re.compile(
-                rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}"
-            )  # anli's train_r1; dev_r1 is no "validation"
-            candidates = sorted(folder.glob(f"*.{suffix}"))
-            found = [
+            # Splits may have names of their own, such as train_r1 and dev_r1 of anli. These match by their whole name
+            # only.
+            exact = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}")
+            matching = [
                 str(file)
-                for file in candidates
-                if of_that_name.fullmatch(file.name) or (split in SPLITS and split in splits_of(file))
+                for file in sorted(folder.glob(f"*.{suffix}"))
+                if exact.fullmatch(file.name) or (split in SPLITS and split in splits_in_name(file))
             ]
-            if found:
-                files.setdefault(split, found)
+            if matching:
+                files.setdefault(split, matching)
     return files
-
-
-def read_dataset(files: dict[str, list[str]]) -> Any:
-    import datasets
-
-    found = datasets.DatasetDict()
-    for split, names in files.items():
-        read = [row for name in names for row in read_rows(Path(name), "--data_dir:")]
-        if not read:
-            raise DataError(f"--data_dir: {', '.join(names)} must have rows; it has none")
-        try:
-            result_columns = dict.fromkeys(name for row in read for name in row)
-            found[split] = datasets.Dataset.from_dict(
-                {name: [row.get(name) for row in read] for name in result_columns}
-            )
-        except (ValueError, TypeError) as error:  # pyarrow's: values of one column that are of several types
-            raise DataError(
-                f"--data_dir: {', '.join(names)} must have values of one type in each column: {' '.join(str(error).split())[:200]}"
-            ) from error
-    return found

@@ -1,4 +1,10 @@
-"""Token perplexity and KL divergence to the teacher."""
+"""Token perplexity and KL divergence to a teacher, for torch models and for exported models alike.
+
+    token perplexity = exp(mean over tokens of -log q(token | preceding tokens of its sequence))
+    KL to teacher    = mean over the same positions of sum_v p_v (log p_v - log q_v)      p: teacher, q: model; in nats
+
+Word perplexity is a task of lm-eval, see `lm_eval`.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +19,40 @@ from torch import Tensor
 from nybble.models.head import LMHead
 from nybble.training.teacher import HiddenStates
 
-# Positions whose float32 logits exist at a time.
-_CHUNK = 128
-# Index of a sequence -> positions in it [P] -> their logits [P, V], float32.
+# Positions whose float32 logits exist at the same time. With whole sequences of 1024 tokens and a vocabulary of
+# 131,000, measuring needs 3 GB more.
+_CHUNK_POSITIONS = 128
+# Largest mean loss whose exponential is a finite float64.
+_MAX_LOSS = 700.0
+
+# Index of a sequence -> function from positions [P] in that sequence to their logits [P, V], float32.
 Logits = Callable[[int], Callable[[Tensor], Tensor]]
 
 
 def model_logits(model: Any, input_ids: Tensor) -> Logits:
-    """Logits of a transformers-like model (torch or exported) on rows of input_ids [S, T]."""
+    """Return the logits of a model on sequences, computed when they are asked for.
+
+    Args:
+        model: a transformers model, or an exported model with the same call.
+        input_ids: token ids [S, T], int64.
+    """
     device = getattr(model, "device", torch.device("cpu"))
 
-    def of(i: int) -> Callable[[Tensor], Tensor]:
+    def logits_of_sequence(i: int) -> Callable[[Tensor], Tensor]:
         z_TV = model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0]
         return lambda positions: z_TV[positions].float()
 
-    return of
+    return logits_of_sequence
 
 
 def logits_from_states(head: LMHead, states: HiddenStates | Tensor) -> Logits:
-    """The teacher's logits from its hidden states [S, T, D]."""
+    """Return the logits that a head makes of last hidden states [S, T, D]."""
 
-    def of(i: int) -> Callable[[Tensor], Tensor]:
+    def logits_of_sequence(i: int) -> Callable[[Tensor], Tensor]:
         hidden_TD = states[i].to(head.weight_VD.device)
         return lambda positions: head.logits(hidden_TD[positions])
 
-    return of
+    return logits_of_sequence
 
 
 @torch.no_grad()
@@ -45,24 +60,33 @@ def measure_sequences(
     logits: Logits,
     input_ids: Tensor,
     teacher: Logits | None = None,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable[[int], None] = lambda sequences: None,
     loss_mask: Tensor | None = None,
 ) -> dict[str, float]:
-    """Token perplexity on sequences [S, T], and KL to the teacher where there is one; of the predictions that are counted [S, T] (default: all).
+    """Measure token perplexity and, with a teacher, KL divergence.
 
-    Returns: token_perplexity, tokens, and kl_to_teacher.
+    Args:
+        logits: logits of the model.
+        input_ids: token ids [S, T], int64.
+        teacher: logits of the teacher on the same sequences.
+        advance: called with the number of sequences that were just measured.
+        loss_mask: [S, T], bool; whether the prediction made at a position is measured. Default: all are.
+
+    Returns:
+        "token_perplexity", "tokens" (predictions that were measured) and, with a teacher, "kl_to_teacher".
     """
     loss, divergence, tokens = 0.0, 0.0, 0
-    for i, ids in enumerate(input_ids):
-        which = (torch.ones_like(ids, dtype=torch.bool) if loss_mask is None else loss_mask[i])[:-1].nonzero()[:, 0]
+    for i, ids_T in enumerate(input_ids):
+        mask_T = torch.ones_like(ids_T, dtype=torch.bool) if loss_mask is None else loss_mask[i]
+        predicting = mask_T[:-1].nonzero()[:, 0]  # the last position has no next token
         model_at, teacher_at = logits(i), teacher(i) if teacher is not None else None
-        for positions in which.split(_CHUNK):
+        for positions in predicting.split(_CHUNK_POSITIONS):
             log_q = F.log_softmax(model_at(positions), dim=-1)
-            loss -= log_q.gather(1, ids[positions + 1, None].to(log_q.device)).sum().item()
+            loss -= log_q.gather(1, ids_T[positions + 1, None].to(log_q.device)).sum().item()
             if teacher_at is not None:
                 log_p = F.log_softmax(teacher_at(positions), dim=-1).to(log_q.device)
                 divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
-        tokens += len(which)
+        tokens += len(predicting)
         advance(1)
-    measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), 700.0)), "tokens": tokens}
+    measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), _MAX_LOSS)), "tokens": tokens}
     return measured if teacher is None else measured | {"kl_to_teacher": divergence / max(tokens, 1)}

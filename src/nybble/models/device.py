@@ -1,26 +1,28 @@
-"""Which device and dtype a model computes on."""
+"""Device and dtype that a model computes with. Code that depends on the kind of device is in this file only."""
 
 from __future__ import annotations
 
-import logging
-
+import psutil
 import torch
 
 from nybble.errors import ModelError, first_line
 
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are fast there: CUDA, or a CPU with AMX or AVX512-BF16 (elsewhere they are emulated, 4 x slower than fp32)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-log = logging.getLogger("nybble")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" -> CUDA where there is one, else CPU."""
+    """Choose the device and check that it works.
+
+    Args:
+        device: "auto", or a name that torch knows: "cpu", "cuda", "cuda:1", "mps". "auto" is CUDA if there is a GPU and
+            otherwise the CPU. Apple's GPU has to be named, because no test of nybble runs on one.
+
+    Returns:
+        The device. If it is a CUDA device, it is also torch's current one.
+
+    Raises:
+        ModelError: torch cannot compute on it here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,15 +33,53 @@ def pick_device(device: str) -> torch.device:
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
     except (RuntimeError, AssertionError) as error:
-        usable = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
         raise ModelError(
-            f"--device {device} is not usable on this machine ({first_line(error)}); choose {usable}"
+            f"--device {device} is not usable on this machine ({first_line(error)}); choose {_usable_devices()}"
         ) from error
     return picked
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" -> bfloat16 where its matrix products are fast, else float32."""
+    """Choose the dtype of the parameters.
+
+    Args:
+        dtype: "bfloat16", "float16", "float32", or "auto": bfloat16 where `has_bfloat16`, otherwise float32.
+        device: where the model computes.
+
+    Returns:
+        The dtype.
+    """
     if dtype == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+    return _DTYPES[dtype]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether bfloat16 matrix products are fast on a device.
+
+    They are on CUDA GPUs that have them in hardware and on CPUs with AMX or AVX512-BF16. Other CPUs emulate them, four
+    times slower than float32. For other devices the answer is no, because nobody has measured them.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device. Devices without memory of their own share that of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    if device.type == "mps":  # Metal gives a process only a part of the memory
+        return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return available
+
+
+def _usable_devices() -> str:
+    """Return the values of --device that work on this machine, as text."""
+    names = ["auto", "cpu"]
+    names += ["cuda"] if torch.cuda.is_available() else []
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,7 +1,15 @@
-"""Facts about model families that configurations do not say, as a table. Code branches on these facts, never on names.
+"""Facts about model families that a transformers configuration does not state, as a registry.
 
-A family that is not in the table gets `DEFAULT`; `losses.Head.verify` then checks on real logits that the default is true, so a
-wrong fact is an error before training starts and not a silent loss of quality.
+The key is the `model_type` of the configuration. Other code branches on these facts and never on names. A model type
+that is not registered gets `DEFAULT`, and `LMHead.verify` compares real logits, so that a wrong fact about the head
+raises an error before training starts. Another package adds its family through the entry point group "nybble.families"
+(see registry.py), or in the same process:
+
+    FAMILIES.register("my_model", ModelFamily(norm_offset=1.0))
+
+Formula of the logits, with the facts that are set:
+
+    logits = cap * tanh(multiplier * head(hidden) / cap),        multiplier = logit_scale / logit_divisor
 """
 
 from __future__ import annotations
@@ -9,91 +17,111 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nybble.registry import Registry
+
 
 @dataclass(frozen=True)
 class AWQMapping:
-    """`source` makes the inputs of `layers`; names within a decoder block. What it makes may be divided by any factors, one a channel, if the layers' columns
-    are multiplied with them.
+    """A module and the linear layers that read its output. Names are relative to a decoder block.
+
+    AWQ divides the output channels of `source` by factors and multiplies the columns of `layers` by the same factors.
 
     Attributes:
-        source: a norm, or a linear layer whose last outputs are (times something else) the inputs of `layers`.
-        layers: all layers that read it.
-        heads: the outputs are the values of attention, which grouped heads share.
+        source: a norm, or a linear layer whose last rows produce the input of `layers`, up to an elementwise product.
+        layers: all linear layers that read this output.
+        value_projection: `source` is the value projection of attention, whose heads are shared by groups of query
+            heads. Query heads of one group then need equal factors.
     """
 
     source: str
     layers: tuple[str, ...]
-    heads: bool = False
-
-
-def _llama_mappings(before_mlp: str = "post_attention_layernorm", fused: bool = False) -> tuple[AWQMapping, ...]:
-    """Of a decoder block with norm, attention, norm, gated MLP."""
-    qkv = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
-    gate_up = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
-    return (
-        AWQMapping("input_layernorm", tuple(f"self_attn.{name}" for name in qkv)),
-        AWQMapping(f"self_attn.{qkv[-1]}", ("self_attn.o_proj",), heads=True),
-        AWQMapping(before_mlp, tuple(f"mlp.{name}" for name in gate_up)),
-        AWQMapping(f"mlp.{gate_up[-1]}", ("mlp.down_proj",)),
-    )
+    value_projection: bool = False
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Attributes name fields of the configuration, or None where the family has no such thing.
+    """Facts about one family.
 
     Attributes:
-        softcap: logits = cap * tanh(logits / cap).
-        logit_scale: logits are multiplied with it.
-        logit_divisor: logits are divided by it.
-        feeds: what feeds which layers in a decoder block, for folding scales; empty = not known.
-        norm_offset: a norm multiplies with its weight plus this.
-        exported: True where the whole flow with the OpenVINO export is tested (tests/test_families.py); else False, or the reason why not.
+        softcap: name of the configuration field that holds the soft cap of the logits; None if there is none.
+        logit_scale: name of the configuration field that multiplies the logits; None if there is none.
+        logit_divisor: name of the configuration field that divides the logits; None if there is none.
+        awq_mappings: sources of the linear layers in a decoder block, for AWQ. Empty means not known: AWQ is refused.
+        norm_offset: a norm multiplies by (weight + norm_offset).
     """
 
     softcap: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
-    feeds: tuple[AWQMapping, ...] = ()
+    awq_mappings: tuple[AWQMapping, ...] = ()
     norm_offset: float = 0.0
-    exported: bool | str = False
 
 
 DEFAULT = ModelFamily()
+"""Facts of a model type that is not registered."""
 
-FAMILIES: dict[str, ModelFamily] = {
-    "llama": ModelFamily(feeds=_llama_mappings(), exported=True),  # Llama 2 and 3.x, SmolLM, SmolLM2
-    "mistral": ModelFamily(feeds=_llama_mappings(), exported=True),
-    "qwen2": ModelFamily(feeds=_llama_mappings(), exported=True),
-    "qwen3": ModelFamily(feeds=_llama_mappings(), exported=True),
-    "gemma2": ModelFamily(
-        softcap="final_logit_softcapping",
-        feeds=_llama_mappings("pre_feedforward_layernorm"),
-        norm_offset=1.0,
-        exported=True,
-    ),
-    "gemma3_text": ModelFamily(
-        softcap="final_logit_softcapping",
-        feeds=_llama_mappings("pre_feedforward_layernorm"),
-        norm_offset=1.0,
-        exported=True,
-    ),
+
+def _llama_mappings(
+    mlp_norm: str = "post_attention_layernorm", fused_projections: bool = False
+) -> tuple[AWQMapping, ...]:
+    """Mappings of a decoder block with norm, attention, norm and gated MLP.
+
+    Args:
+        mlp_norm: name of the norm whose output the MLP reads.
+        fused_projections: query, key and value are one layer, and so are gate and up. Their last rows are the values
+            and the up projection.
+    """
+    qkv = ("qkv_proj",) if fused_projections else ("q_proj", "k_proj", "v_proj")
+    gate_up = ("gate_up_proj",) if fused_projections else ("gate_proj", "up_proj")
+    return (
+        AWQMapping("input_layernorm", tuple(f"self_attn.{name}" for name in qkv)),
+        AWQMapping(f"self_attn.{qkv[-1]}", ("self_attn.o_proj",), value_projection=True),
+        AWQMapping(mlp_norm, tuple(f"mlp.{name}" for name in gate_up)),
+        AWQMapping(f"mlp.{gate_up[-1]}", ("mlp.down_proj",)),
+    )
+
+
+_LLAMA = ModelFamily(awq_mappings=_llama_mappings())
+_GEMMA_WITH_MLP_NORM = ModelFamily(
+    softcap="final_logit_softcapping",
+    awq_mappings=_llama_mappings(mlp_norm="pre_feedforward_layernorm"),
+    norm_offset=1.0,
+)
+
+FAMILIES: Registry[ModelFamily] = Registry("model family", "nybble.families")
+
+for _name, _facts in {
+    "llama": _LLAMA,  # Llama 2 and 3.x, SmolLM, SmolLM2
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA_WITH_MLP_NORM,
+    "gemma3_text": _GEMMA_WITH_MLP_NORM,
     "gemma": ModelFamily(norm_offset=1.0),
     "vaultgemma": ModelFamily(norm_offset=1.0),
-    "phi3": ModelFamily(feeds=_llama_mappings(fused=True), exported=True),
+    "phi3": ModelFamily(awq_mappings=_llama_mappings(fused_projections=True)),
     "granite": ModelFamily(logit_divisor="logits_scaling"),
     "cohere": ModelFamily(logit_scale="logit_scale"),
     "cohere2": ModelFamily(logit_scale="logit_scale"),
-}
+}.items():
+    FAMILIES.register(_name, _facts)
 
 
 def family_of(config: Any) -> ModelFamily:
-    """The table's row for a transformers configuration."""
-    return FAMILIES.get(config.model_type, DEFAULT)
+    """Return the facts for a transformers configuration: those of its model_type, or DEFAULT."""
+    name = config.model_type
+    return FAMILIES[name] if name in FAMILIES else DEFAULT  # noqa: SIM401 - a registry has no get with a default
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(multiplier, soft cap or None): logits = cap(multiplier * head(hidden))."""
+    """Return what happens to the logits after the head.
+
+    Args:
+        config: transformers configuration.
+
+    Returns:
+        The multiplier, and the soft cap or None; see the formula at the top of this file.
+    """
     family = family_of(config)
     multiplier = 1.0
     if family.logit_scale is not None:

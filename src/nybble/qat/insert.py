@@ -1,141 +1,128 @@
-"""Put layers that are trained in place of nn.Linear, and 8-bit weights into embedding and head.
+"""Replace the nn.Linear layers of a model by layers that are trained, and quantize the embedding and lm_head to 8 bits.
 
-Plain module replacement, no graph tracing: a new model family works as soon as transformers has it.
+Modules are replaced one by one, without graph tracing, so a new model family works as soon as transformers has it.
+Weights and biases that a new layer keeps are shared with the model, not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from nybble.compress.init import QuantizedInit
-from nybble.models.families import family_of
-from nybble.qat.layers import CachedWeightLinear, FakeQuantizedLoRALinear, FixedCodesLinear, LoRALinear, RelativeShift
-from nybble.quant.grid import min_max_qparams
+from nybble.compression.init import QuantizedInit
+from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
+from nybble.qat.fixed_codes import FixedCodesLinear
+from nybble.qat.lora import LoRALinear
+from nybble.quant.grid import at_least_float32, dequantize, min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
-_ROWS = 4096  # of an embedding whose float32 copies exist at a time
+# Rows of an embedding that are quantized at once. Their float32 copies take 32 MB with a hidden size of 2048, while
+# those of a whole embedding with 150,000 rows would take 1.2 GB.
+_ROWS_PER_CHUNK = 4096
 
 
-def insert(
-    model: Any, starts: Mapping[str, QuantizedInit], scheme: QuantScheme, rank: int, seed: int
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def insert_fake_quant_layers(
+    model: nn.Module, inits: Mapping[str, QuantizedInit], scheme: QuantScheme, rank: int, seed: int
 ) -> dict[str, FakeQuantizedLoRALinear]:
-    """Replace every layer named in `starts`, in place; the layers take over weight and bias without a copy.
+    """Replace linear layers, in place, by fake-quantized ones with LoRA adapters inside the rounding.
 
-    Returns: name -> layer, in the order of `starts`. Until trained, the model computes with the compressed weights.
+    Until it is trained, the model computes with the compressed weights.
+
+    Args:
+        model: the model whose layers are replaced.
+        inits: layer name -> result of compression.
+        scheme: scheme that the weights were compressed with.
+        rank: rank of the adapters, clamped to the smaller side of each layer.
+        seed: seed of the adapters and log scale shifts.
+
+    Returns:
+        Layer name -> new layer, in the order of `inits`.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for name, start in starts.items():
-        linear = model.get_submodule(name)
-        layers[name] = FakeQuantizedLoRALinear(
-            start.weight_OI,
-            start.scale_OG,
-            start.zero_point_OG,
-            scheme,
-            linear.bias,
-            rank,
-            linear.weight.dtype,
-            generator,
-        )
+    for name, init in inits.items():
+        linear = _linear(model, name)
+        layers[name] = FakeQuantizedLoRALinear(init, scheme, linear.bias, rank, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
 
-def insert_codes(model: Any, starts: Mapping[str, QuantizedWeight], seed: int) -> dict[str, FixedCodesLinear]:
-    """Replace every layer named in `starts`, in place, by one that keeps its codes, on the layer's device; the layer's weight goes.
+def insert_fixed_codes_layers(
+    model: nn.Module, weights: Mapping[str, QuantizedWeight], seed: int
+) -> dict[str, FixedCodesLinear]:
+    """Replace linear layers, in place, by ones with fixed codes and trainable scales; the 16-bit weights are released.
 
-    Returns: name -> layer, in the order of `starts`. Until trained, the model computes with the compressed weights.
+    Until it is trained, the model computes with the compressed weights.
+
+    Args:
+        model: the model whose layers are replaced.
+        weights: layer name -> compressed weight. It is moved to the device of the layer.
+        seed: seed of the log scale shifts.
+
+    Returns:
+        Layer name -> new layer, in the order of `weights`.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for name, start in starts.items():
-        linear = model.get_submodule(name)
-        layers[name] = FixedCodesLinear(start.to(linear.weight.device), linear.bias, linear.weight.dtype, generator)
+    for name, weight in weights.items():
+        linear = _linear(model, name)
+        layers[name] = FixedCodesLinear(weight.to(linear.weight.device), linear.bias, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
 
-def insert_adapters(model: Any, names: Iterable[str], rank: int, seed: int) -> dict[str, LoRALinear]:
-    """Replace every layer named, in place, by one with adapters on its own 16-bit weight.
+def insert_lora_layers(model: nn.Module, names: Iterable[str], rank: int, seed: int) -> dict[str, LoRALinear]:
+    """Replace linear layers, in place, by ones with LoRA adapters on their own 16-bit weights.
 
-    Returns: name -> layer, in the order of `names`. Until trained, the model computes as before.
+    Until it is trained, the model computes as before.
+
+    Args:
+        model: the model whose layers are replaced.
+        names: names of the layers.
+        rank: rank of the adapters, clamped to the smaller side of each layer.
+        seed: seed of the adapters.
+
+    Returns:
+        Layer name -> new layer, in the order of `names`.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for name in names:
-        linear = model.get_submodule(name)
+        linear = _linear(model, name)
         layers[name] = LoRALinear(linear.weight.detach(), linear.bias, rank, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
 
 @torch.no_grad()
-def quantize_rows(model: Any, names: Iterable[str]) -> dict[str, QuantizedWeight]:
-    """Round embedding and head to 8 bits a row, zero fixed at 128, in place. A tied head follows its embedding.
+def quantize_embeddings(model: nn.Module, names: Iterable[str]) -> dict[str, QuantizedWeight]:
+    """Round the weights of embedding and lm_head to 8 bits per row, in place, with the zero point fixed at 128.
 
-    Returns: module name -> the codes that ship.
+    An lm_head that is tied to the embedding shares the rounded weight.
+
+    Args:
+        model: the model whose weights are rounded.
+        names: names of the modules: the embedding, and lm_head if it is not tied.
+
+    Returns:
+        Module name -> quantized weight.
     """
     quantized = {}
     for name in names:
-        pieces = []
-        for rows in model.get_submodule(name).weight.split(_ROWS):
-            pieces.append(QuantizedInit(rows, *min_max_qparams(rows, INT8_PER_ROW)).quantized(INT8_PER_ROW))
-            rows.copy_(pieces[-1].dequantize())
-        codes, scale, zero = (
-            torch.cat([getattr(piece, part) for piece in pieces]) for part in ("codes_OI", "scale_OG", "zero_point_OG")
-        )
-        quantized[name] = QuantizedWeight(codes, scale, zero, INT8_PER_ROW)
+        codes, scales, zero_points = [], [], []
+        for rows_VD in model.get_submodule(name).get_parameter("weight").split(_ROWS_PER_CHUNK):
+            scale_V1, zero_point_V1 = min_max_qparams(rows_VD, INT8_PER_ROW)
+            codes.append(quantize(at_least_float32(rows_VD), scale_V1, zero_point_V1, INT8_PER_ROW))
+            rows_VD.copy_(dequantize(codes[-1], scale_V1, zero_point_V1))
+            scales.append(scale_V1)
+            zero_points.append(zero_point_V1.to(torch.uint8))
+        quantized[name] = QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), INT8_PER_ROW)
     return quantized
-
-
-def _norms(model: Any) -> dict[str, Any]:
-    """Modules that normalise and then multiply with a vector."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Norm")
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 1
-    }
-
-
-def train_norms(model: Any) -> dict[str, nn.Parameter]:
-    """Make the weights of all norms trainable, in place. Returns: name -> what is trained, see ShiftedWeight."""
-    offset, trained = family_of(model.config).norm_offset, {}
-    for name, norm in _norms(model).items():
-        shifted = RelativeShift(norm.weight.detach(), offset)
-        norm.weight.requires_grad_(False)
-        parametrize.register_parametrization(norm, "weight", shifted)
-        trained[f"{name}.shift"] = shifted.shift
-    return trained
-
-
-def settle_norms(model: Any) -> None:
-    """Make the trained weights of norms plain ones again, in place."""
-    for norm in _norms(model).values():
-        if parametrize.is_parametrized(norm, "weight"):
-            parametrize.remove_parametrizations(norm, "weight", leave_parametrized=True)
-            norm.weight.requires_grad_(False)
-
-
-@contextmanager
-def weight_cache(layers: Iterable[CachedWeightLinear], push: bool = True) -> Iterator[None]:
-    """Make every weight once for all that happens inside; with `push`, send the collected gradients on at the end."""
-    layers = list(layers)
-    try:
-        for layer in layers:
-            layer.fill_weight_cache()
-        yield
-        if push:
-            for layer in layers:
-                layer.flush_weight_cache()
-    finally:
-        for layer in layers:
-            layer.drop_weight_cache()

@@ -1,4 +1,4 @@
-"""Fake quantization: the arithmetic of grid.py with gradients (straight-through estimators)."""
+"""Fake quantization: the arithmetic of grid.py with straight-through gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _RoundScale(torch.autograd.Function):
 
 
 def round_scale_ste(scale: Tensor) -> Tensor:
-    """`round_scale` whose gradient is that of the identity (straight-through)."""
+    """Compute `round_scale` with the gradient of the identity (straight-through estimator, STE)."""
     return _RoundScale.apply(scale)  # type: ignore[no-any-return]
 
 
@@ -36,30 +36,38 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad_OI: Tensor):  # type: ignore[no-untyped-def,override]
         weight_OI, scale_OG, zero_point_OG = ctx.saved_tensors
         grad_OGK = to_groups(grad_OI, scale_OG.shape[-1])
-        steps_OGK = to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
-        # code - zero, before and after clamping
-        offset_OGK = steps_OGK.round()
+        scaled_OGK = to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]
+        # code - zero_point before and after clamping. Comparing the two finds the weights that are not clipped.
+        unclamped_OGK = scaled_OGK.round()
         low_OG1, high_OG1 = -zero_point_OG[..., None], (ctx.scheme.max_code - zero_point_OG)[..., None]
-        clamped_OGK = offset_OGK.clamp(low_OG1, high_OG1)
-        inside_OGK = offset_OGK.eq_(clamped_OGK)  # 1.0 or 0.0: booleans are slow to multiply with
-        need_weight, need_scale, need_zero, _ = ctx.needs_input_grad
+        clamped_OGK = unclamped_OGK.clamp(low_OG1, high_OG1)
+        inside_OGK = unclamped_OGK.eq_(clamped_OGK)  # 1.0 or 0.0, because multiplying with booleans is slow
+        need_weight, need_scale, need_zero_point, _ = ctx.needs_input_grad
         grad_weight = (grad_OGK * inside_OGK).flatten(-2) if need_weight else None
-        grad_scale = grad_zero = None
+        grad_scale = grad_zero_point = None
         if need_scale:
-            grad_scale = clamped_OGK.sub_(steps_OGK.mul_(inside_OGK)).mul_(grad_OGK).sum(-1)
-        if need_zero:
-            grad_zero = -scale_OG * (grad_OGK * (1 - inside_OGK)).sum(-1)
-        return grad_weight, grad_scale, grad_zero, None
+            grad_scale = clamped_OGK.sub_(scaled_OGK.mul_(inside_OGK)).mul_(grad_OGK).sum(-1)
+        if need_zero_point:
+            grad_zero_point = -scale_OG * (grad_OGK * (1 - inside_OGK)).sum(-1)
+        return grad_weight, grad_scale, grad_zero_point, None
 
 
 def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
-    """dequantize(quantize(weight)), with straight-through gradients (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+    """Compute dequantize(quantize(weight)) with straight-through gradients.
 
-    d/d weight = 1 where the code is not clipped, else 0;
-    d/d scale  = (code - zero) - weight / scale where not clipped, else code - zero; summed over the group;
-    d/d zero   = 0 where not clipped, else -scale; summed over the group.
+                         not clipped                           clipped
+        d/d weight     = 1                                     0
+        d/d scale      = (code - zero_point) - weight / scale  code - zero_point     summed over the group
+        d/d zero_point = 0                                     -scale                summed over the group
 
-    Args: as `quantize`. Returns: [O, I] in the dtype of weight and scale, which must agree.
+    The gradient of the scale is that of LSQ (https://arxiv.org/abs/1902.08153). The gradient of the zero point is
+    that of LSQ+ (https://arxiv.org/abs/2004.09576).
+
+    Args:
+        weight_OI, scale_OG, zero_point_OG, scheme: see `grid.quantize`. Weight and scale have the same dtype.
+
+    Returns:
+        Weights [O, I] in the dtype of the arguments.
     """
     return _FakeQuantize.apply(weight_OI, scale_OG, zero_point_OG, scheme)  # type: ignore[no-any-return]
 
@@ -82,8 +90,16 @@ class _CenteredCodes(torch.autograd.Function):
 
 
 def centered_codes(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:
-    """code - zero, with a straight-through gradient to the weight: 1 / scale where the code is not clipped, else 0.
+    """Compute code - zero_point with a straight-through gradient to the weight.
 
-    Args: as `quantize`. Returns: [O, G, K] in the dtype of weight and scale, which must agree.
+        d/d weight = 1 / scale if the code is not clipped, else 0
+
+    Scale and zero point get no gradient.
+
+    Args:
+        weight_OI, scale_OG, zero_point_OG, scheme: see `grid.quantize`. Weight and scale have the same dtype.
+
+    Returns:
+        Centered codes [O, G, K] in the dtype of the arguments.
     """
     return _CenteredCodes.apply(weight_OI, scale_OG, zero_point_OG, scheme)  # type: ignore[no-any-return]

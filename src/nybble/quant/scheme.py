@@ -1,4 +1,4 @@
-"""QuantScheme: bits, group size, symmetric or not."""
+"""QuantScheme: bits, group size and symmetry of a quantized weight, and the check of the group size."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nybble.errors import OptionError
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How a weight is quantized.
+    """How a weight matrix [O, I] is quantized.
 
     Attributes:
-        bits: width of a code: 4 or 8.
-        group_size: weights per scale along the input axis; None = the whole row.
-        symmetric: zero is fixed at the middle code (8 or 128) instead of chosen per group.
+        bits: width of a code in bits: 4 or 8.
+        group_size: number of weights along the input axis that share a scale; None means the whole row.
+        symmetric: True fixes the zero point at the middle code (8 or 128); False chooses it per group.
     """
 
     bits: int = 4
@@ -23,30 +23,45 @@ class QuantScheme:
 
     @property
     def max_code(self) -> int:
+        """Largest code: 2^bits - 1."""
         return (1 << self.bits) - 1
 
     @property
-    def middle(self) -> int:
+    def middle_code(self) -> int:
+        """Zero point of a symmetric scheme: 2^(bits - 1)."""
         return 1 << (self.bits - 1)
 
-    def groups(self, in_features: int) -> int:
-        """Number of groups in a row of `in_features` weights."""
+    def num_groups(self, in_features: int) -> int:
+        """Number of groups in a row of `in_features` weights, which group_size must divide (`check_group_size`)."""
         return 1 if self.group_size is None else in_features // self.group_size
 
     def __str__(self) -> str:
-        to_groups = "per row" if self.group_size is None else f"group {self.group_size}"
-        return f"uint{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {to_groups}"
+        grouping = "per row" if self.group_size is None else f"group {self.group_size}"
+        return f"uint{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {grouping}"
 
 
+# Scheme of the embedding and of lm_head.
 INT8_PER_ROW = QuantScheme(bits=8, group_size=None, symmetric=True)
 
+_COMMON_GROUP_SIZES = (16, 32, 64, 128, 256)
 
-def check_group_size(name: str, in_features: int, group_size: int) -> None:
-    """Raise OptionError, naming the layer and the sizes that do work, unless group_size divides in_features."""
+
+def check_group_size(layer_name: str, in_features: int, group_size: int) -> None:
+    """Check that group_size divides the rows of a layer.
+
+    Args:
+        layer_name: name of the layer, for the error message.
+        in_features: weights per row of the layer.
+        group_size: weights per scale.
+
+    Raises:
+        OptionError: group_size is not a positive divisor of in_features. The message lists the common sizes that are
+            divisors or, if there are none, the five largest divisors up to 256.
+    """
     if group_size <= 0 or in_features % group_size:
-        powers = [k for k in (16, 32, 64, 128, 256) if in_features % k == 0]
-        choices = powers or [k for k in range(1, in_features + 1) if in_features % k == 0 and k <= 256][-5:]
+        common = [size for size in _COMMON_GROUP_SIZES if in_features % size == 0]
+        choices = common or [size for size in range(1, min(in_features, 256) + 1) if in_features % size == 0][-5:]
         raise OptionError(
-            f"in_features must be a multiple of group_size: layer {name} has in_features={in_features}, "
+            f"in_features must be a multiple of group_size: layer {layer_name} has in_features={in_features}, "
             f"got group_size={group_size}; choose {', '.join(map(str, choices))}"
         )

@@ -1,22 +1,44 @@
-"""Tables for the terminal and in Markdown."""
+"""Tables of text for the terminal and for Markdown."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from rich.table import Table
 
+# Headings, and rows with one cell per heading.
+Cells = tuple[list[str], list[list[str]]]
+# In the first lines of every page and Markdown file that nybble report writes. It replaces no other files.
+MARKER = "<!-- written by nybble report -->"
 
-def as_table(headings: list[str], lines: list[list[str]], title: str | None = None) -> Table:
-    """For the terminal."""
-    made = Table(title=title, title_justify="left")
-    for i, text in enumerate(headings):
-        made.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for line in lines:
-        made.add_row(*line)
-    return made
+_PUNCTUATION = re.compile(r"([\\`*\[\]|~$])")
+# Between letters or digits an underscore is plain text in GitHub's Markdown; elsewhere it can begin or end emphasis.
+_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
 
 
-def as_markdown(headings: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *lines)
-    )
+def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table for the terminal: the first column is aligned to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without a line break at the end. Cells are plain text; markup in them is escaped."""
+    alignment = ["---"] + ["---:"] * (len(headings) - 1)
+    lines = [list(map(escape_markdown, headings)), alignment, *(list(map(escape_markdown, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text as Markdown that shows it: one line, no HTML tags, no emphasis, no links, no cell borders.
+
+    Names of runs, models and tasks come from folders and files that may be someone else's.
+    """
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _UNDERSCORE.sub(r"\\_", _PUNCTUATION.sub(r"\\\1", text))

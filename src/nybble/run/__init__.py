@@ -1,0 +1,1 @@
+"""The run folder: its files, its results, and what --resume requires."""

@@ -1,24 +1,26 @@
-"""The run folder: what is saved when. Every file appears whole or not at all, so that a run can be killed at any moment and resumed.
+"""The run folder: what is saved when.
 
-nybble-run.json      the marker: this folder is a run of nybble
-config.toml          the options, resolved
-log.txt              what the console said since the folder exists, with times
-results.json         measurements and seconds per stage, growing; report.md is the same for people
-teacher/             the teacher's hidden states (train states are deleted when training is done)
-compress/            finished blocks of the compression (deleted when the 4-bit model is saved, unless adapters inside the rounding may be tried at other ranks)
-last.safetensors     newest checkpoint: adapters, scales, optimizer; its header says the step
-best.safetensors     adapters and scales with the lowest validation loss
-scales-*.safetensors the same of nybble tune's second training, in 4 bits
-quantized/           the 4-bit model: codes, scales, zeros, the untouched rest, tokenizer
-openvino/            exports
-and, where the run has them: self.safetensors (text that the model wrote), search.db (trials of nybble search), tensorboard/, report.html,
-trial/ (a configuration that is being tested), merged/ and texts/ (16-bit LoRA of nybble tune --compare)
+Every file appears whole or not at all, so a run can be killed at any moment and resumed.
+
+    nybble-run.json       the marker: this folder is a run
+    config.toml           the options, resolved
+    log.txt               the log since the folder exists, with times
+    results.json          RunResults; report.md is the same for people
+    teacher/              hidden states of the 16-bit model (those of training text are deleted after training)
+    compress/             finished blocks of the compression (deleted when no other ranks can be tried)
+    last.safetensors      newest checkpoint: adapters, scales, optimizer moments; its header has the step
+    best.safetensors      adapters and scales with the lowest validation loss
+    scales-*.safetensors  the same of the training of scales and norms that follows in `nybble tune`
+    quantized/            the 4-bit model: codes, scales, zero points, all other tensors, tokenizer
+    FORMAT/               an export, one folder per format
+
+and, where the run has them: self.safetensors (text that the model generated), search.db (trials of nybble search),
+tensorboard/, report.html, trial/ (a configuration that is being measured), merged/ and texts/ (16-bit LoRA of nybble
+compare).
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import shlex
 import shutil
@@ -27,29 +29,169 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
 
-from nybble.errors import ExportError, RunError
+from filelock import FileLock, Timeout
+
+from nybble.errors import RunError
 from nybble.files import write_text
-from nybble.options.commands import to_toml
+from nybble.options.commands import RunCommand
+from nybble.options.toml import CONFIG, to_toml
 from nybble.run.machine import peak_memory
-from nybble.run.results import _MARKER_FORMAT, CONFIG, MARKER, RESULTS, is_run, read_results
+from nybble.run.marker import MARKER, is_run, write_marker
+from nybble.run.results import RESULTS, Phase, RunResults, read_results
 from nybble.run.resume import check_same_options
 from nybble.runtime import hand_back_freed_memory
 
 log = logging.getLogger("nybble")
+
+QUANTIZED = "quantized"
+_LOCK = ".lock"
 # What a run leaves in its folder before its configuration is whole.
-_EMPTY = {".lock", MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
-# Everything that a run writes into its folder beside its exports. --overwrite deletes these names and no others; configuration and marker come last,
-# so that the folder is known as a run as long as anything is left of it.
+_BEFORE_CONFIG = {_LOCK, MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
+# Everything that a run writes beside its exports. --overwrite deletes these names and no others; configuration and
+# marker come last, so that the folder is known as a run as long as anything is left of it.
 _OWN = (
-    "log.txt", RESULTS, "report.md", "report.html", "teacher", "compress", "last.safetensors", "best.safetensors", "scales-last.safetensors",
-    "scales-best.safetensors", "quantized", "self.safetensors", "search.db", "tensorboard", "trial", "merged", "texts", CONFIG, MARKER,
+    "log.txt", RESULTS, "report.md", "report.html", "teacher", "compress", "last.safetensors", "best.safetensors",
+    "scales-last.safetensors", "scales-best.safetensors", QUANTIZED, "self.safetensors", "search.db", "tensorboard",
+    "trial", "merged", "texts", CONFIG, MARKER,
 )  # fmt: skip
 
 
+class RunFolder:
+    """An open run folder, locked against other processes. Use `open_run` or `reopen_run`.
+
+    Attributes:
+        path: the folder.
+        results: change them, then call `save`.
+    """
+
+    def __init__(self, path: Path, results: RunResults, lock: FileLock | None = None) -> None:
+        self.path, self.results, self._lock = path, results, lock
+        self._stage: tuple[str, float] | None = None  # its name, and the time up to which its seconds are counted
+
+    @property
+    def quantized(self) -> Path:
+        """The folder with the 4-bit model."""
+        return self.path / QUANTIZED
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage over all sessions. Stages are not nested."""
+        hand_back_freed_memory()
+        self._stage = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.save()
+            self._stage = None
+
+    def reach(self, phase: Phase) -> None:
+        """Note that the run has reached a phase, and write results.json."""
+        self.results.phase = phase
+        self.save()
+
+    def save(self) -> None:
+        """Write results.json, with the seconds of the stage so far and the peak memory."""
+        results = self.results
+        if self._stage is not None:
+            (name, since), now = self._stage, time.perf_counter()
+            results.seconds[name] = round(results.seconds.get(name, 0) + now - since, 3)
+            self._stage = name, now
+        for kind, value in peak_memory().items():
+            results.peak_memory_bytes[kind] = max(value, results.peak_memory_bytes.get(kind, 0))
+        results.save(self.path)
+
+
+def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a run already.
+
+    Raises:
+        RunError: the folder may not be touched: it holds other files, or a run and neither --resume nor --overwrite was
+            given.
+    """
+    used = path.exists() and (not path.is_dir() or any(entry.name not in _BEFORE_CONFIG for entry in path.iterdir()))
+    if used and not is_run(path):
+        raise RunError(
+            f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder"
+        )
+    if used and not (resume or overwrite):
+        raise RunError(
+            f"--output_dir {path} already holds a run; add --resume to continue it, or --overwrite to delete it"
+        )
+    if overwrite:
+        _check_deletable(path)
+    return used
+
+
+def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
+    """Start a run folder, or continue one.
+
+    Args:
+        keep_options: leave config.toml as it is, for measurements that are no part of the run.
+
+    Raises:
+        RunError: in use, not empty, not writable, or made with other options (on resume; the option is named).
+    """
+    path, resume, overwrite = options.folder, options.run.resume, options.run.overwrite
+    used = check_folder(path, resume, overwrite)
+    lock = _lock(path)
+    try:
+        if used and overwrite:
+            _delete_run(path)
+        results = RunResults()
+        if used and resume:
+            check_same_options(path, options)
+            results = read_results(path)
+        if not is_run(path):
+            write_marker(path)
+        if not (used and keep_options):
+            write_text(path / CONFIG, to_toml(options))
+    except BaseException:
+        lock.release()
+        raise
+    command_line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    results.command_line = results.command_line or command_line
+    if results.command_line != command_line:
+        results.resumed_by.append(command_line)
+    return RunFolder(path, results, lock)
+
+
+def reopen_run(path: Path) -> RunFolder:
+    """Open a finished run to add to it.
+
+    Raises:
+        RunError: in use, not writable, or damaged.
+    """
+    lock = _lock(path)
+    try:
+        return RunFolder(path, read_results(path), lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _lock(path: Path) -> FileLock:
+    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
+    lock = FileLock(path / _LOCK, blocking=False)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
+    return lock
+
+
 def _check_deletable(path: Path) -> None:
-    """Raise RunError where --overwrite would delete from a folder that is more than a run, even if it has a run's marker."""
+    """Raise RunError where --overwrite would delete from a folder that is more than a run, marker or not."""
     resolved, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
     if resolved == here or resolved in here.parents:
         what = "the current folder or one above it"
@@ -63,115 +205,15 @@ def _check_deletable(path: Path) -> None:
 
 
 def _delete_run(path: Path) -> None:
-    """Delete what a run wrote; other files in its folder stay, and are named."""
+    """Delete what a run wrote; other files in its folder stay and are named."""
     exports: set[str] = set()
     with suppress(RunError):  # damaged results: the exports stay
-        exports = set(read_results(path).get("exports", {}))
+        exports = set(read_results(path).exports)
     for name in (*exports, *_OWN):
         for entry in (path / f"{name}.tmp", path / name):
             if entry.is_symlink() or entry.is_file():
                 entry.unlink()
             elif entry.is_dir():
                 shutil.rmtree(entry)
-    if left := sorted(entry.name for entry in path.iterdir() if entry.name != ".lock"):
-        log.info("%s: left in place, as no run wrote it: %s", path, ", ".join(left))
-
-
-def _lock(path: Path) -> IO[str]:
-    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
-    except OSError as error:
-        raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RunError(
-            f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
-        ) from error
-    return lock
-
-
-class Run:
-    """An open run folder, locked against a second process.
-
-    Use `Run.open`. `results` is what results.json holds; change it and call `save_results`.
-    """
-
-    def __init__(self, path: Path, lock: IO[str] | None, results: dict[str, Any]) -> None:
-        self.path, self.results, self._lock = path, results, lock
-        self.failed: list[ExportError] = []  # exports of this sitting
-        self._stage: tuple[str, float] | None = None  # its name, and up to when its seconds are counted
-
-    @staticmethod
-    def check(path: Path, resume: bool, overwrite: bool) -> bool:
-        """Whether there is a run already; RunError if it may not be touched, or if the folder holds something else."""
-        used = path.exists() and (not path.is_dir() or any(entry.name not in _EMPTY for entry in path.iterdir()))
-        if used and not is_run(path):
-            raise RunError(
-                f"--output_dir {path} must be a new folder or an earlier run; it holds other files; choose another folder"
-            )
-        if used and not (resume or overwrite):
-            raise RunError(
-                f"--output_dir {path} already holds a run; add --resume to go on with it, or --overwrite to delete it"
-            )
-        if overwrite:
-            _check_deletable(path)
-        return used
-
-    @staticmethod
-    def reopen(path: Path) -> Run:
-        """Open a finished run to add to it."""
-        return Run(path, _lock(path), read_results(path))
-
-    @staticmethod
-    def open(path: Path, options: Any, resume: bool, overwrite: bool) -> Run:
-        """Start a run folder, or go on with one.
-
-        Raises:
-            RunError: in use, not empty, not writable, or made with other options (on resume; the option is named).
-        """
-        used = Run.check(path, resume, overwrite)
-        lock = _lock(path)
-        if used and overwrite:
-            _delete_run(path)
-        run = Run(path, lock, {"seconds": {}, "models": {}})
-        if used and resume:
-            check_same_options(path, options)
-            run.results |= read_results(path)
-        if not is_run(path):
-            write_text(path / MARKER, json.dumps({"format": _MARKER_FORMAT}) + "\n")
-        if not (used and getattr(options, "eval_only", False)):  # a trial of ranks leaves the run's options alone
-            write_text(path / CONFIG, to_toml(options))
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        if run.results.setdefault("command", command) != command:
-            run.results.setdefault("resumed_by", []).append(command)
-        return run
-
-    def close(self) -> None:
-        """Let go of the lock."""
-        if self._lock is not None:
-            self._lock.close()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, over all sittings. It begins without what earlier ones freed; none is inside another."""
-        hand_back_freed_memory()
-        self._stage = name, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.save_results()
-            self._stage = None
-
-    def save_results(self) -> None:
-        """Write results.json, with the seconds so far."""
-        if self._stage is not None:
-            (name, since), now, seconds = self._stage, time.perf_counter(), self.results["seconds"]
-            seconds[name] = round(seconds.get(name, 0) + now - since, 3)
-            self._stage = name, now
-        memory = self.results.setdefault("peak_memory_bytes", {})
-        for kind, value in peak_memory().items():
-            memory[kind] = max(value, memory.get(kind, 0))
-        write_text(self.path / RESULTS, json.dumps(self.results, indent=2) + "\n")
+    if left := sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK):
+        log.info("%s: left in place, because no run wrote it: %s", path, ", ".join(left))

@@ -1,22 +1,33 @@
-"""Versions, hardware and peak memory."""
+"""Versions, hardware and peak memory of this process."""
 
 from __future__ import annotations
 
-import logging
 import platform
-import resource
 import sys
 from importlib import metadata
 from typing import Any
 
+import psutil
 import torch
 
-log = logging.getLogger("nybble")
+try:
+    import resource
+except ImportError:  # Windows, where psutil knows the peak
+    resource = None  # type: ignore[assignment]
+
+_PACKAGES = (
+    "nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers",
+    "openvino-genai", "lm-eval", "gguf",
+)  # fmt: skip
 
 
 def peak_memory() -> dict[str, int]:
     """Largest memory of this process so far, in bytes: "cpu" resident, "cuda" allocated."""
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if resource is not None:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        resident = psutil.Process().memory_info().peak_wset
+    peak = {"cpu": int(resident)}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
@@ -24,21 +35,8 @@ def peak_memory() -> dict[str, int]:
 
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware, for results.json and `nybble env`."""
-    packages = (
-        "nybble",
-        "torch",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "safetensors",
-        "openvino",
-        "openvino-tokenizers",
-        "openvino-genai",
-        "lm-eval",
-        "gguf",
-    )
     versions = {}
-    for name in packages:
+    for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

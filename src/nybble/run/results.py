@@ -1,39 +1,332 @@
-"""results.json of a run."""
+"""RunResults: everything that a run measured and decided, and how far it is. results.json is its serialization.
+
+A run goes through its phases in this order; what it does on --resume depends on the phase alone:
+
+    opened      model and data are known; nothing is decided yet
+    trained     adapters (distill: adapters, scales and norms) are trained; best.safetensors holds them
+    replacing   nybble search --apply has chosen another rank configuration; what was made with the old one is to be
+    deleted quantized   the folder quantized/ holds the 4-bit model
+    finished    everything is measured and the report is written
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import RunError
+from nybble.files import write_text
+from nybble.qat.absorb import WeightChanges
 
-log = logging.getLogger("nybble")
+RESULTS = "results.json"
+VERSION = 2
 
-CONFIG, RESULTS = "config.toml", "results.json"
-# The file that makes a folder a run, and what it holds. Other programs have a config.toml too; none has this.
-MARKER, _MARKER_FORMAT = "nybble-run.json", "nybble-run-1"
-
-
-def is_run(path: Path) -> bool:
-    """Whether the folder has the marker of a run."""
-    try:
-        return json.loads((path / MARKER).read_text(encoding="utf-8"))["format"] == _MARKER_FORMAT  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+# What was measured of one model: metric -> value. Keys: token_perplexity, tokens, kl_to_teacher, word_perplexity,
+# bytes, "task:NAME METRIC", "documents:NAME" and "right:NAME METRIC" (a 1 or a 0 for each document).
+Metrics = dict[str, Any]
+# One optimizer step or one validation: what was measured -> value.
+Record = dict[str, float]
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a run; {} where there is none, RunError where it is not what nybble wrote."""
-    file = path / RESULTS
+class Phase(StrEnum):
+    """How far a run is; see the head of this file."""
+
+    OPENED = "opened"
+    TRAINED = "trained"
+    REPLACING = "replacing"
+    QUANTIZED = "quantized"
+    FINISHED = "finished"
+
+    def reached(self, other: Phase) -> bool:
+        """Whether the run is at the phase `other` or beyond it."""
+        order = list(Phase)
+        return order.index(self) >= order.index(other)
+
+
+@dataclass
+class Training:
+    """A training: its steps and validations.
+
+    Attributes:
+        name: of its checkpoints and of its stage: "" for the first training of a run, "scales" for a second one in 4
+            bits.
+        steps: step, loss, last_pass, grad_norm, lr and seconds of every optimizer step.
+        validation: step and measures of every validation.
+        best_step: the step with the lowest validation loss; 0 = before training.
+    """
+
+    name: str = ""
+    steps: list[Record] = field(default_factory=list)
+    validation: list[Record] = field(default_factory=list)
+    best_step: int = -1
+
+
+@dataclass
+class LayerCounts:
+    """How many layers got which precision; `tied`: the head shares the embedding's weight."""
+
+    int4: int
+    int8: int
+    tied: bool
+
+
+@dataclass
+class Candidate:
+    """A rank configuration that was compared after training.
+
+    Attributes:
+        why: it was a candidate.
+        score: mean over held-out rows (TaskResults.scored_by).
+        behind, error: mean difference to the best candidate, row by row, and its standard error.
+        test: score on the test rows, where these were chosen on.
+    """
+
+    why: str
+    configuration: list[int]
+    score: float
+    accuracy: float | None
+    test: float | None = None
+    behind: float = 0.0
+    error: float = 0.0
+
+
+@dataclass
+class Winner:
+    """A configuration that nybble search compared.
+
+    Attributes:
+        by: what found it: a sampler, tune's heuristics, ...
+        score, fresh: mean score on the rows searched, and on held-out rows that nothing was chosen by.
+        behind, error: to the best winner, row by row, on fresh rows where there are some.
+    """
+
+    by: str
+    configuration: list[int]
+    rank_sum: int
+    score: float
+    accuracy: float | None
+    fresh: float | None
+    behind: float
+    error: float
+
+
+@dataclass
+class FrontPoint:
+    """A trial of nsga2 that no other beats in both score and sum of ranks."""
+
+    configuration: list[int]
+    score: float
+    rank_sum: int
+
+
+@dataclass
+class SearchResults:
+    """What nybble search found in the first `trials` trials of each sampler."""
+
+    trials: int
+    winners: list[Winner]
+    front: list[FrontPoint]
+
+
+@dataclass
+class MeasuredRanks:
+    """A configuration that --eval_only measured on the test rows. `fast_eval`: quantized once for all rows."""
+
+    configuration: list[int]
+    value: float
+    fast_eval: bool
+
+
+@dataclass
+class TaskResults:
+    """What a run of tune learned and decided about its task.
+
+    Attributes:
+        name, metric: the task, and the metric that it is reported by.
+        rank_space: ranks to choose from, largest first.
+        objective: what the loss is on: choices, answer or all.
+        scored_by: "share" of the right choice, or "log-likelihood".
+        selected_on: rows that the configuration was chosen by: held_out or test.
+        chosen: the configuration that tune chose; None where it was given.
+        configuration: the configuration that ships, or will ship when the run is finished.
+        replaced_by_search: the configuration that ships was put in place by nybble search --apply.
+        text_length: tokens per sequence of the rows as running text.
+    """
+
+    name: str
+    metric: str
+    rank_space: list[int]
+    objective: str
+    scored_by: str
+    text_length: int
+    selected_on: str = "held_out"
+    candidates: list[Candidate] = field(default_factory=list)
+    chosen: list[int] | None = None
+    configuration: list[int] | None = None
+    replaced_by_search: bool = False
+    tested: list[MeasuredRanks] = field(default_factory=list)
+    search: SearchResults | None = None
+
+    @property
+    def column(self) -> str:
+        """Key of the task's figure in Metrics."""
+        return f"task:{Path(self.name).stem} {self.metric}"
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another configuration ships than the one that tune chose."""
+        return self.chosen is not None and self.configuration not in (None, self.chosen)
+
+    @property
+    def chosen_on_test(self) -> bool:
+        """Whether the configuration that ships was chosen, among several, by its score on the test rows."""
+        return self.selected_on == "test" and len(self.candidates) > 1 and not self.replaced
+
+
+@dataclass
+class RunResults:
+    """What a run measured and decided.
+
+    Attributes:
+        command: compress, distill, tune or lora (16-bit LoRA of nybble compare).
+        model: name of the 16-bit model.
+        method: how the weights were compressed, such as awq+se.
+        init_from: the finished run whose 4-bit weights the run started from.
+        init_trained: that run's weights had been trained end to end.
+        seconds: stage -> seconds, over all sessions.
+        models: row (16bit, lora16, tuned16, compressed, tuned, or an export format) -> what was measured of it.
+        layer_errors: layer -> rtn, compressed, weight, clipped (compress.LayerError).
+        block_losses: decoder block -> loss of block-wise reconstruction before and after.
+        decoder_errors: row -> relative error of the hidden states after each decoder layer.
+        exports: format -> what the exporter counted.
+        improvement: row -> share of the compression damage that training recovered.
+    """
+
+    version: int = VERSION
+    command: str = ""
+    phase: Phase = Phase.OPENED
+    model: str = ""
+    method: str = "rtn"
+    init_from: str | None = None
+    init_trained: bool = False
+    seed: int = 0
+    dtype: str = ""
+    test_data: str = ""
+    limit: int | None = None
+    lora_rank: int | None = None
+    command_line: str = ""
+    resumed_by: list[str] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+    layers: LayerCounts | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    models: dict[str, Metrics] = field(default_factory=dict)
+    layer_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    block_losses: dict[str, list[float]] = field(default_factory=dict)
+    decoder_errors: dict[str, list[float]] = field(default_factory=dict)
+    trainings: list[Training] = field(default_factory=list)
+    changes: WeightChanges | None = None
+    task: TaskResults | None = None
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    improvement: dict[str, float | None] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains after compressing."""
+        return self.command != "compress"
+
+    @property
+    def tuned_in_16_bit(self) -> bool:
+        """Whether what the run compressed is a 16-bit model that it had tuned, with --quantize after."""
+        return "tuned16" in self.models
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has measured everything and written its report."""
+        return self.phase == Phase.FINISHED
+
+    @property
+    def described_method(self) -> str:
+        """The method; where the run started from a finished one, also that run's folder."""
+        return self.method if self.init_from is None else f"{self.method} from {self.init_from}"
+
+    def training(self, name: str = "") -> Training | None:
+        """The training with this name, if it is done."""
+        return next((training for training in self.trainings if training.name == name), None)
+
+    def save(self, folder: Path) -> None:
+        """Write results.json, whole or not at all."""
+        write_text(folder / RESULTS, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def has_results(folder: Path) -> bool:
+    """Whether there is a results.json."""
+    return (folder / RESULTS).is_file()
+
+
+def read_results(folder: Path) -> RunResults:
+    """results.json of a run; a fresh RunResults where there is none.
+
+    Raises:
+        RunError: it is damaged, or of another version of nybble.
+    """
+    file = folder / RESULTS
     if not file.is_file():
-        return {}
+        return RunResults()
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if "models" in results.keys():  # noqa: SIM118 (a list has no keys: AttributeError)
-            return results  # type: ignore[no-any-return]
-        problem = "it has no models"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("version")
     except (OSError, ValueError, AttributeError) as error:
-        problem = f"it cannot be read ({error})"
-    raise RunError(f"{file} must be the results of a run; {problem}; repair it, or make the run again")
+        raise RunError(
+            f"{file} must be the results of a run; it cannot be read ({error}); bring it back, or make the run again"
+        ) from error
+    if version != VERSION:
+        raise RunError(
+            f"{file} must be of this version of nybble (results version {VERSION}); it has version {version}; make the "
+            "run again"
+        )
+    try:
+        return _from_json(RunResults, values, "")  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise RunError(f"{file} must be the results of a run; {error}; bring it back, or make the run again") from error
+
+
+def _dataclass_from_json(hint: type, value: Any, where: str) -> Any:
+    """A JSON object as a dataclass. ValueError, saying where, if it does not fit."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'it'} must be an object; it is {str(value)[:40]}")
+    hints, known = typing.get_type_hints(hint), {f.name for f in dataclasses.fields(hint)}
+    if unknown := value.keys() - known:
+        raise ValueError(f"{where}{min(unknown)} is unknown")
+    try:
+        return hint(**{key: _from_json(hints[key], item, f"{where}{key}.") for key, item in value.items()})
+    except TypeError as error:  # a field is missing
+        raise ValueError(f"{where or 'it'} is incomplete ({error})") from error
+
+
+def _from_json(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as an object of type `hint`. ValueError, saying where, if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _dataclass_from_json(hint, value, where)
+    if origin is list and isinstance(value, list):
+        return [_from_json(arguments[0], item, f"{where}{i}.") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _from_json(arguments[1], item, f"{where}{key}.") for key, item in value.items()}
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _from_json(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint(value)
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise ValueError(f"{where.rstrip('.')} must be {getattr(hint, '__name__', hint)}; it is {str(value)[:40]}")

@@ -1,47 +1,89 @@
-"""Options of a run on disk, and whether they are the same on resume."""
+"""What must be the same when a run is resumed: its command, its options, and what it reads."""
 
 from __future__ import annotations
 
-import logging
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import RunError
-from nybble.options.commands import read_toml, to_toml
-from nybble.run.results import CONFIG, MARKER, is_run
+from nybble.options.base import NONE, Command
+from nybble.options.toml import CONFIG, read_toml, to_toml
+from nybble.run.marker import MARKER, is_run
+from nybble.run.results import RunResults, has_results, read_results
 
-log = logging.getLogger("nybble")
-# Options that may change on resume. Another microbatch or cache gives the same gradients up to rounding: the last bits may differ.
-_FREE = {
-    "output_dir",
-    "save_every",
-    "tensorboard",
-    "export",
-    "eval_batch_size",
-    "cache",
-    "microbatch",
-    "fast_eval",
+# Options that may change on resume. Another microbatch size or weight cache gives the same gradients up to rounding:
+# the last bits may differ.
+_MAY_CHANGE = {
     "custom_rank_config",
+    "eval_batch_size",
+    "export",
+    "fast_eval",
+    "microbatch_size",
+    "output_dir",
+    "report_to",
+    "save_steps",
     "trust_remote_code",
+    "weight_cache",
 }
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """Values in the config.toml of a run; RunError if this is not a run folder."""
-    if not is_run(path):
-        raise RunError(f"{path} must be a run folder; it has no {MARKER} of nybble's")
-    if not (path / CONFIG).is_file():
-        raise RunError(f"{path} must be a whole run; its {CONFIG} is missing; bring it back, or make the run again")
-    return read_toml(path / CONFIG)
+def saved_options(folder: Path) -> dict[str, Any]:
+    """Option values in the config.toml of a run; "none" is an empty list, as options have it.
+
+    Raises:
+        RunError: this is not a run folder, or its configuration is missing.
+    """
+    if not is_run(folder):
+        raise RunError(f"{folder} must be a run folder; it has no {MARKER} of nybble's")
+    if not (folder / CONFIG).is_file():
+        raise RunError(
+            f"{folder} must be a complete run; its {CONFIG} is missing; bring it back, or make the run again"
+        )
+    return {key: [] if value == NONE else value for key, value in read_toml(folder / CONFIG).items()}
 
 
-def check_same_options(path: Path, options: Any) -> None:
-    """Raise RunError, naming the option, unless these are the options of the run, but for what may change on resume."""
-    before, now = read_options(path), tomllib.loads(to_toml(options))
-    for key in sorted((before.keys() | now.keys()) - _FREE):
+def check_same_command(folder: Path, kind: type[Command]) -> None:
+    """Raise RunError where another command began the run in `folder`."""
+    if not has_results(folder):
+        return
+    began = read_results(folder).command
+    if began not in (kind.NAME, ""):
+        raise RunError(
+            f"--resume must continue a run of nybble {kind.NAME}; {folder} was begun by nybble {began}; choose another "
+            "--output_dir"
+        )
+
+
+def check_same_options(folder: Path, options: Command) -> None:
+    """Raise RunError, naming the option, unless these are the options of the run or may change on resume."""
+    before, now = saved_options(folder), tomllib.loads(to_toml(options))
+    now = {key: [] if value == NONE else value for key, value in now.items()}
+    for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
         if before.get(key) != now.get(key):
             raise RunError(
-                f"--resume must use the options of the run {path}: --{key} was {before.get(key)}, got {now.get(key)}; "
-                "give it as it was, or choose another --output_dir"
+                f"--resume must use the options of the run {folder}: --{key} was {_readable(before.get(key))}, got "
+                f"{_readable(now.get(key))}; give it as it was, or choose another --output_dir"
             )
+
+
+def check_same_inputs(results: RunResults, now: Mapping[str, str]) -> None:
+    """Note the fingerprints of what the run reads, or compare them with those noted when it began.
+
+    Raises:
+        RunError: something changed since the run began; it is named.
+    """
+    before = results.fingerprints
+    changed = [what for what, fingerprint in now.items() if before.get(what, fingerprint) != fingerprint]
+    if changed:
+        it = "it" if len(changed) == 1 else "them"
+        raise RunError(
+            f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring {it} back, or "
+            "start again (--overwrite)"
+        )
+    results.fingerprints = dict(before or now)
+
+
+def _readable(value: Any) -> str:
+    return (" ".join(map(str, value)) or NONE) if isinstance(value, list) else str(value)

@@ -1,11 +1,15 @@
-"""Questions to token ids and padded batches."""
+"""Questions to token ids and padded batches.
+
+A causal model's prediction at position t is of token t + 1. A loss mask marks positions by the prediction made there,
+so the mask of an answer starts one position before the answer's first token.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,145 +21,202 @@ from nybble.models.head import LMHead, last_hidden_states
 from nybble.tasks.dataset import Question
 from nybble.training.losses import cross_entropy, kl_to_teacher
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger("nybble")
 
 
 class EncodedAnswer(NamedTuple):
-    """A prompt and an answer in one. Attributes: ids: tokens; prompt: how many of them are the prompt's."""
+    """Token ids of a prompt and an answer.
+
+    Attributes:
+        ids: tokens of the prompt, then of the answer.
+        prompt_length: number of tokens that belong to the prompt.
+    """
 
     ids: list[int]
-    prompt: int
+    prompt_length: int
 
     @property
-    def first(self) -> int:
-        """Place of the first token that is predicted: the answer's first, or where there is no prompt its second."""
-        return max(self.prompt, 1)
+    def first_target(self) -> int:
+        """Index of the first token to be predicted.
+
+        It is the answer's first token, or its second where there is no prompt from which the first could be predicted.
+        """
+        return max(self.prompt_length, 1)
 
     @property
-    def answered(self) -> int:
-        """How many tokens of the answer are predicted."""
-        return max(0, len(self.ids) - self.first)
+    def num_targets(self) -> int:
+        """Number of answer tokens to be predicted."""
+        return max(0, len(self.ids) - self.first_target)
 
 
-def encode_answer(tokenizer: Any, prompt: str, answer: str) -> EncodedAnswer:
-    """Prompt and answer together; spaces at the prompt's end go to the answer, as in lm-eval."""
-    spaces = len(prompt) - len(prompt.rstrip())
-    if spaces:
-        prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> EncodedAnswer:
+    """Tokenize prompt and answer as one text. Spaces at the prompt's end are moved to the answer, as lm-eval does."""
+    num_spaces = len(prompt) - len(prompt.rstrip())
+    if num_spaces:
+        prompt, answer = prompt[:-num_spaces], prompt[-num_spaces:] + answer
     ids = tokenizer(prompt + answer).input_ids
-    return EncodedAnswer(
-        ids, len(tokenizer(prompt).input_ids) if prompt else min(1, len(packing.begin_tokens(tokenizer)))
-    )
+    num_begin_tokens = min(1, len(packing.begin_tokens(tokenizer)))
+    return EncodedAnswer(ids, len(tokenizer(prompt).input_ids) if prompt else num_begin_tokens)
+
+
+def encode_right_answers(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], seq_len: int
+) -> list[EncodedAnswer]:
+    """Encode prompt and right answer of each question, for training on answer tokens.
+
+    Texts are truncated to `seq_len` tokens. Texts without an answer token within `seq_len` are left out. A completion
+    (a question without alternatives) is followed by the end-of-text token. Truncated and omitted answers are counted
+    in a warning.
+
+    Raises:
+        DataError: no text is left.
+    """
+    end = packing.end_tokens(tokenizer)
+    encoded = []
+    for question in questions:
+        text = encode_answer(tokenizer, question.prompts[question.label], question.choices[question.label])
+        ids = text.ids if question.has_alternatives else text.ids + end
+        encoded.append(EncodedAnswer(ids, text.prompt_length))
+    num_cut = sum(text.first_target < seq_len < len(text.ids) for text in encoded)
+    encoded = [EncodedAnswer(text.ids[:seq_len], text.prompt_length) for text in encoded]
+    texts = [text for text in encoded if text.num_targets]
+    if not texts:
+        shortest = min((text.prompt_length for text in encoded), default=0)
+        raise DataError(
+            f"answers must have tokens within --seq_len {seq_len}; none of {len(encoded)} has; "
+            f"the shortest prompt has {shortest} tokens; use a larger --seq_len"
+        )
+    if len(texts) < len(encoded):
+        log.warning(
+            "left out %d of %d rows, which have no answer within %d tokens (--seq_len)",
+            len(encoded) - len(texts),
+            len(encoded),
+            seq_len,
+        )
+    if num_cut:
+        log.warning("truncated %d of %d answers at token %d (--seq_len)", num_cut, len(encoded), seq_len)
+    return texts
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], seq_len: int
+) -> list[list[EncodedAnswer]]:
+    """Encode prompt and answer of every choice of each question.
+
+    Texts that are longer than `seq_len` tokens lose the beginning of their prompt.
+
+    Raises:
+        DataError: an answer has no tokens.
+    """
+    encoded = []
+    for question in questions:
+        texts = []
+        for prompt, answer in zip(question.prompts, question.choices, strict=True):
+            text = _keep_end(encode_answer(tokenizer, prompt, answer), seq_len)
+            if not text.num_targets:
+                raise DataError(
+                    f"every answer must have at least one token; {answer!r} after {prompt[-40:]!r} has none; "
+                    "correct this row of the task"
+                )
+            texts.append(text)
+        encoded.append(texts)
+    return encoded
+
+
+def _keep_end(text: EncodedAnswer, seq_len: int) -> EncodedAnswer:
+    excess = max(0, len(text.ids) - seq_len)
+    return EncodedAnswer(text.ids[excess:], max(text.prompt_length - excess, 0))
+
+
+def shared_prefix_length(texts: Sequence[EncodedAnswer]) -> int:
+    """Number of tokens with which all choices of a question begin, and which need to go through the model only once.
+
+    It excludes the last prompt token of every choice: the prediction of an answer's first token is made there. It is
+    0 for a single choice.
+    """
+    if len(texts) == 1:
+        return 0
+    columns = list(zip(*(text.ids for text in texts), strict=False))
+    num_equal = next((t for t, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    return max(0, min(num_equal, min(text.prompt_length for text in texts) - 1))
+
+
+def num_forward_tokens(texts: Sequence[EncodedAnswer]) -> int:
+    """Number of tokens that go through the model for all choices of a question.
+
+    These are the tokens of the shared prefix, once, and of the rest of each choice, padded to the longest rest.
+    """
+    shared = shared_prefix_length(texts)
+    return shared + len(texts) * (max(len(text.ids) for text in texts) - shared)
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Texts padded at their ends, which a causal model never sees.
+    """Texts padded at their ends. A causal model's predictions for the real tokens do not depend on this padding.
 
     Attributes:
-        ids: [B, T].
-        counted: [B, T]: whether the prediction made at a position is one of a token that is to be learnt, or scored.
+        ids: token ids, int64 [B, T].
+        loss_mask: bool [B, T]; True where the prediction that is made at a position counts.
     """
 
     ids: Tensor
     loss_mask: Tensor
 
-    def losses(self, model: Any, head: LMHead | None) -> Tensor:
-        """-log q of every counted token, in order: float32 [N]. Without a head, from the model's own logits (exported models)."""
-        if head is None:
-            logits = model(input_ids=self.ids).logits.float()
-            return F.cross_entropy(logits[self.loss_mask], self.ids.roll(-1, 1)[self.loss_mask], reduction="none")
-        device = model.device
-        loss_mask, targets = self.loss_mask.to(device), self.ids.roll(-1, 1).to(device)
-        return cross_entropy(last_hidden_states(model, self.ids.to(device))[loss_mask], targets[loss_mask], head)
+    def token_losses(self, model: Any, head: LMHead | None) -> Tensor:
+        """-log p of each predicted token, in nats: float32 [N].
 
-    def divergence(self, model: Any, head: LMHead, teacher: Any, teacher_head: LMHead) -> Tensor:
-        """Mean over the counted tokens of KL(teacher || model)."""
+        The tokens are in row-major order of the N True entries of the loss mask.
+
+        Args:
+            model: transformers model, or an exported model with the same call.
+            head: head of the model; None = use the model's own logits, as for exported models.
+        """
+        if head is None:
+            logits_BTV = model(input_ids=self.ids).logits.float()
+            return F.cross_entropy(logits_BTV[self.loss_mask], self.ids.roll(-1, 1)[self.loss_mask], reduction="none")
+        device = model.device
+        loss_mask, targets_BT = self.loss_mask.to(device), self.ids.roll(-1, 1).to(device)
+        hidden_BTD = last_hidden_states(model, self.ids.to(device))
+        return cross_entropy(hidden_BTD[loss_mask], targets_BT[loss_mask], head)
+
+    def kl_to_teacher(self, model: Any, head: LMHead, teacher: Any, teacher_head: LMHead) -> Tensor:
+        """Mean of KL(teacher || model) over the predicted tokens, in nats: float32 scalar.
+
+        Args:
+            model: transformers model; the result is differentiable in its parameters.
+            head: its head.
+            teacher: transformers model with the same vocabulary.
+            teacher_head: its head.
+        """
         ids, loss_mask = self.ids.to(model.device), self.loss_mask.to(model.device)
         with torch.no_grad():
-            taught = last_hidden_states(teacher, ids)[loss_mask]
-        return kl_to_teacher(last_hidden_states(model, ids)[loss_mask], taught, head, teacher_head)
+            teacher_ND = last_hidden_states(teacher, ids)[loss_mask]
+        return kl_to_teacher(last_hidden_states(model, ids)[loss_mask], teacher_ND, head, teacher_head)
 
-    def sums(self, losses: Tensor) -> Tensor:
-        """Sums of `losses` by text: [B]."""
-        rows = self.loss_mask.nonzero()[:, 0].to(losses.device)
-        return torch.zeros(len(self.ids), device=losses.device).index_add_(0, rows, losses)
+    def sum_by_text(self, losses_N: Tensor) -> Tensor:
+        """Sum of the token losses of each text: float32 [B].
+
+        Args:
+            losses_N: result of `token_losses`.
+        """
+        text_N = self.loss_mask.nonzero()[:, 0].to(losses_N.device)
+        return torch.zeros(len(self.ids), device=losses_N.device).index_add_(0, text_N, losses_N)
 
 
-def pad_batch(texts: Sequence[EncodedAnswer], everything: bool = False) -> PaddedBatch:
-    """What `encode` gave; the answer's tokens count, or with `everything` the prompt's too."""
+def pad_batch(texts: Sequence[EncodedAnswer], include_prompt: bool = False) -> PaddedBatch:
+    """Pad texts to the length of the longest.
+
+    Args:
+        include_prompt: whether the loss mask covers the tokens of the prompts too.
+    """
     length = max(len(text.ids) for text in texts)
-    batch = PaddedBatch(
-        torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), length, dtype=torch.bool)
-    )
+    ids = torch.zeros(len(texts), length, dtype=torch.int64)
+    loss_mask = torch.zeros(len(texts), length, dtype=torch.bool)
     for i, text in enumerate(texts):
-        batch.ids[i, : len(text.ids)] = torch.tensor(text.ids)
-        batch.loss_mask[i, (0 if everything else text.first - 1) : len(text.ids) - 1] = True
-    return batch
-
-
-def encode_right_answers(tokenizer: Any, questions: Sequence[Question], length: int) -> list[EncodedAnswer]:
-    """The training texts: prompt and right answer, cut off at `length` tokens (and it is said); an answer in the model's own words ends
-    with the end-of-text token. Those of whose answer nothing is left are left out, and counted.
-
-    Raises:
-        DataError: nothing is left of any.
-    """
-    end = packing.end_tokens(tokenizer)
-    encoded = [encode_answer(tokenizer, *question.pairs[question.gold]) for question in questions]
-    encoded = [
-        EncodedAnswer(text.ids + end if len(q.pairs) == 1 else text.ids, text.prompt)
-        for q, text in zip(questions, encoded, strict=True)
-    ]
-    cut = sum(text.first < length < len(text.ids) for text in encoded)
-    encoded = [EncodedAnswer(text.ids[:length], text.prompt) for text in encoded]
-    texts = [text for text in encoded if text.answered]
-    if not texts:
-        shortest = min((text.prompt for text in encoded), default=0)
-        raise DataError(
-            f"answers must have tokens within --seq_len {length}; none of {len(encoded)} has; the shortest prompt has {shortest}"
-        )
-    if len(texts) < len(encoded):
-        log.warning(
-            "%d of %d rows have no answer within %d tokens and were left out",
-            len(encoded) - len(texts),
-            len(encoded),
-            length,
-        )
-    if cut:
-        log.warning("%d of %d answers are learnt only up to token %d (--seq_len)", cut, len(encoded), length)
-    return texts
-
-
-def encode_choices(tokenizer: Any, questions: Sequence[Question], length: int) -> list[list[EncodedAnswer]]:
-    """Prompt and answer of every choice; prompts are cut off at their beginnings to fit `length` tokens.
-
-    Raises:
-        DataError: an answer without tokens.
-    """
-    encoded = [[_fitted(encode_answer(tokenizer, *pair), length) for pair in question.pairs] for question in questions]
-    for question, texts in zip(questions, encoded, strict=True):
-        for (prompt, answer), text in zip(question.pairs, texts, strict=True):
-            if not text.answered:
-                raise DataError(f"every answer must have tokens of its own; {answer!r} after {prompt[-40:]!r} has none")
-    return encoded
-
-
-def _fitted(text: EncodedAnswer, length: int) -> EncodedAnswer:
-    over = max(0, len(text.ids) - length)
-    return EncodedAnswer(text.ids[over:], max(text.prompt - over, 0))
-
-
-def shared_prefix(texts: Sequence[EncodedAnswer]) -> int:
-    """How many tokens all texts of a question begin with, before the last one of the prompt: what is learnt of answers comes after them."""
-    if len(texts) == 1:
-        return 0
-    columns = list(zip(*(text.ids for text in texts), strict=False))
-    same = next((t for t, column in enumerate(columns) if len(set(column)) > 1), len(columns))
-    return max(0, min(same, min(text.prompt for text in texts) - 1))
-
-
-def tokens_of(texts: Sequence[EncodedAnswer]) -> int:
-    """How many tokens go through the model for a question, padding of its choices included."""
-    begin = shared_prefix(texts)
-    return begin + len(texts) * (max(len(text.ids) for text in texts) - begin)
+        ids[i, : len(text.ids)] = torch.tensor(text.ids)
+        first = 0 if include_prompt else text.first_target - 1
+        loss_mask[i, first : len(text.ids) - 1] = True
+    return PaddedBatch(ids, loss_mask)

@@ -1,35 +1,37 @@
-"""Log-likelihood of answers, and scores of held-out questions."""
+"""Scores of a model on questions; see nybble.tasks.dataset for the formula."""
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nybble.models.head import LMHead
-from nybble.tasks.dataset import Question
-from nybble.tasks.encoding import EncodedAnswer, encode_choices, pad_batch, shared_prefix
-from nybble.training.losses import cross_entropy
+from nybble.tasks import likelihood
+from nybble.tasks.dataset import Question, TaskDataset
+from nybble.tasks.encoding import EncodedAnswer, encode_choices
 
-log = logging.getLogger("nybble")
-# Tokens, padding included, in one forward of scoring.
-_TOKENS = 2048
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Maximum number of tokens in one forward pass, padding included. Bounds the memory of activations and key-value cache.
+MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class QuestionScores:
-    """Of held-out questions.
+    """Scores of one model on a list of questions.
 
     Attributes:
-        log_likelihoods: of each question the logarithm of the right answer's share; without alternatives log p per token (see the head of this file).
-        correct: whether the most likely choice is the right one; empty without alternatives.
+        log_likelihoods: of each question, in nats: the logarithm of the label's probability among the choices; log p
+            per token of the completion for questions without alternatives.
+        correct: of each question with alternatives, whether the most likely choice is the label; empty for questions
+            without.
     """
 
     log_likelihoods: tuple[float, ...]
@@ -37,136 +39,96 @@ class QuestionScores:
 
     @property
     def log_likelihood(self) -> float:
+        """Mean log-likelihood, in nats."""
         return sum(self.log_likelihoods) / len(self.log_likelihoods)
 
     @property
     def scores(self) -> tuple[float, ...]:
-        """What candidates are compared by, question by question."""
+        """Score of each question, by which candidates are compared; higher is better.
+
+        It is the label's probability, or the log-likelihood for questions without alternatives.
+        """
         return tuple(map(math.exp, self.log_likelihoods)) if self.correct else self.log_likelihoods
 
     @property
     def score(self) -> float:
+        """Mean score; higher is better."""
         return sum(self.scores) / len(self.scores)
 
     @property
     def accuracy(self) -> float | None:
+        """Share of questions whose label is the most likely choice; None for questions without alternatives."""
         return sum(self.correct) / len(self.correct) if self.correct else None
 
     def better_by(self, other: QuestionScores) -> tuple[float, float]:
-        """Mean difference of the scores, question by question, and its standard error (0 for a single question)."""
+        """Mean difference to the scores of another model, paired by question, and the standard error of this mean.
+
+        The standard error is 0 for a single question.
+        """
         differences = torch.tensor([a - b for a, b in zip(self.scores, other.scores, strict=True)], dtype=torch.float64)
-        return float(differences.mean()), float(differences.std() / math.sqrt(len(differences))) if len(
-            differences
-        ) > 1 else 0.0
+        count = len(differences)
+        error = float(differences.std() / math.sqrt(count)) if count > 1 else 0.0
+        return float(differences.mean()), error
 
 
 @torch.no_grad()
 def score_questions(
-    model: Any,
-    head: LMHead | None,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    by_length: bool,
-    length: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], length_normalized: bool, seq_len: int
 ) -> QuestionScores:
-    """Score a model on questions; what the choices of one have in common goes through it once, and questions of like length together."""
-    texts = encode_choices(tokenizer, questions, length)
-    begins = _begins(model, head, texts)
-    likely, correct = {}, {}
-    for part in _parts(texts, begins):
-        sums = iter(_sums(model, head, [texts[i] for i in part], [begins[i] for i in part]).tolist())
-        for i in part:
-            values = [-next(sums) for _ in texts[i]]
-            if len(values) == 1:
-                likely[i] = values[0] / texts[i][0].answered
-            else:
-                values = [value * factor for value, factor in zip(values, questions[i].factors(by_length), strict=True)]
-                likely[i] = float(F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)[questions[i].gold])
-                correct[i] = max(range(len(values)), key=values.__getitem__) == questions[i].gold
-    return QuestionScores(
-        tuple(likely[i] for i in range(len(questions))),
-        tuple(correct[i] for i in range(len(questions)) if i in correct),
-    )
-
-
-def choice_log_probs(model: Any, head: LMHead, texts: Sequence[Sequence[EncodedAnswer]]) -> Tensor:
-    """log p(answer) of every choice, in nats: float32 [questions, most choices], -inf where a question has fewer; differentiable.
+    """Score a model on questions.
 
     Args:
-        texts: of `encode_choices`.
+        model: transformers model, or an exported model with the same call and without output embeddings.
+        tokenizer: its tokenizer.
+        questions: at least one; all with alternatives or all without.
+        length_normalized: whether choices are compared by log p relative to their length.
+        seq_len: maximum number of tokens of a prompt and its answer; longer prompts lose their beginning.
+
+    Raises:
+        DataError: an answer has no tokens.
     """
-    sums, most = _sums(model, head, texts, _begins(model, head, texts)), max(map(len, texts))
-    return torch.stack(
-        [
-            F.pad(-values, (0, most - len(values)), value=-math.inf)
-            for values in sums.split([len(choices) for choices in texts])
-        ]
-    )
+    head = LMHead.of(model) if model.get_output_embeddings() is not None else None
+    texts = encode_choices(tokenizer, questions, seq_len)
+    prefixes = likelihood.prefix_lengths(model, head, texts)
+    log_likelihoods, correct = [0.0] * len(questions), [False] * len(questions)
+    for group in likelihood.group_questions(texts, prefixes, MAX_TOKENS):
+        losses_A = likelihood.answer_losses(model, head, [texts[i] for i in group], [prefixes[i] for i in group])
+        for i, losses in zip(group, losses_A.split([len(texts[i]) for i in group]), strict=True):
+            log_probs = [-loss for loss in losses.tolist()]
+            log_likelihoods[i], correct[i] = _score_question(questions[i], texts[i], log_probs, length_normalized)
+    with_alternatives = [right for right, question in zip(correct, questions, strict=True) if question.has_alternatives]
+    return QuestionScores(tuple(log_likelihoods), tuple(with_alternatives))
 
 
-def _begins(model: Any, head: LMHead | None, texts: Sequence[Sequence[EncodedAnswer]]) -> list[int]:
-    """How many tokens go through the model once for all choices of a question; 0 for exports, and where an attention window is shorter than a text."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    whole = head is None or (window and window < max(len(text.ids) for choices in texts for text in choices))
-    return [0 if whole else shared_prefix(choices) for choices in texts]
+def _score_question(
+    question: Question, texts: Sequence[EncodedAnswer], log_probs: list[float], length_normalized: bool
+) -> tuple[float, bool]:
+    """Log-likelihood of a question, and whether its label is the most likely choice."""
+    if not question.has_alternatives:
+        return log_probs[0] / texts[0].num_targets, True
+    values = [
+        log_prob * factor for log_prob, factor in zip(log_probs, question.score_factors(length_normalized), strict=True)
+    ]
+    log_shares = F.log_softmax(torch.tensor(values, dtype=torch.float64), 0)
+    return float(log_shares[question.label]), max(range(len(values)), key=values.__getitem__) == question.label
 
 
-def _parts(texts: Sequence[Sequence[EncodedAnswer]], begins: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of questions, the longest first, as many at a time as fit into `_TOKENS`, padding included; at least one. `begins`: tokens that are shared."""
-    part: list[int] = []
-    first = rest = rows = 0
-    for i in sorted(range(len(texts)), key=lambda i: (-begins[i], -max(len(text.ids) for text in texts[i]))):
-        shared = begins[i]
-        wide, tall = max(rest, max(len(text.ids) for text in texts[i]) - shared), rows + len(texts[i])
-        if part and (len(part) + 1) * first + tall * wide > _TOKENS:
-            yield part
-            part, first, wide, tall = [], shared, max(len(text.ids) for text in texts[i]) - shared, len(texts[i])
-        part, first, rest, rows = [*part, i], max(first, shared), wide, tall
-    if part:
-        yield part
+def measure_task(
+    model: Any, tokenizer: PreTrainedTokenizerBase, dataset: TaskDataset, limit: int | None, seq_len: int
+) -> dict[str, float]:
+    """Measure a model on the scored questions of a task that nybble scores itself.
 
+    Args:
+        model: transformers model or exported model.
+        limit: maximum number of questions; None = all.
+        seq_len: see `score_questions`.
 
-def _sums(
-    model: Any, head: LMHead | None, questions: Sequence[Sequence[EncodedAnswer]], begins: Sequence[int]
-) -> Tensor:
-    """-log p of the answer of every text, one after the other: float32 [texts]; of each question so many tokens are shared by all texts as `begins` says."""
-    flat = [text for texts in questions for text in texts]
-    if head is None or not max(begins):
-        batch = pad_batch(flat)
-        return batch.sums(batch.losses(model, head))
-    most, begin_Q1 = max(begins), torch.tensor(begins)[:, None]
-    known_QP = (
-        torch.arange(most) >= most - begin_Q1
-    )  # beginnings end together: what is in front of a shorter one is padding, and windows see no gap
-    kept = model.base_model(
-        input_ids=torch.tensor(
-            [[0] * (most - begin) + texts[0].ids[:begin] for texts, begin in zip(questions, begins, strict=True)]
-        ).to(model.device),
-        attention_mask=known_QP.long().to(model.device),
-        position_ids=(torch.arange(most) - most + begin_Q1).relu().to(model.device),
-        use_cache=True,
-    ).past_key_values
-    owners = [i for i, texts in enumerate(questions) for _ in texts]
-    ends = [EncodedAnswer(text.ids[begins[i] :], text.prompt - begins[i]) for text, i in zip(flat, owners, strict=True)]
-    order, found = torch.tensor([len(text.ids) for text in ends]).argsort(stable=True), []
-    for part in order.split(2 * len(questions)):  # of like length
-        owner_N = torch.tensor([owners[i] for i in part.tolist()])
-        batch = pad_batch([ends[i] for i in part.tolist()])
-        hidden = model.base_model(
-            input_ids=batch.ids.to(model.device),
-            attention_mask=torch.cat([known_QP[owner_N], torch.ones_like(batch.loss_mask)], 1).long().to(model.device),
-            position_ids=(begin_Q1[owner_N] + torch.arange(batch.ids.shape[1])).to(model.device),
-            past_key_values=_rows(kept, owner_N.to(model.device)),
-            use_cache=True,
-        ).last_hidden_state
-        loss_mask, targets = batch.loss_mask.to(model.device), batch.ids.roll(-1, 1).to(model.device)
-        found.append(batch.sums(cross_entropy(hidden[loss_mask], targets[loss_mask], head)))
-    return torch.cat(found)[order.argsort().to(model.device)]
-
-
-def _rows(cache: Any, rows_N: Tensor) -> Any:
-    """Rows of a cache of keys and values, as a new one; differentiable."""
-    taken = copy.copy(cache)
-    taken.layers = [copy.copy(layer) for layer in cache.layers]
-    taken.batch_select_indices(rows_N)
-    return taken
+    Returns: columns of the result tables: "task:NAME acc" (questions with alternatives), "task:NAME log_likelihood"
+        and "documents:NAME"; empty for a task that lm-eval scores.
+    """
+    questions, name = dataset.scored[:limit], Path(dataset.name).stem
+    if not questions:
+        return {}
+    scores = score_questions(model, tokenizer, questions, dataset.length_normalized, seq_len)
+    columns = {f"task:{name} log_likelihood": scores.log_likelihood, f"documents:{name}": len(questions)}
+    return columns if scores.accuracy is None else {f"task:{name} acc": scores.accuracy} | columns

@@ -1,156 +1,239 @@
-"""What a run will need, before it starts: memory, disk, steps, tokens. Plain arithmetic on shapes; all sizes in bytes.
+"""Estimates of memory and disk, computed from shapes before anything expensive starts. All sizes are in bytes.
 
-The constants were fitted to measured peaks (docs/log.md) and err on the high side.
+    training     overhead + model + teacher's head + weight cache + temporaries of one layer + trained parameters
+                 + max(activations, logits while measuring) + logits of one chunk of the loss
+    compression  overhead + model or one block + hidden states of the calibration text + what one block needs
+
+The estimates are meant as upper bounds. The constants below come from measured peaks, rounded up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.compress.blocks import IN_MEMORY
-from nybble.compress.calibration import TOKENS
+from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
+from nybble.compression.calibration import TOKENS_PER_FORWARD
 
-# Numbers kept for the backward per token and decoder layer, in multiples of hidden size and of intermediate size.
+# Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
+USABLE_SHARE = 0.7
+
+# Numbers per token and decoder layer that are kept for the backward, in multiples of hidden and intermediate size.
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
-# float32 logits, probabilities and temporaries of a chunk that exist together in the loss.
+# float32 tensors of the size of one chunk's logits that exist at once: logits, probabilities, temporaries.
 _CHUNK_COPIES = 5
-_FLOAT32, _ADAM = 4, 16  # bytes; weight + gradient + two moments
-_OVERHEAD = 800 << 20  # interpreter and libraries
+# float32 temporaries of the size of a weight while one layer is fake-quantized and while its gradient is made.
+_LAYER_TEMPORARIES = 6
+_FLOAT32 = 4
+_ADAM = 16  # float32 parameter, gradient and two moments
+_OVERHEAD = 800 << 20  # Python interpreter and libraries
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """Sizes of a model and a run.
+    """Sizes of a model.
 
     Attributes:
-        parameters, int4: numbers in all parameters; in the layers that get 4 bits.
-        features: inputs + outputs, summed over those layers.
-        largest: numbers in the largest of them.
-        layers, hidden, intermediate, vocabulary: as in the configuration.
-        itemsize: bytes of a number in the compute dtype.
+        parameters: numbers in all parameters.
+        int4_weights: numbers in the weights of the layers that get 4 bits.
+        int4_features: input plus output features, summed over these layers.
+        largest_int4_weight: numbers in the largest of these weights.
+        num_layers: decoder layers.
+        hidden_size: width of the hidden states.
+        intermediate_size: width inside the feed-forward part.
+        vocab_size: rows of the head.
+        itemsize: bytes of one number in the dtype that the model computes in.
     """
 
     parameters: int
-    int4: int
-    features: int
-    largest: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
+    int4_weights: int
+    int4_features: int
+    largest_int4_weight: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
     itemsize: int
 
     @staticmethod
-    def of(model: Any, names: tuple[str, ...], itemsize: int) -> ModelShapes:
-        """Shapes of a transformers model whose layers `names` get 4 bits."""
+    def of(model: Any, names: tuple[str, ...]) -> ModelShapes:
+        """Return the shapes of a transformers model in which the layers `names` get 4 bits."""
         weights = [model.get_submodule(name).weight for name in names]
         config = model.config
         return ModelShapes(
             parameters=sum(p.numel() for p in model.parameters()),
-            int4=sum(w.numel() for w in weights),
-            features=sum(sum(w.shape) for w in weights),
-            largest=max(w.numel() for w in weights),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
-            vocabulary=config.vocab_size,
-            itemsize=itemsize,
+            int4_weights=sum(w.numel() for w in weights),
+            int4_features=sum(sum(w.shape) for w in weights),
+            largest_int4_weight=max(w.numel() for w in weights),
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
+            vocab_size=config.vocab_size,
+            itemsize=model.dtype.itemsize,
         )
 
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head's weight."""
+        return self.vocab_size * self.hidden_size * self.itemsize
 
-def training_memory(
-    shapes: ModelShapes, rank: int, group_size: int, tokens: int, chunk: int, copies: int, logits: int
-) -> int:
-    """Peak of training with `tokens` a microbatch, or of measuring with `logits` bytes of logits at once.
 
-    `copies` of the 4-bit layers' weights are kept: the step cache one, and one for its gradient. At rank 0 the layers keep their codes, a byte each, instead.
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What the memory of a training depends on, besides the size of its microbatches.
+
+    Attributes:
+        shapes: sizes of the model.
+        rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
+        group_size: weights that share a scale.
+        chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
+        weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
+            backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
+        logits_bytes: bytes of the logits that exist at the same time while the model is measured.
     """
-    frozen = (shapes.parameters - shapes.int4) * shapes.itemsize + shapes.int4 * (shapes.itemsize if rank else 1)
-    model = frozen + shapes.vocabulary * shapes.hidden * shapes.itemsize  # and the teacher's head
-    kept = copies * shapes.int4 * shapes.itemsize
-    one_layer = 6 * shapes.largest * _FLOAT32
-    trained = (_ADAM + 2 * _FLOAT32) * (
-        shapes.features * rank + shapes.int4 // group_size
-    )  # and means, and what stands aside while these are measured
-    activations = (
-        tokens
-        * shapes.layers
-        * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate)
-        * shapes.itemsize
-    )
-    loss = _CHUNK_COPIES * chunk * shapes.vocabulary * _FLOAT32
-    return _OVERHEAD + model + kept + one_layer + trained + max(activations, logits) + loss
+
+    shapes: ModelShapes
+    rank: int
+    group_size: int
+    chunk_tokens: int
+    weight_copies: int
+    logits_bytes: int
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers in adapters and scales, at most."""
+        return self.shapes.int4_features * self.rank + self.shapes.int4_weights // self.group_size
 
 
-def measuring_memory(shapes: ModelShapes, logits: int) -> int:
-    """Peak of measuring a model with `logits` bytes of logits at once: the model, and the teacher's head."""
-    return _OVERHEAD + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize + logits
+@dataclass(frozen=True)
+class MicrobatchLimits:
+    """What limits the size of a microbatch.
 
-
-def compression_memory(shapes: ModelShapes, sequences: int, length: int, gpu: bool) -> int:
-    """Peak of compressing block by block with calibration text; with `gpu`, of the GPU, which holds the block at hand while the model waits on the CPU.
-
-    model (or one block) + both streams (in temporary files above half a GiB each) + the larger of: Hessians of one block, with the copies that factoring
-    the largest takes, and float32 copies of the largest stack of rows; offsets, their gradients and moments, and two float32 copies of a block's
-    weights; + one microbatch through a block, with what its backward keeps.
+    Attributes:
+        length: tokens in the longest sequence.
+        batch_size: sequences in an optimizer step.
+        available_bytes: free memory of the device, including what the model already holds.
+        max_tokens: tokens above which larger microbatches are no faster.
     """
-    block = shapes.int4 // shapes.layers
-    hessians = (3 * shapes.hidden**2 + (1 + 3) * shapes.intermediate**2) * _FLOAT32
-    rows = 6 * 2 * shapes.hidden * shapes.intermediate * _FLOAT32
-    trained = (_ADAM + 2 * _FLOAT32) * block
-    activations = (
-        max(length, TOKENS)
-        * (_HIDDEN_KEPT * shapes.hidden + _INTERMEDIATE_KEPT * shapes.intermediate)
-        * shapes.itemsize
-    )
-    at_hand = max(hessians + rows, trained) + activations
-    if gpu:
-        # before the blocks, the whole model is there; the teacher's head all the time
-        head = shapes.vocabulary * shapes.hidden * shapes.itemsize
-        return _OVERHEAD + head + max(shapes.parameters * shapes.itemsize, block * shapes.itemsize + at_hand)
-    stream = sequences * length * shapes.hidden * shapes.itemsize
-    return (
-        _OVERHEAD
-        + (shapes.parameters + shapes.vocabulary * shapes.hidden) * shapes.itemsize
-        + 2 * min(stream, IN_MEMORY)
-        + at_hand
-    )
+
+    length: int
+    batch_size: int
+    available_bytes: int
+    max_tokens: int
+
+
+def fits(needed_bytes: int, available_bytes: int) -> bool:
+    """Return whether an automatic choice that needs this much memory may be taken."""
+    return needed_bytes < USABLE_SHARE * available_bytes
+
+
+def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
+    """Return the peak memory of a training, or of measuring during that training if it is larger.
+
+    Args:
+        setup: the training.
+        microbatch_tokens: tokens in one forward and backward.
+    """
+    shapes = setup.shapes
+    untouched = (shapes.parameters - shapes.int4_weights) * shapes.itemsize
+    int4 = shapes.int4_weights * (shapes.itemsize if setup.rank else 1)
+    cache = setup.weight_copies * shapes.int4_weights * shapes.itemsize
+    temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * _FLOAT32
+    # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
+    trained = (_ADAM + 2 * _FLOAT32) * setup.trained_parameters
+    activations = shapes.num_layers * _activations(shapes, microbatch_tokens)
+    loss = _CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * _FLOAT32
+    model = untouched + int4 + shapes.head_bytes  # the teacher's head is a copy
+    return _OVERHEAD + model + cache + temporaries + trained + max(activations, setup.logits_bytes) + loss
+
+
+def measuring_memory(shapes: ModelShapes, logits_bytes: int) -> int:
+    """Return the peak memory of measuring a model with this many bytes of logits: model, teacher's head and logits."""
+    return _OVERHEAD + shapes.parameters * shapes.itemsize + shapes.head_bytes + logits_bytes
+
+
+def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_gpu: bool) -> int:
+    """Return the peak memory of block-by-block compression with calibration text.
+
+    One block needs the larger of
+        GPTQ: the Hessians of its layers with the copies that factoring the largest one makes, and float32 copies of the
+            largest stack of rows, and
+        block-wise reconstruction: offsets, their gradients and moments, and two float32 copies of the block's weights,
+    plus the activations of one microbatch in that block.
+
+    Args:
+        shapes: sizes of the model.
+        num_sequences: calibration sequences.
+        length: tokens in each of them.
+        on_gpu: return the peak of the GPU, which holds one block while the rest of the model waits in the CPU's memory.
+    """
+    block = shapes.int4_weights // shapes.num_layers
+    hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2) * _FLOAT32
+    rows = 6 * 2 * shapes.hidden_size * shapes.intermediate_size * _FLOAT32
+    reconstruction = (_ADAM + 2 * _FLOAT32) * block
+    one_block = max(hessians + rows, reconstruction) + _activations(shapes, max(length, TOKENS_PER_FORWARD))
+    model = shapes.parameters * shapes.itemsize
+    if on_gpu:  # the whole model is there before the first block moves, and the teacher's head all the time
+        return _OVERHEAD + shapes.head_bytes + max(model, block * shapes.itemsize + one_block)
+    stream = num_sequences * length * shapes.hidden_size * shapes.itemsize
+    # Two streams of hidden states: of the 16-bit model and of the compressed one. Larger streams are temporary files.
+    return _OVERHEAD + model + shapes.head_bytes + 2 * min(stream, MAX_BYTES_IN_MEMORY) + one_block
 
 
 def export_memory(parameters: int) -> int:
-    """Peak of an export to OpenVINO, which traces a float32 copy: 9.7 bytes a parameter where they were measured (docs/log.md)."""
+    """Return the peak memory of an export to OpenVINO, which traces a float32 copy of the model.
+
+    Measured above the libraries' memory: 9.7 bytes per parameter of a Llama with 40 M parameters, and 9.4 with 118 M.
+    """
     return _OVERHEAD + 10 * parameters
 
 
-def blocks_disk(shapes: ModelShapes, calibration: int) -> int:
-    """Finished blocks and both streams of a compression with so many tokens of calibration; nothing without."""
-    return (shapes.parameters + 2 * calibration * shapes.hidden) * shapes.itemsize if calibration else 0
+def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:
+    """Return the disk space of a compression: finished blocks, and both streams of hidden states; 0 without text."""
+    if not calibration_tokens:
+        return 0
+    return (shapes.parameters + 2 * calibration_tokens * shapes.hidden_size) * shapes.itemsize
 
 
-def training_disk(shapes: ModelShapes, rank: int, group_size: int, tokens: int) -> int:
-    """Teacher states of `tokens`, two checkpoints of weights, moments and means (one being written), best weights twice, and the results."""
-    trained = shapes.features * rank + shapes.int4 // group_size
-    return tokens * shapes.hidden * shapes.itemsize + (2 * 4 + 2) * trained * _FLOAT32 + 3 * shapes.parameters
+def training_disk(setup: TrainingSetup, teacher_tokens: int) -> int:
+    """Return the disk space of a training.
+
+    It has the teacher's hidden states, two versions of last.safetensors (parameters, two moments, averages) and two
+    of best.safetensors, as a new version is written before the old one is deleted, and the quantized model with its
+    exports.
+
+    Args:
+        setup: the training.
+        teacher_tokens: tokens whose hidden states are stored.
+    """
+    shapes = setup.shapes
+    states = teacher_tokens * shapes.hidden_size * shapes.itemsize
+    return states + (2 * 4 + 2) * setup.trained_parameters * _FLOAT32 + 3 * shapes.parameters
 
 
-def pick_microbatch(
-    shapes: ModelShapes,
-    rank: int,
-    group_size: int,
-    length: int,
-    batch_size: int,
-    chunk: int,
-    copies: int,
-    available: int,
-    most: int,
-) -> int:
-    """Largest power of two of sequences that fits 70 % of `available` memory and at most `most` tokens; at least 1."""
+def pick_microbatch_size(setup: TrainingSetup, limits: MicrobatchLimits) -> int:
+    """Return the largest power of two of sequences within the limits; at least 1.
+
+    Logits of measuring do not limit the microbatch, as they exist at another time.
+    """
+    training_only = replace(setup, logits_bytes=0)
+
+    def is_allowed(size: int) -> bool:
+        tokens = size * limits.length
+        return (
+            size <= limits.batch_size
+            and tokens <= limits.max_tokens
+            and fits(training_memory(training_only, tokens), limits.available_bytes)
+        )
+
     size = 1
-    while (
-        size * 2 <= batch_size
-        and size * 2 * length <= most
-        and training_memory(shapes, rank, group_size, size * 2 * length, chunk, copies, 0) < 0.7 * available
-    ):
+    while is_allowed(size * 2):
         size *= 2
     return size
+
+
+def _activations(shapes: ModelShapes, tokens: int) -> int:
+    """Bytes that one decoder layer keeps for its backward."""
+    return (
+        tokens * (_HIDDEN_KEPT * shapes.hidden_size + _INTERMEDIATE_KEPT * shapes.intermediate_size) * shapes.itemsize
+    )

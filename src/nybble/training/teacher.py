@@ -1,7 +1,9 @@
-"""The teacher's last hidden states: computed once, kept on disk, read where they are needed.
+"""The teacher's last hidden states: computed once, stored on disk, read in each training step.
 
-They are exact (the logits are made from them again) and cost D numbers a token instead of V. One raw file [S, T, D] in the dtype of the
-model, and beside it a JSON file that says how many sequences are done and of what; both grow together, so a killed run goes on.
+Hidden states take D numbers per token where logits would take V, and the teacher's head turns them into exactly the
+same logits. The states are one raw file [S, T, D] in the dtype of the model. A JSON file next to it says what they
+were computed from and how many sequences are done. An interrupted computation continues after the last sequence that
+the JSON file names.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from nybble.models.head import last_hidden_states
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states [S, T, D] in a file. What is taken of them is read at that moment, and the file is mapped no longer: pages of a mapping that lives on count
-    as memory of the process, all of them once an epoch is over.
+    """Hidden states [S, T, D] in a raw file.
+
+    Every access maps the file and unmaps it again. The pages of a mapping that stays open count as memory of the
+    process, and after one epoch that would be the whole file.
 
     Attributes:
         path: the raw file.
-        shape, dtype: of the states.
+        shape: (S, T, D).
+        dtype: dtype of the numbers in the file.
     """
 
     path: Path
@@ -38,18 +43,17 @@ class HiddenStates:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, which: int | slice | Tensor) -> Tensor:
-        """The states of one sequence [T, D] or of several [N, T, D], on the CPU."""
-        taken = self._mapped()[which]
-        return taken if isinstance(which, Tensor) else taken.clone()
+    def __getitem__(self, sequences: int | slice | Tensor) -> Tensor:
+        """Return a copy on the CPU of the states of one sequence [T, D] or of several [N, T, D]."""
+        selected = self._map_file()[sequences]
+        return selected if isinstance(sequences, Tensor) else selected.clone()  # indexing by a tensor copies already
 
-    def __setitem__(self, which: slice, states: Tensor) -> None:
-        self._mapped()[which] = states
+    def __setitem__(self, sequences: slice, states_NTD: Tensor) -> None:
+        self._map_file()[sequences] = states_NTD
 
-    def _mapped(self) -> Tensor:
-        return torch.from_file(str(self.path), shared=True, size=math.prod(self.shape), dtype=self.dtype).view(
-            self.shape
-        )
+    def _map_file(self) -> Tensor:
+        size = math.prod(self.shape)
+        return torch.from_file(str(self.path), shared=True, size=size, dtype=self.dtype).view(self.shape)
 
 
 @torch.no_grad()
@@ -57,41 +61,50 @@ def teacher_hidden_states(
     path: Path,
     model: Any,
     input_ids: Tensor,
-    batch: int,
+    batch_size: int,
     identity: str,
     advance: Callable[[int], None] = lambda sequences: None,
 ) -> HiddenStates:
-    """Last hidden states of all sequences.
+    """Compute the last hidden states of all sequences, or continue an earlier computation.
 
     Args:
-        path: of the raw file; path.json lies beside it.
-        model: the 16-bit model.
-        input_ids: [S, T].
-        batch: sequences in one forward.
-        identity: what else the states depend on; a file made of something else is made anew.
-        advance: called with the number of sequences that were just done.
+        path: raw file to write. The JSON file has the same name with the suffix .json.
+        model: 16-bit transformers model with a base_model and output embeddings.
+        input_ids: token ids [S, T], int64.
+        batch_size: sequences per forward.
+        identity: everything else that the states depend on, such as the fingerprint of the model. States that were
+            computed from another identity, other tokens, another shape or another dtype are computed again.
+        advance: called with the number of sequences that were just finished, and first with those that were on disk.
 
-    Returns: [S, T, D], in the dtype of the model.
+    Returns:
+        The states [S, T, D] in the dtype of the model, where D is the input width of the head.
     """
-    (count, length), width = input_ids.shape, model.get_output_embeddings().weight.shape[1]
-    dtype = next(model.parameters()).dtype
-    sign = {"tokens": token_fingerprint(input_ids, identity), "shape": [count, length, width], "dtype": str(dtype)}
-    note = path.with_suffix(".json")
-    done = 0
-    if note.exists() and path.exists():
-        known = json.loads(note.read_text())
-        done = known.pop("done")
-        if known != sign:
-            done = 0
+    (num_sequences, length), width = input_ids.shape, model.get_output_embeddings().weight.shape[1]
+    parameter = next(model.parameters())
+    source = {
+        "tokens": token_fingerprint(input_ids, identity),
+        "shape": [num_sequences, length, width],
+        "dtype": str(parameter.dtype),
+    }
+    progress_file = path.with_suffix(".json")
+    done = _sequences_on_disk(path, progress_file, source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    states = HiddenStates(path, (count, length, width), dtype)
+    states = HiddenStates(path, (num_sequences, length, width), parameter.dtype)
     advance(done)
-    device = next(model.parameters()).device
-    for start in range(done, count, batch):
-        part = input_ids[start : start + batch]
-        states[start : start + batch] = last_hidden_states(model, part.to(device)).to("cpu")
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps(sign | {"done": start + len(part)}))
-        os.replace(temporary, note)
-        advance(len(part))
+    for start in range(done, num_sequences, batch_size):
+        ids = input_ids[start : start + batch_size]
+        states[start : start + batch_size] = last_hidden_states(model, ids.to(parameter.device)).to("cpu")
+        temporary = progress_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(source | {"done": start + len(ids)}))
+        os.replace(temporary, progress_file)
+        advance(len(ids))
     return states
+
+
+def _sequences_on_disk(path: Path, progress_file: Path, source: dict[str, Any]) -> int:
+    """Return how many sequences of this source an earlier computation finished."""
+    if not (progress_file.exists() and path.exists()):
+        return 0
+    saved = json.loads(progress_file.read_text())
+    done: int = saved.pop("done")
+    return done if saved == source else 0

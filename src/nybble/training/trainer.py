@@ -1,56 +1,81 @@
-"""One training loop, on accelerate. Takes a loss; knows of quantization only "parameters with requires_grad".
+"""The training loop: AdamW, learning rate schedule, gradient accumulation, gradient clipping, weight averaging.
 
-AdamW, linear warm-up, then cosine decay to zero or a constant rate, at which the weights may be averaged over steps, gradient clipping, gradient
-accumulation over microbatches. Several processes (accelerate launch) share the sequences of each batch and add up their gradients; the commands run in
-one process so far.
+The trainer minimizes the loss of a `TrainingObjective` over named parameters. It knows nothing about quantization.
 
-What a step does depends on its number alone: stopped anywhere and started again from its last saved state, training gives the same bits.
+    gradient of a step = sum over passes and microbatches m of  weight_m / (sum_m weight_m * passes) * grad loss_m
+    learning rate      = peak * lr_multiplier(step)        one peak for each parameter group
+
+With several processes (accelerate launch), each process takes a share of the sequences of a batch and the gradients are
+added up.
+
+A step depends on its number and on the saved state alone. Training that is stopped after any step and continued from
+its saved state ends with the same bits as undisturbed training.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nybble.errors import TrainingError
+from nybble.training.objective import TrainingObjective
+
+LRSchedulerType = Literal["cosine", "constant", "constant_with_averaging"]
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        parameters: name -> parameter. Names are unique over all groups and identify the parameters in checkpoints.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay of AdamW.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    lr: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train.
+    """Configuration of the training loop.
 
     Attributes:
-        steps: optimizer steps in all.
-        microbatch: sequences in one forward and backward of one process.
-        warmup: share of the steps with a rising rate.
-        max_grad_norm: gradients are scaled down to this norm.
-        schedule: see `rate`; "mean" is a constant rate too, and the weights that count are their means over all steps but the first third
-            (arXiv 1803.05407).
+        steps: optimizer steps in total.
+        microbatch_size: sequences per forward and backward in one process.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        max_grad_norm: gradients with a larger L2 norm are scaled down to this norm.
+        lr_scheduler_type: see `lr_multiplier`. With "constant_with_averaging", validation and the final model use the
+            average of the weights over all steps but the first third (SWA, https://arxiv.org/abs/1803.05407).
     """
 
     steps: int
-    microbatch: int
-    warmup: float
+    microbatch_size: int
+    warmup_ratio: float
     max_grad_norm: float
-    schedule: str = "cosine"
+    lr_scheduler_type: LRSchedulerType
 
 
 @dataclass
 class TrainingProgress:
-    """Where training is; saved with every checkpoint.
+    """How far a training is. It is stored in the header of every checkpoint, under the names of these attributes.
 
     Attributes:
         step: optimizer steps done.
-        best_loss, best_step: the least validation loss, and when.
-        history: what validation measured.
-        curve: what `Trainer.run` yielded.
+        best_loss: lowest value so far of the criterion on held-out data.
+        best_step: step after which that value was measured; -1 before the first validation.
+        history: "step" and the metrics of each validation.
+        curve: what `Trainer.run` yielded for each step.
     """
 
     step: int = 0
@@ -60,143 +85,159 @@ class TrainingProgress:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def lr_multiplier(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """Multiplier of the peak learning rate at a step: linear warm-up, then half a cosine down to 0 or, with "constant" and "mean", 1."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    if schedule != "cosine":
+def lr_multiplier(step: int, steps: int, warmup_ratio: float, lr_scheduler_type: LRSchedulerType) -> float:
+    """Return the learning rate of a step as a multiple of the peak learning rate.
+
+    With W = max(1, round(warmup_ratio * steps)) warmup steps, counting steps from 0:
+        warmup, step < W:                     (step + 1) / W
+        "cosine":                             (1 + cos(pi * (step - W + 1) / (steps - W + 1))) / 2
+        "constant", "constant_with_averaging": 1
+    """
+    warmup_steps = max(1, round(warmup_ratio * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if lr_scheduler_type != "cosine":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps + 1) / (steps - warmup_steps + 1)))
 
 
 class Trainer:
-    """Optimizer, schedule and state of one training run.
+    """Optimizer and state of one training.
 
     Args:
-        groups: parameter groups for AdamW: {"params": {name: parameter}, "lr": peak rate, "weight_decay": ...}.
-        recipe: see Recipe.
-        loss: indices of sequences [M] -> mean loss over their tokens.
-        draw: step -> indices of the sequences of that step [batch_size].
-        step_context: what to hold around all microbatches of a step (the step cache).
-        passes: forwards and backwards of the whole batch in a step, whose mean is the loss.
-        enter: called with the step and the number of the pass before each.
-        tokens: indices of sequences [M] -> how many tokens their mean loss is of, by which it counts in that of the batch; default: M.
+        groups: the parameters to train.
+        objective: the data and the loss.
+        config: see `TrainerConfig`.
+        pass_context: makes a context that is held around all microbatches of one pass, such as a weight cache.
+
+    Attributes:
+        parameters: name -> parameter, over all groups.
+        averages: name -> average of that parameter over the steps so far; empty until averaging starts.
+        progress: how far the training is.
     """
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
-        recipe: TrainerConfig,
-        loss: Callable[[Tensor], Tensor],
-        draw: Callable[[int], Tensor],
-        step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
-        tokens: Callable[[Tensor], int] = len,
-        passes: int = 1,
-        enter: Callable[[int, int], None] = lambda step, number: None,
+        groups: Sequence[ParameterGroup],
+        objective: TrainingObjective,
+        config: TrainerConfig,
+        pass_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         from accelerate import Accelerator
 
-        # The device is the model's business; accelerate moves nothing here.
-        self.accelerator = Accelerator(cpu=not any(p.is_cuda for group in groups for p in group["params"].values()))
-        self.recipe, self.loss, self.draw, self.step_context, self.tokens = recipe, loss, draw, step_context, tokens
-        self.passes, self.enter = passes, enter
-        self.parameters: dict[str, nn.Parameter] = {name: p for group in groups for name, p in group["params"].items()}
-        plain = [group | {"params": list(group["params"].values())} for group in groups]
-        self.optimizer = torch.optim.AdamW(plain, fused=True)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.objective, self.config, self._pass_context = objective, config, pass_context
+        self.parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+        # The parameters stay where the model is. accelerate only has to know whether to synchronize over CPU or GPU.
+        self.accelerator = Accelerator(cpu=not any(parameter.is_cuda for parameter in self.parameters.values()))
+        torch_groups: list[dict[str, Any]] = [
+            {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
+            for group in groups
+        ]
+        self.optimizer = torch.optim.AdamW(torch_groups, fused=True)
+        self._peak_lrs = [group.lr for group in groups]
+        self.averages: dict[str, Tensor] = {}
         self.progress = TrainingProgress()
-        self.means: dict[str, Tensor] = {}  # of parameters over steps, from the first that counts
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train from the current step to the last; after each step yields step, loss, loss of the last pass, grad_norm, lr, seconds."""
-        while self.progress.step < self.recipe.steps:
+        """Train from the current step to the last one.
+
+        Yields:
+            After each step: "step" (from 1), "loss" (mean over the passes), "last_pass" (loss of the last pass),
+            "grad_norm" (before clipping), "lr" (of the first group), "seconds".
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite. The parameters keep their last finite values.
+        """
+        config = self.config
+        while self.progress.step < config.steps:
             started = time.perf_counter()
             step = self.progress.step
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * lr_multiplier(step, self.recipe.steps, self.recipe.warmup, self.recipe.schedule)
-            loss, last = self._gradients(step)
-            norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            multiplier = lr_multiplier(step, config.steps, config.warmup_ratio, config.lr_scheduler_type)
+            for group, peak_lr in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
+                group["lr"] = peak_lr * multiplier
+            loss, last_pass = self._accumulate_gradients(step)
+            grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise TrainingError(
-                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g}, gradient norm {norm:.4g}; start again (--overwrite) with "
-                    "learning rates of a tenth, or with --dtype float32"
+                    f"the loss must stay finite: step {step + 1} gave loss {loss:.4g} and gradient norm "
+                    f"{grad_norm:.4g}; start again with --overwrite and a tenth of the learning rates, "
+                    "or with --dtype float32"
                 )
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
-            self._average()
+            self._update_averages()
             yield {
                 "step": self.progress.step,
                 "loss": loss,
-                "last_pass": last,
-                "grad_norm": norm,
+                "last_pass": last_pass,
+                "grad_norm": grad_norm,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
             }
 
-    def _gradients(self, step: int) -> tuple[float, float]:
-        """Fill the gradients of one step; returns its mean loss, and that of the last pass, over all processes."""
-        accelerator, batch = self.accelerator, self.draw(step)
-        mine = batch[accelerator.process_index :: accelerator.num_processes]
-        whole = self.tokens(batch)
-        losses = torch.zeros(self.passes, device=next(iter(self.parameters.values())).device)
-        for number in range(self.passes):
-            self.enter(step, number)
-            with self.step_context():
-                for micro in mine.split(self.recipe.microbatch):
-                    loss = self.loss(micro) * (self.tokens(micro) / (whole * self.passes))
+    def _accumulate_gradients(self, step: int) -> tuple[float, float]:
+        """Fill the gradients of one step. Returns the losses of the step and of its last pass, over all processes."""
+        accelerator, objective = self.accelerator, self.objective
+        batch, passes = objective.draw(step), objective.passes_per_step
+        local_batch = batch[accelerator.process_index :: accelerator.num_processes]
+        total_weight = objective.weight(batch)
+        losses = torch.zeros(passes, device=next(iter(self.parameters.values())).device)
+        for number in range(passes):
+            objective.prepare_pass(step, number)
+            with self._pass_context():
+                for microbatch in local_batch.split(self.config.microbatch_size):
+                    loss = objective.loss(microbatch) * (objective.weight(microbatch) / (total_weight * passes))
                     accelerator.backward(loss)
                     losses[number] += loss.detach()
         if accelerator.num_processes > 1:
             losses = accelerator.reduce(losses, "sum")
             for parameter in self.parameters.values():
                 parameter.grad = accelerator.reduce(parameter.grad, "sum")
-        return float(losses.sum()), float(losses[-1]) * self.passes
+        return float(losses.sum()), float(losses[-1]) * passes
 
     @torch.no_grad()
-    def _average(self) -> None:
-        first = self.recipe.steps // 3 + 1
-        if self.recipe.schedule != "mean" or self.progress.step < first:
+    def _update_averages(self) -> None:
+        """Add the parameters after this step to their averages, once the first third of the steps is done."""
+        first = self.config.steps // 3 + 1
+        if self.config.lr_scheduler_type != "constant_with_averaging" or self.progress.step < first:
             return
         for name, parameter in self.parameters.items():
             if self.progress.step == first:
-                self.means[name] = parameter.detach().clone()
+                self.averages[name] = parameter.detach().clone()
             else:
-                self.means[name].lerp_(parameter, 1 / (self.progress.step - first + 1))
+                self.averages[name].lerp_(parameter, 1 / (self.progress.step - first + 1))
 
     @contextmanager
     @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
-        """Within, the parameters are their means over steps, where the schedule is "mean" and a third of the steps is done; else as they are."""
-        kept = {name: self.parameters[name].clone() for name in self.means}
-        for name, mean in self.means.items():
-            self.parameters[name].copy_(mean)
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the parameters hold their averages inside the context. Without averages they stay as they are."""
+        trained = {name: self.parameters[name].clone() for name in self.averages}
+        for name, average in self.averages.items():
+            self.parameters[name].copy_(average)
         try:
             yield
         finally:
-            for name, own in kept.items():
-                self.parameters[name].copy_(own)
+            for name, values in trained.items():
+                self.parameters[name].copy_(values)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, their means and optimizer moments by name; what `load_state` takes."""
-        tensors = {f"mean:{name}": mean for name, mean in self.means.items()}
+        """Return parameters ("NAME"), averages ("mean:NAME") and the state of AdamW ("exp_avg:NAME", ...)."""
+        tensors = {f"mean:{name}": average for name, average in self.averages.items()}
         for name, parameter in self.parameters.items():
-            tensors[f"{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq", "step"):
-                if parameter in self.optimizer.state:
-                    tensors[f"{moment}:{name}"] = self.optimizer.state[parameter][moment]
+            tensors[name] = parameter.detach()
+            if parameter in self.optimizer.state:
+                tensors |= {f"{key}:{name}": self.optimizer.state[parameter][key] for key in _ADAM_STATE}
         return tensors
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave, bit for bit."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore parameters, averages and optimizer from what `state` returned, bit for bit."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
             if f"mean:{name}" in tensors:
-                self.means[name] = tensors[f"mean:{name}"].to(parameter.device, copy=True)
+                self.averages[name] = tensors[f"mean:{name}"].to(parameter.device, copy=True)
             if f"step:{name}" in tensors:
-                moments = ("exp_avg", "exp_avg_sq", "step")
                 self.optimizer.state[parameter] = {
-                    moment: tensors[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in moments
+                    key: tensors[f"{key}:{name}"].to(parameter.device, copy=True) for key in _ADAM_STATE
                 }

@@ -1,0 +1,1 @@
+"""Workflows: each reads top to bottom and calls down; nothing below calls back up."""

@@ -1,74 +1,74 @@
-"""The flow of `nybble compress`: a 16-bit model becomes a 4-bit one without end-to-end training.
+"""`nybble compress`: a 16-bit model becomes an INT4 model without training.
 
-load -> teacher states of the test text -> compress -> save -> export -> measure
+validate -> load -> plan -> open the run -> compress -> export -> measure -> report
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nybble import files
-from nybble.evaluation import perplexity
-from nybble.models import loading, quantized_model
+from nybble.callbacks import Callback
+from nybble.data.prepare import prepare_text
+from nybble.evaluation.decoder_error import decoder_outputs
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
+from nybble.evaluation.perplexity import logits_from_states
+from nybble.files import remove_folder
+from nybble.models.quantized_model import save_quantized
 from nybble.options.commands import CompressOptions
-from nybble.training import memory as training_memory
-from nybble.workflows import stages, text
-from nybble.workflows.stages import Job
-from nybble.workflows.text import Sequences
-
-log = logging.getLogger("nybble")
+from nybble.run.results import Phase
+from nybble.workflows import plan, session, steps, text
+from nybble.workflows.measure import DECODER_ERROR_TOKENS, SIXTEEN_BIT, Evaluator, measure_row, size_in_16_bits
 
 
-def compress(options: CompressOptions, known: Mapping[str, Any] | None = None) -> Path:
-    """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair.
+def compress(
+    options: CompressOptions, callbacks: Sequence[Callback] = (), known: Mapping[str, Any] | None = None
+) -> Path:
+    """Run the whole workflow; returns the run folder.
 
     Args:
+        callbacks: are told of stages and steps.
         known: what another run has measured of the 16-bit model on the same tasks.
+
+    Raises:
+        NybbleError: whatever a person can repair.
     """
+    started = time.perf_counter()
+    options.check()
+    evaluation, data_dir = options.evaluation, options.text.data_dir
+    plan.validate(options, options.compression, evaluation, plan.input_names(options))
+    check_tasks(evaluation.eval_tasks, data_dir)
+    loaded = plan.load_model(options.model)
+    selection = plan.select(loaded, options.scheme.group_size)
+    compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size)
+    request = text.compression_request(options, compression.calibrates)
+    prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
+    planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
+    wanted = options.compression.num_calibration_samples
+    plan.plan_compression_memory(options, planned, wanted, evaluation.eval_tasks)
+    outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
 
-    def cut(options: CompressOptions, loaded: loading.LoadedModel) -> Sequences:
-        return text.sequences_of(options, loaded, options.method, 0, 0, 0)
-
-    with stages.opened(options, options.method, "--method", cut, _resolve) as job:
-        _run(job, known)
-        return job.run.path
-
-
-def _resolve(options: CompressOptions, loaded: Any, plan: Any, sequences: Sequences) -> CompressOptions:
-    """Print the estimate; refuse a disk that is too small, and warn of memory."""
-    count = stages.check_calibration(options, options.method, sequences)
-    shapes = training_memory.ModelShapes.of(loaded.model, plan.int4, loaded.model.dtype.itemsize)
-    measuring = training_memory.measuring_memory(shapes, stages.measured_logits(options, loaded, sequences))
-    memory, available = (
-        max(stages.estimate_compression(options, loaded, shapes, count), measuring),
-        stages.free_memory(loaded),
+    facts = session.RunFacts(
+        planned=planned,
+        command=options.NAME,
+        load_seconds=time.perf_counter() - started,
+        limit=evaluation.limit if evaluation.eval_tasks else None,
     )
-    states = sequences.test.ids.numel() * shapes.hidden * shapes.itemsize
-    disk = states + training_memory.blocks_disk(shapes, sequences.calibration.numel()) + 3 * shapes.parameters
-    files.check_free_disk(options.folder, disk)
-    if count:
-        log.info(
-            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", memory / 1e9, available / 1e9, disk / 1e9
-        )
-        stages.check_memory(memory, available, "fewer --calib_samples or a smaller --seq_len need less")
-    return options
-
-
-def _run(job: Job, known: Mapping[str, Any] | None) -> None:
-    states = stages.teach(job, {"test": job.sequences.test}, 1)
-    reference = perplexity.logits_from_states(job.head, states["test"])
-    stages.measure_16bit(job, reference, known)
-    if not job.quantized.exists():
-        _compress(job)
-    files.remove_folder(job.run.path / "compress")
-    stages.measure_saved(job, reference, "compressed")
-    stages.finish(job.run, [])
-
-
-def _compress(job: Job) -> None:
-    """Compress and save; the weights are let go."""
-    _, weights = stages.compress_model(job, job.options.method)
-    quantized_model.save_quantized(job.quantized, job.loaded.model, job.loaded.tokenizer, weights)
+    with session.run_session(options, facts) as run:
+        context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
+        context = steps.generate_text(context)
+        states = steps.teacher_states(context, {"test": prepared.test}, batch=1)
+        tasks = LmEvalConfig(evaluation.eval_tasks, evaluation.eval_batch_size, evaluation.limit, data_dir)
+        reference = logits_from_states(context.head, states["test"])
+        evaluator = Evaluator(prepared.test, reference, tasks, decoder_outputs=outputs)
+        measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
+        if not run.results.phase.reached(Phase.QUANTIZED):
+            compressed = steps.compress_model(context)
+            save_quantized(run.quantized, loaded.model, loaded.tokenizer, compressed.weights)
+            run.reach(Phase.QUANTIZED)
+        remove_folder(run.path / "compress")
+        failed = steps.measure_shipped(context, evaluator, "compressed", evaluation.export)
+        session.finish(run, [], failed)
+        return run.path

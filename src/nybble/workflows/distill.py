@@ -1,165 +1,219 @@
-"""The flow of `nybble distill`: a 16-bit model teaches its own 4-bit self.
+"""`nybble distill`: a 16-bit model teaches its own INT4 copy.
 
-load -> teacher states -> compress -> insert -> train on KL -> absorb -> save -> export -> measure
+validate -> load -> plan -> open the run -> compress -> train -> absorb -> export -> measure -> report
+
+The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py).
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from nybble import files
-from nybble.data import sampling
-from nybble.evaluation import perplexity
-from nybble.models import loading, quantized_model, selection
+from nybble.callbacks import Callback
+from nybble.data.packing import TokenRows
+from nybble.data.prepare import prepare_text
+from nybble.data.sampling import distinct_rows, draw_order
+from nybble.evaluation.decoder_error import decoder_outputs
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
+from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
+from nybble.files import remove_folder
 from nybble.models.head import LMHead, last_hidden_states
+from nybble.models.quantized_model import save_quantized
 from nybble.options.commands import DistillOptions
-from nybble.qat import absorb, insert
-from nybble.qat.layers import QuantizedLinear
-from nybble.report import run as report_run
-from nybble.run.folder import Run
+from nybble.options.training import DistillTrainingOptions
+from nybble.qat.absorb import absorb_layers, weight_changes
+from nybble.qat.base import QuantizedLinear
+from nybble.qat.norms import bake_norms, make_norms_trainable
+from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher
+from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
-from nybble.workflows import stages, starts, text, tuning
-from nybble.workflows.stages import Job
-from nybble.workflows.text import Sequences
-from nybble.workflows.tuning import TrainingObjective
+from nybble.workflows import plan, session, steps, text, train
+from nybble.workflows.judge import judge_distillation
+from nybble.workflows.measure import (
+    DECODER_ERROR_TOKENS,
+    SIXTEEN_BIT,
+    Evaluator,
+    measure_row,
+    size_in_16_bits,
+    size_when_shipped,
+)
+from nybble.workflows.plan import CompressionPlan, PlannedRun
+from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
 
 
-def distill(options: DistillOptions) -> Path:
-    """Run the whole flow; returns the run folder. Raises NybbleError for whatever a person can repair."""
+def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path:
+    """Run the whole workflow; returns the run folder.
 
-    def cut(options: DistillOptions, loaded: loading.LoadedModel) -> Sequences:
-        wanted = options.samples * (1 if options.same_samples else options.epochs)
-        return text.sequences_of(options, loaded, options.start, wanted, options.batch_size, options.valid_samples)
+    Args:
+        callbacks: are told of stages, steps and validations.
 
-    with stages.opened(options, options.start, "--start", cut, _resolve) as job:
-        _run(job)
-        return job.run.path
+    Raises:
+        NybbleError: whatever a person can repair.
+    """
+    started = time.perf_counter()
+    options.check()
+    options = plan.keep_saved_choices(options)
+    evaluation, data_dir = options.evaluation, options.text.data_dir
+    plan.validate(options, options.compression, evaluation, plan.input_names(options))
+    check_tasks(evaluation.eval_tasks, data_dir)
+    loaded = plan.load_model(options.model)
+    selection = plan.select(loaded, options.scheme.group_size)
+    adapters = options.training.trains_adapters
+    compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size, adapters)
+    request = text.distill_request(options, compression.calibrates)
+    prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
+    planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
+    options = _plan_training(options, planned)
+    outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
+
+    facts = session.RunFacts(
+        planned=planned,
+        command=options.NAME,
+        load_seconds=time.perf_counter() - started,
+        limit=evaluation.limit if evaluation.eval_tasks else None,
+    )
+    with session.run_session(options, facts) as run:
+        context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
+        context = steps.generate_text(context)
+        teacher = _teacher_states(context, options.training.microbatch_size)
+        reference = logits_from_states(context.head, teacher.states["test"])
+        tasks = LmEvalConfig(evaluation.eval_tasks, evaluation.eval_batch_size, evaluation.limit, data_dir)
+        evaluator = Evaluator(prepared.test, reference, tasks, decoder_outputs=outputs)
+        measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))
+        if not run.results.phase.reached(Phase.QUANTIZED):
+            _train(context, options.training, evaluator, teacher)
+        for leftover in run.path.glob("teacher/train.*"):
+            leftover.unlink()
+        remove_folder(run.path / "compress")
+        failed = steps.measure_shipped(context, evaluator, "tuned", evaluation.export)
+        session.finish(run, judge_distillation(run.results), failed)
+        return run.path
 
 
-def _run(job: Job) -> None:
-    run, options, loaded, sequences = job.run, job.options, job.loaded, job.sequences
-    splits = {"validation": sequences.validation, "test": sequences.test}
-    first, which = sampling.distinct_rows(sequences.train.ids)  # shares of small sources give some sequences again
-    if not job.quantized.exists():  # else training is over
-        splits["train"] = sequences.train[first]
-    states = stages.teach(job, splits, options.microbatch)
-    reference = perplexity.logits_from_states(job.head, states["test"])
-    stages.measure_16bit(job, reference)
-    if not job.quantized.exists():
-        compressed, layers = tuning.insert_layers(job, options.lora_rank)
-        with tuning.fixed_weights(options, layers):
-            stages.measure(
-                job, reference, "compressed", loaded.model, loaded.tokenizer, stages.size_of(loaded.model, compressed)
-            )
-        norms = insert.train_norms(loaded.model) if options.norm_lr else {}
-        tuning.train_layers(run, options, layers, _course(job, states, which, layers), norms)
-        with run.stage("absorb"):
-            insert.settle_norms(loaded.model)
-            tuned = absorb.absorb(loaded.model, layers)
-            run.results |= absorb.changes(compressed, tuned)
-            run.save_results()
-            quantized_model.save_quantized(job.quantized, loaded.model, loaded.tokenizer, compressed | tuned)
-    for leftover in run.path.glob("teacher/train.*"):
-        leftover.unlink()
-    files.remove_folder(run.path / "compress")
-    stages.measure_saved(job, reference, "tuned")
-    stages.finish(run, _judge(run))
-
-
-def _resolve(
-    options: DistillOptions, loaded: loading.LoadedModel, plan: selection.LayerSelection, sequences: Sequences
-) -> DistillOptions:
-    if not options.lora_rank and (options.lr, options.weight_decay) != (DistillOptions.lr, DistillOptions.weight_decay):
-        log.warning(
-            "--lr and --weight_decay are those of adapters, and there are none (--lora_rank 0): nothing follows them"
-        )
-    if options.moves_codes and (starts.start_run(options.start) or "blockwise" in options.start):
-        log.warning(
-            "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of their cells; "
-            "--lora_rank 0 trains scales and norms, in less time and memory; --start awq+se+gptq leaves adapters room"
-        )
-    steps = options.steps_per_epoch * options.epochs
-    count = len(sampling.distinct_rows(sequences.train.ids)[0])
-    tokens, seen = steps * options.batch_size * options.seq_len, steps * options.batch_size / count
+def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptions:
+    """The options with everything automatic resolved. Says what will be trained, and warns of what has no effect."""
+    training, prepared = options.training, planned.text
+    _warn(training, planned.compression)
+    steps_, count = training.steps_per_epoch * training.epochs, prepared.num_distinct_train
+    seq_len = options.text.seq_len
+    sequences = steps_ * training.batch_size
     log.info(
-        "%d steps of %d x %d tokens = %.2f M tokens, %.2f times the %d training sequences",
-        steps, options.batch_size, options.seq_len, tokens / 1e6, seen, count,
+        "%d steps of %d x %d tokens = %.2f M tokens, %.2f passes over the %d training sequences",
+        steps_, training.batch_size, seq_len, sequences * seq_len / 1e6, sequences / count, count,
     )  # fmt: skip
-    states = options.seq_len * (count + len(sequences.validation) + len(sequences.test))
-    copies = 2 if options.scale_lr and options.lora_rank else 1
-    return tuning.resolve(options, loaded, plan, sequences, options.lora_rank, states, options.seq_len, copies)  # type: ignore[no-any-return]
-
-
-def _course(
-    job: Job, states: Mapping[str, HiddenStates], which: Tensor, layers: Mapping[str, QuantizedLinear]
-) -> TrainingObjective:
-    """KL to the teacher, on text for training, whose i-th sequence has the states which[i], and on text for validation."""
-    options, model, sequences = job.options, job.loaded.model, job.sequences
-    student, device = LMHead.of(model), model.device
-    order = sampling.draw_order(
-        len(sequences.train), options.steps_per_epoch * options.epochs * options.batch_size, options.seed
+    size = train.TrainingSize(
+        rank=training.lora_rank,
+        seq_len=seq_len,
+        teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
+        weight_copies=2 if training.scale_lr and training.lora_rank else 1,
+    )
+    execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
+    method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
+    return options.replace(
+        weight_cache=execution.weight_cache,
+        microbatch_size=execution.microbatch_size,
+        output_dir=str(options.folder),
+        **method,
     )
 
-    def loss(indices: Tensor) -> Tensor:
-        rows = sequences.train[indices]
-        loss_mask = rows.loss_mask.to(device)
-        hidden = last_hidden_states(model, rows.ids.to(device))
-        return kl_to_teacher(
-            hidden[loss_mask], states["train"][which[indices]].to(device)[loss_mask], student, job.head
+
+def _warn(training: DistillTrainingOptions, compression: CompressionPlan) -> None:
+    """Warn of options without effect, and of adapters that will hardly move a code."""
+    changed = (training.lr, training.weight_decay) != (DistillTrainingOptions.lr, DistillTrainingOptions.weight_decay)
+    if not training.lora_rank and changed:
+        log.warning("--lr and --weight_decay have no effect: they are those of adapters, and --lora_rank is 0")
+    if training.trains_adapters and (compression.init_from is not None or "blockwise" in compression.method):
+        log.warning(
+            "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of "
+            "their "
+            "cells; --lora_rank 0 trains scales and norms, in less time and memory; --method awq+se+gptq leaves "
+            "adapters room"
         )
 
+
+@dataclass(frozen=True)
+class Teacher:
+    """The 16-bit model's hidden states.
+
+    Attributes:
+        states: split -> states; those of the training text are left out when training is done.
+        of_row: [S] number of the training states of each training sequence: equal sequences share theirs.
+    """
+
+    states: Mapping[str, HiddenStates]
+    of_row: Tensor
+
+
+def _teacher_states(context: RunContext, microbatch_size: int) -> Teacher:
+    data = context.text
+    splits: dict[str, TokenRows] = {"validation": data.validation, "test": data.test}
+    first, of_row = distinct_rows(data.train.ids)
+    if not context.run.results.phase.reached(Phase.TRAINED):
+        splits["train"] = data.train[first]
+    return Teacher(steps.teacher_states(context, splits, microbatch_size), of_row)
+
+
+def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Evaluator, teacher: Teacher) -> None:
+    """Compress, train, absorb and save."""
+    run, loaded = context.run, context.loaded
+    model = loaded.model
+    compressed = steps.compress_model(context)
+    layers = train.insert_quantized_layers(context, compressed, options.lora_rank)
+    with train.measuring_weights(layers, options.weight_cache):
+        measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
+    norms = make_norms_trainable(model) if options.norm_lr else {}
+    objective = _objective(context, options, teacher, layers)
+    train.train_layers(context, options, layers, objective, norms)
+    run.reach(Phase.TRAINED)
+    with run.stage("absorb"):
+        bake_norms(model)
+        tuned = absorb_layers(model, layers)
+        run.results.changes = weight_changes(compressed.weights, tuned)
+        save_quantized(run.quantized, model, loaded.tokenizer, compressed.weights | tuned)
+        run.results.phase = Phase.QUANTIZED
+
+
+def _objective(
+    context: RunContext, options: DistillTrainingOptions, teacher: Teacher, layers: Mapping[str, QuantizedLinear]
+) -> TrainingObjective:
+    """KL divergence to the 16-bit model on training text, validated on validation text."""
+    model, rows, head = context.loaded.model, context.text.train, context.head
+    student = LMHead.of(model)
+    draws = options.steps_per_epoch * options.epochs * options.batch_size
+    order = draw_order(len(rows), draws, context.seed)
+
+    def loss(indices: Tensor) -> Tensor:
+        batch = rows[indices]
+        mask = batch.loss_mask.to(model.device)
+        hidden = last_hidden_states(model, batch.ids.to(model.device))
+        taught = teacher.states["train"][teacher.of_row[indices]].to(model.device)
+        return kl_to_teacher(hidden[mask], taught[mask], student, head)
+
     def validate() -> dict[str, float]:
-        held = sequences.validation
-        teacher = perplexity.logits_from_states(job.head, states["validation"])
-        with tuning.fixed_weights(options, layers):
-            return perplexity.measure_sequences(
-                perplexity.model_logits(model, held.ids), held.ids, teacher, loss_mask=held.loss_mask
-            )
+        held = context.text.validation
+        reference = logits_from_states(head, teacher.states["validation"])
+        with train.measuring_weights(layers, options.weight_cache):
+            return measure_sequences(model_logits(model, held.ids), held.ids, reference, loss_mask=held.loss_mask)
 
     return TrainingObjective(
         steps_per_epoch=options.steps_per_epoch,
         draw=lambda step: order[step * options.batch_size : (step + 1) * options.batch_size],
         loss=loss,
-        tokens=lambda indices: int(sequences.train.loss_mask[indices].sum()),
+        weight=lambda indices: int(rows.loss_mask[indices].sum()),
         validate=validate,
         criterion="kl_to_teacher",
-        pace=lambda step, seconds: f"{options.batch_size * sequences.train.ids.shape[1] / seconds:.0f} tokens/s",
-        describe=lambda measured: (
-            f"validation KL {measured['kl_to_teacher']:.4f}, token perplexity {measured['token_perplexity']:.3f}"
+        describe=lambda metrics: (
+            f"validation KL divergence {metrics['kl_to_teacher']:.4f}, "
+            f"token perplexity {metrics['token_perplexity']:.3f}"
         ),
+        throughput=lambda step, seconds: f"{options.batch_size * rows.ids.shape[1] / seconds:.0f} tokens/s",
     )
-
-
-# --- after training -----------------------------------------------------------------------------------------------------------
-
-
-def _judge(run: Run) -> list[str]:
-    """Fill in the improvement; returns warnings in plain words."""
-    results = run.results
-    results["improvement"] = {
-        row: report_run.improvement(results["models"], row) for row in ("tuned", "openvino") if row in results["models"]
-    }
-    warnings = []
-    if results.get("best_step") == 0:
-        warnings.append(
-            "no step of tuning was better on the validation text than the compressed start, so the start was kept; use more text or other rates"
-        )
-    compressed, tuned, exported = (results["models"].get(row, {}) for row in ("compressed", "tuned", "openvino"))
-    for metric in ("kl_to_teacher", "token_perplexity", "word_perplexity"):
-        before, after, shipped = (row.get(metric, math.nan) for row in (compressed, tuned, exported))
-        name = report_run.heading(metric)
-        if after > before:
-            warnings.append(f"tuning made the {name} of the test text worse: {before:.4f} before, {after:.4f} after")
-        elif shipped > before:
-            warnings.append(
-                f"in OpenVINO the tuned model's {name} is worse than the compressed one's in torch: {shipped:.4f}, against {before:.4f}"
-            )
-    return warnings

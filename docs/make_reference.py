@@ -1,0 +1,119 @@
+"""Write the generated pages of the reference: docs/reference/cli.md and docs/reference/python.md.
+
+    python docs/make_reference.py
+
+cli.md lists every option of every command, from the option classes in src/nybble/options. python.md names the public
+objects of the package, which mkdocstrings describes from their docstrings when the site is built. Both pages are
+committed; a test compares them with what this script writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import nybble
+from nybble import api
+from nybble.cli.help import USAGE, positional_option
+from nybble.options.base import NONE, Command, describe_type
+from nybble.options.commands import COMMANDS
+
+_PLACEHOLDERS = {
+    "a number": "X",
+    "a whole number": "N",
+    "text": "TEXT",
+    "a list of texts": "NAME ...",
+    "a list of whole numbers": "N ...",
+}
+FOLDER = Path(__file__).parent / "reference"
+GENERATED = "<!-- Written by docs/make_reference.py; do not edit. -->\n\n"
+
+
+def command_line_page() -> str:
+    """The page of all commands and options."""
+    parts = [
+        GENERATED + "# Command line\n",
+        f"```text\n{USAGE.rstrip()}\n```\n",
+        "`nybble COMMAND --help` shows the basic options of a command, which stand in **bold** below; `--help-all` "
+        "shows all. Lists are written with spaces (`--data a.txt b.txt`), an empty list is written `none`. The same "
+        "names are keys of a TOML file (`--config FILE.toml`) and keywords of the Python functions. Values are taken "
+        "from, in rising order of precedence: defaults, the run's `config.toml` on `--resume`, `--config`, flags.\n",
+        "A command returns 0 when it is done, 2 for an error that you can repair, which is printed as one line, and "
+        "130 when it was interrupted.\n",
+    ]
+    for kind in COMMANDS.values():
+        parts.append(_command(kind))
+    parts.append("## nybble env { #env }\n\nShow versions and hardware. This command takes no options.\n")
+    return "\n".join(parts)
+
+
+def _command(kind: type[Command]) -> str:
+    positional, types = positional_option(kind), kind.types()
+    usage = f"nybble {kind.NAME}" + (f" {positional.upper()}" if positional else "") + " [options]"
+    parts = [f"## nybble {kind.NAME} {{ #{kind.NAME} }}\n", f"{(kind.__doc__ or '').splitlines()[0]}\n",
+             f"```text\n{usage}\n```\n"]  # fmt: skip
+    titles: dict[str, list[dataclasses.Field[Any]]] = {}
+    for group in kind.groups().values():
+        titles.setdefault(group.TITLE, []).extend(dataclasses.fields(group))  # type: ignore[arg-type]
+    for title, fields in titles.items():
+        ordered = sorted(fields, key=lambda field: not field.metadata["required"])
+        rows = "\n".join(_row(field, types[field.name], field.name == positional) for field in ordered)
+        parts.append(
+            f"### {title} {{ #{kind.NAME}-{title.lower().replace(' ', '-')} }}\n\n"
+            f'<div class="options" markdown>\n\n| option | default | meaning |\n| --- | --- | --- |\n{rows}\n\n</div>\n'
+        )
+    return "\n".join(parts)
+
+
+def _row(field: dataclasses.Field[Any], hint: Any, positional: bool) -> str:
+    text = field.metadata["help"]
+    if positional:
+        name = field.name.upper()
+    elif hint is bool:
+        name = f"--{'no_' if field.default else ''}{field.name}"
+    elif typing.get_origin(hint) is typing.Literal:
+        name = f"--{field.name} NAME"
+        text += " One of " + ", ".join(f"`{value}`" for value in typing.get_args(hint)) + "."
+    else:
+        name = f"--{field.name} {_PLACEHOLDERS[describe_type(hint)]}"
+    shown = f"**`{name}`**" if field.metadata["basic"] else f"`{name}`"
+    default = "required" if field.metadata["required"] else _default(field.default)
+    return f"| {shown} | {default} | {text.replace('|', chr(92) + '|').replace('<', '&lt;')} |"
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value in (None, ""):
+        return ""
+    if isinstance(value, tuple):
+        return f"`{' '.join(map(str, value)) or NONE}`"
+    return f"`{value}`"
+
+
+def python_page() -> str:
+    """The page of the public names, in the order of `nybble.__all__`, functions of commands first."""
+    commands = [name for name in COMMANDS if name in nybble.__all__]
+    rest = [name for name in nybble.__all__ if name not in commands]
+    parts = [
+        GENERATED + "# Python\n",
+        "These names are public; everything else may change. The functions of the commands take the options of the "
+        '[command line](cli.md) as keywords: `nybble.distill(pretrained="smollm2", data="python-docs")`. A wrong '
+        "option, model or text raises a subclass of `NybbleError`, whose message says what was required, what came, "
+        "and what to do.\n",
+    ]
+    for name in (*commands, *rest):
+        value = getattr(api if name in commands else nybble, name)
+        parts.append(f"::: {value.__module__}.{value.__qualname__}\n")
+    return "\n".join(parts)
+
+
+PAGES = {"cli.md": command_line_page, "python.md": python_page}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for file, page in PAGES.items():
+        (FOLDER / file).write_text(page(), encoding="utf-8")
+        print(FOLDER / file)

@@ -1,0 +1,186 @@
+"""Compression of one decoder block: statistics, the stages of a combination (base.py), errors, storing, restoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from nybble.compression.base import RefinementMethod
+from nybble.compression.blocks import DecoderBlocks, InputStatistics, get_linear, set_weight
+from nybble.compression.calibration import Calibration
+from nybble.compression.init import QuantizedInit
+from nybble.compression.layer_error import LayerError, OutputReference, layer_error
+from nybble.compression.methods import MethodCombination
+from nybble.compression.rounding import round_layers
+from nybble.quant.scheme import QuantScheme
+
+# Called with the number of layers just finished, and a text about them.
+Progress = Callable[[int, str], None]
+
+_INIT_TENSORS = ("weight_OI", "scale_OG", "zero_point_OG")
+
+
+@dataclass
+class CompressedBlock:
+    """One block after compression; names are those within the block.
+
+    Attributes:
+        inits: layer name -> the compressed layer.
+        errors: layer name -> its errors.
+        losses: loss before and after refinement; None without refinement.
+    """
+
+    inits: dict[str, QuantizedInit] = field(default_factory=dict)
+    errors: dict[str, LayerError] = field(default_factory=dict)
+    losses: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class BlockCompressor:
+    """Compresses the blocks of a model one after the other.
+
+    Attributes:
+        blocks: the blocks. They must be compressed in turn, from the first, because each advances the streams.
+        methods: what to do.
+        scheme: bits and group size.
+        calibration: text and settings.
+        progress: called after each layer and each step.
+    """
+
+    blocks: DecoderBlocks
+    methods: MethodCombination
+    scheme: QuantScheme
+    calibration: Calibration
+    progress: Progress
+
+    def compress_block(self, i: int) -> CompressedBlock:
+        """Compress block i, or restore it from the store; then pass the streams on and put the new weights in.
+
+        Raises:
+            ModelError: the inputs of a layer or the loss are not finite.
+            RunError: a stored block is damaged, or the disk is full.
+        """
+        prefix, store = self.blocks.prefixes[i], self.calibration.store
+        stored = store.load(prefix) if store else None
+        if stored is None:
+            result = self._run_stages(i)
+            if store:
+                store.save(prefix, *self._to_store(i, result))
+        else:
+            result = self._from_store(i, *stored)
+            self.progress(len(result.inits), f"{prefix[:-1]}: restored")
+        self._pass_on(i, result.inits)
+        return result
+
+    def _run_stages(self, i: int) -> CompressedBlock:
+        block, prefix = self.blocks.modules[i], self.blocks.prefixes[i]
+        statistics = self.blocks.observe(i)
+        references = {
+            name: OutputReference.of(get_linear(block, name).weight, shared.gram_II, self.scheme)
+            for shared in statistics
+            for name in shared.layers
+        }
+        result = CompressedBlock()
+        for folding in self.methods.folding:
+            folding.fold_block(prefix[:-1], block, statistics, self.blocks.model.config, self.scheme)
+        for shared in statistics:
+            inits = self._round(i, shared)
+            result.inits.update(inits)
+            self._measure(i, shared, references, result)
+            for name in inits:
+                error = result.errors[name]
+                self.progress(1, f"{prefix}{name}: output error {error.rtn:.2%} -> {error.compressed:.2%}")
+        if result.inits:
+            for refinement in self.methods.refinement:
+                self._refine(i, refinement, result)
+                for shared in statistics:
+                    self._measure(i, shared, references, result)
+        return result
+
+    def _round(self, i: int, shared: InputStatistics) -> dict[str, QuantizedInit]:
+        """Round the layers that share an input."""
+        rounder = self.methods.rounding.make_rounder(
+            self.blocks.prefixes[i] + shared.layers[0],
+            shared.gram_II,
+            self.methods.scales,
+            self.scheme,
+            self.calibration,
+        )
+        linears = {name: get_linear(self.blocks.modules[i], name) for name in shared.layers}
+        return round_layers(linears, rounder, self.scheme)
+
+    def _refine(self, i: int, refinement: RefinementMethod, result: CompressedBlock) -> None:
+        """Apply one refinement to `result`."""
+        name = self.blocks.prefixes[i][:-1]
+        refined = refinement.refine_block(
+            self.blocks,
+            i,
+            result.inits,
+            self.scheme,
+            self.calibration,
+            lambda text: self.progress(0, f"{name}: {text}"),
+        )
+        result.inits = result.inits | refined.inits
+        before = refined.loss_before if result.losses is None else result.losses[0]
+        result.losses = (before, refined.loss_after)
+
+    def _measure(
+        self, i: int, shared: InputStatistics, references: dict[str, OutputReference], result: CompressedBlock
+    ) -> None:
+        """Set the errors of the layers that share an input."""
+        for name in shared.layers:
+            weight_OI = get_linear(self.blocks.modules[i], name).weight
+            result.errors[name] = layer_error(
+                weight_OI, result.inits[name], self.scheme, shared.gram_II, references[name]
+            )
+
+    def _to_store(self, i: int, result: CompressedBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and note for `_from_store`: the compressed layers, and other parameters that folding may change."""
+        tensors = {
+            f"{name}:{leaf}": getattr(init, leaf) for name, init in result.inits.items() for leaf in _INIT_TENSORS
+        }
+        others = {
+            key: value
+            for key, value in self.blocks.modules[i].state_dict().items()
+            if key.removesuffix(".weight") not in result.inits
+        }
+        errors = {name: asdict(error) for name, error in result.errors.items()}
+        return tensors | others, {"errors": errors, "losses": result.losses}
+
+    def _from_store(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> CompressedBlock:
+        """Restore block i, and pass the full stream through the 16-bit block first."""
+        prefix, names = self.blocks.prefixes[i], self.blocks.layers[i]
+        self.blocks.advance_full(i)
+        inits = {
+            name: QuantizedInit(*(tensors.pop(f"{name}:{leaf}").to(self.blocks.device) for leaf in _INIT_TENSORS))
+            for name in names
+        }
+        missing = self.blocks.modules[i].load_state_dict(tensors, strict=False).missing_keys
+        assert all(key.removesuffix(".weight") in inits for key in missing), (
+            f"{prefix}: the stored block lacks {missing}"
+        )
+        errors = {name: LayerError(**fields) for name, fields in note["errors"].items()}
+        losses = note["losses"]
+        return CompressedBlock(inits, errors, (losses[0], losses[1]) if losses else None)
+
+    def _pass_on(self, i: int, inits: dict[str, QuantizedInit]) -> None:
+        """Pass the quantized stream, if there is one, through the 4-bit block; then put the weights of `inits` in."""
+        block = self.blocks.modules[i]
+        if self.blocks.quantized is not None:
+            for name, init in inits.items():
+                set_weight(block, name, init.quantized(self.scheme).dequantize().to(init.weight_OI.dtype))
+            self.blocks.advance_quantized(i)
+        for name, init in inits.items():
+            set_weight(block, name, init.weight_OI)
+
+
+def share_model_memory(inits: dict[str, QuantizedInit], model: Any, names: Iterable[str]) -> None:
+    """Let inits hold the tensors of the model, in place, after the model or a block has moved to another device."""
+    for name in names:
+        weight_OI, init = get_linear(model, name).weight.detach(), inits[name]
+        inits[name] = QuantizedInit(
+            weight_OI, init.scale_OG.to(weight_OI.device), init.zero_point_OG.to(weight_OI.device)
+        )

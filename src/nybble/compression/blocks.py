@@ -1,0 +1,248 @@
+"""Decoder blocks that run one at a time, and the hidden states between them.
+
+    hidden_0 = embedding(tokens)        hidden_{i+1} = block_i(hidden_i)
+
+DecoderBlocks keeps up to two streams of hidden states for all calibration sequences, each as it is before one block:
+`full` comes through the 16-bit blocks and, where blocks are trained on it, `quantized` comes through the blocks
+compressed so far. A stream has S x T x D numbers on the CPU, in a temporary file if it exceeds MAX_BYTES_IN_MEMORY;
+inside a block there is one batch. On a GPU only one block is on the device, and the rest of the model is on the CPU.
+
+The other arguments of a block (masks, rotary embeddings) are recorded in one forward of the whole model. Each block
+must reproduce the model's own hidden states, and `check_chain` (chain.py) checks that the other arguments do not
+depend on the tokens. So a family whose blocks exchange more than hidden states is an error and not a wrong result.
+
+Statistics of the input x of a layer in the 16-bit model:        gram = mean over all tokens of x x^T
+
+The statistics come from the 16-bit stream. Inputs that come through the compressed blocks gave no better models, and
+they would need another pass.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
+from nybble.errors import ModelError, RunError
+from nybble.quant.grid import at_least_float32
+
+# Larger streams are kept in temporary files.
+MAX_BYTES_IN_MEMORY = 512 << 20
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moments of the input that some layers share.
+
+    Attributes:
+        layers: names of the layers within the block.
+        gram_II: mean of x x^T over all tokens; float32 (float64 for a float64 model). Folding changes it in place.
+    """
+
+    layers: tuple[str, ...]
+    gram_II: Tensor
+
+
+class DecoderBlocks:
+    """The decoder blocks of a model and the streams of hidden states.
+
+    Blocks run on the device that the model is on at first. If that is not the CPU, the model moves to the CPU, and
+    `on_device` brings back one block.
+
+    Args:
+        model: a transformers model.
+        names: paths of the layers that get 4 bits.
+        input_ids: [S, T] token ids.
+        batch: sequences in one forward.
+        with_quantized: whether to keep the stream `quantized`.
+        folder: folder for temporary files. None: the system's.
+
+    Attributes:
+        modules: the blocks.
+        prefixes: path of each block in the model, with a dot at the end.
+        layers: names within each block of its layers that get 4 bits.
+        full, quantized: the streams [S, T, D] on the CPU, in the dtype of the model.
+
+    Raises:
+        ModelError: there is no list of blocks, or the blocks do not reproduce the model's own hidden states.
+        RunError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        names: Sequence[str],
+        input_ids: Tensor,
+        batch: int,
+        with_quantized: bool = True,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.batch, self._folder = model, batch, folder
+        self.device, self.dtype = model.device, model.dtype
+        path = find_block_list(model, names)
+        self.modules: list[nn.Module] = list(model.get_submodule(path))
+        self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
+        self.layers = [
+            [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes
+        ]
+        self._arguments = record_blocks(model, self.modules, input_ids[:1].to(self.device)).arguments
+        self.full = self._new_stream(input_ids)
+        for part in self.batches():
+            self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
+        self.quantized = self._new_stream(input_ids).copy_(self.full) if with_quantized else None
+        model.to("cpu")
+
+    @contextmanager
+    def on_device(self, i: int) -> Iterator[nn.Module]:
+        """Keep block i on the device inside the context; afterwards it is on the CPU again."""
+        try:
+            yield self.modules[i].to(self.device)
+        finally:
+            self.modules[i].to("cpu")
+
+    def run(self, i: int, hidden_BTD: Tensor) -> Tensor:
+        """Outputs of block i for a batch of hidden states; both are on the device."""
+        args, kwargs = self._arguments[i]
+        return first_output(self.modules[i](hidden_BTD, *args, **kwargs))
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the sequences, one for each forward."""
+        return (slice(start, start + self.batch) for start in range(0, len(self.full), self.batch))
+
+    @torch.no_grad()
+    def advance_full(self, i: int) -> None:
+        """Pass the full stream through block i, which must still be the 16-bit one."""
+        for part in self.batches():
+            self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
+
+    @torch.no_grad()
+    def advance_quantized(self, i: int) -> None:
+        """Pass the quantized stream through block i with its present weights."""
+        assert self.quantized is not None, "these blocks keep no quantized stream"
+        for part in self.batches():
+            self.quantized[part] = self.run(i, self.quantized[part].to(self.device)).cpu()
+
+    @torch.no_grad()
+    def observe(self, i: int) -> list[InputStatistics]:
+        """Pass the full stream through block i, and collect statistics of the inputs of its layers.
+
+        Returns:
+            One entry for each group of layers that are called with the same tensor.
+
+        Raises:
+            ModelError: the inputs of a layer are not finite; the layer is named.
+        """
+        grams: dict[tuple[str, ...], Tensor] = {}
+        tokens = self.full.shape[0] * self.full.shape[1]
+        for part in self.batches():
+            with self._recorded_inputs(i) as inputs:
+                self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
+            for layers, x_NI in _group_by_tensor(inputs).items():
+                x_NI = at_least_float32(x_NI)
+                if layers not in grams:
+                    grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
+                _add_lower(grams[layers], x_NI, 1 / tokens)
+        for layers, gram_II in grams.items():
+            if not bool(gram_II.isfinite().all()):
+                raise ModelError(
+                    f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; "
+                    f"{nonfinite_remedy(self.dtype)}"
+                )
+        return [InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
+
+    def _new_stream(self, input_ids: Tensor) -> Tensor:
+        """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""
+        shape = (*input_ids.shape, self.model.config.hidden_size)
+        count = input_ids.numel() * shape[-1]
+        size = count * self.dtype.itemsize
+        if size <= MAX_BYTES_IN_MEMORY:
+            return torch.empty(shape, dtype=self.dtype)
+        # The name is deleted at once; the memory mapping keeps the data.
+        with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:
+            try:
+                _reserve(file, size)
+            except OSError as error:
+                raise RunError(
+                    f"{self._folder or tempfile.gettempdir()} must have room for {size / 1e9:.1f} GB of calibration; "
+                    f"{error.strerror}; free some, or use fewer --num_calibration_samples"
+                ) from error
+            return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
+
+    @torch.no_grad()
+    def _first_inputs(self, input_ids: Tensor) -> Tensor:
+        """Hidden states before the first block. The forward is stopped there."""
+        caught: list[Tensor] = []
+
+        class Stop(Exception):
+            pass
+
+        def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise Stop
+
+        handle = self.modules[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        except Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @contextmanager
+    def _recorded_inputs(self, i: int) -> Iterator[dict[str, Tensor]]:
+        """Layer name within block i -> its inputs [N, I] in the forward that runs inside the context."""
+        inputs: dict[str, Tensor] = {}
+
+        def record(name: str) -> Callable[[nn.Module, Any], None]:
+            return lambda module, args: inputs.update({name: args[0].flatten(0, -2)})
+
+        handles = [
+            self.modules[i].get_submodule(name).register_forward_pre_hook(record(name)) for name in self.layers[i]
+        ]
+        try:
+            yield inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def get_linear(block: nn.Module, name: str) -> nn.Linear:
+    """The linear layer with this name within a block."""
+    return block.get_submodule(name)  # type: ignore[return-value]
+
+
+def set_weight(block: nn.Module, name: str, weight_OI: Tensor) -> None:
+    """Replace the weight of a linear layer by a frozen parameter that shares the memory of weight_OI."""
+    get_linear(block, name).weight = nn.Parameter(weight_OI, requires_grad=False)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give a file its size. Where the system can, the space is allocated, so a full disk is an error now."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:  # macOS, Windows
+        file.truncate(size)
+
+
+def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
+    """gram += factor * x^T x, in place, for the blocks on and below the diagonal only: 5/8 of the work."""
+    for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
+        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
+
+
+def _group_by_tensor(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
+    """Names of the layers that are called with the same tensor -> that tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, x_NI in inputs.items():
+        groups.setdefault(x_NI.data_ptr(), []).append(name)
+    return {tuple(names): inputs[names[0]] for names in groups.values()}

@@ -1,0 +1,195 @@
+"""The decoder as a chain of blocks, each of which takes only the hidden states of the one before.
+
+A method that compresses block by block needs such a chain. `record_blocks` finds out with what else each block is
+called, and `check_chain` refuses a model whose blocks exchange more than hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import ModelError
+
+# Largest difference between a block's output and the model's own hidden state, relative to the norm of the token's
+# state. Rounding in 16 bits stays well below; a block that lacks an argument is far above.
+_MAX_BLOCK_DIFFERENCE = 1e-2
+
+# Positional and keyword arguments of a block, without the hidden states.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What one forward of the model passes through its blocks.
+
+    Attributes:
+        arguments: of each block, without the hidden states.
+        hidden: hidden states [B, T, D] before each block and after the last.
+    """
+
+    arguments: list[Arguments]
+    hidden: list[Tensor]
+
+
+@torch.no_grad()
+def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Refuse a model whose blocks exchange more than hidden states. Two sequences go through the model.
+
+    Everything else that a block is called with must be the same for both sequences, and must also fit a batch of both.
+
+    Args:
+        model: a transformers model.
+        names: paths of the layers that get 4 bits.
+        input_ids: [2, T] token ids, two different sequences.
+
+    Raises:
+        ModelError: the blocks are no chain, or their outputs are not finite.
+    """
+    modules = list(model.get_submodule(find_block_list(model, names)))
+    first, second = (record_blocks(model, modules, row[None].to(model.device)) for row in input_ids)
+    for i, module in enumerate(modules):
+        before, after = (torch.cat([first.hidden[j], second.hidden[j]]) for j in (i, i + 1))
+        try:
+            is_chain = _equal(first.arguments[i], second.arguments[i]) and reproduces_output(
+                module, first.arguments[i], before, after
+            )
+        except RuntimeError:  # the arguments of one sequence do not fit a batch of two
+            is_chain = False
+        if not is_chain:
+            raise no_chain_error(model, i)
+
+
+@torch.no_grad()
+def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> BlockRecord:
+    """Record what one forward of the whole model passes through its blocks, and check that the blocks reproduce it.
+
+    Args:
+        model: a transformers model.
+        modules: its decoder blocks.
+        input_ids: [B, T] token ids on the device of the model.
+
+    Raises:
+        ModelError: a block's outputs are not finite, or it does not reproduce the model's own hidden states.
+    """
+    arguments: list[Arguments] = []
+    hidden: list[Tensor] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kwargs = dict(kwargs)
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        arguments.append((args[1:], kwargs))
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    handles.append(modules[-1].register_forward_hook(lambda module, args, output: hidden.append(first_output(output))))
+    try:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, (before, after) in enumerate(pairwise(hidden)):
+        if not bool(after.isfinite().all()):
+            where = _first_nonfinite(modules[i], arguments[i], before) or "the sum with its inputs"
+            raise ModelError(
+                f"the outputs of block {i} ({where}) must be finite; they are not on this text; "
+                f"{nonfinite_remedy(model.dtype)}"
+            )
+        if not reproduces_output(modules[i], arguments[i], before, after):
+            raise no_chain_error(model, i)
+    return BlockRecord(arguments, hidden)
+
+
+def reproduces_output(block: nn.Module, arguments: Arguments, before: Tensor, after: Tensor) -> bool:
+    """Whether a block called by itself gives the hidden states that it gave in the model.
+
+    Each token is compared by itself, because some have hidden states a thousand times larger than others.
+
+    Args:
+        block: the decoder block.
+        arguments: its other arguments.
+        before: hidden states [B, T, D] that it is called with.
+        after: hidden states [B, T, D] that it gave in the model.
+    """
+    args, kwargs = arguments
+    difference_BT = (first_output(block(before, *args, **kwargs)) - after).float().norm(dim=-1)
+    return bool((difference_BT <= _MAX_BLOCK_DIFFERENCE * after.float().norm(dim=-1)).all())
+
+
+def find_block_list(model: Any, names: Sequence[str]) -> str:
+    """Path of the module list that holds most of the layers.
+
+    Args:
+        model: a transformers model.
+        names: paths of the layers that get 4 bits.
+
+    Raises:
+        ModelError: no module list holds any of them.
+    """
+    counts: dict[str, int] = {
+        path: sum(name.startswith(path + ".") for name in names)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not counts or not max(counts.values()):
+        raise ModelError(
+            f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn"
+        )
+    return max(counts, key=lambda path: (counts[path], -len(path)))
+
+
+def nonfinite_remedy(dtype: torch.dtype) -> str:
+    """The remedy in an error message about numbers that are not finite.
+
+    Args:
+        dtype: dtype of the model.
+    """
+    return "the model's weights or this text are broken" if dtype == torch.float32 else "use --dtype float32"
+
+
+def no_chain_error(model: Any, i: int) -> ModelError:
+    """The error for a model whose block i is not part of a chain."""
+    return ModelError(
+        f"the blocks of {model.config.model_type} must be a chain, each taking nothing but the hidden states of the "
+        f"one before; block {i} is not; use the method rtn"
+    )
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states in the output of a module, which may be a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Whether two nests of tuples, lists and dictionaries hold equal tensors. Other values are not compared."""
+    if isinstance(one, Tensor):
+        return isinstance(two, Tensor) and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(two) and all(_equal(a, b) for a, b in zip(one, two, strict=True))
+    return True
+
+
+def _first_nonfinite(block: nn.Module, arguments: Arguments, before: Tensor) -> str | None:
+    """Name of the first leaf module in a block whose outputs are not finite."""
+    names: list[str] = []
+
+    def check(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: None if bool(first_output(output).isfinite().all()) else names.append(name)
+
+    handles = [
+        module.register_forward_hook(check(name))
+        for name, module in block.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        block(before, *arguments[0], **arguments[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else None

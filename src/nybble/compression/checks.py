@@ -1,0 +1,59 @@
+"""Checks that a model can be compressed, made before the expensive part of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.compression.chain import check_chain
+from nybble.compression.methods import combine
+from nybble.errors import ModelError
+
+
+def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tuple[str, ...]) -> None:
+    """Refuse a model that these methods cannot compress.
+
+    Args:
+        model: a transformers model.
+        names: paths of the layers that get 4 bits.
+        input_ids: [2, T] token ids, any text.
+        methods: names from `parse_method`.
+
+    Raises:
+        OptionError: a method does not know this family.
+        ModelError: the model uses the weight of a layer without calling the layer; or a method needs calibration text,
+            and the decoder blocks are no chain.
+    """
+    names, combination = list(names), combine(methods)
+    _check_layers_are_called(model, names, input_ids)
+    combination.check(model.config)
+    if combination.needs_calibration:
+        check_chain(model, names, input_ids)
+
+
+def _check_layers_are_called(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Raise ModelError for a layer whose weight is used without a call: no other layer can take its place.
+
+    An expert that gets no token is not called either, but then the module around it is not called.
+    """
+    called: set[str] = set()
+    parents = {name.rpartition(".")[0] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in {*names, *parents}
+    ]
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    bypassed = [name for name in names if name not in called and name.rpartition(".")[0] in called]
+    if bypassed:
+        raise ModelError(
+            f"{type(model).__name__} must call the layers that get 4 bits; it uses the weight of {bypassed[0]} without "
+            f"calling the layer ({len(bypassed)} such layers); the model cannot be compressed"
+        )

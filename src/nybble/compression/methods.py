@@ -1,0 +1,151 @@
+"""The registry of compression methods, and combinations of them.
+
+A combination is written as names joined by +, in the order of their stages (base.py): awq+se+gptq. The name rtn
+stands for the empty combination, round-to-nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.compression.awq import AWQ
+from nybble.compression.base import (
+    CompressionMethod,
+    FoldingMethod,
+    RefinementMethod,
+    RoundingMethod,
+    ScaleMethod,
+    Stage,
+)
+from nybble.compression.blockwise import BlockwiseReconstruction
+from nybble.compression.gptq import GPTQ
+from nybble.compression.rtn import MinMaxScales, RoundToNearest
+from nybble.compression.scale_estimation import ScaleEstimation
+from nybble.errors import OptionError
+from nybble.models.families import family_of
+from nybble.registry import Registry
+
+# Name -> class, or a function without arguments that returns a method.
+METHODS: Registry[Callable[[], CompressionMethod]] = Registry("compression method", "nybble.methods")
+METHODS.register("awq", AWQ)
+METHODS.register("se", ScaleEstimation)
+METHODS.register("gptq", GPTQ)
+METHODS.register("blockwise", BlockwiseReconstruction)
+
+RTN = "rtn"
+
+
+@dataclass(frozen=True)
+class MethodCombination:
+    """Methods by stage.
+
+    Attributes:
+        folding: in the order in which they are applied.
+        scales: chooses scale and zero point.
+        rounding: chooses the codes.
+        refinement: in the order in which they are applied.
+    """
+
+    folding: tuple[FoldingMethod, ...]
+    scales: ScaleMethod
+    rounding: RoundingMethod
+    refinement: tuple[RefinementMethod, ...]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any of the methods needs calibration text. Folding and refinement always do."""
+        by_block = bool(self.folding or self.refinement)
+        return by_block or self.scales.needs_calibration or self.rounding.needs_calibration
+
+    def check(self, config: Any) -> None:
+        """Refuse a model that one of the methods cannot compress.
+
+        Args:
+            config: configuration of the transformers model.
+
+        Raises:
+            OptionError: see CompressionMethod.check.
+        """
+        for method in (*self.folding, self.scales, self.rounding, *self.refinement):
+            method.check(config)
+
+
+def parse_method(text: str, option: str = "--method") -> tuple[str, ...]:
+    """Names of the methods in a combination: "awq+se" -> ("awq", "se"), "rtn" -> ().
+
+    Args:
+        text: what the user wrote.
+        option: the option it was written for, for the error message.
+
+    Raises:
+        OptionError: a name is unknown or repeated, the order is wrong, or two methods do the same.
+    """
+    names = tuple(text.split("+"))
+    if names == (RTN,):
+        return ()
+    known = all(name in METHODS for name in names)
+    stages = [_create(name).stage for name in names] if known else []
+    if not known or len(set(names)) < len(names) or stages != sorted(stages):
+        in_order = sorted(METHODS, key=lambda name: _create(name).stage)
+        raise OptionError(
+            f"{option} must be rtn, or one or more of {', '.join(in_order)} in this order, joined by +; got {text}; "
+            "awq+se+gptq, for example"
+        )
+    for stage in (Stage.SCALE, Stage.ROUND):
+        same = [name for name, its in zip(names, stages, strict=True) if its == stage]
+        if len(same) > 1:
+            raise OptionError(
+                f"{option} must have at most one method at the stage {stage.name}; got {', '.join(same)}; keep one"
+            )
+    return names
+
+
+def combine(names: Sequence[str]) -> MethodCombination:
+    """Create the methods of a combination; round-to-nearest does what none of them does.
+
+    Args:
+        names: from `parse_method`.
+
+    Raises:
+        OptionError: a registered object is not a compression method.
+    """
+    methods = [_create(name) for name in names]
+    return MethodCombination(
+        folding=tuple(method for method in methods if isinstance(method, FoldingMethod)),
+        scales=next((method for method in methods if isinstance(method, ScaleMethod)), MinMaxScales()),
+        rounding=next((method for method in methods if isinstance(method, RoundingMethod)), RoundToNearest()),
+        refinement=tuple(method for method in methods if isinstance(method, RefinementMethod)),
+    )
+
+
+def needs_calibration(names: Sequence[str]) -> bool:
+    """Whether a combination from `parse_method` needs calibration text."""
+    return combine(names).needs_calibration
+
+
+def automatic_method(config: Any, adapters: bool) -> str:
+    """The combination that training starts from if the user names none.
+
+    Without adapters, training changes scales and norms only. blockwise then gives the lowest KL divergence, both
+    before and after training. With adapters, training moves weights from one code to another, so the weights should
+    keep their positions between the codes. gptq keeps them, and it takes about a third of the time of blockwise. awq
+    is added for the families whose AWQ mappings are known.
+
+    Args:
+        config: configuration of the transformers model.
+        adapters: whether adapters that change the codes are trained.
+    """
+    method = "se+gptq" if adapters else "se+blockwise"
+    return f"awq+{method}" if family_of(config).awq_mappings else method
+
+
+def _create(name: str) -> CompressionMethod:
+    method = METHODS[name]()
+    if not isinstance(method, FoldingMethod | ScaleMethod | RoundingMethod | RefinementMethod):
+        raise OptionError(
+            f"the compression method {name} must be a subclass of a stage in nybble.compression.base; it makes a "
+            f"{type(method).__name__}; repair the package that registers it, or use another method"
+        )
+    return method

@@ -1,0 +1,119 @@
+"""Post-training compression of a model by a combination of methods (base.py, methods.py).
+
+With calibration text, the decoder blocks are compressed one after the other, from the first to the last. Layers
+outside of the blocks, and a combination that needs no text, are compressed layer by layer.
+
+Methods change the model in place: norms and weights are folded, but the 16-bit function stays the same. Afterwards the
+layers of the model hold the weights before rounding that the result holds, in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nybble.compression.block_compression import BlockCompressor, Progress, share_model_memory
+from nybble.compression.blocks import DecoderBlocks, get_linear, set_weight
+from nybble.compression.calibration import TOKENS_PER_FORWARD, Calibration
+from nybble.compression.init import QuantizedInit
+from nybble.compression.layer_error import LayerError, weight_error
+from nybble.compression.methods import MethodCombination, combine, parse_method
+from nybble.compression.rounding import round_layers
+from nybble.quant.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Compressed layers and their errors.
+
+    Attributes:
+        starts: layer path -> the compressed layer, in the order of the names asked for.
+        errors: layer path -> its errors, in the same order.
+        blocks: block path -> loss before and after refinement; empty without refinement.
+    """
+
+    starts: dict[str, QuantizedInit] = field(default_factory=dict)
+    errors: dict[str, LayerError] = field(default_factory=dict)
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def compress(
+    model: Any,
+    names: Iterable[str],
+    scheme: QuantScheme,
+    method: str = "rtn",
+    calibration: Calibration | None = None,
+    progress: Progress = lambda layers, text: None,
+) -> CompressionResult:
+    """Compress layers of a model; the layers then hold the weights of the result.
+
+    Args:
+        model: a transformers model; it is changed in place.
+        names: paths of the linear layers to compress.
+        scheme: bits and group size.
+        method: names of methods joined by +, or rtn.
+        calibration: text and settings; required if the method needs calibration text.
+        progress: called with the number of layers just finished, and a text.
+
+    Raises:
+        OptionError: the method is unknown.
+        ModelError: the blocks are no chain, inputs or a loss are not finite, or a Hessian is not positive definite.
+        RunError: the disk is full, or a stored block is damaged.
+    """
+    names, methods = list(names), combine(parse_method(method))
+    result = CompressionResult()
+    if methods.needs_calibration:
+        assert calibration is not None, f"{method} needs calibration text"
+        result = _compress_blocks(model, names, scheme, methods, calibration, progress)
+        methods = combine(())
+    rest = [name for name in names if name not in result.starts]
+    inits, errors = _compress_layers(model, rest, scheme, methods, progress)
+    inits, errors = result.starts | inits, result.errors | errors
+    return CompressionResult(
+        {name: inits[name] for name in names}, {name: errors[name] for name in names}, result.blocks
+    )
+
+
+def _compress_blocks(
+    model: Any,
+    names: Sequence[str],
+    scheme: QuantScheme,
+    methods: MethodCombination,
+    calibration: Calibration,
+    progress: Progress,
+) -> CompressionResult:
+    """Compress the layers inside the decoder blocks, as many blocks as `calibration` says."""
+    device = model.device
+    batch = max(1, TOKENS_PER_FORWARD // calibration.input_ids.shape[1])
+    refines = bool(methods.refinement)
+    blocks = DecoderBlocks(model, names, calibration.input_ids, batch, refines, calibration.folder)
+    compressor = BlockCompressor(blocks, methods, scheme, calibration, progress)
+    result = CompressionResult()
+    for i, prefix in list(enumerate(blocks.prefixes))[: calibration.limit_blocks]:
+        with blocks.on_device(i):
+            block = compressor.compress_block(i)
+        result.starts.update({prefix + name: init for name, init in block.inits.items()})
+        result.errors.update({prefix + name: error for name, error in block.errors.items()})
+        if block.losses is not None:
+            result.blocks[prefix[:-1]] = block.losses
+        share_model_memory(result.starts, model, [prefix + name for name in block.inits])
+    model.to(device)
+    share_model_memory(result.starts, model, list(result.starts))
+    return result
+
+
+def _compress_layers(
+    model: Any, names: Iterable[str], scheme: QuantScheme, methods: MethodCombination, progress: Progress
+) -> tuple[dict[str, QuantizedInit], dict[str, LayerError]]:
+    """Compress layers one by one with methods that need no calibration text."""
+    inits: dict[str, QuantizedInit] = {}
+    errors: dict[str, LayerError] = {}
+    for name in names:
+        linear = get_linear(model, name)
+        rounder = methods.rounding.make_rounder(name, None, methods.scales, scheme, None)
+        inits |= round_layers({name: linear}, rounder, scheme)
+        errors[name] = weight_error(linear.weight, inits[name], scheme)
+        set_weight(model, name, inits[name].weight_OI)
+        progress(1, f"{name}: weight error {errors[name].weight:.2%}")
+    return inits, errors

@@ -1,0 +1,56 @@
+"""BlockStore: finished decoder blocks of a compression on disk, so that an interrupted compression can resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nybble.files import load_tensors, save_tensors
+
+
+class BlockStore:
+    """One safetensors file per finished block.
+
+    Args:
+        path: the folder; it is created by the first `save`.
+        identity: identifies the model, the text and the method. Files with another identity are ignored.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+
+    def load(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read a finished block.
+
+        Args:
+            block: path of the block in the model, "model.layers.0.".
+
+        Returns:
+            What was given to `save`, with tensors on the CPU; None if there is no file with this identity.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self._file(block).exists():
+            return None
+        tensors, note = load_tensors(self._file(block))
+        return (tensors, note) if note.pop("identity", None) == self.identity else None
+
+    def save(self, block: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Write a finished block atomically.
+
+        Args:
+            block: path of the block in the model.
+            tensors: name -> tensor.
+            note: JSON-serializable values.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        self.path.mkdir(exist_ok=True)
+        save_tensors(self._file(block), tensors, note | {"identity": self.identity})
+
+    def _file(self, block: str) -> Path:
+        return self.path / f"{block.strip('.')}.safetensors"

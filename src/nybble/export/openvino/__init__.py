@@ -1,0 +1,7 @@
+"""OpenVINO: a stateful key-value-cache model (IR) with 4-bit weights, tokenizer and detokenizer, for openvino-genai.
+
+exporter.py     the exporter: order of the steps, tokenizer, comparison of logits
+trace.py        the float model as an OpenVINO graph with past keys and values as state
+constants.py    float constants to u4 and u8 codes, and back
+runtime.py      an exported model with the interface of transformers
+"""

@@ -1,0 +1,148 @@
+"""Studies of the rank search: optuna's storage, samplers and trials, in terms of rank configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from nybble.nls.ranks import RankConfiguration
+from nybble.tasks.dataset import Question
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+SearchSampler = Literal["nsga2", "tpe", "hill", "random"]
+
+# Where optuna keeps trials: a URL, or an object of optuna.
+Storage: TypeAlias = "str | optuna.storages.BaseStorage"
+
+# File in the run folder with the trials.
+STORAGE_FILE = "search.db"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched.
+
+    Attributes:
+        ranks: ranks to choose from, largest first; at least two.
+        num_layers: decoder layers of the model.
+        rows: held-out rows to score configurations on.
+        known: configurations that were scored before.
+    """
+
+    ranks: tuple[int, ...]
+    num_layers: int
+    rows: Sequence[Question]
+    known: tuple[RankConfiguration, ...]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Name of each decoder layer's rank in a trial, first layer first."""
+        return [f"layer{i}" for i in range(self.num_layers)]
+
+    def parameters(self, configuration: RankConfiguration) -> dict[str, int]:
+        """The parameters of a trial with a configuration."""
+        return dict(zip(self.parameter_names, configuration, strict=True))
+
+
+def storage_url(folder: Path) -> str:
+    """URL of the SQLite file in a run folder that holds its studies."""
+    return f"sqlite:///{folder / STORAGE_FILE}"
+
+
+def open_study(sampler: SearchSampler, seed: int, storage: Storage) -> optuna.Study:
+    """Open the stored study of a sampler and a seed, or create it.
+
+    The random generator of the sampler depends on the number of stored trials, so that a continued search does not
+    repeat its first draws.
+
+    Args:
+        sampler: proposes configurations.
+        seed: of the sampler, 0 .. 2**32 - 1.
+        storage: see `storage_url`.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=f"{sampler}-{seed}",
+        load_if_exists=True,
+        directions=["maximize", "minimize"] if sampler == "nsga2" else ["maximize"],
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+    )
+    study.sampler = _optuna_sampler(sampler, (seed + 1_000_003 * len(study.trials)) % 2**32)  # numpy's range of seeds
+    return study
+
+
+def _optuna_sampler(sampler: SearchSampler, seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    if sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    if sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)  # for hill too, whose trials are all enqueued
+
+
+def untried_neighbours(study: optuna.Study, space: SearchSpace) -> list[dict[str, int]]:
+    """Parameters of the best trial with one rank moved by one place in the space, as far as they were not tried."""
+    best, tried = best_trial(study).params, [trial.params for trial in finished_trials(study)]
+    places = [(name, space.ranks.index(int(best[name])) + move) for name in space.parameter_names for move in (-1, 1)]
+    moved = [{**best, name: space.ranks[place]} for name, place in places if 0 <= place < len(space.ranks)]
+    return [parameters for parameters in moved if parameters not in tried]
+
+
+def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that were scored on all rows, in their order."""
+    import optuna
+
+    return [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that were scored on all rows or pruned, in their order."""
+    import optuna
+
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return [trial for trial in study.trials if trial.state in states]
+
+
+def best_trial(study: optuna.Study, count: int | None = None) -> FrozenTrial:
+    """The completed trial with the best score among the first `count` finished ones (None = all)."""
+    completed = {trial.number for trial in completed_trials(study)}
+    return max(
+        (trial for trial in finished_trials(study)[:count] if trial.number in completed),
+        key=lambda trial: trial.values[0],
+    )
+
+
+def configuration_of(trial: FrozenTrial) -> RankConfiguration:
+    """The ranks of a trial, first decoder layer first."""
+    return tuple(int(trial.params[f"layer{i}"]) for i in range(len(trial.params)))
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A trial that no other trial beats in both objectives.
+
+    Attributes:
+        configuration: its ranks.
+        score: on the rows of the search; higher is better.
+        rank_sum: sum of its ranks; lower is better.
+    """
+
+    configuration: RankConfiguration
+    score: float
+    rank_sum: int
+
+
+def pareto_front(study: optuna.Study) -> list[FrontPoint]:
+    """The trials of an nsga2 study that no other trial beats in both objectives, best score first."""
+    values = {configuration_of(trial): trial.values for trial in study.best_trials}
+    front = [FrontPoint(configuration, score, int(rank_sum)) for configuration, (score, rank_sum) in values.items()]
+    return sorted(front, key=lambda point: -point.score)

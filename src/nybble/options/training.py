@@ -1,0 +1,148 @@
+"""How adapters, scales and norms are trained."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import ClassVar, Literal
+
+from nybble.errors import OptionError
+from nybble.options.base import Group, option, with_default
+
+WeightCache = Literal["auto", "step", "recompute"]
+Schedule = Literal["cosine", "constant", "constant_with_averaging"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Group):
+    """Training that distill and tune share."""
+
+    TITLE: ClassVar[str] = "Training"
+
+    lr: float = option(MISSING, "Peak learning rate of the adapters.", basic=True)
+    epochs: int = option(MISSING, "Epochs; each is followed by a validation.", basic=True)
+    batch_size: int = option(MISSING, "Sequences or rows per optimizer step.", basic=True)
+    scale_lr: float = option(
+        MISSING, "Peak relative learning rate of the scales: 1e-3 changes a scale by about 0.1 % per step."
+    )
+    norm_lr: float = option(MISSING, "Peak relative learning rate of the norm weights in 4 bits; 0: not trained.")
+    warmup_ratio: float = option(MISSING, "Share of the steps with a rising learning rate.")
+    microbatch_size: int = option(0, "Sequences per forward pass; 0: chosen by the memory estimate.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.")
+    lr_scheduler_type: Schedule = option(
+        "cosine",
+        "After the warmup: cosine decay to zero; constant; constant_with_averaging: constant, and the result is the "
+        "mean of the weights over all steps after the first third.",
+    )
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; inf: never.")
+    weight_cache: WeightCache = option(
+        "auto",
+        "step: quantize once per optimizer step (fast); recompute: in every forward and backward pass (small); auto: "
+        "step if memory allows.",
+    )
+    early_stopping_patience: int = option(0, "Stop after this many validations in a row without improvement; 0: never.")
+    save_steps: int = option(10, "Optimizer steps between checkpoints.")
+    report_to: tuple[str, ...] = option(("tensorboard",), "Where to log curves: tensorboard, or none.")
+
+    def check(self) -> None:
+        """Raise OptionError for values outside of their range."""
+        self.require("epochs batch_size save_steps", lambda value: value >= 1, "at least 1")
+        self.require("microbatch_size", lambda value: value >= 0, "0 (automatic) or more")
+        self.require("early_stopping_patience", lambda value: value >= 0, "0 (never stop early) or more")
+        self.require("lr scale_lr norm_lr weight_decay", lambda value: 0 <= value < float("inf"), "0 or more")
+        self.require("max_grad_norm", lambda value: value > 0, "more than 0")
+        self.require("warmup_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
+        unknown = [name for name in self.report_to if name != "tensorboard"]
+        if unknown:
+            raise OptionError(f"--report_to must be tensorboard or none; got {' '.join(unknown)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTrainingOptions(TrainingOptions):
+    """Training on the KL divergence to the 16-bit model's predictions."""
+
+    num_train_samples: int = option(
+        1024,
+        "Sequences per epoch; all text is used before any is repeated. With --data self this many are generated once "
+        "and every epoch repeats them.",
+        basic=True,
+    )
+    num_validation_samples: int = option(64, "Sequences of the validation split, measured after each epoch.")
+    same_samples: bool = option(False, "Train on the same sequences in every epoch.")
+    epochs: int = with_default(TrainingOptions, "epochs", 10)
+    batch_size: int = with_default(TrainingOptions, "batch_size", 16)
+    lora_rank: int = option(
+        256,
+        "Rank of the adapters, clamped in narrower layers. 0: no adapters; codes stay, scales and norms are trained, "
+        "which is faster and better with little text.",
+        basic=True,
+    )
+    lr: float = with_default(TrainingOptions, "lr", 6e-4)
+    scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)
+    norm_lr: float = with_default(TrainingOptions, "norm_lr", 5e-4)
+    warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained inside the rounding, so that codes change."""
+        return self.lora_rank > 0 and self.lr > 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.num_train_samples // self.batch_size
+
+    def check(self) -> None:
+        """Raise OptionError for values outside of their range, or with which nothing would be trained."""
+        super().check()
+        self.require("num_train_samples num_validation_samples", lambda value: value >= 1, "at least 1")
+        self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")
+        if not (self.trains_adapters or self.scale_lr or self.norm_lr):
+            raise OptionError(
+                "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, otherwise nothing is trained; nybble "
+                "compress makes a model without training"
+            )
+        if self.batch_size > self.num_train_samples:
+            raise OptionError(
+                "--batch_size must not be larger than --num_train_samples; got "
+                f"{self.batch_size} and {self.num_train_samples}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneTrainingOptions(TrainingOptions):
+    """Training on a downstream task."""
+
+    quantize: Literal["after", "during"] = option(
+        "after",
+        "after: adapters are trained on 16-bit weights, which are then compressed, and scales and norms are trained in "
+        "4 bits. during: adapters are trained inside the rounding of a compressed model.",
+        basic=True,
+    )
+    epochs: int = with_default(TrainingOptions, "epochs", 3)
+    batch_size: int = with_default(TrainingOptions, "batch_size", 16)
+    lr: float = with_default(TrainingOptions, "lr", 1e-3)
+    # With --quantize during, 1e-3 was measured to be better.
+    scale_lr: float = with_default(TrainingOptions, "scale_lr", 2e-3)
+    norm_lr: float = with_default(TrainingOptions, "norm_lr", 1e-3)
+    warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.1)
+    scale_epochs: int = option(1, "With --quantize after: epochs of training scales and norms in 4 bits.")
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained inside the rounding, so that codes change."""
+        return self.quantize == "during"
+
+    @property
+    def scale_training_epochs(self) -> int:
+        """Epochs of training in 4 bits that follow the training of the adapters."""
+        return self.scale_epochs if self.quantize == "after" and (self.scale_lr or self.norm_lr) else 0
+
+    def check(self) -> None:
+        """Raise OptionError for values outside of their range, or with which nothing would be trained."""
+        super().check()
+        self.require("scale_epochs", lambda value: value >= 0, "0 or more")
+        if not (self.lr or self.scale_training_epochs or (self.scale_lr and self.quantize == "during")):
+            raise OptionError(
+                "--lr, --scale_lr or --norm_lr must be above 0, otherwise nothing is trained; nybble compress makes a "
+                "model without training"
+            )

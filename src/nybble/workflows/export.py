@@ -1,0 +1,42 @@
+"""`nybble export`: export a finished run again, or to more runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nybble.errors import OptionError, RunError
+from nybble.export.base import EXPORTERS, check_formats
+from nybble.models.quantized_model import WEIGHTS_FILE
+from nybble.options.commands import ExportOptions
+from nybble.run.folder import QUANTIZED, reopen_run
+from nybble.run.resume import saved_options
+from nybble.workflows.steps import export_run
+
+
+def export(options: ExportOptions) -> None:
+    """Export the 4-bit model of a run to every format named."""
+    export_formats(Path(options.export.run), options.export.to, options.export.trust_remote_code)
+
+
+def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) -> list[Path]:
+    """Export the 4-bit model of the run in `path`; returns the folders.
+
+    Raises:
+        OptionError: no format, or an unknown one.
+        RunError: `path` is no finished run.
+        ExportError: a format cannot hold the model.
+    """
+    if not formats:
+        raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
+    check_formats(formats, "--to")
+    saved_options(path)
+    if not (path / QUANTIZED / WEIGHTS_FILE).is_file():
+        raise RunError(f"{path} must be a finished run; it has no 4-bit model; finish it with --resume")
+    run = reopen_run(path)
+    try:
+        for name in formats:
+            export_run(run, name, trust_remote_code)
+    finally:
+        run.close()
+    return [path / name for name in formats]

@@ -1,0 +1,90 @@
+"""--init_from RUN: the 4-bit weights of a finished run take the place of a compression."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from nybble.compression.init import QuantizedInit
+from nybble.errors import OptionError
+from nybble.models import quantized_model
+from nybble.models.loading import LoadedModel
+from nybble.models.selection import LayerSelection
+from nybble.quant.weight import QuantizedWeight
+from nybble.run.folder import QUANTIZED
+from nybble.run.marker import is_run
+from nybble.run.results import read_results
+
+log = logging.getLogger("nybble")
+
+
+def check_finished(run: Path) -> None:
+    """Raise OptionError unless this is the folder of a run whose 4-bit model is there."""
+    if not is_run(run):
+        raise OptionError(f"--init_from {run} must be the folder of a finished run; it is none")
+    if not (run / QUANTIZED / quantized_model.WEIGHTS_FILE).is_file():
+        raise OptionError(f"--init_from {run} must be a finished run; it has no 4-bit model; finish it with --resume")
+
+
+def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection, group_size: int) -> None:
+    """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
+    folder, other = run / QUANTIZED, read_results(run).model
+    shapes = quantized_model.scale_shapes(folder)
+    layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*selection.int4, *selection.int8)}
+    if shapes.keys() != layers.keys() or any(shapes[name][0] != shape[0] for name, shape in layers.items()):
+        raise OptionError(
+            f"--init_from {run} must be of a model like {loaded.name}; it is of {other}, which has other layers"
+        )
+    own = quantized_model.unquantized_tensors(loaded.model, layers).keys()
+    differing = sorted(quantized_model.unquantized_names(folder) ^ own)
+    if differing:
+        raise OptionError(
+            f"--init_from {run} must be of a model like {loaded.name}; only one of it and {other} has "
+            f"{', '.join(differing[:3])}"
+        )
+    for name in selection.int4:
+        found = layers[name][1] // shapes[name][1]
+        if found != group_size:
+            raise OptionError(
+                f"--init_from {run} must have groups of {group_size} weights; it has groups of {found}; add "
+                f"--group_size {found}"
+            )
+    if other != loaded.name:
+        log.warning("--init_from %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+
+
+def method_of(run: Path) -> str:
+    """How the weights of the run were compressed."""
+    return read_results(run).method
+
+
+def was_trained(run: Path) -> bool:
+    """Whether the run, or the one that it started from, was trained end to end."""
+    results = read_results(run)
+    return results.trains or results.init_trained
+
+
+def take_over(
+    run: Path, loaded: LoadedModel, selection: LayerSelection
+) -> tuple[dict[str, QuantizedInit], dict[str, QuantizedWeight]]:
+    """Give the model the weights of a finished run, in place, and everything else that the run has (folded norms).
+
+    Returns: where each 4-bit layer starts, with exactly the codes, scales and zero points of the run; and all quantized
+    weights, those in 8 bits too.
+    """
+    model = loaded.model
+    quantized, others = quantized_model.load_weights(run / QUANTIZED)
+    for name, weight in quantized.items():
+        model.get_submodule(name).weight.data.copy_(weight.dequantize())
+    model.load_state_dict(others, strict=False)  # check_fits has seen that these are all others
+    inits = {}
+    for name in selection.int4:
+        weight = quantized[name]
+        scale_OG, zero_point_OG = (
+            tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_point_OG)
+        )
+        inits[name] = QuantizedInit(model.get_submodule(name).weight.detach(), scale_OG, zero_point_OG)
+    log.info("initial 4-bit weights: those of %s, %d layers", run, len(inits))
+    return inits, quantized

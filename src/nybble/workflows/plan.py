@@ -1,0 +1,344 @@
+"""The beginning of every workflow that makes a run: validate, load, plan. Nothing is written or computed for long yet.
+
+Whatever can be wrong with options, model and data is found here, the cheapest checks first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from nybble.compression.checks import check_model
+from nybble.compression.methods import automatic_method, needs_calibration, parse_method
+from nybble.data.mixture import Mixture
+from nybble.data.prepare import TextData, check_token_ids
+from nybble.data.sources import prefix_source
+from nybble.errors import OptionError
+from nybble.evaluation.lm_eval_model import default_batch_size, max_window
+from nybble.export.base import check_exportable, check_formats
+from nybble.files import check_free_disk
+from nybble.models.device import free_memory, pick_device, pick_dtype
+from nybble.models.head import LMHead
+from nybble.models.loading import LoadedModel, check_model_path, load
+from nybble.models.selection import LayerSelection, select_layers
+from nybble.options.base import Command
+from nybble.options.commands import RunCommand
+from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
+from nybble.options.evaluation import EvaluationOptions
+from nybble.options.model import DeviceOptions, ModelOptions
+from nybble.quant.scheme import QuantScheme, check_group_size
+from nybble.run.folder import check_folder
+from nybble.run.resume import check_same_command, check_same_options, saved_options
+from nybble.training import memory
+from nybble.training.memory import ModelShapes
+from nybble.workflows import init_from
+
+log = logging.getLogger("nybble")
+
+AnyRun = TypeVar("AnyRun", bound=RunCommand)
+# Tokens of the first test sequence on which a model is tried before the run.
+_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """How the 4-bit weights come about before any training.
+
+    Attributes:
+        method: what compresses, or what has compressed the weights of `init_from`.
+        calibrates: the compression that is to be done needs calibration text.
+        init_from: the finished run whose 4-bit weights are taken over.
+    """
+
+    method: str
+    calibrates: bool
+    init_from: Path | None = None
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Steps of the compression that is to be done; none for rtn and where a finished run is taken over."""
+        return () if self.init_from is not None else parse_method(self.method, "--method")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The model of a run, its text, and how it is compressed; everything that is known before the run folder is opened.
+
+    Attributes:
+        head: the 16-bit head, a copy.
+    """
+
+    loaded: LoadedModel
+    selection: LayerSelection
+    compression: CompressionPlan
+    text: TextData
+    head: LMHead
+
+
+def keep_saved_choices(options: AnyRun) -> AnyRun:
+    """On --resume, what was chosen automatically when the run began stays: other choices would give other bits."""
+    if not (options.run.resume and check_folder(options.folder, resume=True, overwrite=False)):
+        return options
+    saved, given = saved_options(options.folder), options.flat()
+    automatic = {"method": AUTO, "weight_cache": AUTO, "microbatch_size": 0}
+    return options.replace(
+        **{key: saved[key] for key, value in automatic.items() if given.get(key) == value and key in saved}
+    )
+
+
+def validate(
+    options: RunCommand,
+    compression: CompressionOptions,
+    evaluation: EvaluationOptions,
+    inputs: Mapping[str, Sequence[str]],
+) -> None:
+    """Check what needs no model.
+
+    Args:
+        inputs: option name -> files, folders or sources that the run reads; --overwrite must not delete them.
+
+    Raises:
+        NybbleError: an option, the model's path, the run folder or a format is unusable.
+    """
+    folder, run = options.folder, options.run
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            f"nybble {options.NAME} must run in one process for now; start it without accelerate launch or torchrun"
+        )
+    if compression.method != AUTO:
+        parse_method(compression.method, "--method")
+    if isinstance(compression, InitialCompressionOptions) and compression.init_from is not None:
+        init_from.check_finished(Path(compression.init_from))
+    check_formats(evaluation.export, "--export")
+    check_model_path(options.model.pretrained)
+    used = check_folder(folder, run.resume, run.overwrite)
+    if run.resume and not used:
+        log.info("there is no run in %s to resume; a new one begins", folder)
+    if run.resume and used:
+        check_same_command(folder, type(options))
+        check_same_options(folder, options)
+    if run.overwrite:
+        _check_inputs_survive(inputs, folder)
+
+
+def input_names(options: Command) -> dict[str, Sequence[str]]:
+    """Option name -> files, folders and sources that a run with these options reads."""
+    found: dict[str, Sequence[str]] = {}
+    for name in ("pretrained", "init_from", "teacher", "data", "eval_data", "data_dir", "task"):
+        value = options.flat().get(name)
+        if value:
+            found[name] = (value,) if isinstance(value, str) else Mixture.parse(value).names
+    return found
+
+
+def _check_inputs_survive(inputs: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Raise OptionError where --overwrite would delete what the run reads."""
+    for option, names in inputs.items():
+        for name in names:
+            path = Path(prefix_source(name) or name)
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                raise OptionError(
+                    f"--overwrite would delete --{option} {path}, which this run reads; choose another --output_dir"
+                )
+
+
+def load_model(options: ModelOptions) -> LoadedModel:
+    """The 16-bit model and its tokenizer.
+
+    Raises:
+        ModelError: not found, not readable, or not supported.
+    """
+    device, dtype = pick_place(options)
+    log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
+    return load(options.pretrained, dtype, device, options.trust_remote_code)
+
+
+def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype."""
+    device = pick_device(options.device)
+    return device, pick_dtype(options.dtype, device)
+
+
+def select(loaded: LoadedModel, group_size: int) -> LayerSelection:
+    """Which layer gets which precision.
+
+    Raises:
+        OptionError: the group size does not divide the input width of a layer.
+    """
+    selection = select_layers(loaded.model)
+    for name in selection.int4:
+        check_group_size(name, loaded.model.get_submodule(name).in_features, group_size)
+    log.info(
+        "%s: %.1f M parameters; %d linear layers get 4 bits (group size %d), %s 8 bits%s",
+        loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(selection.int4), group_size,
+        ", ".join(selection.int8), " (tied)" if selection.tied else "",
+    )  # fmt: skip
+    return selection
+
+
+def plan_compression(
+    compression: CompressionOptions,
+    loaded: LoadedModel,
+    selection: LayerSelection,
+    group_size: int,
+    trains_adapters: bool = False,
+) -> CompressionPlan:
+    """Resolve --method auto and --init_from, and warn of options that the method does not use.
+
+    Args:
+        trains_adapters: adapters are trained inside the rounding afterwards.
+
+    Raises:
+        OptionError: the run of --init_from does not fit the model.
+    """
+    source = compression.init_from if isinstance(compression, InitialCompressionOptions) else None
+    if source is not None:
+        run = Path(source)
+        init_from.check_fits(run, loaded, selection, group_size)
+        plan = CompressionPlan(init_from.method_of(run), False, run)
+    else:
+        method = compression.method
+        if method == AUTO:
+            method = automatic_method(loaded.model.config, adapters=trains_adapters)
+        plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
+    _warn_of_unused(compression, plan)
+    return plan
+
+
+def _warn_of_unused(compression: CompressionOptions, plan: CompressionPlan) -> None:
+    """Warn of options for steps that the compression does not have."""
+    used_by = {"gptq_damping": "gptq", "gptq_act_order": "gptq", "blockwise_epochs": "blockwise"}
+    for name, step in used_by.items():
+        if step not in plan.steps and getattr(compression, name) != getattr(CompressionOptions, name):
+            log.warning("--%s has no effect: the method has no step %s", name, step)
+    for name in ("limit_blocks", "num_calibration_samples"):
+        if not plan.calibrates and getattr(compression, name) != getattr(CompressionOptions, name):
+            log.warning("--%s has no effect: nothing is calibrated", name)
+
+
+def check_fit(
+    options: RunCommand,
+    evaluation: EvaluationOptions,
+    loaded: LoadedModel,
+    selection: LayerSelection,
+    compression: CompressionPlan,
+    text: TextData,
+) -> PlannedRun:
+    """Try the model on the beginning of the test text, and check what it is compressed by and exported to.
+
+    Raises:
+        DataError: the tokenizer does not belong to the model.
+        OptionError, ModelError: the method cannot compress this model, sequences are longer than its positions, or its
+            logits are not what its family's facts say.
+        ExportError: a format cannot hold the model.
+    """
+    model, ids_ST = loaded.model, text.test.ids
+    check_token_ids(text, model.get_input_embeddings().num_embeddings, loaded.name)
+    _check_length(loaded, ids_ST.shape[1])
+    probe_T = ids_ST[0, :_PROBE_TOKENS]
+    check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
+    check_exportable(evaluation.export, model.config, selection, QuantScheme(group_size=options.scheme.group_size))
+    if evaluation.export:
+        _check_export_memory(loaded, options.folder)
+    head = LMHead.of(model, copy=True)
+    head.verify(model, probe_T[None].to(model.device))
+    return PlannedRun(loaded, selection, compression, text, head)
+
+
+def _check_length(loaded: LoadedModel, seq_len: int) -> None:
+    """Raise OptionError where learned positions are too few; warn where the model was trained on shorter sequences."""
+    most = getattr(loaded.model.config, "max_position_embeddings", None) or seq_len
+    if seq_len <= most:
+        return
+    words = loaded.model.get_input_embeddings()
+    tables = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT has two rows more than positions
+        raise OptionError(f"--seq_len must be at most {most}, the learned positions of {loaded.name}; got {seq_len}")
+    log.warning("--seq_len %d is more than the %d positions that %s was trained for", seq_len, most, loaded.name)
+
+
+def _check_export_memory(loaded: LoadedModel, folder: Path) -> None:
+    """Warn where the export at the end will not fit into the machine's memory, whatever the device."""
+    parameters = list(loaded.model.parameters())
+    held = sum(p.numel() * p.dtype.itemsize for p in parameters if p.device.type == "cpu")  # free by then
+    needed = memory.export_memory(sum(p.numel() for p in parameters))
+    available = psutil.virtual_memory().available + held
+    if needed > available:
+        log.warning(
+            "the export at the end needs about %.1f GB of memory, %.1f GB are free; if it fails, the 4-bit model in "
+            "%s/quantized is kept, and nybble export writes it on a larger machine; to do without: --export none",
+            needed / 1e9, available / 1e9, folder,
+        )  # fmt: skip
+
+
+def available_memory(loaded: LoadedModel) -> int:
+    """Bytes that are free on the model's device, including those of the model itself."""
+    held: int = sum(p.numel() * p.dtype.itemsize for p in loaded.model.parameters())
+    return free_memory(loaded.model.device) + held
+
+
+def measured_logit_bytes(planned: PlannedRun, tasks: Sequence[str]) -> int:
+    """Bytes of the logits that exist at once while a model is measured: of a test sequence, or of a forward of lm-eval
+    and the copy that it makes."""
+    model, tokens = planned.loaded.model, planned.text.test.ids.shape[1]
+    if tasks:
+        window = max_window(model.config)
+        tokens = max(tokens, 2 * window * default_batch_size(model.config, window))
+    return int(tokens * model.config.vocab_size * model.dtype.itemsize)
+
+
+def calibration_memory(shapes: ModelShapes, planned: PlannedRun, wanted: int) -> int:
+    """Bytes of memory that the compression takes; 0 where nothing is calibrated. Says how much text there is.
+
+    Args:
+        wanted: calibration sequences that were asked for.
+    """
+    if not planned.compression.calibrates:
+        return 0
+    count, length = planned.text.calibration_shape
+    short = "" if count == wanted else f" (all there is; --num_calibration_samples is {wanted})"
+    log.info("calibration: %d x %d tokens of the training text%s", count, length, short)
+    return memory.compression_memory(shapes, count, length, planned.loaded.model.device.type != "cpu")
+
+
+def calibration_disk(shapes: ModelShapes, planned: PlannedRun) -> int:
+    """Bytes on disk that the compression takes; 0 where nothing is calibrated."""
+    count, length = planned.text.calibration_shape
+    return memory.compression_disk(shapes, count * length if planned.compression.calibrates else 0)
+
+
+def plan_compression_memory(options: RunCommand, planned: PlannedRun, wanted: int, tasks: Sequence[str]) -> None:
+    """Estimate a run that only compresses; refuse a disk that is too small, and warn of memory.
+
+    Args:
+        wanted: calibration sequences that were asked for.
+        tasks: lm-eval tasks that are measured.
+    """
+    loaded = planned.loaded
+    shapes = ModelShapes.of(loaded.model, planned.selection.int4)
+    needed = max(
+        calibration_memory(shapes, planned, wanted),
+        memory.measuring_memory(shapes, measured_logit_bytes(planned, tasks)),
+    )
+    available = available_memory(loaded)
+    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
+    disk = states + calibration_disk(shapes, planned) + 3 * shapes.parameters
+    check_free_disk(options.folder, disk)
+    if planned.compression.calibrates:
+        log.info(
+            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", needed / 1e9, available / 1e9, disk / 1e9
+        )
+        warn_of_memory(needed, available, "fewer --num_calibration_samples or a smaller --seq_len need less")
+
+
+def warn_of_memory(needed: int, available: int, remedy: str) -> None:
+    """Warn where the estimate does not fit."""
+    if needed > available:
+        log.warning("the estimate is above the free memory (%.1f GB); %s", available / 1e9, remedy)

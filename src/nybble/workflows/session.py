@@ -1,0 +1,100 @@
+"""The open run folder of a workflow: its log file, the facts about the run, and its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from nybble.console import console, log_to
+from nybble.errors import ExportError
+from nybble.files import write_text
+from nybble.models.loading import model_fingerprint
+from nybble.models.quantized_model import weights_fingerprint
+from nybble.options.commands import RunCommand
+from nybble.report.markdown import run_markdown
+from nybble.report.run import result_rows, summary
+from nybble.report.tables import as_table
+from nybble.run.folder import QUANTIZED, RunFolder, open_run
+from nybble.run.machine import describe_machine
+from nybble.run.results import LayerCounts, Phase
+from nybble.run.resume import check_same_inputs
+from nybble.workflows.init_from import was_trained
+from nybble.workflows.plan import PlannedRun
+
+log = logging.getLogger("nybble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known when the run folder is opened.
+
+    Attributes:
+        command: of the results: the command's name, or lora.
+        load_seconds: seconds from the start until now.
+        limit: documents per lm-eval task, where tasks are measured.
+        keep_options: leave the run's config.toml as it is.
+    """
+
+    planned: PlannedRun
+    command: str
+    load_seconds: float
+    limit: int | None
+    keep_options: bool = False
+
+
+@contextmanager
+def run_session(options: RunCommand, facts: RunFacts) -> Iterator[RunFolder]:
+    """The run folder, opened and locked; the log is also written to its log.txt.
+
+    Raises:
+        RunError: it cannot be opened, or what the run reads has changed since it began.
+    """
+    run = open_run(options, facts.keep_options)
+    try:
+        with log_to(run.path / "log.txt"):
+            _note_facts(run, options, facts)
+            yield run
+    finally:
+        run.close()
+
+
+def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
+    results, planned = run.results, facts.planned
+    loaded, compression, selection, text = planned.loaded, planned.compression, planned.selection, planned.text
+    results.command, results.model, results.seed = facts.command, loaded.name, options.run.seed
+    results.machine = describe_machine()
+    results.dtype = str(loaded.model.dtype).removeprefix("torch.")
+    results.method = compression.method
+    results.init_from = None if compression.init_from is None else str(compression.init_from)
+    results.init_trained = compression.init_from is not None and was_trained(compression.init_from)
+    results.layers = LayerCounts(len(selection.int4), len(selection.int8), selection.tied)
+    results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
+    results.limit = facts.limit
+    results.seconds.setdefault("load", round(facts.load_seconds, 2))
+    fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
+    if compression.init_from is not None:
+        fingerprints["4-bit model of --init_from"] = weights_fingerprint(compression.init_from / QUANTIZED)
+    check_same_inputs(results, fingerprints)
+
+
+def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[ExportError]) -> None:
+    """Write and print the report.
+
+    Raises:
+        ExportError: after that, where an export failed.
+    """
+    results = run.results
+    results.warnings = [*warnings, *(f"not exported: {error}" for error in failed_exports)]
+    results.phase = Phase.FINISHED
+    for warning in results.warnings:
+        log.warning(warning)
+    run.save()
+    write_text(run.path / "report.md", run_markdown(results))
+    console.print(as_table(*result_rows(results)))
+    console.print(summary(results), highlight=False)
+    exports = "".join(f", {name}/" for name in results.exports)
+    console.print(f"Everything is in {run.path} (report.md, results.json{exports}).", highlight=False)
+    if failed_exports:
+        raise failed_exports[0]

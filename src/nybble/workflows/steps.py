@@ -1,0 +1,279 @@
+"""The steps between opening a run and its report, which every workflow puts in its own order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nybble.callbacks import Callback, CallbackList
+from nybble.compression import pipeline
+from nybble.compression.calibration import BlockwiseConfig, Calibration
+from nybble.compression.init import QuantizedInit
+from nybble.compression.pipeline import CompressionResult
+from nybble.compression.store import BlockStore
+from nybble.console import bar
+from nybble.data.generate import GENERATED_FILE, generate_pending, generation_batch
+from nybble.data.packing import TokenRows, token_fingerprint
+from nybble.data.prepare import TextData
+from nybble.errors import DataError, ExportError
+from nybble.export.base import EXPORTERS
+from nybble.files import atomic_folder, remove_folder
+from nybble.models import quantized_model
+from nybble.models.head import LMHead
+from nybble.models.loading import LoadedModel, model_fingerprint
+from nybble.models.selection import LayerSelection
+from nybble.options.commands import RunCommand
+from nybble.options.compression import CompressionOptions
+from nybble.options.model import ModelOptions
+from nybble.qat.insert import quantize_embeddings
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
+from nybble.run.folder import RunFolder
+from nybble.run.results import read_results
+from nybble.training.teacher import HiddenStates, teacher_hidden_states
+from nybble.workflows.init_from import take_over
+from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
+from nybble.workflows.plan import CompressionPlan, PlannedRun, pick_place
+
+log = logging.getLogger("nybble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What the steps of a run work on.
+
+    Attributes:
+        loaded: the 16-bit model, which the steps change in place.
+        options: where and how models compute.
+        compression, calibration: the plan, and the options of the methods.
+        head: the 16-bit head, a copy.
+        identity: tells the 16-bit model apart from others of the same name.
+        callback: is told of stages, steps and validations.
+    """
+
+    run: RunFolder
+    loaded: LoadedModel
+    selection: LayerSelection
+    options: ModelOptions
+    scheme: QuantScheme
+    compression: CompressionPlan
+    calibration: CompressionOptions
+    text: TextData
+    head: LMHead
+    seed: int
+    identity: str
+    callback: Callback
+
+    @staticmethod
+    def of(
+        run: RunFolder,
+        options: RunCommand,
+        calibration: CompressionOptions,
+        planned: PlannedRun,
+        callbacks: Sequence[Callback],
+    ) -> RunContext:
+        """The context of a run that was just opened."""
+        return RunContext(
+            run=run,
+            loaded=planned.loaded,
+            selection=planned.selection,
+            options=options.model,
+            scheme=QuantScheme(group_size=options.scheme.group_size),
+            compression=planned.compression,
+            calibration=calibration,
+            text=planned.text,
+            head=planned.head,
+            seed=options.run.seed,
+            identity=f"{options.model.pretrained} {model_fingerprint(planned.loaded.model)}",
+            callback=CallbackList(callbacks),
+        )
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A model that was compressed in place.
+
+    Attributes:
+        inits: where each 4-bit layer starts, by name.
+        weights: all quantized weights, those in 8 bits too, on the CPU.
+    """
+
+    inits: dict[str, QuantizedInit]
+    weights: dict[str, QuantizedWeight]
+
+
+def generate_text(context: RunContext) -> RunContext:
+    """With --data self: let the model generate what it is trained on. Otherwise the context as it is.
+
+    Raises:
+        DataError: the model repeats itself; the run folder is deleted if nothing was measured yet.
+    """
+    run, text, model = context.run, context.text, context.loaded.model
+    pending = text.pending
+    if pending is None:
+        return context
+    # Not what is free: the batch decides what is generated.
+    gpu_memory = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else 0
+    fitting = generation_batch(model.config, pending.seq_len, model.dtype.itemsize, gpu_memory)
+    path = run.path / GENERATED_FILE
+    try:
+        with run.stage("generate"), bar("generate", pending.count) as advance:
+            ids = generate_pending(pending, model, context.loaded.tokenizer, path, min(pending.count, fitting), advance)
+    except DataError:
+        if not run.results.models:
+            remove_folder(run.path)
+        raise
+    log.info("the model generated %d sequences of %d tokens: %s", *ids.shape, path)
+    return replace(context, text=text.with_generated(ids))
+
+
+def teacher_states(context: RunContext, splits: Mapping[str, TokenRows], batch: int) -> dict[str, HiddenStates]:
+    """The 16-bit model's last hidden states on some splits, kept on disk. `batch`: sequences per forward pass."""
+    run, model, states = context.run, context.loaded.model, {}
+    with run.stage("teacher"), bar("teacher", sum(len(rows) for rows in splits.values())) as advance:
+        for split, rows in splits.items():
+            path = run.path / "teacher" / f"{split}.bin"
+            states[split] = teacher_hidden_states(path, model, rows.ids, batch, context.identity, advance)
+    return states
+
+
+def compress_model(context: RunContext) -> CompressedModel:
+    """Compress in place: linear layers to 4 bits, embedding and head to 8.
+
+    Where the method calibrates, decoder blocks are compressed one by one, and those that an earlier session finished
+    are restored. With --init_from the 4-bit weights of that run are taken over instead.
+    """
+    if context.compression.init_from is not None:
+        return _take_over(context, context.compression.init_from)
+    run, model, method = context.run, context.loaded.model, context.compression.method
+    layers = context.selection.int4
+    with run.stage("compress"):
+        with bar(f"compress ({method})", len(layers), "now") as advance:
+
+            def progress(finished: int, text: str) -> None:
+                advance(finished, now=text)
+                run.save()  # a killed process keeps the seconds so far
+
+            result = pipeline.compress(model, layers, context.scheme, method, _calibration(context), progress)
+        rows = quantize_embeddings(model, context.selection.int8)
+    run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
+    run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
+    run.save()
+    log.info("%s: %d linear layers quantized to 4 bits, %s to 8 bits", method, len(result.starts), ", ".join(rows))
+    for line in _error_lines(result):
+        log.info(line)
+    weights = {name: weight.to("cpu") for name, weight in rows.items()}
+    weights |= {name: init.quantized(context.scheme).to("cpu") for name, init in result.starts.items()}
+    return CompressedModel(result.starts, weights)
+
+
+def _calibration(context: RunContext) -> Calibration | None:
+    """What the method calibrates on, and where finished blocks are kept; None if it does not calibrate."""
+    if not context.compression.calibrates:
+        return None
+    options, ids_ST, folder = context.calibration, context.text.calibration, context.run.path
+    # Of the model as it is now: in tune it has learned the task before it is compressed.
+    identity = (
+        f"{context.options.pretrained} {model_fingerprint(context.loaded.model)} "
+        f"{token_fingerprint(ids_ST, context.compression.method)}"
+    )
+    return Calibration(
+        input_ids=ids_ST,
+        seed=context.seed,
+        gptq_damping=options.gptq_damping,
+        gptq_activation_order=options.gptq_act_order,
+        blockwise=BlockwiseConfig(epochs=options.blockwise_epochs),
+        limit_blocks=options.limit_blocks,
+        folder=folder,
+        store=BlockStore(folder / "compress", identity),
+    )
+
+
+def _take_over(context: RunContext, source: Path) -> CompressedModel:
+    run, results = context.run, read_results(source)
+    with run.stage("compress"):
+        inits, weights = take_over(source, context.loaded, context.selection)
+    if results.command == "compress":
+        run.results.layer_errors, run.results.block_losses = results.layer_errors, results.block_losses
+    run.save()
+    return CompressedModel(inits, weights)
+
+
+def _error_lines(result: CompressionResult) -> list[str]:
+    """What compression did, in sentences."""
+    measured = {
+        name: (error.rtn, error.compressed)
+        for name, error in result.errors.items()
+        if error.rtn is not None and error.compressed is not None
+    }
+    lines = []
+    if measured:
+        before, after = (sum(errors[i] for errors in measured.values()) / len(measured) for i in (0, 1))
+        worst = max(measured, key=lambda name: measured[name][1])
+        lines.append(
+            f"mean output error of a layer: {before:.2%} by round-to-nearest, {after:.2%} compressed; largest "
+            f"{measured[worst][1]:.2%} ({worst})"
+        )
+    if result.blocks:
+        before, after = (sum(losses[i] for losses in result.blocks.values()) / len(result.blocks) for i in (0, 1))
+        lines.append(
+            f"mean output error of a decoder block on held-out sequences: {before:.3%} before reconstruction, "
+            f"{after:.3%} after"
+        )
+    return lines
+
+
+def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats: Sequence[str]) -> list[ExportError]:
+    """Measure the 4-bit model in the run folder and its exports: what is measured is what ships.
+
+    Args:
+        row: of the 4-bit model in torch: compressed or tuned.
+        formats: asked for. Formats that were exported by hand before are exported again where they are missing.
+
+    Returns: the exports that failed; everything else is done and worth a report.
+    """
+    run, options = context.run, context.options
+    context.loaded.model.to("meta")  # frees the weights of the 16-bit model
+    if row not in run.results.models:
+        device, dtype = pick_place(options)
+        model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, options.trust_remote_code)
+        shipped = LoadedModel(model.to(device), tokenizer, context.loaded.name)
+        measure_row(run, evaluator, row, shipped, size_when_shipped(model, quantized))
+        del model, shipped
+    failed = []
+    for name in dict.fromkeys((*run.results.exports, *formats)):
+        if name in run.results.models and (run.path / name).is_dir():
+            continue
+        try:
+            exported, size = export_run(run, name, options.trust_remote_code)
+        except ExportError as error:
+            failed.append(error)
+            continue
+        measure_row(run, evaluator, name, exported, size)
+    return failed
+
+
+def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[LoadedModel, int]:
+    """Export the 4-bit model of a run to the folder RUN/name, and open what was written.
+
+    Returns: the exported model, which answers like a transformers model, and its size in bytes.
+
+    Raises:
+        ExportError: the format cannot hold the model, or what was read back differs.
+    """
+    exporter, folder = EXPORTERS[name], run.path / name
+    with run.stage(f"export {name}"):
+        model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, torch.float32, trust_remote_code)
+        log.info("exporting to %s", exporter.label)
+        with atomic_folder(folder) as temporary:
+            result = exporter.export(model, tokenizer, quantized, temporary)
+        run.results.exports[name] = asdict(result)
+    log.info(
+        "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
+        exporter.label, result.int4_weights, result.int8_weights, result.logit_difference, result.bytes / 1e6,
+    )  # fmt: skip
+    return LoadedModel(exporter.open_model(folder, model.config), tokenizer, str(folder)), result.bytes

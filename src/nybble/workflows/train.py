@@ -1,0 +1,245 @@
+"""What distill and tune share around a training: memory plan, layers to train, the call of fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nybble.callbacks import Callback, CallbackList
+from nybble.files import check_free_disk, load_tensors
+from nybble.options.commands import TrainCommand
+from nybble.options.training import TrainingOptions
+from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
+from nybble.qat.insert import insert_fake_quant_layers, insert_fixed_codes_layers, insert_lora_layers
+from nybble.qat.lora import LoRALinear
+from nybble.run.folder import RunFolder
+from nybble.run.results import Phase, Training, read_results
+from nybble.training import memory
+from nybble.training.fit import FitConfig, checkpoint_names, fit
+from nybble.training.losses import chunk_tokens
+from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
+from nybble.training.objective import TrainingObjective
+from nybble.training.tensorboard import TensorBoardCallback
+from nybble.training.trainer import ParameterGroup, TrainerConfig
+from nybble.workflows import plan
+from nybble.workflows.plan import PlannedRun
+from nybble.workflows.steps import CompressedModel, RunContext
+
+log = logging.getLogger("nybble")
+
+# Larger microbatches are no faster, because the matrix products are already large, and need more memory. The value for
+# GPUs is an upper bound that was not measured.
+_MAX_MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class TrainingSize:
+    """What the memory of a training depends on, besides the model.
+
+    Attributes:
+        rank: of the adapters; 0 = none.
+        seq_len: tokens in the longest sequence that is trained on.
+        teacher_tokens: tokens whose teacher states are kept on disk.
+        weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
+        max_rows: upper bound on the sequences of an automatic microbatch; None = what memory allows.
+    """
+
+    rank: int
+    seq_len: int
+    teacher_tokens: int
+    weight_copies: int
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """How a training computes; chosen by the estimate of memory unless it was given.
+
+    Attributes:
+        weight_cache: see --weight_cache.
+        microbatch_size: sequences per forward pass.
+    """
+
+    weight_cache: Literal["step", "recompute"]
+    microbatch_size: int
+
+
+def plan_memory(
+    options: TrainCommand, training: TrainingOptions, planned: PlannedRun, size: TrainingSize, tasks: tuple[str, ...]
+) -> ExecutionPlan:
+    """Choose weight cache and microbatch size, log the estimate, refuse a disk that is too small, and warn of memory.
+
+    Args:
+        tasks: lm-eval tasks that are measured.
+
+    Raises:
+        RunError: the disk is too small.
+    """
+    device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
+    setup = TrainingSetup(
+        shapes=ModelShapes.of(planned.loaded.model, planned.selection.int4),
+        rank=size.rank,
+        group_size=options.scheme.group_size,
+        chunk_tokens=chunk_tokens(device),
+        weight_copies=size.weight_copies,
+        logits_bytes=plan.measured_logit_bytes(planned, tasks),
+    )
+    cache = training.weight_cache
+    if cache == "auto":
+        cache = "step" if memory.fits(memory.training_memory(setup, size.seq_len), available) else "recompute"
+    setup = replace(setup, weight_copies=size.weight_copies if cache == "step" else 0)
+    limits = MicrobatchLimits(
+        length=size.seq_len,
+        batch_size=min(training.batch_size, size.max_rows or training.batch_size),
+        available_bytes=available,
+        max_tokens=_MAX_MICROBATCH_TOKENS.get(device.type, _MAX_MICROBATCH_TOKENS["cpu"]),
+    )
+    microbatch_size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
+    wanted = options.compression.num_calibration_samples
+    needed = max(
+        memory.training_memory(setup, microbatch_size * size.seq_len),
+        plan.calibration_memory(setup.shapes, planned, wanted),
+    )
+    if not _is_trained(options):
+        disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(setup.shapes, planned)
+        check_free_disk(options.folder, disk)
+        log.info(
+            "estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk",
+            needed / 1e9, cache, available / 1e9, disk / 1e9,
+        )  # fmt: skip
+        remedy = "a smaller rank, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
+        plan.warn_of_memory(needed, available, remedy)
+    return ExecutionPlan(cache, microbatch_size)
+
+
+def _is_trained(options: TrainCommand) -> bool:
+    """Whether the run that is resumed has its 4-bit model already."""
+    return options.run.resume and read_results(options.folder).phase.reached(Phase.QUANTIZED)
+
+
+def insert_quantized_layers(context: RunContext, compressed: CompressedModel, rank: int) -> dict[str, QuantizedLinear]:
+    """Replace the compressed layers by trainable ones: adapters inside the rounding, or fixed codes at rank 0."""
+    model, layers = context.loaded.model, dict[str, QuantizedLinear]()
+    if rank:
+        layers |= insert_fake_quant_layers(model, compressed.inits, context.scheme, rank, context.seed)
+    else:
+        codes = {name: compressed.weights[name] for name in compressed.inits}
+        layers |= insert_fixed_codes_layers(model, codes, context.seed)
+    _note_rank(context.run, layers, rank)
+    return layers
+
+
+def insert_adapters(context: RunContext, rank: int) -> dict[str, LoRALinear]:
+    """Put adapters on the 16-bit weights of the layers that will get 4 bits."""
+    layers = insert_lora_layers(context.loaded.model, context.selection.int4, rank, context.seed)
+    _note_rank(context.run, layers, rank)
+    return layers
+
+
+def _note_rank(run: RunFolder, layers: Mapping[str, CachedWeightLinear], rank: int) -> None:
+    if run.results.lora_rank is None:
+        run.results.lora_rank = rank
+    clamped = sum(layer.rank < rank for layer in layers.values())
+    if clamped:
+        log.info("rank %d is clamped in %d layers that are narrower", rank, clamped)
+
+
+def train_layers(
+    context: RunContext,
+    options: TrainingOptions,
+    layers: Mapping[str, CachedWeightLinear],
+    objective: TrainingObjective,
+    norms: Mapping[str, nn.Parameter],
+    name: str = "",
+) -> None:
+    """Train adapters, scales and norms; afterwards they hold the values with the best validation.
+
+    Args:
+        options: with weight cache and microbatch size resolved.
+        norms: of make_norms_trainable; empty = norms are not trained.
+        name: of the training in the run's results and files; see run.results.Training.
+    """
+    groups = parameter_groups(options, layers)
+    if norms:
+        groups.append(ParameterGroup(norms, options.norm_lr, 0.0))
+    pass_context = partial(cached_weights, list(layers.values())) if options.weight_cache == "step" else nullcontext
+    train_parameters(context, options, groups, objective, name, pass_context)
+
+
+def parameter_groups(options: TrainingOptions, layers: Mapping[str, CachedWeightLinear]) -> list[ParameterGroup]:
+    """What is trained in the layers: adapters, and scales. Scales that are not trained need no gradient."""
+    adapters = {
+        f"{name}.{leaf}": getattr(layer, leaf)
+        for name, layer in layers.items()
+        if layer.rank
+        for leaf in ("lora_a", "lora_b")
+    }
+    scales = {
+        f"{name}.log_scale_shift": layer.log_scale_shift
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLinear)
+    }
+    for shift in scales.values():
+        shift.requires_grad_(options.scale_lr > 0)
+    groups = [ParameterGroup(adapters, options.lr, options.weight_decay)] if adapters else []
+    return [*groups, ParameterGroup(scales, options.scale_lr, 0.0)] if scales and options.scale_lr else groups
+
+
+def train_parameters(
+    context: RunContext,
+    options: TrainingOptions,
+    groups: list[ParameterGroup],
+    objective: TrainingObjective,
+    name: str = "",
+    pass_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Train parameters, and write the record of the training into the results."""
+    run = context.run
+    trainer = TrainerConfig(
+        steps=objective.steps_per_epoch * options.epochs,
+        microbatch_size=options.microbatch_size,
+        warmup_ratio=options.warmup_ratio,
+        max_grad_norm=options.max_grad_norm,
+        lr_scheduler_type=options.lr_scheduler_type,
+    )
+    config = FitConfig(trainer, options.save_steps, options.early_stopping_patience, name)
+    callbacks: list[Callback] = [_SaveSeconds(run), context.callback]
+    if "tensorboard" in options.report_to:
+        callbacks.append(TensorBoardCallback(run.path / "tensorboard"))
+    with run.stage(config.stage):
+        record = fit(groups, objective, config, run.path, CallbackList(callbacks), pass_context)
+        training = Training(name, record.steps, record.validation, record.best_step)
+        run.results.trainings = [other for other in run.results.trainings if other.name != name] + [training]
+
+
+class _SaveSeconds(Callback):
+    """Writes the results with every checkpoint, so that a killed process keeps the seconds so far."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_checkpoint(self, stage: str, step: int) -> None:
+        """Write the results."""
+        self.run.save()
+
+
+def measuring_weights(layers: Mapping[str, CachedWeightLinear], weight_cache: str) -> AbstractContextManager[None]:
+    """For measuring: compute the weights once, where the plan of memory has room for them."""
+    return cached_weights(layers.values(), flush=False) if weight_cache == "step" else nullcontext()
+
+
+def load_best(folder: Path, layers: Mapping[str, CachedWeightLinear]) -> None:
+    """Give layers the parameters with the best validation of the run's first training."""
+    tensors, _ = load_tensors(folder / checkpoint_names()[1])
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            layer, leaf = name.rsplit(".", 1)
+            getattr(layers[layer], leaf).copy_(tensor)

@@ -1,0 +1,20 @@
+"""Options that messages, docstrings and comments speak of exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nybble.options.commands import COMMANDS
+
+SOURCE = Path(__file__).parents[2] / "src" / "nybble"
+# Not options of a command, or of pip.
+OTHERS = {"help", "help-all", "help_all", "version", "config", "flags", "no_", "no"}
+KNOWN = {name for kind in COMMANDS.values() for name in kind.fields()} | OTHERS
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_option_that_is_named_exists(path: Path) -> None:
+    named = re.findall(r"(?<![\w-])--([a-z]\w+(?:-all)?)", path.read_text())
+    assert [name for name in named if name not in KNOWN and name.removeprefix("no_") not in KNOWN] == []

@@ -1,0 +1,34 @@
+"""Finished blocks on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble.compression.store import BlockStore
+from nybble.errors import RunError
+
+
+def test_a_block_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks", "one")
+    assert store.load("model.layers.0.") is None
+    store.save("model.layers.0.", {"x": torch.tensor([1.5, 2.5])}, {"errors": 1})
+    assert store.load("model.layers.1.") is None
+    stored = store.load("model.layers.0.")
+    assert stored is not None
+    tensors, note = stored
+    assert tensors["x"].tolist() == [1.5, 2.5]
+    assert note == {"errors": 1}
+
+
+def test_a_block_of_another_model_text_or_method_is_ignored(tmp_path: Path) -> None:
+    BlockStore(tmp_path, "one").save("model.layers.0.", {"x": torch.ones(2)}, {})
+    assert BlockStore(tmp_path, "two").load("model.layers.0.") is None
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, "one")
+    store.save("model.layers.0.", {"x": torch.ones(2)}, {})
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(RunError, match="must be a readable safetensors file"):
+        store.load("model.layers.0.")

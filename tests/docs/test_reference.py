@@ -1,0 +1,16 @@
+"""Generated pages are up to date."""
+
+import runpy
+
+from tests.helpers.pages import DOCS
+
+
+def test_reference_pages_are_what_the_script_writes() -> None:
+    pages = runpy.run_path(str(DOCS / "make_reference.py"))["PAGES"]
+    for file, page in pages.items():
+        assert (DOCS / "reference" / file).read_text(encoding="utf-8") == page(), "run docs/make_reference.py"
+
+
+def test_the_drawing_is_what_the_script_writes() -> None:
+    drawing = runpy.run_path(str(DOCS / "make_drawing.py"))["drawing"]
+    assert (DOCS / "img" / "method.svg").read_text(encoding="utf-8") == drawing(), "run docs/make_drawing.py"

@@ -1,0 +1,72 @@
+"""nybble.evaluation.lm_eval_model: batch sizes, windows and progress of lm-eval's model object."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from nybble.console import Advance
+from nybble.evaluation import lm_eval_model
+from nybble.evaluation.lm_eval_model import default_batch_size, disable_git_lookup, max_window, wrap_model
+from tests.helpers.tiny import make_model, make_tokenizer
+
+
+def config(vocab_size: int = 32000, positions: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=positions)
+
+
+def test_windows_are_limited_by_positions_and_by_the_published_length() -> None:
+    assert max_window(config(positions=512)) == 512
+    assert max_window(config(positions=100_000)) == 2048
+    assert max_window(config(positions=None)) == 2048
+
+
+def test_default_batch_size_keeps_the_logits_within_two_gibibytes() -> None:
+    assert default_batch_size(config(128_256), 2048) == 1  # one request has 2.1 GB with its copy
+    assert default_batch_size(config(32_000), 2048) == (2 << 30) // (2 * 4 * 2048 * 32_000) == 4
+    assert default_batch_size(config(260), 16) == 32
+
+
+def request(context: str, answer: str) -> Instance:
+    return Instance("loglikelihood", {}, (context, answer), 0, metadata=("toy", 0, 1))
+
+
+def test_batch_size_follows_the_longest_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_eval_model, "_LOGIT_BYTES", 2 * 4 * 260 * 48)
+    model = wrap_model(make_model("llama"), make_tokenizer(), 0)
+    model.loglikelihood([request("a", "b" * 15), request("c", "d")], disable_tqdm=True)
+    assert model.batch_size == 3  # 48 / 16
+    fixed = wrap_model(make_model("llama"), make_tokenizer(), 2)
+    fixed.loglikelihood([request("a", "b" * 15), request("c", "d")], disable_tqdm=True)
+    assert fixed.batch_size == 2
+
+
+def test_whole_documents_have_one_bar(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    bars: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Advance]:
+        done: list[int] = []
+        yield lambda units, **texts: done.append(units)
+        bars.append((title, total, sum(done)))
+
+    monkeypatch.setattr(lm_eval_model, "bar", bar)
+    documents = [
+        Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("toy", 0, 1)) for text in ("Water is wet.", "Rain")
+    ]
+    model = wrap_model(make_model("llama"), make_tokenizer(), 2)
+    scores = model.loglikelihood_rolling(documents)
+    assert bars == [("toy, documents", 2, 2)]
+    assert "loglikelihood requests" not in capfd.readouterr().err
+    assert scores == pytest.approx([model.loglikelihood_rolling([one])[0] for one in documents])
+    assert scores[0] < scores[1] < 0, "the longer document is less likely"
+
+
+def test_git_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import evaluator
+
+    monkeypatch.setattr(evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)  # restored afterwards
+    disable_git_lookup()
+    assert evaluator.get_git_commit_hash() is None

@@ -1,0 +1,135 @@
+"""Codes in OpenVINO graphs: bytes, values and round trips."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nybble.errors import ExportError
+from nybble.export.base import check_read_back
+from nybble.export.openvino.constants import compress_constants, read_constants
+from nybble.quant.grid import min_max_qparams, quantize
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.weight import QuantizedWeight
+from tests.export.openvino.conftest import Exported
+
+pytestmark = pytest.mark.usefixtures("needs_openvino")
+
+
+def graph_of(**weights: Tensor) -> Any:
+    """A graph as the tracer makes it: named float constants; here they are the outputs."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    results = []
+    for name, weight_OI in weights.items():
+        constant = op.constant(weight_OI.numpy())
+        constant.set_friendly_name(f"self.model.{name}.weight")
+        results.append(op.result(constant))
+    return ov.Model(results, [], "test")
+
+
+def quantize_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
+    codes_OI = quantize(weight_OI, scale_OG, zero_point_OG, scheme)
+    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG.byte(), scheme)
+
+
+def saved_bytes(weight: QuantizedWeight, folder: Path) -> bytes:
+    """The .bin file of a graph that holds nothing but this weight."""
+    import openvino as ov
+
+    graph = graph_of(a=torch.zeros(weight.codes_OI.shape))
+    compress_constants(graph, {"a": weight})
+    ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
+    return (folder / "model.bin").read_bytes()
+
+
+def test_golden_bytes_of_4_bits(tmp_path: Path) -> None:
+    weight = QuantizedWeight(
+        torch.tensor([[1, 2, 15, 0], [8, 7, 3, 12]], dtype=torch.uint8),
+        torch.tensor([[0.5], [0.25]]),
+        torch.tensor([[3], [12]], dtype=torch.uint8),
+        QuantScheme(group_size=4),
+    )
+    codes, zero_points, scales = "21 0f 78 c3", "c3", "00 38 00 34"  # f16, little endian
+    shape = "02 00 00 00 00 00 00 00 04 00 00 00 00 00 00 00"  # i64 [2, 4] of the reshape
+    assert saved_bytes(weight, tmp_path) == bytes.fromhex(codes + zero_points + scales + shape)
+
+
+def test_golden_bytes_of_8_bits(tmp_path: Path) -> None:
+    weight = QuantizedWeight(
+        torch.tensor([[0, 128, 255]], dtype=torch.uint8),
+        torch.tensor([[2.0]]),
+        torch.tensor([[128]], dtype=torch.uint8),
+        INT8_PER_ROW,
+    )
+    codes, zero_point, scale = "00 80 ff", "80", "00 00 00 40"  # f32, little endian
+    assert saved_bytes(weight, tmp_path) == bytes.fromhex(codes + zero_point + scale)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from([2, 4, 6, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_4_bit_weights_round_trip_and_have_their_values(rows: int, groups: int, group_size: int, seed: int) -> None:
+    weight_OI = torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(seed))
+    check_round_trip(weight_OI, QuantScheme(group_size=group_size))
+
+
+@settings(max_examples=5, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 9), seed=st.integers(0, 2**16))
+def test_8_bit_weights_round_trip_and_have_their_values(rows: int, columns: int, seed: int) -> None:
+    weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    check_round_trip(weight_OI, INT8_PER_ROW)
+
+
+def check_round_trip(weight_OI: Tensor, scheme: QuantScheme) -> None:
+    """Read the codes back, and let OpenVINO compute the dequantized weight, which must be equal to the bit."""
+    import openvino as ov
+
+    quantized = {"a": quantize_to_nearest(weight_OI, scheme)}
+    graph = graph_of(a=weight_OI)
+    compress_constants(graph, quantized)
+    read = read_constants(graph)
+    check_read_back(quantized, read, Path("e"))
+    assert read["a"].scheme == scheme
+    outputs = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
+    assert torch.equal(torch.from_numpy(outputs[0]), quantized["a"].dequantize())
+
+
+def test_the_graph_of_a_model_has_compressed_types(exported: Exported) -> None:
+    """OpenVINO runs compressed matrix products on constants of these types and shapes."""
+    import openvino as ov
+
+    nodes = {
+        node.get_friendly_name(): (node.get_element_type().get_type_name(), list(node.shape))
+        for node in ov.Core().read_model(exported.folder / "openvino_model.xml").get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    name = "model.layers.1.mlp.down_proj"
+    assert nodes[f"{name}.codes"] == ("u4", [64, 4, 32])
+    assert nodes[f"{name}.zero_point"] == ("u4", [64, 4, 1])
+    assert nodes[f"{name}.scale"] == ("f16", [64, 4, 1])
+    assert nodes["model.embed_tokens.codes"] == ("u8", [260, 64])
+    assert nodes["model.embed_tokens.zero_point"] == ("u8", [260, 1])
+    assert nodes["model.embed_tokens.scale"] == ("f32", [260, 1])
+
+
+def test_a_weight_that_the_graph_does_not_hold_is_refused() -> None:
+    weight = quantize_to_nearest(torch.randn(2, 4), QuantScheme(group_size=4))
+    with pytest.raises(ExportError, match=r"as a constant; 1 of 2 are missing \(first: b\); this architecture cannot"):
+        compress_constants(graph_of(a=torch.zeros(2, 4)), {"a": weight, "b": weight})
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    weight = quantize_to_nearest(torch.randn(2, 4), QuantScheme(group_size=4))
+    with pytest.raises(ExportError, match=r"a must have the same shape .*; got \(4, 2\) and \(2, 4\)"):
+        compress_constants(graph_of(a=torch.zeros(4, 2)), {"a": weight})

@@ -1,0 +1,131 @@
+"""The steps of an export to OpenVINO, and what it refuses."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.errors import ExportError, OptionError
+from nybble.export.base import check_read_back
+from nybble.export.openvino import exporter as module
+from nybble.export.openvino.exporter import OpenVINOExporter
+from nybble.models.selection import LayerSelection
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from tests.export.openvino.conftest import Exported
+from tests.helpers.tiny import FAMILIES, make_config, make_model, make_tokenizer
+
+EXPORTER = OpenVINOExporter()
+SELECTION = LayerSelection((), (), tied=True)
+
+
+def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
+    assert (exported.result.int4_weights, exported.result.int8_weights) == (14, 1)
+    assert exported.result.logit_difference <= 1e-3
+    sizes = {file.name: file.stat().st_size for file in exported.folder.iterdir()}
+    assert exported.result.bytes == sizes["openvino_model.xml"] + sizes["openvino_model.bin"]
+    assert sizes.keys() >= {
+        "openvino_tokenizer.xml",
+        "openvino_detokenizer.xml",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+    }
+    check_read_back(exported.quantized, EXPORTER.read_weights(exported.folder), exported.folder)
+    assert EXPORTER.recognizes(exported.folder)
+    assert not EXPORTER.recognizes(exported.folder.parent)
+
+
+def test_a_strict_model_computes_in_float32_and_a_deployed_one_as_openvino_decides(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino, properties = pytest.importorskip("openvino"), []
+    core = SimpleNamespace(
+        compile_model=lambda path, device, options: (
+            properties.append((device, options)) or SimpleNamespace(create_infer_request=lambda: None)
+        )
+    )
+    monkeypatch.setattr(openvino, "Core", lambda: core)
+    for strict in (True, False):
+        EXPORTER.open_model(exported.folder, exported.model.config, strict)
+    float32 = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    assert properties == [("CPU", float32), ("CPU", {})]
+
+
+def test_the_tokenizer_of_an_export_gives_the_same_tokens(exported: Exported) -> None:
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino_tokenizers")
+    tokenizer = openvino.Core().compile_model(exported.folder / "openvino_tokenizer.xml", "CPU")
+    ids = tokenizer(["ab ä1"])["input_ids"]
+    assert ids.tolist() == [make_tokenizer()("ab ä1").input_ids]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_accepts_the_tested_families(family: str) -> None:
+    EXPORTER.check(make_config(family), SELECTION, QuantScheme())
+
+
+def test_check_refuses_layers_without_a_known_mask() -> None:
+    config = SimpleNamespace(model_type="hybrid", layer_types=["full_attention", "mamba", "linear_attention"])
+    with pytest.raises(ExportError, match=r"; hybrid has linear_attention, mamba; remove openvino from --export"):
+        EXPORTER.check(config, SELECTION, QuantScheme())
+
+
+def test_check_refuses_codes_that_do_not_have_4_bits() -> None:
+    with pytest.raises(OptionError, match="needs 4-bit codes; got uint8 symmetric per row; remove openvino"):
+        EXPORTER.check(make_config("llama"), SELECTION, INT8_PER_ROW)
+
+
+@pytest.fixture
+def without_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Let every opened model give the logits of a function of the token ids [B, T]."""
+
+    def install(logits: Any) -> None:
+        def open_model(self: OpenVINOExporter, folder: Path, config: Any, strict: bool = False) -> SimpleNamespace:
+            assert strict
+            seen: list[torch.Tensor] = []
+
+            def infer(ids: torch.Tensor, reset: bool) -> torch.Tensor:
+                seen[:] = [ids] if reset else [*seen, ids]
+                return logits(torch.cat(seen, dim=1))[:, -ids.shape[1] :]
+
+            return SimpleNamespace(infer=infer)
+
+        monkeypatch.setattr(OpenVINOExporter, "open_model", open_model)
+
+    return install
+
+
+@pytest.mark.parametrize(("error", "accepted"), [(0.0, True), (5e-4, True), (2e-3, False), (torch.nan, False)])
+def test_logits_must_be_those_of_torch(error: float, accepted: bool, without_export: Callable[[Any], None]) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            result = model(ids).logits
+        result[..., -1, 7] += error  # only the newest token is wrong
+        return result
+
+    without_export(logits)
+    if accepted:
+        assert EXPORTER._compare_logits(Path("e"), model) == pytest.approx(error, abs=1e-5)
+    else:
+        with pytest.raises(ExportError, match=r"^e must give the logits of torch within 0.001 in float32; they differ"):
+            EXPORTER._compare_logits(Path("e"), model)
+
+
+def test_a_tokenizer_that_cannot_be_converted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("unknown\nnormalizer")
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", SimpleNamespace(convert_tokenizer=fail))
+    with pytest.raises(ExportError, match=r"cannot be converted \(TypeError: unknown normalizer\); remove openvino"):
+        module._save_tokenizer(make_tokenizer(), tmp_path)

@@ -1,0 +1,147 @@
+"""Graphs with past keys and values as state: ports, masks, rotary embeddings."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import ExportError
+from nybble.export.openvino import trace
+from tests.export.openvino.conftest import Exported
+from tests.helpers.tiny import make_model
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def test_inputs_outputs_and_state_have_the_names_of_optimum_intel(exported: Exported) -> None:
+    openvino = pytest.importorskip("openvino")
+    graph = openvino.Core().read_model(exported.folder / "openvino_model.xml")
+    inputs = {port.any_name: (str(port.partial_shape), port.element_type.get_type_name()) for port in graph.inputs}
+    assert inputs == {
+        "input_ids": ("[?,?]", "i64"),
+        "attention_mask": ("[?,?]", "i64"),
+        "position_ids": ("[?,?]", "i64"),
+        "beam_idx": ("[?]", "i32"),
+    }
+    assert [port.any_name for port in graph.outputs] == ["logits"]
+    states = {
+        name: (sink.get_element_type().get_type_name(), str(sink.input(0).get_partial_shape()))
+        for sink in graph.get_sinks()
+        for name in [sink.get_variable_id()]
+    }
+    assert states == {
+        f"past_key_values.{i}.{leaf}present.{i}.{leaf}": ("f32", "[?,2,?,32]")
+        for i in (0, 1)
+        for leaf in ("key", "value")
+    }
+
+
+@pytest.mark.usefixtures("needs_openvino")
+def test_attention_gets_float_masks() -> None:
+    """OpenVINO is slow with boolean masks."""
+    graph = trace.trace_model(make_model("llama", num_hidden_layers=1))
+    masks = [
+        node.input(3).get_element_type().get_type_name()
+        for node in graph.get_ops()
+        if node.get_type_name() == "ScaledDotProductAttention"
+    ]
+    assert masks == ["f32"]
+
+
+def masks(attention_mask: Tensor, queries: int, **config: Any) -> Any:
+    """The masks of a wrapped model with this configuration."""
+    model = nn.Module()
+    model.config = SimpleNamespace(num_hidden_layers=2, **config)
+    ids = torch.zeros(len(attention_mask), queries, dtype=torch.int64)
+    return trace._ModelWithPast(model)._masks(ids, attention_mask)
+
+
+def slow_mask(attention_mask: Tensor, queries: int, window: int | None) -> Tensor:
+    """A token attends to tokens that are not padding, not later and inside the window, and always to itself."""
+    batch, keys = attention_mask.shape
+    mask = torch.full((batch, 1, queries, keys), LOWEST)
+    for b in range(batch):
+        for t in range(queries):
+            position = keys - queries + t
+            for s in range(position + 1):
+                if s == position or (attention_mask[b, s] and (window is None or s > position - window)):
+                    mask[b, 0, t, s] = 0.0
+    return mask
+
+
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_masks_are_those_of_a_slow_loop(queries: int) -> None:
+    attention_mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
+    full, sliding = (slow_mask(attention_mask, queries, window) for window in (None, 3))
+    assert torch.equal(masks(attention_mask, queries), full)
+    assert torch.equal(masks(attention_mask, queries, sliding_window=3), sliding)
+    named = masks(attention_mask, queries, sliding_window=3, layer_types=["full_attention", "sliding_attention"])
+    assert named.keys() == {"full_attention", "sliding_attention"}
+    assert torch.equal(named["full_attention"], full)
+    assert torch.equal(named["sliding_attention"], sliding)
+
+
+def test_the_wrapped_model_continues_from_past_keys_and_values() -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    wrapped, ids = trace._ModelWithPast(model), torch.randint(0, 256, (2, 7))
+    empty = [torch.zeros(2, 2, 0, 16)] * 2
+    beam = torch.arange(2)
+    with torch.no_grad():
+        expected = model(ids).logits
+        first, *past = wrapped(ids[:, :4], torch.ones(2, 4), torch.arange(4).expand(2, -1), beam, *empty)
+        second, *past = wrapped(ids[:, 4:], torch.ones(2, 7), torch.arange(4, 7).expand(2, -1), beam, *past)
+        torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-5)
+        # beam_idx reorders the past: the sequences change places.
+        token, position = torch.tensor([[5], [6]]), torch.full((2, 1), 7)
+        swapped, *_ = wrapped(token, torch.ones(2, 8), position, beam.flip(0), *past)
+        reordered = model(torch.cat([ids.flip(0), token], dim=1)).logits[:, -1:]
+        torch.testing.assert_close(swapped, reordered, rtol=0, atol=1e-5)
+    assert [tensor.shape for tensor in past] == [(2, 2, 7, 16)] * 2
+
+
+def test_a_model_that_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("mamba " * 100)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(convert_model=fail))
+    model = make_model("llama", num_hidden_layers=1)
+    with pytest.raises(
+        ExportError, match=r"LlamaForCausalLM cannot be traced \(KeyError: 'mamba .*\); remove"
+    ) as error:
+        trace._convert(model, heads=2, head_size=16)
+    assert len(str(error.value)) < 450
+
+
+def test_rope_that_depends_on_the_length_is_fixed_while_tracing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nybble")
+    model = make_model("phi3")
+    rope = model.model.rotary_emb
+    assert rope.rope_type == "longrope"
+    with pytest.raises(RuntimeError, match="inside"), trace._fixed_rope(model):
+        assert rope.rope_type == "default"
+        raise RuntimeError("inside")
+    assert rope.rope_type == "longrope"
+    assert "the exported model is right up to 128 tokens" in caplog.text
+
+
+def test_other_rope_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nybble")
+    model = make_model("llama")
+    with trace._fixed_rope(model):
+        assert model.model.rotary_emb.rope_type == "llama3"
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_parameters": {"original_max_position_embeddings": 64}}, 64),
+        ({"rope_parameters": {"factor": 2.0}}, 512),
+        ({}, 512),
+    ],
+)
+def test_short_context(config: dict[str, object], expected: int) -> None:
+    assert trace._short_context(SimpleNamespace(max_position_embeddings=512, **config)) == expected

@@ -1,0 +1,48 @@
+"""Which layers get 4-bit codes and which get 8-bit codes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nybble.errors import ModelError
+from nybble.models.selection import LayerSelection, expert_parameters, select_layers
+from tests.helpers.tiny import FAMILIES, make_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_except_the_head_gets_4_bits(family: str) -> None:
+    model = make_model(family)
+    selection = select_layers(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(selection.int4) == linears - {"lm_head"}
+    assert selection.int8 == (("model.embed_tokens",) if selection.tied else ("model.embed_tokens", "lm_head"))
+    assert selection.tied == model.config.tie_word_embeddings
+
+
+def test_names_are_in_the_order_of_the_modules() -> None:
+    """Random draws and checkpoints follow this order."""
+    qkv_o = [f"self_attn.{name}_proj" for name in "qkvo"]
+    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = tuple(f"model.layers.{i}.{name}" for i in (0, 1) for name in (*qkv_o, *mlp))
+    assert select_layers(make_model("llama")) == LayerSelection(layers, ("model.embed_tokens", "lm_head"), tied=False)
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(None, nn.Linear(2, 2)), (nn.Embedding(2, 2), None)])
+def test_a_model_without_embedding_or_head_is_refused(embedding: object, head: object) -> None:
+    model = SimpleNamespace(
+        named_modules=list, get_input_embeddings=lambda: embedding, get_output_embeddings=lambda: head
+    )
+    with pytest.raises(ModelError, match="must have an embedding and a language-model head; SimpleNamespace does not"):
+        select_layers(model)
+
+
+def test_expert_parameters_have_three_axes_and_are_no_convolutions() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(4, 2, 3))
+    model.block = nn.Module()
+    model.block.gate_up = nn.Parameter(torch.zeros(4, 2, 6))
+    model.block.conv = nn.Conv1d(2, 2, 3)
+    model.block.linear = nn.Linear(2, 2)
+    assert expert_parameters(model) == ["experts", "block.gate_up"]

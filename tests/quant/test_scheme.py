@@ -1,0 +1,69 @@
+"""QuantScheme and the check of the group size."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nybble.errors import OptionError
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme, check_group_size
+
+
+def test_codes_of_a_scheme() -> None:
+    assert (QuantScheme(bits=4).max_code, QuantScheme(bits=4).middle_code) == (15, 8)
+    assert (INT8_PER_ROW.max_code, INT8_PER_ROW.middle_code) == (255, 128)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text"),
+    [
+        (QuantScheme(), "uint4 asymmetric group 64"),
+        (QuantScheme(symmetric=True, group_size=32), "uint4 symmetric group 32"),
+        (INT8_PER_ROW, "uint8 symmetric per row"),
+    ],
+)
+def test_str_names_bits_symmetry_and_groups(scheme: QuantScheme, text: str) -> None:
+    assert str(scheme) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_groups=st.integers(1, 100), group_size=st.integers(1, 256))
+def test_a_divisor_is_accepted_and_gives_the_number_of_groups(num_groups: int, group_size: int) -> None:
+    check_group_size("layer", num_groups * group_size, group_size)
+    assert QuantScheme(group_size=group_size).num_groups(num_groups * group_size) == num_groups
+    assert QuantScheme(group_size=None).num_groups(num_groups * group_size) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(in_features=st.integers(1, 20_000), group_size=st.integers(-3, 300))
+def test_every_suggested_group_size_is_accepted(in_features: int, group_size: int) -> None:
+    if group_size > 0 and in_features % group_size == 0:
+        check_group_size("layer", in_features, group_size)
+        return
+    with pytest.raises(OptionError, match=f"got group_size={group_size}; choose ") as error:
+        check_group_size("layer", in_features, group_size)
+    suggested = [int(size) for size in re.findall(r"\d+", str(error.value).split("choose")[1])]
+    assert suggested
+    for size in suggested:
+        check_group_size("layer", in_features, size)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "choices"),
+    [
+        (576, 128, "16, 32, 64"),  # common sizes, where one of them divides
+        (192, 0, "16, 32, 64"),
+        (64, -4, "16, 32, 64"),
+        (100, 48, "10, 20, 25, 50, 100"),  # else the five largest divisors
+        (4872, 64, "116, 168, 174, 203, 232"),
+        (7, 2, "1, 7"),
+    ],
+)
+def test_error_names_the_layer_and_the_choices(in_features: int, group_size: int, choices: str) -> None:
+    with pytest.raises(OptionError) as error:
+        check_group_size("model.layers.0.mlp.up_proj", in_features, group_size)
+    assert str(error.value) == (
+        "in_features must be a multiple of group_size: layer model.layers.0.mlp.up_proj has "
+        f"in_features={in_features}, got group_size={group_size}; choose {choices}"
+    )

@@ -1,0 +1,80 @@
+"""What must be the same on --resume."""
+
+from pathlib import Path
+
+import pytest
+
+from nybble.errors import RunError
+from nybble.options.commands import DistillOptions, TuneOptions
+from nybble.options.toml import to_toml
+from nybble.run.marker import write_marker
+from nybble.run.results import RunResults
+from nybble.run.resume import check_same_command, check_same_inputs, check_same_options, saved_options
+
+OPTIONS = DistillOptions.of(pretrained="m")
+
+
+def save_run(folder: Path) -> Path:
+    write_marker(folder)
+    (folder / "config.toml").write_text(to_toml(OPTIONS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "was"),
+    [
+        ("lr", 0.5, OPTIONS.training.lr),
+        ("seed", 7, 0),
+        ("pretrained", "other", "m"),
+        ("lora_rank", 8, 256),
+        ("eval_tasks", ("a", "b"), "wikitext"),
+        ("data_dir", "x", None),
+    ],
+)
+def test_another_option_is_named(field: str, value: object, was: object, tmp_path: Path) -> None:
+    save_run(tmp_path)
+    shown = " ".join(value) if isinstance(value, tuple) else value
+    with pytest.raises(
+        RunError, match=rf"--resume must use the options of the run .*: --{field} was {was}, got {shown}"
+    ):
+        check_same_options(tmp_path, OPTIONS.replace(**{field: value}))
+
+
+def test_what_changes_no_weights_may_change(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    check_same_options(
+        tmp_path,
+        OPTIONS.replace(
+            microbatch_size=1, weight_cache="recompute", save_steps=3, trust_remote_code=True, report_to=(), export=()
+        ),
+    )
+
+
+def test_saved_options_need_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"must be a run folder; it has no nybble-run.json of nybble's"):
+        saved_options(tmp_path)
+    write_marker(tmp_path)
+    with pytest.raises(RunError, match=r"must be a complete run; its config.toml is missing"):
+        saved_options(tmp_path)
+    (save_run(tmp_path) / "config.toml").write_text('export = "none"\n')
+    assert saved_options(tmp_path) == {"export": []}
+
+
+def test_a_run_belongs_to_its_command(tmp_path: Path) -> None:
+    check_same_command(tmp_path, DistillOptions)
+    RunResults(command="tune").save(tmp_path)
+    check_same_command(tmp_path, TuneOptions)
+    with pytest.raises(RunError, match="must continue a run of nybble distill; .* was begun by nybble tune"):
+        check_same_command(tmp_path, DistillOptions)
+
+
+def test_inputs_that_changed_are_named() -> None:
+    results = RunResults()
+    check_same_inputs(results, {"model": "a", "training text": "b"})
+    assert results.fingerprints == {"model": "a", "training text": "b"}
+    check_same_inputs(results, {"model": "a"})
+    assert results.fingerprints == {"model": "a", "training text": "b"}
+    with pytest.raises(RunError, match="the model changed; bring it back, or start again"):
+        check_same_inputs(results, {"model": "x", "training text": "b"})
+    with pytest.raises(RunError, match="the model and the training text changed; bring them back"):
+        check_same_inputs(results, {"model": "x", "training text": "y"})

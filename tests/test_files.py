@@ -1,0 +1,141 @@
+"""nybble.files: files and folders appear complete or not at all; a small disk is refused."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from nybble import files
+from nybble.errors import RunError
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, text = tmp_path / "last.safetensors", tmp_path / "results.json"
+    files.save_tensors(tensors, {"a": torch.ones(3)}, {"step": 1})
+    files.write_text(text, "old")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_tensors(tensors, {"a": torch.zeros(3)}, {"step": 2})
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(text, "new")
+    loaded, note = files.load_tensors(tensors)
+    assert loaded["a"].tolist() == [1, 1, 1]
+    assert note == {"step": 1}
+    assert text.read_text() == "old"
+
+
+def test_text_keeps_its_line_ends_and_replaces_the_old_text(tmp_path: Path) -> None:
+    for text in ("one\n", "caf\u00e9\ntwo\r\n"):
+        files.write_text(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").read_bytes() == text.encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_tensors_and_note_are_read_back(tmp_path: Path) -> None:
+    saved = {"a": torch.arange(6).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16, requires_grad=True)}
+    files.save_tensors(tmp_path / "x.safetensors", saved, {"list": [1, None], "nested": {"b": 0.5}})
+    loaded, note = files.load_tensors(tmp_path / "x.safetensors")
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) and loaded[name].dtype == saved[name].dtype for name in saved)
+    assert note == {"list": [1, None], "nested": {"b": 0.5}}
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["note"]) == note
+
+
+def test_a_file_of_another_program_has_an_empty_note(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert files.load_tensors(tmp_path / "x.safetensors")[1] == {}
+
+
+def test_tensors_are_copied_where_the_system_locks_mapped_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that is mapped would change with its file. Windows cannot replace a mapped file."""
+    monkeypatch.setattr(files, "_COPY_LOADED_TENSORS", True)
+    path = tmp_path / "x.safetensors"
+    files.save_tensors(path, {"a": torch.zeros(1 << 16)}, {})
+    loaded, _ = files.load_tensors(path)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x00\x80\x3f")  # 1.0
+    assert float(loaded["a"][-1]) == 0.0
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"x.safetensors could not be written: .*; free some disk space"):
+        files.save_tensors(tmp_path / "missing" / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"not tensors", None])
+def test_a_damaged_or_missing_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        RunError, match=r"last.safetensors must be a readable safetensors file: .*; delete it to repeat the stage"
+    ):
+        files.load_tensors(path)
+
+
+def test_single_tensors_are_read_from_an_open_file(tmp_path: Path) -> None:
+    files.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "b": torch.zeros(2)}, {})
+    with files.open_tensors(tmp_path / "x.safetensors") as file:
+        assert sorted(file.keys()) == ["a", "b"]
+        assert file.get_tensor("a").tolist() == [1, 1]
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "new") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with files.atomic_folder(tmp_path / "new") as temporary:
+        (temporary / "all").write_text("x")
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["all"]
+
+
+def test_a_new_folder_replaces_the_old_one_and_leftovers_of_a_killed_process(tmp_path: Path) -> None:
+    for folder in ("new", "new.tmp"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "old").write_text("x")
+    with files.atomic_folder(tmp_path / "new") as temporary:
+        (temporary / "all").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["all"]
+
+
+def test_a_folder_is_removed_whether_it_exists_or_not(tmp_path: Path) -> None:
+    for folder in ("a", "a.tmp"):
+        (tmp_path / folder / "inside").mkdir(parents=True)
+    files.remove_folder(tmp_path / "a")
+    files.remove_folder(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_free_disk_counts_the_files_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "train.bin").write_bytes(bytes(5000))
+    files.check_free_disk(tmp_path, 6000)
+    with pytest.raises(RunError):
+        files.check_free_disk(tmp_path, 6001)
+
+
+def test_a_small_disk_is_refused(tmp_path: Path) -> None:
+    files.check_free_disk(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(
+        RunError, match=r"needs 1000000.0 GB for teacher states and checkpoints; .* GB are free; free some disk space"
+    ):
+        files.check_free_disk(tmp_path, 10**15)

@@ -1,0 +1,114 @@
+"""Settings of the whole process, on Linux and on platforms that lack them."""
+
+import ast
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble import runtime
+
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, None),
+    ],
+)
+def test_openmp_threads_spin_briefly_unless_the_user_decides(
+    chosen: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    runtime.set_openmp_spin()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+class Recorder:
+    """A C library that records calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def mallopt(self, parameter: int, value: int) -> None:
+        self.calls.append(("mallopt", parameter, value))
+
+    def malloc_trim(self, padding: int) -> None:
+        self.calls.append(("malloc_trim", padding))
+
+
+def test_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorder()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    runtime.keep_freed_memory()
+    runtime.hand_back_freed_memory()
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
+    assert library.calls == [
+        ("mallopt", -4, 0),
+        ("mallopt", -1, 2**31 - 1),
+        ("mallopt", -2, 2**26),
+        ("malloc_trim", 0),
+    ]
+
+
+@glibc_only
+def test_the_allocator_of_this_machine_takes_the_settings() -> None:
+    """In a process of its own, because they cannot be taken back. mallopt returns 1 where it accepts a value."""
+    code = "from nybble import runtime; runtime.keep_freed_memory(); print(runtime._glibc().mallopt(-4, 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", ["darwin", "win32", "musl", "other libc"])
+def test_platforms_without_glibc_are_left_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> object:
+        if kind == "other libc":
+            return object()
+        raise OSError(name)
+
+    monkeypatch.setattr(sys, "platform", "linux" if kind in ("musl", "other libc") else kind)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert runtime._glibc() is None
+    runtime.keep_freed_memory()
+    runtime.hand_back_freed_memory()
+
+
+def test_cudnn_attention_is_disabled() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    runtime.disable_cudnn_attention()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def imported_at_the_top(path: Path) -> set[str]:
+    """Top-level packages that a file imports when it is imported."""
+    names: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def test_runtime_is_imported_without_torch() -> None:
+    """`set_openmp_spin` has to run before torch is loaded."""
+    assert imported_at_the_top(Path(runtime.__file__)) == {"__future__", "ctypes", "os", "sys"}
+
+
+@pytest.mark.parametrize("part", ["runtime.py", "files.py", "models", "export"])
+def test_no_file_needs_a_unix_module(part: str) -> None:
+    path = Path(runtime.__file__).with_name(part)
+    for file in [path] if path.is_file() else path.rglob("*.py"):
+        assert not imported_at_the_top(file) & {"fcntl", "grp", "pwd", "resource", "termios"}, file

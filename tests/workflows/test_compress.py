@@ -1,0 +1,462 @@
+"""compress and inspect from options to the run folder: results, export, interruption; and what starts from a run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForCausalLM
+
+from nybble.cli.main import main
+from nybble.compression import blockwise
+from nybble.models import families, quantized_model
+from nybble.options.commands import CompressOptions
+from nybble.run.results import read_results
+from nybble.run.resume import saved_options
+from nybble.workflows.compress import compress
+from nybble.workflows.distill import distill
+from tests.helpers.distill import distill_options, interrupt_after, shipped_bytes
+from tests.helpers.tiny import make_model, make_tokenizer, save_model
+
+# No exports and no tasks; the smallest amounts of text.
+FLAGS = [
+    "--data", "python-docs", "--seq_len", "32", "--num_calibration_samples", "16", "--group_size", "32",
+    "--num_test_samples", "4", "--eval_tasks", "none", "--export", "none",
+]  # fmt: skip
+
+
+def command(name: str, model: Path, run: Path, *more: str) -> list[str]:
+    return [name, "--pretrained", str(model), "--output_dir", str(run), *FLAGS, *more]
+
+
+def options(model: Path, run: Path, **changes: object) -> CompressOptions:
+    base: dict[str, object] = {
+        "pretrained": str(model), "output_dir": str(run), "method": "awq+se+gptq+blockwise", "data": ("python-docs",),
+        "seq_len": 32, "num_calibration_samples": 16, "group_size": 32, "num_test_samples": 4, "eval_tasks": (),
+        "export": (),
+    }  # fmt: skip
+    return CompressOptions.of(**base | changes)
+
+
+def codes(run: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.codes_OI for name, weight in quantized_model.load_weights(run / "quantized")[0].items()}
+
+
+@pytest.mark.usefixtures("needs_openvino")
+def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "qwen2"), tmp_path / "run"
+    assert main(command("compress", model, run, "--method", "awq+se+gptq", "--export", "openvino")) == 0
+    printed = capsys.readouterr().out
+    results = read_results(run)
+    assert results.models.keys() == {"16bit", "compressed", "openvino"}
+    kl = {row: metrics["kl_to_teacher"] for row, metrics in results.models.items()}
+    assert kl["openvino"] == pytest.approx(kl["compressed"], rel=3e-2), "its activations have 8 bits"
+    assert (results.command, results.method, results.finished) == ("compress", "awq+se+gptq", True)
+    assert set(results.seconds) == {"load", "teacher", "measure", "compress", "export openvino"}
+    errors = results.layer_errors
+    assert len(errors) == 14
+    assert all(error["compressed"] < error["rtn"] for error in errors.values())  # type: ignore[operator]
+    assert all(0 <= error["clipped"] < 0.2 for error in errors.values())  # type: ignore[operator]
+    assert "calibration: 16 x 32 tokens of the training text" in printed
+    assert "mean output error of a layer" in printed
+    assert "INT4, compressed (OpenVINO)" in printed
+    assert "recovered" not in printed
+    assert not (run / "compress").exists(), "the finished blocks are deleted when the 4-bit model is saved"
+    assert "| model.layers.1.mlp.down_proj |" in (run / "report.md").read_text()
+
+    for target in (run, run / "quantized", run / "openvino"):
+        assert main(["inspect", str(target)]) == 0
+        table = capsys.readouterr().out
+        assert "15 quantized layers" in table, "the head is tied"
+        row = next(line for line in table.splitlines() if "model.layers.0.mlp.down_proj" in line)
+        error = errors["model.layers.0.mlp.down_proj"]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[1:3] == ["64 x 128", "uint4 asymmetric group 32"]
+        assert cells[3:7] == [
+            f"{error['rtn']:.3%}", f"{error['compressed']:.3%}", f"{error['weight']:.2%}", f"{error['clipped']:.3%}",
+        ]  # fmt: skip
+        assert "14 x uint4 asymmetric group 32" in table
+        assert "1 x uint8 symmetric per row" in table
+
+
+def test_inspect_refuses_what_is_no_quantized_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    compress(options(model, run, method="rtn"))
+
+    def refused(*given: str) -> str:
+        capsys.readouterr()
+        assert main([*given]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    words = "must be a finished run, or a folder quantized or an export inside one; it is neither"
+    assert words in refused("inspect", str(tmp_path))
+    (run / "openvino").mkdir()
+    (run / "openvino" / "openvino_model.xml").write_text("<net/>")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert 'pip install -c constraints.txt -e ".[openvino]"' in refused("inspect", str(run / "openvino"))
+    save_file({"a": torch.zeros(2)}, run / "quantized" / quantized_model.WEIGHTS_FILE)
+    words = "must be a 4-bit model that nybble wrote (nybble-2); it is something else"
+    assert words in refused("inspect", str(run))
+    (run / "quantized" / quantized_model.WEIGHTS_FILE).write_bytes(b"cut")
+    words = "must be a readable safetensors file"
+    assert words in refused(*command("distill", model, tmp_path / "third", "--init_from", str(run)))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("rtn", "the logits of llama must be finite numbers"),
+        ("se", "the outputs of block 1 (mlp.down_proj) must be finite"),
+    ],
+)
+def test_a_broken_model_is_refused_before_there_is_a_run(
+    method: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(command("compress", tmp_path / "model", tmp_path / "run", "--method", method)) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_steps_that_the_method_has_not_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    with caplog.at_level("WARNING", "nybble"):
+        compress(options(model, tmp_path / "run", method="se", gptq_damping=0.5, blockwise_epochs=9.0))
+        compress(options(model, tmp_path / "other", method="rtn", limit_blocks=1))
+    assert "--gptq_damping has no effect: the method has no step gptq" in caplog.text
+    assert "--blockwise_epochs has no effect: the method has no step blockwise" in caplog.text
+    assert "--gptq_act_order" not in caplog.text
+    assert "--limit_blocks has no effect: nothing is calibrated" in caplog.text
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_interrupted_in_any_block_it_ends_with_the_same_bits(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = save_model(tmp_path / "model", "gemma2", begin=True), tmp_path / "run"
+    compress(options(model, tmp_path / "undisturbed"))
+    original, trained = blockwise.train, list[int]()
+
+    def killed(blocks, i, *rest):  # type: ignore[no-untyped-def]
+        if i == block:
+            raise Killed
+        return original(blocks, i, *rest)
+
+    def counted(blocks, i, *rest):  # type: ignore[no-untyped-def]
+        trained.append(i)
+        return original(blocks, i, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "train", killed)
+        with pytest.raises(Killed):
+            compress(options(model, run))
+    assert len(list((run / "compress").glob("*.safetensors")) if block else []) == block
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "train", counted)
+        compress(options(model, run, resume=True))
+    assert trained == list(range(block, 2)), "finished blocks are not trained again"
+    assert shipped_bytes(run) == shipped_bytes(tmp_path / "undisturbed")
+    before, after = read_results(tmp_path / "undisturbed"), read_results(run)
+    assert before.layer_errors == after.layer_errors
+    assert before.block_losses == after.block_losses
+    assert before.models == after.models
+
+
+@pytest.mark.slow
+def test_distillation_starts_from_the_codes_of_the_compression(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    shared = {"method": "awq+se+gptq+blockwise", "num_calibration_samples": 8, "group_size": 32}
+    still = {"lr": 1e-12, "scale_lr": 0.0, "norm_lr": 0.0}
+    distill(distill_options(model, tmp_path / "untrained", **still, **shared))
+    compress(options(model, tmp_path / "compressed", seed=0, **shared))
+    distill(distill_options(model, tmp_path / "plain", group_size=32, **still))
+    untrained, compressed, plain = (read_results(tmp_path / name) for name in ("untrained", "compressed", "plain"))
+    assert untrained.changes is not None
+    assert untrained.changes.codes_changed == 0
+    assert untrained.layer_errors.keys() == compressed.layer_errors.keys()
+    kl = {row: metrics["kl_to_teacher"] for row, metrics in untrained.models.items()}
+    assert kl["tuned"] == pytest.approx(kl["compressed"], rel=1e-5)
+    for name, expected in codes(tmp_path / "compressed").items():
+        assert torch.equal(codes(tmp_path / "untrained")[name], expected), "the same seed draws the same text"
+    assert kl["compressed"] < plain.models["compressed"]["kl_to_teacher"]
+
+
+def test_a_folder_named_like_a_method_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compress(options(save_model(tmp_path / "model", "llama"), Path("se"), method="se"))
+    assert read_results(Path("se")).method == "se"
+
+
+@pytest.mark.parametrize(
+    ("known", "rank", "expected"),
+    [(True, 0, "awq+se+blockwise"), (False, 0, "se+blockwise"), (True, 4, "awq+se+gptq"), (False, 4, "se+gptq")],
+)
+def test_the_automatic_method_needs_no_facts_about_the_family(
+    known: bool, rank: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    if not known:
+        monkeypatch.setitem(families.FAMILIES._known, "llama", families.ModelFamily())
+    settings = {"method": "auto", "num_calibration_samples": 8, "group_size": 32, "lora_rank": rank}
+    distill(distill_options(model, run, **settings))
+    assert saved_options(run)["method"] == read_results(run).method == expected
+    assert len(read_results(run).block_losses) == (0 if rank else 2)
+    distill(distill_options(model, run, resume=True, **settings))
+
+
+@pytest.mark.parametrize(
+    ("first", "rank", "warned"), [("RUN", 4, True), ("RUN", 0, False), ("se+blockwise", 4, True), ("se", 4, False)]
+)
+def test_adapters_over_codes_that_they_hardly_move_are_reported(
+    first: str, rank: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    compress(options(model, tmp_path / "first", method="rtn"))
+    caplog.clear()
+    begin = {"init_from": str(tmp_path / "first")} if first == "RUN" else {"method": first}
+    distill(distill_options(model, tmp_path / "run", num_calibration_samples=8, group_size=32, lora_rank=rank, **begin))
+    assert ("adapters hardly move the codes" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_distillation_continues_from_a_finished_run(dtype: str, tmp_path: Path) -> None:
+    """Codes, scales, zero points and folded norms are those of the run; the teacher is the 16-bit model."""
+    model, first, second = save_model(tmp_path / "model", "qwen2"), tmp_path / "first", tmp_path / "second"
+    compress(options(model, first, method="awq+se", dtype=dtype))
+    still = {"lora_rank": 0, "scale_lr": 0.0, "norm_lr": 1e-9}
+    distill(distill_options(model, second, init_from=str(first), group_size=32, dtype=dtype, **still))
+    made, continued = read_results(first), read_results(second)
+    kl = [results.models["compressed"]["kl_to_teacher"] for results in (made, continued)]
+    assert kl[1] == pytest.approx(kl[0], rel=1e-5)
+    assert (continued.method, continued.init_from) == ("awq+se", str(first))
+    assert continued.layer_errors == made.layer_errors
+    assert continued.changes is not None
+    assert continued.changes.codes_changed == 0.0
+    (before, rest), (after, others) = (quantized_model.load_weights(run / "quantized") for run in (first, second))
+    for name, weight in before.items():
+        assert torch.equal(after[name].codes_OI, weight.codes_OI)
+        assert torch.equal(after[name].scale_OG, weight.scale_OG)
+        assert torch.equal(after[name].zero_point_OG, weight.zero_point_OG)
+    assert all(torch.allclose(others[key], tensor, rtol=1e-2) for key, tensor in rest.items())
+
+
+def test_a_run_that_does_not_fit_is_refused_before_there_is_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, first, run = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "run"
+    compress(options(model, first, method="rtn"))
+    other = save_model(tmp_path / "other", "llama", num_hidden_layers=1)
+    biased = save_model(tmp_path / "biased", "llama", attention_bias=True)
+
+    def refused(model: Path, *more: str) -> str:
+        assert main(command("distill", model, run, "--num_train_samples", "8", "--batch_size", "4", *more)) == 2
+        assert not run.exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    begin = ("--init_from", str(first))
+    words = f"--init_from {first} must have groups of 64 weights; it has groups of 32; add --group_size 32"
+    assert words in refused(model, *begin, "--group_size", "64")
+    assert "must be of a model like other; it is of model, which has other layers" in refused(other, *begin)
+    words = "must be of a model like biased; only one of it and model has model.layers.0.self_attn.k_proj.bias"
+    assert words in refused(biased, *begin)
+    shutil.rmtree(first / "quantized")
+    assert f"--init_from {first} must be a finished run; it has no 4-bit model" in refused(model, *begin)
+    assert "--init_from runs/none must be the folder of a finished run" in refused(model, "--init_from", "runs/none")
+    assert "--method must be rtn, or one or more of awq, se, gptq, blockwise" in refused(model, "--method", "runs/none")
+
+
+@pytest.mark.slow
+def test_distillation_resumes_on_the_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    shared = {"method": "awq+se+blockwise", "num_calibration_samples": 8, "group_size": 32}
+    distill(distill_options(model, tmp_path / "undisturbed", **shared))
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(distill_options(model, tmp_path / "run", **shared))
+    trained: list[object] = []
+    monkeypatch.setattr(blockwise, "train", lambda *arguments: trained.append(arguments))
+    distill(distill_options(model, tmp_path / "run", resume=True, **shared))
+    assert trained == []
+    assert shipped_bytes(tmp_path / "run") == shipped_bytes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seq_len 60000", "the calibration text must give at least 8 sequences of 60000 tokens; it gives"),
+        (
+            "--dtype float16 --method blockwise",
+            "--dtype must be bfloat16 or float32 for blockwise; float16 gradients vanish",
+        ),
+        (
+            "--group_size 48",
+            "in_features must be a multiple of group_size: layer model.layers.0.self_attn.q_proj has in_features=64, "
+            "got group_size=48",
+        ),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(
+    flags: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    assert main(command("compress", model, run, "--method", "se", *flags.split())) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not run.exists()
+
+
+def test_awq_on_an_unknown_family_is_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    monkeypatch.setitem(families.FAMILIES._known, "llama", families.ModelFamily())
+    assert main(command("compress", model, run, "--method", "awq+se")) == 2
+    assert "models/families.py has no AWQ mappings for llama" in " ".join(capsys.readouterr().err.split())
+    assert not run.exists()
+    assert main(command("compress", model, run, "--method", "se")) == 0
+
+
+def test_less_calibration_text_than_wanted_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a short text\n" for i in range(400)))
+    flags = ("--data", str(tmp_path / "text.txt"), "--seq_len", "64", "--num_calibration_samples", "128")
+    assert main(command("compress", model, tmp_path / "run", "--method", "se", *flags)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tokens of the training text (all there is; --num_calibration_samples is 128)" in printed
+
+
+def test_rtn_needs_no_calibration_text(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    compress(options(model, tmp_path / "run", method="rtn"))
+    errors = read_results(tmp_path / "run").layer_errors.values()
+    assert all(error["rtn"] is None and error["weight"] for error in errors)
+    shutil.rmtree(tmp_path / "run" / "quantized")
+    assert main(["inspect", str(tmp_path / "run")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("convert_model", "LlamaForCausalLM cannot be traced"), ("convert_tokenizer", "cannot be converted")],
+)
+def test_an_export_that_fails_is_reported_after_everything_else(
+    function: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    openvino, tokenizers = pytest.importorskip("openvino"), pytest.importorskip("openvino_tokenizers")
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("not this one")
+
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    given = command("compress", model, run, "--method", "rtn", "--export", "openvino")
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino if function == "convert_model" else tokenizers, function, fail)
+        assert main(given) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert words in last
+    assert "TypeError: not this one" in last
+    assert "**Warning:** not exported: " in (run / "report.md").read_text()
+    assert not (run / "openvino").exists()
+    assert main([*given, "--resume"]) == 0
+    assert "Warning" not in (run / "report.md").read_text()
+    assert (run / "openvino").is_dir()
+
+
+def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    config = BioGptConfig(
+        vocab_size=260, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BioGptForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    compress(options(folder, tmp_path / "run", method="rtn"))
+    loaded = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32)[0]
+    assert loaded.output_projection.weight is loaded.get_input_embeddings().weight
+
+
+def test_layers_whose_weights_are_read_past_them_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=32)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(command("compress", tmp_path / "model", tmp_path / "run", "--method", "rtn")) == 2
+    words = "uses the weight of backbone.layers.0.mixer.dt_proj without calling the layer (1 such layers)"
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "configuration_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": own}))
+    (folder / "configuration_mine.py").write_text(
+        "from transformers import LlamaConfig\n\nclass Config(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import Config\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    compress(options(folder, tmp_path / "run", method="rtn", trust_remote_code=True))
+    loaded = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32, trust_remote_code=True)[0]
+    assert type(loaded).__name__ == "Model"
+
+
+def test_code_in_a_run_of_someone_else_runs_only_where_it_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder asks for it in its config.toml and brings code in quantized/; nobody at the keyboard allowed it."""
+    run = tmp_path / "run"
+    compress(options(save_model(tmp_path / "model", "llama"), run, method="rtn"))
+    with (run / "config.toml").open("a") as file:
+        file.write("trust_remote_code = true\n")
+    config = json.loads((run / "quantized" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (run / "quantized" / "config.json").write_text(json.dumps(config))
+    (run / "quantized" / "mine.py").write_text("raise SystemExit('foreign code ran')")
+    for given in (["export", str(run)], ["eval", str(run), "--data", "python-docs"]):
+        assert main(given) == 2
+        words = (
+            f"{run / 'quantized'} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
+        )
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="foreign code ran"):
+        main(["export", str(run), "--trust_remote_code"])
+
+
+def test_a_head_of_its_own_ships_whatever_the_configuration_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """config.json says tied embeddings, the checkpoint has a trained head (a merged LoRA with modules_to_save)."""
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with caplog.at_level("WARNING", "nybble"):
+        compress(options(folder, tmp_path / "run", method="rtn"))
+    assert "the checkpoint has a head of its own, which is used" in caplog.text
+    original = make_model("llama")
+    shipped, _, quantized = quantized_model.load_quantized(tmp_path / "run" / "quantized", torch.float32)
+    assert shipped.config.tie_word_embeddings is False
+    assert {"lm_head", "model.embed_tokens"} <= quantized.keys()
+    for ours, theirs in (
+        (shipped.lm_head, original.lm_head),
+        (shipped.model.embed_tokens, original.model.embed_tokens),
+    ):
+        assert (ours.weight - theirs.weight).abs().max() < 0.01
