@@ -67,18 +67,18 @@ def test_logits_of_measuring_count_where_they_exceed_the_activations() -> None:
     length=st.integers(1, 4096),
     batch_size=st.integers(1, 64),
     available_bytes=st.integers(1, 20 * GB),
-    max_tokens=st.integers(1, 100_000),
+    max_sequences=st.integers(1, 64),
     rank=st.integers(0, 64),
 )
 def test_microbatch_is_the_largest_power_of_two_within_the_limits(
-    length: int, batch_size: int, available_bytes: int, max_tokens: int, rank: int
+    length: int, batch_size: int, available_bytes: int, max_sequences: int, rank: int
 ) -> None:
     setup = replace(SETUP, rank=rank, logits_bytes=100 * GB)  # logits of measuring are no limit
-    limits = MicrobatchLimits(length, batch_size, available_bytes, max_tokens)
+    limits = MicrobatchLimits(length, batch_size, available_bytes, max_sequences * length)
 
     def allowed(size: int) -> bool:
         needed = memory.training_memory(replace(setup, logits_bytes=0), size * length)
-        return size <= batch_size and size * length <= max_tokens and needed < 0.7 * available_bytes
+        return size <= min(batch_size, max_sequences) and needed < 0.7 * available_bytes
 
     size = memory.pick_microbatch_size(setup, limits)
     assert size.bit_count() == 1
