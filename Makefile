@@ -1,5 +1,5 @@
 # make demo         run the whole flow on the built-in model, in minutes (result in runs/demo)
-# make test         lint, types, and all tests
+# make test         lint, types, and all tests; fails below 90 % line coverage by the fast ones
 # make quick        the same without the slow tests, which need the real model or minutes
 # make lint         ruff and mypy
 # make format       let ruff rewrite the code
@@ -39,7 +39,8 @@ lint: install
 quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-test: quick
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --cov=nybble --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/pytest -m slow
 
 format: install

@@ -66,7 +66,7 @@ def test_logits_of_measuring_count_where_they_exceed_the_activations() -> None:
 @given(
     length=st.integers(1, 4096),
     batch_size=st.integers(1, 64),
-    available_bytes=st.integers(1, 20 * GB),
+    available_bytes=st.integers(0, 50).map(lambda units: units * GB // 5),
     max_sequences=st.integers(1, 64),
     rank=st.integers(0, 64),
 )
