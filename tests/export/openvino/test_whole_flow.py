@@ -1,12 +1,12 @@
 """Every family through the whole flow: fake quantization, training, interruption, resuming, absorbing, export."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from nybble.export.openvino.exporter import LOGIT_TOLERANCE, OpenVINOExporter
 from nybble.models import quantized_model
+from nybble.run.results import read_results
 from nybble.workflows.distill import distill
 from tests.helpers.distill import distill_options, interrupt_after
 from tests.helpers.tiny import FAMILIES, make_config, save_model
@@ -30,20 +30,21 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / name / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes() for name in ("run", "undisturbed")
     )
     assert resumed == undisturbed, "resumed training must end with the same bits"
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["best_step"] > 0, "training must lower the validation KL"
-    assert results["codes_changed"] > 0
-    errors = results["decoder_errors"]
+    results = read_results(tmp_path / "run")
+    assert results.trainings[0].best_step > 0, "training must lower the validation KL"
+    assert results.changes is not None
+    assert results.changes.codes_changed > 0
+    errors = results.decoder_errors
     assert errors.keys() == {"compressed", "tuned"}
     assert all(len(layers) == 2 and all(0 < error < 1 for error in layers) for layers in errors.values())
     assert errors["tuned"] != errors["compressed"]
 
     tied = FAMILIES[family][1].get("tie_word_embeddings", make_config(family).tie_word_embeddings)
-    export = results["exports"]["openvino"]
+    export = results.exports["openvino"]
     # phi3 has four linear layers per block instead of seven.
     assert (export["int4_weights"], export["int8_weights"]) == (8 if family == "phi3" else 14, 1 if tied else 2)
     assert export["logit_difference"] <= LOGIT_TOLERANCE
-    in_torch, in_openvino = (results["models"][row]["token_perplexity"] for row in ("tuned", "openvino"))
+    in_torch, in_openvino = (results.models[row]["token_perplexity"] for row in ("tuned", "openvino"))
     # OpenVINO's own settings quantize activations to 8 bits, where the hardware has them.
     assert in_openvino == pytest.approx(in_torch, rel=0.02)
 
@@ -53,10 +54,10 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
     """The default on a GPU: 16-bit weights and biases, exported from a float32 copy."""
     model = save_model(tmp_path / "model", family)
-    distill(distill_options(model, tmp_path / "run", dtype="bfloat16", cache="recompute", export=("openvino",)))
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["exports"]["openvino"]["logit_difference"] <= LOGIT_TOLERANCE
-    assert results["best_step"] > 0
+    distill(distill_options(model, tmp_path / "run", dtype="bfloat16", weight_cache="recompute", export=("openvino",)))
+    results = read_results(tmp_path / "run")
+    assert results.exports["openvino"]["logit_difference"] <= LOGIT_TOLERANCE
+    assert results.trainings[0].best_step > 0
 
 
 def test_the_tested_families_are_those_of_the_whole_flow() -> None:
