@@ -137,7 +137,7 @@ def test_eval_measures_the_run_and_the_export_by_the_same_call(
 ) -> None:
     values = []
     for target in (run, run / "openvino"):
-        arguments = f"eval {target} --data python-docs --seq_len 128 --num_test_samples 4 --strict --dtype float32"
+        arguments = f"eval {target} --data python-docs --seq_len 128 --num_samples 4 --strict --dtype float32"
         arguments += f" --eval_tasks arc_easy --limit 8 --data_dir {shared_data}"
         assert main(arguments.split()) == 0
         values.append(json.loads(capsys.readouterr().out.split("┘")[-1].split("┛")[-1]))
