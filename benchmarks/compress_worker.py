@@ -43,8 +43,8 @@ def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[An
     result = pipeline.compress(model, plan.int4, scheme, method, compress_calibration.Calibration(ids, seed))
     insert.quantize_embeddings(model, plan.int8)
     with torch.no_grad():
-        for name, start in result.starts.items():
-            model.get_submodule(name).weight.copy_(start.quantized(scheme).dequantize())
+        for name, init in result.inits.items():
+            model.get_submodule(name).weight.copy_(init.quantized(scheme).dequantize())
     return model, time.perf_counter() - started
 
 

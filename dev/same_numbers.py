@@ -97,22 +97,6 @@ SCENARIOS: dict[str, list[str]] = {
 }
 # Scenario -> the file at whose n-th replacement the first command is killed; it is then resumed.
 KILLED = {"distill-resumed": ("last.safetensors", 2)}
-KILLER = """
-import os, signal, sys
-name, left, replace = sys.argv[1], int(sys.argv[2]), os.replace
-
-def killing(source, target):
-    global left
-    left -= os.path.basename(target) == name
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = killing
-sys.argv[:3] = ["nybble"]
-from nybble.cli.main import main
-sys.exit(main())
-"""
 # What differs from run to run, or says only where and when.
 IGNORED = {
     "seconds", "peak_memory_bytes", "command_line", "resumed_by", "machine", "logit_difference", "init_from", "bytes",
@@ -185,8 +169,10 @@ def run_scenario(tree: Path, name: str, folder: Path, inputs: Path) -> dict[str,
         for i, command in enumerate(SCENARIOS[name]):
             words = command.format(inputs=inputs, run=run).split() + (["--output_dir", str(run)] if i == 0 else [])
             if i == 0 and name in KILLED:
+                from tests.helpers.distill import KILLED_PROGRAM  # make_inputs has put the tests on the path
+
                 place, count = KILLED[name]
-                if call(["-c", KILLER, place, str(count), *words]) != -signal.SIGKILL:
+                if call(["-c", KILLED_PROGRAM, place, str(count), *words]) != -signal.SIGKILL:
                     sys.exit(f"{name}: the run was not killed; see {log}")
                 words.append("--resume")
             if call(["-m", "nybble", *words]):

@@ -40,7 +40,7 @@ def test_every_method_is_closer_to_the_model_than_rtn_on_unseen_text(method: str
     def error(method: str) -> float:
         model = with_strong_channels(make_model("llama"))
         result = compress_all(model, method, ids[:48], blockwise=BlockwiseConfig(epochs=6))
-        for name, init in result.starts.items():
+        for name, init in result.inits.items():
             model.get_submodule(name).weight = torch.nn.Parameter(
                 init.quantized(SCHEME).dequantize(), requires_grad=False
             )
@@ -61,9 +61,9 @@ def test_limit_blocks_leaves_the_other_blocks_to_rtn() -> None:
     plain = compress_all(make_model("llama"), "rtn")
     for limit, compressed in ((None, (".0.", ".1.")), (1, (".0.",)), (0, ())):
         result = compress_all(make_model("llama"), "se", limit_blocks=limit)
-        for name, init in result.starts.items():
+        for name, init in result.inits.items():
             by_method = any(part in name for part in compressed)
-            assert torch.equal(init.scale_OG, plain.starts[name].scale_OG) != by_method
+            assert torch.equal(init.scale_OG, plain.inits[name].scale_OG) != by_method
             assert (result.errors[name].compressed is None) != by_method
 
 
@@ -71,14 +71,14 @@ def test_results_are_in_the_order_of_the_names() -> None:
     model = make_model("llama")
     names = list(reversed(select_layers(model).int4))
     result = compress(model, names, SCHEME, "se", Calibration(IDS))
-    assert list(result.starts) == list(result.errors) == names
+    assert list(result.inits) == list(result.errors) == names
 
 
 def test_a_block_without_4_bit_layers_is_passed_through() -> None:
     model = make_model("llama")
     names = [name for name in select_layers(model).int4 if ".1." in name]
     result = compress(model, names, SCHEME, "blockwise", Calibration(IDS))
-    assert list(result.starts) == names
+    assert list(result.inits) == names
     assert list(result.blocks) == ["model.layers.1"]
 
 
@@ -96,7 +96,7 @@ def test_the_model_holds_the_weights_of_the_result_without_a_copy(method: str, m
     monkeypatch.setattr(torch.nn.Module, "to", to)
     model = make_model("smollm", dtype=torch.bfloat16)
     result = compress_all(model, method)
-    for name, init in result.starts.items():
+    for name, init in result.inits.items():
         assert init.weight_OI.data_ptr() == model.get_submodule(name).weight.data_ptr()
         assert init.weight_OI.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -105,7 +105,7 @@ def test_the_model_holds_the_weights_of_the_result_without_a_copy(method: str, m
 def test_rtn_changes_no_weight_and_measures_no_output() -> None:
     model, original = make_model("llama", dtype=torch.bfloat16), make_model("llama", dtype=torch.bfloat16)
     result = compress_all(model, "rtn")
-    for name, init in result.starts.items():
+    for name, init in result.inits.items():
         weight = original.get_submodule(name).weight
         scale, zero_point = min_max_qparams(weight, SCHEME)
         assert torch.equal(init.weight_OI, weight)
@@ -132,7 +132,7 @@ def test_awq_is_measured_against_the_outputs_that_the_layers_had_before() -> Non
     # Rows were divided by factors, and columns multiplied by what the norm before was divided by.
     row_factors = (before / values.weight).median(1).values[:, None]
     column_factors = (values.weight * row_factors / before).median(0).values
-    unfolded = result.starts[name].quantized(SCHEME).dequantize() * row_factors / column_factors
+    unfolded = result.inits[name].quantized(SCHEME).dequantize() * row_factors / column_factors
     expected = ((unfolded - before) @ inputs[0].T).square().mean() / (before @ inputs[0].T).square().mean()
     assert result.errors[name].compressed == pytest.approx(float(expected), rel=1e-3)
 
@@ -181,7 +181,7 @@ def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.Mon
     monkeypatch.setattr(METHODS, "_known", METHODS._known | {"down": RoundDown})
     model, original = make_model("llama"), make_model("llama")
     result = compress(model, select_layers(model).int4, SCHEME, "down")
-    for name, init in result.starts.items():
+    for name, init in result.inits.items():
         quantized = init.quantized(SCHEME)
         rounded = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_point_OG.float())
         weight = original.get_submodule(name).weight

@@ -75,6 +75,11 @@ class ToyExporter(Exporter):
         return weights
 
 
+FLAGS = [
+    "--data", "python-docs", "--seq_len", "32", "--group_size", "32", "--num_test_samples", "2", "--eval_tasks", "none",
+]  # fmt: skip
+
+
 @pytest.fixture
 def toy() -> Iterator[ToyExporter]:
     """The toy exporter, registered as another package would do it."""
@@ -88,19 +93,7 @@ def test_a_run_uses_an_exporter_from_outside_the_package(
     toy: ToyExporter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, run = save_model(tmp_path / "model", "smollm", num_hidden_layers=1), tmp_path / "run"
-    flags = [
-        "--data",
-        "python-docs",
-        "--seq_len",
-        "32",
-        "--group_size",
-        "32",
-        "--num_test_samples",
-        "2",
-        "--eval_tasks",
-        "none",
-    ]
-    command = ["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "rtn", *flags]
+    command = ["compress", "--pretrained", str(model), "--output_dir", str(run), "--method", "rtn", *FLAGS]
     assert main([*command, "--export", "toy"]) == 0
     results = json.loads((run / "results.json").read_text())
     export = results["exports"]["toy"]
@@ -120,20 +113,8 @@ def test_a_run_refuses_what_the_format_cannot_hold_before_it_starts(
     toy: ToyExporter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_model(tmp_path / "model", "gemma2", num_hidden_layers=1)
-    flags = [
-        "--data",
-        "python-docs",
-        "--seq_len",
-        "32",
-        "--group_size",
-        "32",
-        "--num_test_samples",
-        "2",
-        "--eval_tasks",
-        "none",
-    ]
     command = ["compress", "--pretrained", str(model), "--output_dir", str(tmp_path / "run"), "--method", "rtn"]
-    assert main([*command, *flags, "--export", "toy"]) == 2
+    assert main([*command, *FLAGS, "--export", "toy"]) == 2
     assert "the toy format cannot hold gemma2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

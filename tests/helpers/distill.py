@@ -14,7 +14,7 @@ from nybble.options.commands import DistillOptions
 from nybble.training.trainer import Trainer
 
 # A nybble that kill -9 ends just before the argv[2]-th time that a file named argv[1] would be put in its place.
-_KILLED = """
+KILLED_PROGRAM = """
 import os, signal, sys
 name, left, replace = sys.argv[1], int(sys.argv[2]), os.replace
 
@@ -60,7 +60,7 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kill_at(name: str, count: int, arguments: Sequence[str]) -> None:
     """Run nybble in a process that is killed just before a file called `name` is put in place for the count-th time."""
-    command = [sys.executable, "-c", _KILLED, name, str(count), *arguments]
+    command = [sys.executable, "-c", KILLED_PROGRAM, name, str(count), *arguments]
     ended = subprocess.run(command, capture_output=True, timeout=120, env=os.environ, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 

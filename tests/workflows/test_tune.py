@@ -768,34 +768,17 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
     from nybble.training.losses import kl_to_teacher
 
     path = taught(tmp_path)
-    tune(
-        options(
-            tmp_path,
-            epochs=6,
-            teacher=str(path),
-            lora_rank_space=(8,),
-            microbatch_size=8,
-            scale_lr=0.0,
-            objective="answer",
-        )
-    )
+    followed: dict[str, Any] = {
+        "epochs": 6, "teacher": str(path), "lora_rank_space": (8,), "microbatch_size": 8, "scale_lr": 0.0,
+        "objective": "answer",
+    }  # fmt: skip
+    tune(options(tmp_path, **followed))
     found = results(tmp_path / "run")
     losses = [row["loss"] for row in found["trainings"][0]["steps"]]
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
 
-    tune(
-        options(
-            tmp_path,
-            epochs=6,
-            teacher=str(path),
-            lora_rank_space=(8,),
-            microbatch_size=8,
-            scale_lr=0.0,
-            objective="answer",
-            overwrite=True,
-        )
-    )
+    tune(options(tmp_path, overwrite=True, **followed))
     again = results(tmp_path / "run")["trainings"][0]["steps"]
     assert [row["loss"] for row in again] == losses, "followed with --overwrite too"
 

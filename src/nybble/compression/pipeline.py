@@ -28,12 +28,12 @@ class CompressionResult:
     """Compressed layers and their errors.
 
     Attributes:
-        starts: layer path -> the compressed layer, in the order of the names asked for.
+        inits: layer path -> the compressed layer, in the order of the names asked for.
         errors: layer path -> its errors, in the same order.
         blocks: block path -> loss before and after refinement; empty without refinement.
     """
 
-    starts: dict[str, QuantizedInit] = field(default_factory=dict)
+    inits: dict[str, QuantizedInit] = field(default_factory=dict)
     errors: dict[str, LayerError] = field(default_factory=dict)
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -67,9 +67,9 @@ def compress(
         assert calibration is not None, f"{method} needs calibration text"
         result = _compress_blocks(model, names, scheme, methods, calibration, progress)
         methods = combine(())
-    rest = [name for name in names if name not in result.starts]
+    rest = [name for name in names if name not in result.inits]
     inits, errors = _compress_layers(model, rest, scheme, methods, progress)
-    inits, errors = result.starts | inits, result.errors | errors
+    inits, errors = result.inits | inits, result.errors | errors
     return CompressionResult(
         {name: inits[name] for name in names}, {name: errors[name] for name in names}, result.blocks
     )
@@ -93,13 +93,13 @@ def _compress_blocks(
     for i, prefix in list(enumerate(blocks.prefixes))[: calibration.limit_blocks]:
         with blocks.on_device(i):
             block = compressor.compress_block(i)
-        result.starts.update({prefix + name: init for name, init in block.inits.items()})
+        result.inits.update({prefix + name: init for name, init in block.inits.items()})
         result.errors.update({prefix + name: error for name, error in block.errors.items()})
         if block.losses is not None:
             result.blocks[prefix[:-1]] = block.losses
-        share_model_memory(result.starts, model, [prefix + name for name in block.inits])
+        share_model_memory(result.inits, model, [prefix + name for name in block.inits])
     model.to(device)
-    share_model_memory(result.starts, model, list(result.starts))
+    share_model_memory(result.inits, model, list(result.inits))
     return result
 
 

@@ -163,12 +163,12 @@ def compress_model(context: RunContext) -> CompressedModel:
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
     run.save()
-    log.info("%s: %d linear layers quantized to 4 bits, %s to 8 bits", method, len(result.starts), ", ".join(rows))
+    log.info("%s: %d linear layers quantized to 4 bits, %s to 8 bits", method, len(result.inits), ", ".join(rows))
     for line in _error_lines(result):
         log.info(line)
     weights = {name: weight.to("cpu") for name, weight in rows.items()}
-    weights |= {name: init.quantized(context.scheme).to("cpu") for name, init in result.starts.items()}
-    return CompressedModel(result.starts, weights)
+    weights |= {name: init.quantized(context.scheme).to("cpu") for name, init in result.inits.items()}
+    return CompressedModel(result.inits, weights)
 
 
 def _calibration(context: RunContext) -> Calibration | None:
