@@ -7,7 +7,6 @@ prints a line of JSON: "peak" resident memory of the process and "estimate", in 
 """
 
 import json
-import resource
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +23,7 @@ from nybble.qat.base import cached_weights
 from nybble.qat.insert import insert_fake_quant_layers, insert_fixed_codes_layers
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
+from nybble.run.machine import peak_memory
 from nybble.training import memory
 from nybble.training.losses import chunk_tokens, kl_to_teacher
 from nybble.training.objective import TrainingObjective
@@ -97,9 +97,7 @@ def main() -> None:
         estimate = train(make_llama(), rank, weight_copies, sequences, length)
     else:
         estimate = compress_blocks(make_llama(), arguments[0], int(arguments[1]), int(arguments[2]))
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"peak": peak, "estimate": estimate}))
+    print(json.dumps({"peak": peak_memory()["cpu"], "estimate": estimate}))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     refused = subprocess.run(attempt, capture_output=True, text=True, check=False)
     assert "is in use by another process; wait for it, or choose another folder" in refused.stderr
     run.close()
-    subprocess.run(attempt, check=True)
+    reopen_run(run.path).close()
 
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:

@@ -123,7 +123,6 @@ def test_fits_leaves_a_share_of_the_memory_free() -> None:
      "compress blockwise 16 128"],
 )  # fmt: skip
 def test_estimates_are_upper_bounds_of_measured_peaks(arguments: str) -> None:
-    pytest.importorskip("resource", reason="peak memory of a process is not available on Windows")
     command = [sys.executable, "-m", "tests.helpers.peak_memory", *arguments.split()]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=300)

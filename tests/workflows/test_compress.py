@@ -351,7 +351,10 @@ def test_rtn_needs_no_calibration_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [("convert_model", "LlamaForCausalLM cannot be traced"), ("convert_tokenizer", "cannot be converted")],
+    [
+        ("convert_model", "LlamaForCausalLM cannot be traced"),
+        pytest.param("convert_tokenizer", "cannot be converted", marks=pytest.mark.slow),  # two exports
+    ],
 )
 def test_an_export_that_fails_is_reported_after_everything_else(
     function: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

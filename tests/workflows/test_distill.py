@@ -144,6 +144,7 @@ def test_without_adapters_codes_stay_and_scales_and_norms_are_trained(family: st
     assert results.models["tuned"]["kl_to_teacher"] < 0.95 * results.models["compressed"]["kl_to_teacher"]
 
 
+@pytest.mark.slow  # three exports
 @pytest.mark.usefixtures("needs_openvino")
 def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"

@@ -362,6 +362,7 @@ def test_epochs_are_judged_at_the_middle_configuration(
     assert own_task == [{4}, {4}]
 
 
+@pytest.mark.slow  # an export
 @pytest.mark.usefixtures("needs_openvino")
 def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
     tune(options(tmp_path, epochs=1, export=("openvino",)))

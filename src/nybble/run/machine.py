@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +17,8 @@ try:
 except ImportError:  # Windows, where psutil knows the peak
     resource = None  # type: ignore[assignment]
 
+_STATUS = Path("/proc/self/status")
+
 _PACKAGES = (
     "nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers",
     "openvino-genai", "lm-eval", "gguf",
@@ -23,14 +27,21 @@ _PACKAGES = (
 
 def peak_memory() -> dict[str, int]:
     """Largest memory of this process so far, in bytes: "cpu" resident, "cuda" allocated."""
-    if resource is not None:
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    else:
-        resident = psutil.Process().memory_info().peak_wset
-    peak = {"cpu": int(resident)}
+    peak = {"cpu": _peak_resident()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident() -> int:
+    # Linux: not ru_maxrss, which starts at the memory of the process that started this one.
+    if _STATUS.exists():
+        kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        if kilobytes:
+            return int(kilobytes[1]) * 1024
+    if resource is not None:  # macOS counts it in bytes
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return int(psutil.Process().memory_info().peak_wset)
 
 
 def describe_machine() -> dict[str, Any]:
