@@ -1,4 +1,5 @@
-"""Settings of the whole process: OpenMP threads, the memory allocator of the C library, attention kernels of torch.
+"""Settings of the whole process: OpenMP threads, the memory allocator of the C library, attention kernels of torch,
+signals, and telemetry of libraries.
 
 They are changed in this file and nowhere else. A function does nothing on a platform that lacks its setting, so all of
 them may be called on Linux, macOS and Windows. torch is not imported at the top, because `set_openmp_spin` has to run
@@ -9,10 +10,80 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # Parameters of mallopt(3), from malloc.h of glibc.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -1, -2
+
+
+_END_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+_received: Interrupted | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end.
+
+    Attributes:
+        signal: number of the signal; SIGINT is Ctrl-C.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Raise Interrupted on Ctrl-C, SIGTERM and SIGHUP, so that work is put away before the process ends.
+
+    A signal that the process was started to ignore (nohup) stays ignored. Outside of the main thread nothing changes,
+    because Python allows no handlers there.
+    """
+    global _received
+    _received = None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in _END_SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_if_interrupted() -> None:
+    """Raise the Interrupted that a library has swallowed or turned into an error of its own.
+
+    Raises:
+        Interrupted: a signal came since `interrupt_on_signals` began.
+    """
+    if _received is not None:
+        raise _received
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    global _received
+    _received = Interrupted(number)
+    raise _received
+
+
+def disable_openvino_telemetry() -> None:
+    """Keep OpenVINO from sending usage data. Call this before openvino is imported.
+
+    Its package openvino_telemetry starts a process that waits for the network. OpenVINO does without the package.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def set_openmp_spin() -> None:

@@ -17,14 +17,9 @@ from nybble.run.results import read_results
 from nybble.run.resume import saved_options
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
+from tests.helpers.compress import FLAGS
 from tests.helpers.distill import distill_options, interrupt_after, shipped_bytes
 from tests.helpers.tiny import make_model, make_tokenizer, save_model
-
-# No exports and no tasks; the smallest amounts of text.
-FLAGS = [
-    "--data", "python-docs", "--seq_len", "32", "--num_calibration_samples", "16", "--group_size", "32",
-    "--num_test_samples", "4", "--eval_tasks", "none", "--export", "none",
-]  # fmt: skip
 
 
 def command(name: str, model: Path, run: Path, *more: str) -> list[str]:

@@ -1,19 +1,23 @@
 """`nybble COMMAND --flags`.
 
-Exit codes: 0 done; 2 something that a person can repair (one line on stderr says what); 130 interrupted.
+Exit codes: 0 done; 2 something that a person can repair (one line on stderr says what); 70 a fault of nybble; 130, 143
+and 129 interrupted by Ctrl-C, SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
 from nybble import runtime
 from nybble.cli.help import USAGE, help_text
 from nybble.cli.parse import parse
-from nybble.errors import NybbleError, OptionError
+from nybble.errors import NybbleError, OptionError, first_line
 from nybble.options.commands import COMMANDS
 
 # Where the function of a command is. Imported when it is called: torch and transformers take seconds.
@@ -39,28 +43,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime.set_openmp_spin()
     runtime.keep_freed_memory()
     try:
+        with runtime.interrupt_on_signals():
+            return _exit_code(arguments)
+    except KeyboardInterrupt as interruption:  # also one that came while an error was handled
+        return _interrupted(arguments, interruption)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Run the command; its errors become a line on stderr."""
+    try:
         _run(arguments)
-    except (
-        NybbleError,
-        OSError,
-    ) as error:  # OSError: a full disk, a folder without permission, a name that is too long
-        print(f"nybble: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded yet
-            raise
-        print(
-            "nybble: the device must have memory for this; it ran out; use a smaller model, or --device cpu",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        kind = COMMANDS.get(arguments[0]) if arguments else None
-        resumable = kind is not None and "resume" in kind.fields()
-        remedy = "; the same command with --resume continues from the last checkpoint" if resumable else ""
-        print(f"nybble: interrupted{remedy}", file=sys.stderr)
-        return 130
+    except Exception as error:
+        runtime.raise_if_interrupted()  # the error may be what a library made of the interruption
+        if isinstance(error, NybbleError | OSError):  # OSError: a full disk, no permission, a name that is too long
+            return _fail(str(error), 2)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded yet
+            return _fail(
+                "the device must have memory for this; it ran out; use a smaller model, or --device cpu",
+                2,
+            )
+        return _unforeseen(arguments, error)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nybble: {message}", file=sys.stderr)
+    return code
+
+
+def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:
+    kind = COMMANDS.get(arguments[0]) if arguments else None
+    resumable = kind is not None and "resume" in kind.fields()
+    remedy = "; the same command with --resume continues from the last checkpoint" if resumable else ""
+    number = interruption.signal if isinstance(interruption, runtime.Interrupted) else signal.SIGINT
+    cause = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    return _fail(f"interrupted{cause}{remedy}", 128 + number)
+
+
+def _unforeseen(arguments: list[str], error: Exception) -> int:
+    """Report an exception that no check foresaw; its traceback goes to a file."""
+    text = f"nybble {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="nybble-error-", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:  # no space even for this
+        path = "stderr"
+        print(text, file=sys.stderr)
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return _fail(f"this is a fault of nybble ({what}); please report it with the details in {path}", 70)
 
 
 def _run(arguments: list[str]) -> None:

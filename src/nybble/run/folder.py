@@ -40,7 +40,7 @@ from nybble.run.machine import peak_memory
 from nybble.run.marker import MARKER, is_run, write_marker
 from nybble.run.results import RESULTS, Phase, RunResults, read_results
 from nybble.run.resume import check_same_options
-from nybble.runtime import hand_back_freed_memory
+from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 
 log = logging.getLogger("nybble")
 
@@ -86,6 +86,7 @@ class RunFolder:
         self._stage = name, time.perf_counter()
         try:
             yield
+            raise_if_interrupted()  # where a library went on regardless
         finally:
             self.save()
             self._stage = None

@@ -34,6 +34,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
+from nybble.runtime import raise_if_interrupted
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
@@ -251,6 +252,7 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats
         try:
             exported, size = export_run(run, name, options.trust_remote_code)
         except ExportError as error:
+            raise_if_interrupted()
             failed.append(error)
             continue
         measure_row(run, evaluator, name, exported, size)

@@ -4,4 +4,10 @@ exporter.py     the exporter: order of the steps, tokenizer, comparison of logit
 trace.py        the float model as an OpenVINO graph with past keys and values as state
 constants.py    float constants to u4 and u8 codes, and back
 runtime.py      an exported model with the interface of transformers
+
+Importing this package turns off OpenVINO's telemetry in this process.
 """
+
+from nybble.runtime import disable_openvino_telemetry
+
+disable_openvino_telemetry()
