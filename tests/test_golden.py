@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from nybble.compression.init import QuantizedInit
 from nybble.export.base import EXPORTERS
 from nybble.models import quantized_model
+from nybble.models.loading import LoadedModel
 from nybble.models.selection import select_layers
 from nybble.qat.insert import quantize_embeddings
 from nybble.quant.grid import min_max_qparams
@@ -51,7 +52,7 @@ def quantized(model: Any) -> dict[str, QuantizedWeight]:
 
 def write(folder: Path) -> None:
     model = integer_model()
-    quantized_model.save_quantized(folder, model, make_tokenizer(), quantized(model))
+    quantized_model.save_quantized(folder, LoadedModel(model, make_tokenizer(), "tiny"), quantized(model))
 
 
 def test_the_weights_file_is_the_golden_one(tmp_path: Path) -> None:

@@ -49,3 +49,8 @@ class MissingExtraError(NybbleError):
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
+
+
+def describe_error(error: BaseException) -> str:
+    """Return type and text of an error in one line of at most some 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.errors import RunError
 from nybble.models import quantized_model
+from nybble.models.loading import LoadedModel
 from nybble.quant.weight import QuantizedWeight
 from tests.helpers.rounding import round_model_to_nearest
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer
@@ -21,7 +22,7 @@ def saved(tmp_path: Path) -> tuple[Path, Any, dict[str, QuantizedWeight]]:
     """A folder with a tiny model, the model, and its quantized weights."""
     model = make_model("llama", num_hidden_layers=1)
     quantized = round_model_to_nearest(model)
-    quantized_model.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
+    quantized_model.save_quantized(tmp_path / "quantized", LoadedModel(model, make_tokenizer(), "tiny"), quantized)
     return tmp_path / "quantized", model, quantized
 
 
@@ -30,7 +31,7 @@ def saved(tmp_path: Path) -> tuple[Path, Any, dict[str, QuantizedWeight]]:
 def test_a_saved_model_is_loaded_to_the_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(family, dtype=dtype)
     quantized = round_model_to_nearest(model)
-    quantized_model.save_quantized(tmp_path / "quantized", model, make_tokenizer(), quantized)
+    quantized_model.save_quantized(tmp_path / "quantized", LoadedModel(model, make_tokenizer(), "tiny"), quantized)
     loaded, tokenizer, read = quantized_model.load_quantized(tmp_path / "quantized", dtype)
     assert read.keys() == quantized.keys()
     for name, weight in quantized.items():

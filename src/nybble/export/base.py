@@ -90,6 +90,14 @@ class Exporter(ABC):
             OptionError: the format cannot hold this scheme.
         """
 
+    def limits(self, config: Any) -> tuple[str, ...]:
+        """Return what an export of this model cannot do, in sentences for the log and the report.
+
+        Args:
+            config: transformers configuration of the model.
+        """
+        return ()
+
     @abstractmethod
     def export(
         self, model: Any, tokenizer: Any, quantized: Mapping[str, QuantizedWeight], folder: Path
@@ -172,6 +180,8 @@ def check_exportable(formats: Iterable[str], config: Any, selection: LayerSelect
     for name in formats:
         exporter = EXPORTERS[name]
         exporter.check(config, selection, scheme)
+        for limit in exporter.limits(config):
+            log.warning(limit)
         if config.model_type not in exporter.tested_families:
             log.warning(
                 "export of %s models to %s is not tested; if it fails, the run keeps its 4-bit model in quantized/",

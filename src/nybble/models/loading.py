@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nybble.errors import ModelError, first_line
+from nybble.models.companions import companion_files
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.selection import expert_parameters, select_layers
 from nybble.runtime import disable_cudnn_attention
@@ -46,11 +47,13 @@ class LoadedModel:
         model: transformers.PreTrainedModel on its device, in evaluation mode, frozen.
         tokenizer: transformers.PreTrainedTokenizerBase.
         name: for messages and reports.
+        files: that come with the model and travel with it unchanged (companions.py).
     """
 
     model: Any
     tokenizer: Any
     name: str
+    files: tuple[Path, ...] = ()
 
 
 def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
@@ -82,7 +85,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     check_supported(model, name)
     _correct_tying(model)
     model.requires_grad_(False)
-    return LoadedModel(model.to(device).eval(), tokenizer, name)
+    return LoadedModel(model.to(device).eval(), tokenizer, name, companion_files(source, tokenizer))
 
 
 def smollm2_path() -> Path:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from nybble.errors import RunError
 from nybble.files import atomic_folder, load_tensors, open_tensors, save_tensors
+from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
+from nybble.models.loading import LoadedModel
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
 
@@ -63,13 +65,12 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
 
 
-def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: Mapping[str, QuantizedWeight]) -> None:
+def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
     """Write a quantized model atomically. An earlier folder of the same name is replaced.
 
     Args:
         folder: where to write.
-        model: transformers.PreTrainedModel; the weights of quantized modules are not read.
-        tokenizer: of the model.
+        loaded: the model, of which the weights of quantized modules are not read, and its tokenizer and files.
         quantized: module name -> quantized weight.
 
     Raises:
@@ -77,6 +78,7 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: Mapping[
     """
     from transformers.dynamic_module_utils import custom_object_save
 
+    model = loaded.model
     tensors = unquantized_tensors(model, quantized)
     for name, weight in quantized.items():
         four_bits = weight.scheme.bits == 4
@@ -89,9 +91,10 @@ def save_quantized(folder: Path, model: Any, tokenizer: Any, quantized: Mapping[
         if model._auto_class is not None:  # the model came with Python code
             custom_object_save(model, temporary, config=model.config)
         model.config.save_pretrained(temporary)
-        if model.generation_config is not None:
+        if not any(file.name == GENERATION_CONFIG for file in loaded.files) and model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        copy_companions(loaded.files, temporary)
 
 
 def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
@@ -154,6 +157,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
             f"missing: {', '.join(sorted(absent)[:3]) or 'none'}, unknown: {', '.join(list(unknown)[:3]) or 'none'}; "
             "delete it and compress again"
         )
+    load_generation_config(folder, model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return QuantizedModel(model.requires_grad_(False).eval(), tokenizer, quantized)
 

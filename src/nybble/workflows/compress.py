@@ -66,7 +66,7 @@ def compress(
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
             compressed = steps.compress_model(context)
-            save_quantized(run.quantized, loaded.model, loaded.tokenizer, compressed.weights)
+            save_quantized(run.quantized, loaded, compressed.weights)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
         failed = steps.measure_shipped(context, evaluator, "compressed", evaluation.export)

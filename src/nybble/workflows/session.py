@@ -86,7 +86,8 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
         ExportError: after that, where an export failed.
     """
     results = run.results
-    results.warnings = [*warnings, *(f"not exported: {error}" for error in failed_exports)]
+    limits = [limit for counts in results.exports.values() for limit in counts.get("limits", ())]
+    results.warnings = [*warnings, *limits, *(f"not exported: {error}" for error in failed_exports)]
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)

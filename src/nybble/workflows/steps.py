@@ -23,6 +23,7 @@ from nybble.errors import DataError, ExportError
 from nybble.export.base import EXPORTERS
 from nybble.files import atomic_folder, remove_folder
 from nybble.models import quantized_model
+from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, model_fingerprint
 from nybble.models.selection import LayerSelection
@@ -273,7 +274,8 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[Load
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
             result = exporter.export(model, tokenizer, quantized, temporary)
-        run.results.exports[name] = asdict(result)
+            copy_companions(companion_files(run.quantized, tokenizer), temporary)
+        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(model.config)}
     log.info(
         "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
         exporter.label, result.int4_weights, result.int8_weights, result.logit_difference, result.bytes / 1e6,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nybble.models.companions import load_generation_config
 
 FLOAT32_PROPERTIES = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -30,13 +32,15 @@ class OpenVINOModel(GenerationMixin, PreTrainedModel):
         properties: of the CPU plugin. Empty means OpenVINO's own settings.
     """
 
-    _supports_sdpa = True  # the constructor of transformers requires it; OpenVINO computes attention
     main_input_name = "input_ids"
 
     def __init__(self, model_xml: Path, config: Any, properties: Mapping[str, str]) -> None:
         import openvino as ov
 
-        super().__init__(copy.deepcopy(config))
+        # Not the constructor of PreTrainedModel, which chooses kernels for the layers of a torch model.
+        nn.Module.__init__(self)
+        self.config, self.generation_config = copy.deepcopy(config), GenerationConfig.from_model_config(config)
+        load_generation_config(model_xml.parent, self)
         self.request = ov.Core().compile_model(model_xml, "CPU", dict(properties)).create_infer_request()
         self._state_ids = torch.empty(1, 0, dtype=torch.int64)  # [B, past] tokens whose keys and values the state holds
         self._generating = False

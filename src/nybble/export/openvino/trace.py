@@ -12,7 +12,6 @@ Side effect: `_fixed_rope` changes `rope_type` of rotary embeddings while the mo
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from nybble.errors import ExportError
-
-log = logging.getLogger("nybble")
+from nybble.errors import ExportError, describe_error
 
 _INPUT_SHAPES = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
 """Name -> shape of the inputs before past keys and values; -1 is any size."""
@@ -55,11 +52,6 @@ def trace_model(model: Any) -> Any:
     apply_make_stateful_transformation(graph, state_names)
     _start_states_empty(graph, heads, head_size)
     return graph
-
-
-def describe_error(error: Exception) -> str:
-    """Return type and text of an error in one line of at most some 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class _ModelWithPast(nn.Module):
@@ -188,15 +180,7 @@ def _fixed_rope(model: Any) -> Iterator[None]:
     try:
         for module in dynamic:
             module.rope_type = "default"  # transformers reads it only to decide whether to update the frequencies
-        if dynamic:
-            log.info("rotary embeddings: the exported model is right up to %d tokens", _short_context(model.config))
         yield
     finally:
         for module, rope_type in zip(dynamic, types, strict=True):
             module.rope_type = rope_type
-
-
-def _short_context(config: Any) -> int:
-    """Return the number of tokens up to which the frequencies of short contexts hold."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
