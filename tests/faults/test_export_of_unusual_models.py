@@ -50,7 +50,8 @@ def test_a_limit_of_the_export_is_in_the_report(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("needs_openvino")
 def test_an_odd_group_size_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, run = save_model(tmp_path / "model", "llama", hidden_size=60, head_dim=16, intermediate_size=120), tmp_path / "run"
+    shape = {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 120}
+    model, run = save_model(tmp_path / "model", "llama", **shape), tmp_path / "run"
     assert main(compress_command(model, run, "--export", "openvino", "--group_size", "15")) == 2
     assert "needs an even --group_size; got 15" in capsys.readouterr().err
     assert not run.exists()

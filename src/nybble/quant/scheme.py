@@ -55,12 +55,17 @@ def check_group_size(layer_name: str, in_features: int, group_size: int) -> None
         group_size: weights per scale.
 
     Raises:
-        OptionError: group_size is not a positive divisor of in_features. The message lists the common sizes that are
-            divisors or, if there are none, the five largest divisors up to 256.
+        OptionError: in_features is odd; or group_size is not a positive divisor of it. The message lists the common
+            sizes that are divisors or, if there are none, the five largest even divisors up to 256.
     """
+    if in_features % 2:
+        raise OptionError(
+            f"in_features must be even, as two codes share a byte: layer {layer_name} has in_features={in_features}; "
+            "choose another model"
+        )
     if group_size <= 0 or in_features % group_size:
         common = [size for size in _COMMON_GROUP_SIZES if in_features % size == 0]
-        choices = common or [size for size in range(1, min(in_features, 256) + 1) if in_features % size == 0][-5:]
+        choices = common or [size for size in range(2, min(in_features, 256) + 1, 2) if in_features % size == 0][-5:]
         raise OptionError(
             f"in_features must be a multiple of group_size: layer {layer_name} has in_features={in_features}, "
             f"got group_size={group_size}; choose {', '.join(map(str, choices))}"
