@@ -22,3 +22,12 @@ def test_what_an_earlier_sitting_did_says_nothing_of_the_pace(
     assert said[-1].startswith("train 906 of 1000, about ")
     assert said[-1].endswith("s left, loss 5")
     assert float(said[-1].split("about ")[1].split()[0]) == pytest.approx(94 * 6, rel=0.25)
+
+
+def test_a_file_gets_whole_lines_without_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_up_logging()
+    logging.getLogger("nybble").warning("a word " * 40)
+    console.say("a sentence " * 30)
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line.rstrip()) for line in lines] == [9 + 279, 329]
+    assert not lines[0].endswith("  ")

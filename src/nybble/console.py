@@ -33,19 +33,37 @@ class Advance(Protocol):
     def __call__(self, units: int, **texts: str) -> None: ...
 
 
+def say(text: str) -> None:
+    """Print sentences, folded at words in a terminal and not at all in a file."""
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+
+
+class _PlainHandler(logging.Handler):
+    """Log lines for a file or a pipe: RichHandler would fill each with spaces up to the width of the console."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), soft_wrap=True, highlight=False)
+
+
 def set_up_logging() -> None:
     """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when data are
     import transformers
 
-    handler = RichHandler(
-        console=console,
-        show_path=False,
-        show_level=False,
-        log_time_format="%H:%M:%S",
-        omit_repeated_times=False,
-        highlighter=None,
-    )
+    handler: logging.Handler = _PlainHandler()
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console,
+            show_path=False,
+            show_level=False,
+            log_time_format="%H:%M:%S",
+            omit_repeated_times=False,
+            highlighter=None,
+        )
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.callbacks import Callback
-from nybble.console import console
+from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
 from nybble.files import write_text
@@ -200,5 +200,5 @@ def _show(comparison: ColumnComparison) -> None:
         write_text(folder / "compare.html", combined.html())
     for table in combined.tables:
         console.print(as_table(*table))
-    console.print(combined.note, highlight=False)
-    console.print(f"{folder}/compare.md, {five_columns.FILE}" + (", compare.html" if page else ""), highlight=False)
+    say(combined.note)
+    say(f"{folder}/compare.md, {five_columns.FILE}" + (", compare.html" if page else ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nybble.console import console
+from nybble.console import console, say
 from nybble.errors import RunError
 from nybble.export.base import check_formats, exporter_of
 from nybble.models import quantized_model
@@ -38,11 +38,11 @@ def inspect(options: InspectOptions) -> None:
         table.add_row(name, shape, str(weight.scheme), *cells, f"{float(ends):.2%}")
     console.print(table)
     if results.layer_errors and results.trains and "tuned" in results.models:
-        console.print(f"The errors are those of the compression ({results.method}), before training.", highlight=False)
+        say(f"The errors are those of the compression ({results.method}), before training.")
     counts = Counter(str(weight.scheme) for weight in weights.values())
     size = sum(weight.nbytes for weight in weights.values())
     summary = ", ".join(f"{count} x {scheme}" for scheme, count in counts.items())
-    console.print(f"{summary}; {size / 1e6:.1f} MB.", highlight=False)
+    say(f"{summary}; {size / 1e6:.1f} MB.")
 
 
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:

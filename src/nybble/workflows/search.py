@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from nybble.console import console
+from nybble.console import console, say
 from nybble.errors import MissingExtraError, RunError
 from nybble.files import write_text
 from nybble.nls.ranks import RankConfiguration
@@ -94,7 +94,7 @@ def _show(results: RunResults, num_fresh: int, num_held_out: int) -> Winner:
     assert task is not None
     assert task.search is not None
     if task.search.front:
-        console.print("Not beaten by another trial in score and sum of ranks:")
+        say("Not beaten by another trial in score and sum of ranks:")
         console.print(as_table(*rank_report.front_rows(task.search)))
     console.print(as_table(*rank_report.search_rows(task.search)))
     winners = task.search.winners
@@ -103,7 +103,7 @@ def _show(results: RunResults, num_fresh: int, num_held_out: int) -> Winner:
     rows = f"{num_fresh} fresh rows" if on_fresh else f"the {num_held_out} rows searched (there are no fresh ones)"
     if on_fresh and task.replaced_by_search:
         rows += " (an earlier --apply was chosen by them)"
-    console.print(f"Best on {rows}: {best.by}. {rank_report.score_note(task)} Higher is better.", highlight=False)
+    say(f"Best on {rows}: {best.by}. {rank_report.score_note(task)} Higher is better.")
     return best
 
 
@@ -112,14 +112,13 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
     task_run = tuned.task_run
     run, in_place = task_run.context.run, task_run.task.configuration
     if best.configuration == in_place and run.results.phase.reached(Phase.QUANTIZED):
-        console.print("It is in place.")
+        say("It is in place.")
         return
     if not apply:
         text = " ".join(map(str, best.configuration))
-        console.print(
+        say(
             f"--apply ships it; nybble tune --resume --eval_only --output_dir {run.path} --custom_rank_config {text} "
-            "measures it on the test rows.",
-            highlight=False,
+            "measures it on the test rows."
         )
         return
     quantize_and_save(tuned, tuple(best.configuration), by_search=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nybble.console import console, log_to
+from nybble.console import console, log_to, say
 from nybble.errors import ExportError
 from nybble.files import write_text
 from nybble.models.loading import model_fingerprint
@@ -94,8 +94,8 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     run.save()
     write_text(run.path / "report.md", run_markdown(results))
     console.print(as_table(*result_rows(results)))
-    console.print(summary(results), highlight=False)
+    say(summary(results))
     exports = "".join(f", {name}/" for name in results.exports)
-    console.print(f"Everything is in {run.path} (report.md, results.json{exports}).", highlight=False)
+    say(f"Everything is in {run.path} (report.md, results.json{exports}).")
     if failed_exports:
         raise failed_exports[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from nybble.console import console
+from nybble.console import say
 from nybble.evaluation.lm_eval import run_tasks
 from nybble.files import remove_folder, write_text
 from nybble.models.loading import LoadedModel
@@ -60,7 +60,7 @@ def measure_configuration(tuned: TunedRun, custom: RankConfiguration) -> None:
     run.save()
     if run.results.finished:
         write_text(run.path / "report.md", run_markdown(run.results))
-    console.print(f"{task.name} at ranks {ranks_text(configuration)}: {task.metric} {value:.4f}", highlight=False)
+    say(f"{task.name} at ranks {ranks_text(configuration)}: {task.metric} {value:.4f}")
 
 
 @contextmanager
