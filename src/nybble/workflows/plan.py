@@ -29,16 +29,18 @@ from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.base import Command
-from nybble.options.commands import RunCommand
+from nybble.options.commands import RunCommand, TrainCommand
 from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
 from nybble.options.evaluation import EvaluationOptions
 from nybble.options.model import DeviceOptions, ModelOptions
 from nybble.quant.scheme import QuantScheme, check_group_size
 from nybble.run.folder import check_folder
+from nybble.run.marker import is_run
 from nybble.run.resume import check_same_command, check_same_options, saved_options
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
 from nybble.workflows import init_from
+from nybble.workflows.rehearsal import rehearse
 
 log = logging.getLogger("nybble")
 
@@ -231,7 +233,7 @@ def check_fit(
     compression: CompressionPlan,
     text: TextData,
 ) -> PlannedRun:
-    """Try the model on the beginning of the test text, and check what it is compressed by and exported to.
+    """Try the model on the beginning of the test text, and a twin of it on all that follows.
 
     Raises:
         DataError: the tokenizer does not belong to the model.
@@ -244,11 +246,15 @@ def check_fit(
     _check_length(loaded, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
     check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
-    check_exportable(evaluation.export, model.config, selection, QuantScheme(group_size=options.scheme.group_size))
+    scheme = QuantScheme(group_size=options.scheme.group_size)
+    check_exportable(evaluation.export, model.config, selection, scheme)
     if evaluation.export:
         _check_export_memory(loaded, options.folder)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
+    if not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
+        trains = isinstance(options, TrainCommand)
+        rehearse(loaded, scheme, evaluation.export, trains, options.model.trust_remote_code)
     return PlannedRun(loaded, selection, compression, text, head)
 
 
