@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nybble.models.head import LMHead
 from nybble.tasks.encoding import EncodedAnswer, pad_batch, shared_prefix_length
@@ -53,14 +54,23 @@ def choice_log_probs(model: Any, head: LMHead, questions: Sequence[Sequence[Enco
 def prefix_lengths(model: Any, head: LMHead | None, questions: Sequence[Sequence[EncodedAnswer]]) -> list[int]:
     """Number of tokens that go through the model once for all choices of a question, for each question.
 
-    All are 0 for exported models (no head), which take no cache, and where the attention window is shorter than a
-    text: the cache of a sliding window keeps only its last tokens.
+    All are 0 for exported models (no head), which take no cache; where the attention window is shorter than a text: the
+    cache of a sliding window keeps only its last tokens; and for models with a recurrent state, which cannot be divided
+    among choices.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     longest = max(len(text.ids) for choices in questions for text in choices)
-    if head is None or (window and window < longest):
+    if head is None or (window and window < longest) or not _keeps_keys_and_values(model):
         return [0] * len(questions)
     return [shared_prefix_length(choices) for choices in questions]
+
+
+def _keeps_keys_and_values(model: Any) -> bool:
+    """Whether the cache of a model is keys and values in all layers."""
+    if getattr(model, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def group_questions(
