@@ -32,7 +32,9 @@ from nybble.quant.weight import QuantizedWeight
 
 log = logging.getLogger("nybble")
 
-_VOCABULARY, _TOKENS = 512, 16
+# At most; a smaller vocabulary stays as it is.
+_VOCABULARY = 512
+_TOKENS = 16
 
 
 def rehearse(
@@ -86,8 +88,8 @@ def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
         for key, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == layers:
                 setattr(config, key, value[:kept])
-            elif key.endswith("_token_id"):
-                setattr(config, key, None)
+            elif key.endswith("_token_id") and isinstance(value, int):
+                setattr(config, key, value % _VOCABULARY)
         config.num_hidden_layers, config.vocab_size = kept, min(config.vocab_size, _VOCABULARY)
         width = 2 * (scheme.group_size or 32)
         if isinstance(getattr(config, "intermediate_size", None), int) and config.intermediate_size > width:

@@ -43,15 +43,26 @@ def trace_model(model: Any) -> Any:
     """
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, head_size = _heads(model.config)
     graph = _convert(model, heads, head_size)
     state_names = _name_ports(graph, heads, head_size)
     graph.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(graph, state_names)
     _start_states_empty(graph, heads, head_size)
     return graph
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Return the number of key-value heads and their size. Raises ExportError unless all layers have the same."""
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except (AttributeError, RuntimeError, ValueError, TypeError) as error:
+        raise ExportError(
+            "an export to OpenVINO needs key-value heads of one number and one size in all layers; "
+            f"{config.model_type} has others ({describe_error(error)}); remove openvino from --export"
+        ) from error
+    return int(heads), int(head_size)
 
 
 class _ModelWithPast(nn.Module):
