@@ -14,7 +14,7 @@ from nybble.tasks.encoding import EncodedAnswer
 from tests.helpers.questions import MIXED_QUESTIONS, ExportedModel, choice_question
 from tests.helpers.tiny import make_model, make_tokenizer
 
-PAIRS = (("a b", " c"), ("a b ", "c"), ("a b\n", " c d"), ("", "c"))
+PAIRS = (("a b", " c"), ("a b ", "c"), ("a b\n", " c d"), ("", "cd"))
 
 
 @pytest.mark.parametrize("begin", [False, True])
@@ -81,7 +81,9 @@ def test_choices_lose_the_beginning_of_long_prompts() -> None:
 
 def test_choice_without_tokens_is_refused() -> None:
     question = Question(("ask", "ask"), (" a", ""), 0, (1, 1))
-    with pytest.raises(DataError, match="every answer must have at least one token; '' after 'ask' has none"):
+    with pytest.raises(
+        DataError, match="every answer must have a token that its prompt predicts; '' after 'ask' has none"
+    ):
         encoding.encode_choices(make_tokenizer(), [question], 64)
 
 

@@ -80,7 +80,7 @@ def test_scored_rows_are_checked_before_training(choices_file: Path, monkeypatch
     train = [choice_question("ask", "a", "b")] * 8
     dataset = TaskDataset("t", "acc", train, train, [Question(("ask",) * 2, (" a", ""), 0, (1, 1))])
     monkeypatch.setattr(task_data, "load_task", lambda request: dataset)
-    with pytest.raises(DataError, match="every answer must have at least one token"):
+    with pytest.raises(DataError, match="every answer must have a token that its prompt predicts"):
         load(choices_file)
 
 

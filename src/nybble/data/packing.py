@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.data.boundaries import added_tokens
 from nybble.data.chat import EncodedConversation, Message, encode_conversation
 from nybble.data.splits import Document
 from nybble.errors import DataError
@@ -115,8 +116,7 @@ def _pieces(encode: Callable[[str], list[int]], text: str, size: int) -> Iterato
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token that the tokenizer puts before a text: [bos] for Gemma and Llama 3, [] for Qwen."""
-    ids = tokenizer("").input_ids
-    return [i for i in ids if i == tokenizer.bos_token_id]
+    return [i for i in added_tokens(tokenizer).before if i == tokenizer.bos_token_id]
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.data import packing
+from nybble.data.boundaries import AddedTokens, added_tokens, encode_pair
 from nybble.errors import DataError
 from nybble.models.head import LMHead, last_hidden_states
 from nybble.tasks.dataset import Question
@@ -53,13 +54,25 @@ class EncodedAnswer(NamedTuple):
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> EncodedAnswer:
-    """Tokenize prompt and answer as one text. Spaces at the prompt's end are moved to the answer, as lm-eval does."""
-    num_spaces = len(prompt) - len(prompt.rstrip())
-    if num_spaces:
-        prompt, answer = prompt[:-num_spaces], prompt[-num_spaces:] + answer
-    ids = tokenizer(prompt + answer).input_ids
-    num_begin_tokens = min(1, len(packing.begin_tokens(tokenizer)))
-    return EncodedAnswer(ids, len(tokenizer(prompt).input_ids) if prompt else num_begin_tokens)
+    """Tokenize prompt and answer as one text, without the tokens that the tokenizer puts after a text.
+
+    Spaces at the prompt's end are moved to the answer, as lm-eval does.
+
+    Raises:
+        DataError: no token of the text can be predicted and is the answer's.
+    """
+    return _encode(tokenizer, prompt, answer, added_tokens(tokenizer))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, added: AddedTokens) -> EncodedAnswer:
+    context = prompt.rstrip()
+    text = EncodedAnswer(*encode_pair(tokenizer, context, prompt[len(context) :] + answer, added))
+    if not text.num_targets:
+        raise DataError(
+            f"every answer must have a token that its prompt predicts; {answer!r} after {prompt[-40:]!r} has none; "
+            "correct this row of the task"
+        )
+    return text
 
 
 def encode_right_answers(
@@ -72,12 +85,12 @@ def encode_right_answers(
     in a warning.
 
     Raises:
-        DataError: no text is left.
+        DataError: an answer has no tokens, or no text is left.
     """
-    end = packing.end_tokens(tokenizer)
+    end, added = packing.end_tokens(tokenizer), added_tokens(tokenizer)
     encoded = []
     for question in questions:
-        text = encode_answer(tokenizer, question.prompts[question.label], question.choices[question.label])
+        text = _encode(tokenizer, question.prompts[question.label], question.choices[question.label], added)
         ids = text.ids if question.has_alternatives else text.ids + end
         encoded.append(EncodedAnswer(ids, text.prompt_length))
     num_cut = sum(text.first_target < seq_len < len(text.ids) for text in encoded)
@@ -111,18 +124,20 @@ def encode_choices(
     Raises:
         DataError: an answer has no tokens.
     """
+    added = added_tokens(tokenizer)
     encoded = []
     for question in questions:
-        texts = []
-        for prompt, answer in zip(question.prompts, question.choices, strict=True):
-            text = _keep_end(encode_answer(tokenizer, prompt, answer), seq_len)
-            if not text.num_targets:
-                raise DataError(
-                    f"every answer must have at least one token; {answer!r} after {prompt[-40:]!r} has none; "
-                    "correct this row of the task"
-                )
-            texts.append(text)
-        encoded.append(texts)
+        texts = [_encode(tokenizer, *pair, added) for pair in zip(question.prompts, question.choices, strict=True)]
+        # Where one choice shares a token with the prompt, all of them are scored from this token on.
+        starts: dict[str, int] = {}
+        for prompt, text in zip(question.prompts, texts, strict=True):
+            starts[prompt] = min(text.prompt_length, starts.get(prompt, text.prompt_length))
+        encoded.append(
+            [
+                _keep_end(EncodedAnswer(text.ids, starts[prompt]), seq_len)
+                for prompt, text in zip(question.prompts, texts, strict=True)
+            ]
+        )
     return encoded
 
 
