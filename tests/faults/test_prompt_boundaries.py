@@ -1,5 +1,7 @@
 """Every answer has tokens of its own, whatever a tokenizer puts around a text: what is learnt and scored, decoded."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,14 +9,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from nybble.cli.main import main
 from nybble.data.boundaries import added_tokens
 from nybble.data.packing import begin_tokens
-from nybble.errors import DataError
+from nybble.errors import DataError, ModelError
+from nybble.evaluation.lm_eval import check_tokenizer
+from nybble.evaluation.lm_eval_model import wrap_model
 from nybble.tasks import encoding
 from nybble.tasks.dataset import Question
 from nybble.tasks.encoding import EncodedAnswer
 from tests.helpers.questions import choice_question
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_model, make_tokenizer
+from tests.helpers.tune import write_letters
 
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _SPECIAL = {"<s>": 256, "</s>": 257, "<mask>": 258, "<sop>": 259}
@@ -86,7 +92,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tokenizer(name: str) -> Any:
-    return TOKENIZERS[name]
+    return copy.deepcopy(TOKENIZERS[name])
 
 
 def targets(text: EncodedAnswer) -> list[int]:
@@ -166,3 +172,79 @@ def test_begin_tokens_are_those_before_a_text() -> None:
     assert begin_tokens(TOKENIZERS["one token for both, around"]) == [257]
     assert begin_tokens(make_tokenizer(begin=True)) == [256]
     assert begin_tokens(TOKENIZERS["two begin tokens"]) == [], "none of them is the bos token"
+
+
+# --- lm-eval's own path ---
+
+
+def lm_eval_model(tokenizer: Any) -> Any:
+    return wrap_model(make_model("smollm", vocab_size=max(260, len(tokenizer))), tokenizer, 1)
+
+
+@pytest.mark.slow  # importing lm-eval takes seconds
+def test_lm_eval_scores_the_same_tokens(name: str, tokenizer: Any) -> None:
+    reference = lm_eval_model(tokenizer)
+    ((yes, no),) = encoding.encode_choices(tokenizer, [choice_question("ask:", "yes", "no")], 64)
+    for text, answer in ((yes, " yes"), (no, " no")):
+        context, continuation = reference._encode_pair("ask:", answer)
+        assert [*context, *continuation] == text.ids
+        assert len(context) == text.prompt_length
+
+
+@pytest.mark.slow
+def test_lm_eval_reads_documents_and_prompts_without_end_tokens(tokenizer: Any) -> None:
+    reference = lm_eval_model(tokenizer)
+    added = added_tokens(tokenizer)
+    text = tokenizer("ask:", add_special_tokens=False).input_ids
+    assert reference.tok_encode("ask:") == [*added.before, *text]
+    assert reference.tok_encode("ask:", add_special_tokens=False) == text
+    ids, mask = reference.tok_batch_encode(["ask:", "ask: yes"], left_truncate_len=64)
+    assert ids[0][mask[0].bool()].tolist() == [*added.before, *text]
+    assert ids.shape == mask.shape
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_a_choice_that_shares_its_only_token_with_the_prompt() -> None:
+    tokenizer = byte_level("<s> $A", (("a", "s"), ("as", "k"), ("i", "n"), ("in", "g"), ("ask", "ing")), False, **BOTH)
+    context, continuation = lm_eval_model(tokenizer)._encode_pair("do ask", "ing")
+    assert (tokenizer.decode(context), tokenizer.decode(continuation)) == ("<s>do ", "asking")
+
+
+@pytest.mark.slow
+def test_lm_eval_leaves_the_tokenizer_as_it_is() -> None:
+    """lm-eval sets or adds a padding token where there is none, and the tokenizer is shipped with the model."""
+    for name in ("neither", "begin without eos", "plain"):
+        tokenizer = copy.deepcopy(TOKENIZERS[name])
+        before = len(tokenizer), tokenizer.pad_token
+        lm_eval_model(tokenizer)
+        assert (len(tokenizer), tokenizer.pad_token) == before
+
+
+@pytest.mark.parametrize("tasks", [("wikitext",), ("arc_easy", "wikitext")])
+def test_a_tokenizer_without_bos_and_eos_is_refused_before_lm_eval_starts(tasks: tuple[str, ...]) -> None:
+    message = f"the tasks {' '.join(tasks)} need a tokenizer with a bos_token or an eos_token, .* has neither; add one"
+    with pytest.raises(ModelError, match=message):
+        check_tokenizer(tasks, TOKENIZERS["neither"])
+    check_tokenizer((), TOKENIZERS["neither"])
+    for name in ("begin without eos", "end without bos", "plain"):
+        check_tokenizer(tasks, TOKENIZERS[name])
+
+
+@pytest.mark.parametrize("workflow", ["compress", "distill", "tune", "eval"])
+def test_every_command_asks_before_it_measures(
+    workflow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model("smollm").save_pretrained(tmp_path / "model")
+    TOKENIZERS["neither"].save_pretrained(tmp_path / "model")
+    model, out = ["--pretrained", str(tmp_path / "model")], ["--output_dir", str(tmp_path / "run"), "--export", "none"]
+    arguments = {
+        "compress": [*model, *out, "--data", "python-docs"],
+        "distill": [*model, *out, "--data", "python-docs"],
+        "tune": [*model, *out, "--task", str(write_letters(tmp_path / "letters.jsonl"))],
+        "eval": [str(tmp_path / "model")],
+    }
+    for module in ("compress", "distill", "task_run", "evaluate"):  # it takes seconds, and wants data
+        monkeypatch.setattr(f"nybble.workflows.{module}.check_tasks", lambda *_: None)
+    assert main([workflow, *arguments[workflow], "--eval_tasks", "wikitext"]) == 2
+    assert "the tasks wikitext need a tokenizer with a bos_token or an eos_token" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nybble.errors import DataError, MissingExtraError, NybbleError, OptionError
+from nybble.errors import DataError, MissingExtraError, ModelError, NybbleError, OptionError
 from nybble.evaluation.lm_eval_model import disable_git_lookup, wrap_model
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Words in the errors that datasets and huggingface_hub raise when data can neither be downloaded nor be found in the
 # cache. These errors have no common base class.
@@ -62,6 +65,20 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None, option: str = "--eva
         return
     with _explain_missing_data(tasks, _LEAVE_OUT if option == "--eval_tasks" else ""):
         task_manager().load(list(tasks))
+
+
+def check_tokenizer(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check before the expensive part of a run that lm-eval can score texts with this tokenizer.
+
+    Raises:
+        ModelError: the tokenizer has no token from which the first token of a text can be predicted.
+    """
+    if tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tasks {' '.join(tasks)} need a tokenizer with a bos_token or an eos_token, to start texts with; the "
+            "tokenizer of this model has neither; add one to tokenizer_config.json, or leave the tasks out with "
+            "--eval_tasks none"
+        )
 
 
 def open_task(name: str, data_dir: str | None, option: str = "--task") -> Any:

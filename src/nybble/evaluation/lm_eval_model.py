@@ -1,14 +1,22 @@
 """Side effects on lm-eval, all in this file: a replaced function of its evaluator, and a subclass of its model class.
 
 disable_git_lookup   lm-eval asks git for the commit of the working folder, and git prints an error outside a
-repository. wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents.
+                     repository.
+wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents. Texts have no
+                     end tokens: a tokenizer that ends every text would make lm-eval score the end token in place of
+                     the answer's first one. The tokenizer itself stays as it is.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from torch import Tensor
+
 from nybble.console import bar
+from nybble.data.boundaries import added_tokens, num_equal
+from nybble.errors import DataError
 
 # Longest window in tokens. Published word perplexities that nybble is compared with use windows of this length.
 MAX_WINDOW = 2048
@@ -37,6 +45,51 @@ def default_batch_size(config: Any, length: int) -> int:
     return int(max(1, min(_MAX_REQUESTS, _LOGIT_BYTES // (_BYTES_PER_LOGIT * length * config.vocab_size))))
 
 
+class _WithoutEndTokens:
+    """What changes in HFLM: no text ends with the tokens that the tokenizer puts after a text.
+
+    Attributes:
+        tokenizer: of HFLM.
+        num_end_tokens: tokens that it puts after a text.
+    """
+
+    tokenizer: Any
+    prefix_token_id: int
+    num_end_tokens: int
+
+    @property
+    def eot_token_id(self) -> int:
+        eos: int | None = self.tokenizer.eos_token_id
+        return self.prefix_token_id if eos is None else eos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        if add_special_tokens is None:  # lm-eval adds none to a text that starts with the begin token
+            begin = self.tokenizer.bos_token or self.tokenizer.eos_token
+            add_special_tokens = not (begin and string.startswith(begin))
+        ids: list[int] = super().tok_encode(string, add_special_tokens, **options)  # type: ignore[misc]
+        return ids[: len(ids) - self.num_end_tokens] if add_special_tokens else ids
+
+    def tok_batch_encode(self, strings: list[str], **options: Any) -> tuple[Tensor, Tensor]:
+        ids, mask = super().tok_batch_encode(strings, **options)  # type: ignore[misc]  # padded on the left
+        begin = self.tokenizer.bos_token
+        length = ids.shape[1] - (0 if begin and strings[0].startswith(begin) else self.num_end_tokens)
+        return ids[:, :length], mask[:, :length]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        prompt, answer = super()._encode_pair(context, continuation)  # type: ignore[misc]
+        if answer:
+            return prompt, answer
+        # The tokenizer has joined the answer with the prompt's end.
+        whole = self.tok_encode(context + continuation)
+        shared = num_equal(whole, prompt)
+        if shared == len(whole):
+            raise DataError(
+                f"every answer must have a token that its prompt predicts; {continuation!r} after {context[-40:]!r} "
+                "has none; leave this task out, or correct its data"
+            )
+        return whole[:shared] or [self.prefix_token_id], whole[shared:]
+
+
 def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """Return lm-eval's model object for a transformers model or an exported one.
 
@@ -50,8 +103,10 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     window = max_window(model.config)
 
-    class SizedHFLM(HFLM):  # type: ignore[misc]
+    class SizedHFLM(_WithoutEndTokens, HFLM):  # type: ignore[misc]
         """HFLM with a computed batch size, and one progress bar for whole documents."""
+
+        num_end_tokens = len(added_tokens(tokenizer).after)
 
         def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
             longest = max((len(context) + len(answer) for _, context, answer in requests), default=1)
@@ -70,4 +125,12 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
             return scores
 
     initial = batch_size or default_batch_size(model.config, window)
-    return SizedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=initial, max_length=window)
+    return SizedHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=window)
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it with a padding token: lm-eval would set one in the tokenizer that is shipped."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.bos_token
+    return tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
@@ -41,6 +41,7 @@ def compress(
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     check_tasks(evaluation.eval_tasks, data_dir)
     loaded = plan.load_model(options.model)
+    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme.group_size)
     compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size)
     request = text.compression_request(options, compression.calibrates)

@@ -20,7 +20,7 @@ from nybble.data.packing import TokenRows
 from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
 from nybble.files import remove_folder
 from nybble.models.head import LMHead, last_hidden_states
@@ -66,6 +66,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     check_tasks(evaluation.eval_tasks, data_dir)
     loaded = plan.load_model(options.model)
+    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme.group_size)
     adapters = options.training.trains_adapters
     compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size, adapters)

@@ -14,7 +14,7 @@ from nybble.data.mixture import Mixture, require_conversations
 from nybble.data.packing import TokenRows, pack_documents
 from nybble.data.sources import load_documents
 from nybble.errors import ModelError, OptionError, RunError
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, result_columns, run_tasks
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer, result_columns, run_tasks
 from nybble.evaluation.perplexity import measure_sequences, model_logits
 from nybble.export.base import check_formats, exporter_of
 from nybble.models import quantized_model
@@ -35,6 +35,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     asked, text = options.evaluation, options.text
     check_tasks(asked.eval_tasks, text.data_dir)
     opened = open_target(options, asked.target)
+    check_tokenizer(asked.eval_tasks, opened.tokenizer)
     results: dict[str, float] = {}
     with torch.no_grad():
         if text.data:

@@ -12,7 +12,7 @@ from typing import Any
 from nybble.callbacks import Callback
 from nybble.data.packing import token_fingerprint
 from nybble.data.prepare import TextData, no_rows
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.models.loading import LoadedModel, model_fingerprint
 from nybble.models.selection import LayerSelection
@@ -111,6 +111,7 @@ def open_task_run(
     check_tasks(own, task.data_dir, "--task")
     check_tasks(tuple(name for name in evaluation.eval_tasks if name != task.task), task.data_dir)
     loaded = plan.load_model(options.model)
+    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme.group_size)
     adapters = options.training.trains_adapters
     compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size, adapters)
