@@ -62,16 +62,6 @@ def test_an_assistant_message_that_opens_the_conversation_gives_no_labels() -> N
     assert label_text(tokenizer, encoded) == "yes</s>a</s>"
 
 
-def test_a_template_that_changes_earlier_messages_is_refused_for_assistant_only_loss() -> None:
-    tokenizer = make_chat_tokenizer(
-        "{% for m in messages %}{% if loop.last %}[last]{% endif %}{{ m.content }}{% endfor %}"
-    )
-    with pytest.raises(DataError, match="renders a message the same way .*; leave out --assistant_only_loss"):
-        chat.encode_conversation(tokenizer, CONVERSATION, assistant_only=True)
-    encoded = chat.encode_conversation(tokenizer, CONVERSATION, assistant_only=False)
-    assert tokenizer.decode(encoded.ids) == "hiyesok[last]a"
-
-
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(DataError, match="need a chat template; the tokenizer of this model has none"):
         chat.encode_conversation(make_chat_tokenizer(None), CONVERSATION, assistant_only=False)

@@ -6,6 +6,7 @@ the last characters of a prompt with the first ones of its answer in one token; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, added: AddedTokens) -
     return ids[: len(ids) - len(added.after)]
 
 
-def num_equal(a: list[int], b: list[int]) -> int:
-    """Number of tokens that two lists begin with in common."""
+def num_equal(a: Sequence[object], b: Sequence[object]) -> int:
+    """Number of tokens or characters that two sequences begin with in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

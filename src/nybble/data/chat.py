@@ -1,8 +1,9 @@
 """Conversations to tokens, through the chat template of the model.
 
 A conversation is a list of messages {"role": ..., "content": ...}. With `assistant_only`, a token is a label (a token
-that the model learns to predict) if it belongs to the content of an assistant message or to what the template writes
-to end that message. The messages of other roles, and an assistant message that opens the conversation, give no labels.
+that the model learns to predict) if it belongs to an assistant message or to what the template writes to end it, each
+turn as it stands in the rendered text. What a template writes before any content (an empty block of reasoning), the
+messages of other roles, and an assistant message that opens the conversation give no labels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nybble.data.boundaries import num_equal
+from nybble.data.rendering import render, roles
 from nybble.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,10 +73,11 @@ def encode_conversation(
         assistant_only: only the tokens of assistant messages are labels; else all tokens are.
 
     Raises:
-        DataError: the tokenizer has no chat template; the template rejects the conversation; with `assistant_only`,
-            the tokenizer gives no character offsets, or the template renders a message differently once others follow.
+        DataError: the tokenizer has no chat template; the template rejects the conversation, does not end, or writes
+            nothing; with `assistant_only`, the tokenizer gives no character offsets, or the template does not show a
+            message.
     """
-    text = _render(tokenizer, messages)
+    text = render(tokenizer, messages)
     if assistant_only and not tokenizer.is_fast:
         raise DataError(
             "--assistant_only_loss needs a fast tokenizer, which gives the characters of every token; the tokenizer "
@@ -81,9 +85,18 @@ def encode_conversation(
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=assistant_only, verbose=False)
     ids: list[int] = encoded.input_ids
+    if not ids:
+        raise DataError(
+            f"the chat template must render every conversation to text; it renders one with the roles "
+            f"{roles(messages)} to nothing; remove or change this conversation"
+        )
     if not assistant_only:
         return EncodedConversation(ids, [True] * len(ids))
-    spans = _assistant_spans(tokenizer, messages, text)
+    spans = [
+        _Turn(tokenizer, messages, k, text).span()
+        for k, message in enumerate(messages)
+        if k and message["role"] == "assistant"
+    ]
     # Tokenizers that trim offsets give an empty span for a token of white space, at the position where it ends.
     offsets = [(start, end) if start < end else (end - 1, end) for start, end in encoded.offset_mapping]
     return EncodedConversation(
@@ -91,39 +104,71 @@ def encode_conversation(
     )
 
 
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
-) -> list[tuple[int, int]]:
-    """Character ranges of the assistant messages in the rendered text, from after the generation prompt on."""
-    spans = []
-    for k, message in enumerate(messages):
-        if k and message["role"] == "assistant":
-            prompt = _render(tokenizer, messages[:k], add_generation_prompt=True)
-            through = _render(tokenizer, messages[: k + 1])
-            if not (through.startswith(prompt) and text.startswith(through)):
-                raise DataError(
-                    "--assistant_only_loss needs a chat template that renders a message the same way whatever follows; "
-                    "the template of this model does not; leave out --assistant_only_loss"
-                )
-            spans.append((len(prompt), len(through)))
-    return spans
+class _Turn:
+    """An assistant message in the rendered text of its conversation.
 
+    A template may write something of its own before the content (an empty block of reasoning), and may render a message
+    differently once others follow. Such a turn is found by rendering it with a mark in the place of its content.
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "conversations need a chat template; the tokenizer of this model has none; "
-            "use plain text, or the instruction-tuned version of the model"
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception as error:  # a template can raise anything
-        roles = " ".join(str(message["role"]) for message in messages)
-        raise DataError(
-            f"the chat template must accept every conversation; it rejects one with the roles {roles}: "
-            f"{' '.join(str(error).split())[:200]}; remove or change this conversation"
-        ) from error
+    Args:
+        tokenizer: with the chat template.
+        messages: the conversation.
+        k: number of the message.
+        text: the rendered conversation.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], k: int, text: str) -> None:
+        self._tokenizer, self._messages, self._k, self._text = tokenizer, messages, k, text
+        self._content = (messages[k]["content"] or "").strip()
+        # A character for private use.
+        self._mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+
+    def span(self) -> tuple[int, int]:
+        """Characters (begin, end) of the turn, from after the generation prompt on.
+
+        Raises:
+            DataError: the turn cannot be found.
+        """
+        text = self._text
+        prompt = render(self._tokenizer, self._messages[: self._k], add_generation_prompt=True)
+        through = render(self._tokenizer, self._messages[: self._k + 1])
+        prompt_end = len(prompt) if text.startswith(prompt) else None
+        end = len(through) if text.startswith(through) else None
+        directly = bool(self._content) and text[len(prompt) :].lstrip().startswith(self._content)
+        if prompt_end is not None and end is not None and directly:
+            return prompt_end, end
+        begin = self._begin(prompt_end)
+        end = self._end() if end is None else end
+        if begin is None or end is None or begin > end:
+            raise DataError(
+                "--assistant_only_loss needs a chat template that shows every assistant message; the template of this "
+                "model does not; leave out --assistant_only_loss"
+            )
+        return begin, end
+
+    def _begin(self, prompt_end: int | None) -> int | None:
+        """Where the turn begins: after the generation prompt, and after what the template writes before any content."""
+        message = self._messages[self._k]
+        bare = {key: value for key, value in message.items() if key == "role" or not isinstance(value, str)}
+        before, _ = self._around_mark(bare, self._messages[self._k + 1 :])
+        if before is None or not self._text.startswith(before):  # there is more than content, such as reasoning
+            return prompt_end
+        # Tokenizers join a space with the word that follows.
+        content_begin = len(before.rstrip(" "))
+        written = self._text[prompt_end or 0 : content_begin]
+        return content_begin if prompt_end is None or written.strip() else prompt_end
+
+    def _end(self) -> int | None:
+        """Where the turn ends: after what the template writes to end it."""
+        message = self._messages[self._k]
+        _, after = self._around_mark(message, self._messages[self._k + 1 :])
+        _, after_alone = self._around_mark(message, ())
+        if after is None or after_alone is None or not self._text.endswith(after):
+            return None
+        return len(self._text) - len(after) + num_equal(after, after_alone)
+
+    def _around_mark(self, message: Message, following: Sequence[Message]) -> tuple[str, str] | tuple[None, None]:
+        """The text before and after the content of the message in the place of this one; None if it has no content."""
+        marked = [*self._messages[: self._k], message | {"content": self._mark}, *following]
+        before, mark, rest = render(self._tokenizer, marked).partition(self._mark)
+        return (before, rest.rpartition(self._mark)[2]) if mark else (None, None)

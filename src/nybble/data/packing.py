@@ -230,6 +230,11 @@ def _pack_chat(
             split, too_long, len(encoded), length,
         )  # fmt: skip
     rows = pack_conversations(encoded, length)
+    if not rows.loss_mask.any() and not assistant_only:
+        raise DataError(
+            f"the {split} data must have conversations with something to learn; those that fit have one token each; "
+            "use longer conversations, or the template that belongs to the model"
+        )
     if not rows.loss_mask.any():
         raise DataError(
             f"the {split} data must have assistant messages after others; the {len(encoded) - too_long} conversations "
