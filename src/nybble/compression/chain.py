@@ -59,7 +59,7 @@ def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
             is_chain = _equal(first.arguments[i], second.arguments[i]) and reproduces_output(
                 module, first.arguments[i], before, after
             )
-        except RuntimeError:  # the arguments of one sequence do not fit a batch of two
+        except (RuntimeError, ValueError):  # the arguments of one sequence do not fit a batch of two
             is_chain = False
         if not is_chain:
             raise no_chain_error(model, i)
@@ -75,15 +75,18 @@ def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -
         input_ids: [B, T] token ids on the device of the model.
 
     Raises:
-        ModelError: a block's outputs are not finite, or it does not reproduce the model's own hidden states.
+        ModelError: the blocks are not called once each in their order, a block's outputs are not finite, or it does not
+            reproduce the model's own hidden states.
     """
     arguments: list[Arguments] = []
     hidden: list[Tensor] = []
+    called: list[nn.Module] = []
 
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         kwargs = dict(kwargs)
-        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        hidden.append(args[0] if args else kwargs.pop("hidden_states", None))
         arguments.append((args[1:], kwargs))
+        called.append(module)
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     handles.append(modules[-1].register_forward_hook(lambda module, args, output: hidden.append(first_output(output))))
@@ -92,6 +95,11 @@ def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -
     finally:
         for handle in handles:
             handle.remove()
+    for i, module in enumerate(modules):  # HRM calls its blocks several times
+        if called[i : i + 1] != [module] or not isinstance(hidden[i], Tensor):
+            raise no_chain_error(model, i)
+    if len(called) > len(modules) or not isinstance(hidden[-1], Tensor):
+        raise no_chain_error(model, len(modules) - 1)
     for i, (before, after) in enumerate(pairwise(hidden)):
         if not bool(after.isfinite().all()):
             where = _first_nonfinite(modules[i], arguments[i], before) or "the sum with its inputs"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.compression.chain import check_chain
 from nybble.compression.methods import combine
-from nybble.errors import ModelError
+from nybble.errors import ModelError, OptionError
+
+log = logging.getLogger("nybble")
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""Names in configurations of the length that a model was made for."""
 
 
 def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tuple[str, ...]) -> None:
@@ -32,6 +38,35 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
     combination.check(model.config)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
+
+
+@torch.no_grad()
+def check_length(model: Any, name: str, seq_len: int) -> None:
+    """Refuse sequences that are longer than the positions of a model; warn where it was trained on shorter ones.
+
+    Args:
+        model: a transformers model.
+        name: of the model, for messages.
+        seq_len: tokens in a sequence.
+
+    Raises:
+        OptionError: the model cannot compute so many positions.
+    """
+    stated = (getattr(model.config, field, None) for field in _POSITIONS)
+    most = next((number for number in stated if number), seq_len)
+    if seq_len <= most:
+        return
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT has two rows more than positions
+        raise OptionError(f"--seq_len must be at most {most}, the learned positions of {name}; got {seq_len}")
+    try:  # tables of computed positions (GPT-J, CTRL) and masks (MPT) end too, but not in every model
+        model.base_model(input_ids=words.weight.new_zeros(1, seq_len, dtype=torch.int64), use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise OptionError(f"--seq_len must be at most {most}, the positions of {name}; got {seq_len}") from error
+    log.warning("--seq_len %d is more than the %d positions that %s was trained for", seq_len, most, name)
 
 
 def _check_layers_are_called(model: Any, names: Sequence[str], input_ids: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,10 +23,13 @@ def decoder_outputs(model: Any, ids_T: Tensor) -> Tensor:
         ids_T: token ids of one sequence, int64.
 
     Returns:
-        [L, T, D] on the CPU, in the dtype of the model.
+        [L, T, D] on the CPU, in the dtype of the model. Where a projection makes the last outputs narrower (OPT), zeros
+        fill them up, which leaves the errors as they are.
     """
     output = model.base_model(input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True)
-    return torch.cat(output.hidden_states[1:]).cpu()  # the first are embeddings
+    states = output.hidden_states[1:]  # the first are embeddings
+    width = max(state.shape[-1] for state in states)
+    return torch.cat([F.pad(state, (0, width - state.shape[-1])) for state in states]).cpu()
 
 
 def decoder_errors(model: Any, ids_T: Tensor, reference_LTD: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from nybble.compression.checks import check_model
+from nybble.compression.checks import check_length, check_model
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
 from nybble.data.prepare import TextData, check_token_ids
@@ -243,7 +243,7 @@ def check_fit(
     """
     model, ids_ST = loaded.model, text.test.ids
     check_token_ids(text, model.get_input_embeddings().num_embeddings, loaded.name)
-    _check_length(loaded, ids_ST.shape[1])
+    check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
     check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
     scheme = QuantScheme(group_size=options.scheme.group_size)
@@ -256,18 +256,6 @@ def check_fit(
         trains = isinstance(options, TrainCommand)
         rehearse(loaded, scheme, evaluation.export, trains, options.model.trust_remote_code)
     return PlannedRun(loaded, selection, compression, text, head)
-
-
-def _check_length(loaded: LoadedModel, seq_len: int) -> None:
-    """Raise OptionError where learned positions are too few; warn where the model was trained on shorter sequences."""
-    most = getattr(loaded.model.config, "max_position_embeddings", None) or seq_len
-    if seq_len <= most:
-        return
-    words = loaded.model.get_input_embeddings()
-    tables = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
-    if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT has two rows more than positions
-        raise OptionError(f"--seq_len must be at most {most}, the learned positions of {loaded.name}; got {seq_len}")
-    log.warning("--seq_len %d is more than the %d positions that %s was trained for", seq_len, most, loaded.name)
 
 
 def _check_export_memory(loaded: LoadedModel, folder: Path) -> None:
