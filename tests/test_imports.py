@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 # The top of the house first. What has a dot after it is a package; the others are modules.
 ORDER = [
-    "errors", "registry", "runtime", "files", "callbacks", "options", "console", "quant", "models", "data",
+    "errors", "schema", "registry", "runtime", "files", "callbacks", "options", "console", "quant", "models", "data",
     "compression", "qat", "training", "evaluation", "export", "tasks", "nls", "run", "report", "workflows",
     "keywords", "api", "cli", "__init__", "__main__",
 ]  # fmt: skip

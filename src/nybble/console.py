@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,10 +75,28 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", module="transformers|torch.jit|openvino|lm_eval")
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that ends where the disk is full: the work goes on, and other handlers say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Stop writing after an error of the file system; a wrong log call is shown as logging does."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+        log.warning("%s ends here: %s; free some disk space", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        """Close the file. What is left in its buffer after an error is lost."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Write the log to a file as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(min(log.level or logging.INFO, logging.INFO))  # also when no console was set up

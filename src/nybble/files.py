@@ -1,12 +1,17 @@
 """Files and folders that appear complete or not at all, so that a process can be killed at any moment.
 
-Everything is written under a temporary name (NAME.tmp) in the same folder and then renamed with `os.replace`.
+Everything is written under a temporary name (NAME.tmp) in the same folder and then renamed; tensors and folders are
+synced to the disk before. A folder that is replaced is renamed to NAME.old.tmp first, so that at every moment the old
+folder or the new one is whole; `settle_folder` brings back what a killed process left under that name. A disk that is
+full is a RunError.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,17 +23,50 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.errors import RunError
+from nybble.errors import RunError, first_line
+from nybble.schema import SchemaError, parse_json
 
 # safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
 _COPY_LOADED_TENSORS = sys.platform == "win32"
+# Disk full, quota used up, file larger than `ulimit -f` allows. Not every system has a quota error.
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether a write failed because the disk, a quota or the limit of a file's size left no space.
+
+    Libraries in Rust (safetensors, tokenizers) and SQLite raise errors of their own, which have the reason as text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_SPACE
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return int(code[1]) in _NO_SPACE if code else "database or disk is full" in str(error)
+
+
+@contextmanager
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Turn a write that fails for want of space, in this block, into a RunError that names `path`."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:  # whatever a library raises; everything else passes
+        if not is_out_of_space(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise RunError(
+            f"{path} must fit on the disk; it could not be written: {reason}; free some disk space, then add --resume"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, with the line ends that `text` has."""
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    """Write a UTF-8 text file atomically, with the line ends that `text` has.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    with _replacing(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
@@ -42,14 +80,34 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, A
     Raises:
         RunError: the file cannot be written, usually because the disk is full.
     """
-    temporary = _temporary(path)
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(on_cpu, temporary, {"note": json.dumps(note)})
+        with _replacing(path) as temporary:
+            save_file(on_cpu, temporary, {"note": json.dumps(note)})
+            sync(temporary)
     except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {error}; free some disk space, then add --resume") from error
-    os.replace(temporary, path)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name, at which nothing is: what the block writes there replaces `path`, unless it raises."""
+    temporary = _temporary(path)
+    if temporary.is_symlink() or temporary.exists():
+        temporary.unlink()  # of a killed process; a link is not followed
+    try:
+        with reporting_full_disk(path):
+            yield temporary
+        os.replace(temporary, path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has what was written to a file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,10 +120,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-        note = json.loads((file.metadata() or {}).get("note", "{}"))
+        note = note_of(file)
     if _COPY_LOADED_TENSORS:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, note
+
+
+def note_of(file: Any) -> dict[str, Any]:
+    """The note of a file that `open_tensors` opened; {} where it has none. SchemaError if it is no JSON object."""
+    note = parse_json((file.metadata() or {}).get("note", "{}"))
+    if not isinstance(note, dict):
+        raise SchemaError(f"its note must be an object; it is {str(note)[:40]}")
+    return note
 
 
 @contextmanager
@@ -73,38 +139,72 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file, to read single tensors of it.
 
     Raises:
-        RunError: the file is missing, damaged, or not a safetensors file.
+        RunError: the file is missing, damaged, or not a safetensors file; or the block found what it does not expect
+            (SchemaError).
     """
+    if not path.exists():
+        raise RunError(f"{path} must be a safetensors file; there is none; bring it back, or make the run again")
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{path} must be a readable safetensors file: {error}; delete it to repeat the stage that wrote it"
-        ) from error
+    except (OSError, SafetensorError, SchemaError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: BaseException) -> RunError:
+    """The error for a file of tensors that cannot be used."""
+    return RunError(
+        f"{path} must be a readable safetensors file: {first_line(error)}; delete it to repeat the stage that wrote it"
+    )
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder. It replaces `path` if the block succeeds, and is deleted if the block raises."""
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a temporary folder. It replaces `path` if the block succeeds, and is deleted if the block raises.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    settle_folder(path)
+    temporary, old = _temporary(path), _old(path)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        with reporting_full_disk(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync(file)
+        with suppress(FileNotFoundError):
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _remove(old)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def settle_folder(path: Path) -> None:
+    """Remove what a killed `atomic_folder` or `remove_folder` left; the old folder comes back if no other is there."""
+    temporary, old = _temporary(path), _old(path)
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+    _remove(temporary)
+    _remove(old)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder if it exists. It is renamed first, so that a killed process leaves no half-deleted `path`."""
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    settle_folder(path)
     with suppress(FileNotFoundError):
-        path.rename(temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(path, _temporary(path))
+    _remove(_temporary(path))
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_free_disk(path: Path, needed: int) -> None:
@@ -128,3 +228,7 @@ def check_free_disk(path: Path, needed: int) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old.tmp")

@@ -42,7 +42,7 @@ def test_stages_without_curves_leave_no_event_file(tmp_path: Path) -> None:
 def test_without_tensorboard_the_log_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)  # importing it raises ImportError
     callback = TensorBoardCallback(tmp_path / "tensorboard")
     with caplog.at_level(logging.INFO, logger="nybble"):
         callback.on_step("train", 1, 2, METRICS)

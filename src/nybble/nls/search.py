@@ -33,11 +33,13 @@ from nybble.nls.study import (
     SearchSpace,
     Storage,
     best_trial,
+    check_trials,
     completed_trials,
     configuration_of,
     finished_trials,
     open_study,
     pareto_front,
+    reporting_storage,
     untried_neighbours,
 )
 from nybble.tasks.dataset import Question
@@ -91,13 +93,19 @@ def search_ranks(space: SearchSpace, scorer: ConfigurationScorer, config: Search
     The best of as many trials of each sampler are compared: the smallest number of finished trials.
 
     Raises:
-        RunError: all trials of a sampler were pruned.
+        RunError: all trials of a sampler were pruned, or the stored trials cannot be read or written.
     """
+    with reporting_storage(config.storage):
+        return _search(space, scorer, config)
+
+
+def _search(space: SearchSpace, scorer: ConfigurationScorer, config: SearchConfig) -> SearchResult:
     samplers: tuple[SearchSampler, ...] = (config.sampler, "random") if config.random_baseline else (config.sampler,)
     studies: dict[str, optuna.Study] = {}
     for sampler in dict.fromkeys(samplers):
         wanted = max(config.num_trials, *(len(finished_trials(study)) for study in studies.values()), 0)
         study = open_study(sampler, config.seed, config.storage)
+        check_trials(study, space)
         _StudyRunner(study, sampler, config.seed, space, scorer).run(wanted)
         studies[sampler] = study
     count = min(len(finished_trials(study)) for study in studies.values())

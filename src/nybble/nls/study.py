@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from nybble.errors import RunError, first_line
+from nybble.files import is_out_of_space
 from nybble.nls.ranks import RankConfiguration
+from nybble.schema import SchemaError
 from nybble.tasks.dataset import Question
 
 if TYPE_CHECKING:
@@ -21,6 +26,7 @@ Storage: TypeAlias = "str | optuna.storages.BaseStorage"
 
 # File in the run folder with the trials.
 STORAGE_FILE = "search.db"
+_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,52 @@ class SearchSpace:
 
 def storage_url(folder: Path) -> str:
     """URL of the SQLite file in a run folder that holds its studies."""
-    return f"sqlite:///{folder / STORAGE_FILE}"
+    return f"{_SQLITE}{folder / STORAGE_FILE}"
+
+
+@contextmanager
+def reporting_storage(storage: Storage) -> Iterator[None]:
+    """Turn what optuna and SQLite raise about the file of trials, in this block, into a RunError.
+
+    Raises:
+        RunError: the disk is full, or the file is damaged.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, SchemaError) as error:
+        file = str(storage).removeprefix(_SQLITE)
+        cause = error.__cause__ or error  # optuna wraps what SQLite says
+        # SQLite calls it an I/O error where a limit of file sizes is reached.
+        if is_out_of_space(error) or is_out_of_space(cause) or "disk I/O error" in str(error):
+            raise RunError(
+                f"{file} must fit on the disk; it could not be written: {first_line(cause)}; free some disk space, "
+                "then run the same command"
+            ) from error
+        raise RunError(
+            f"{file} must hold the trials of nybble search; it cannot be used ({first_line(cause)}); delete it to "
+            "search anew"
+        ) from error
+
+
+def check_trials(study: optuna.Study, space: SearchSpace) -> None:
+    """Check the trials that an earlier search stored.
+
+    Raises:
+        SchemaError: a finished trial has other parameters or ranks than the space, or no finite score.
+    """
+    for trial in finished_trials(study):
+        ranks = [trial.params.get(name) for name in space.parameter_names]
+        if len(trial.params) != len(ranks) or any(rank not in space.ranks for rank in ranks):
+            raise SchemaError(
+                f"trial {trial.number} must have a rank of the run for every decoder layer; it has {ranks}"
+            )
+        values = trial.values or []
+        scored = len(values) == len(study.directions) and all(map(math.isfinite, values))
+        if trial in completed_trials(study) and not scored:
+            raise SchemaError(f"trial {trial.number} must have a finite score; it has {values}")
 
 
 def open_study(sampler: SearchSampler, seed: int, storage: Storage) -> optuna.Study:

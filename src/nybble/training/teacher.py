@@ -2,8 +2,11 @@
 
 Hidden states take D numbers per token where logits would take V, and the teacher's head turns them into exactly the
 same logits. The states are one raw file [S, T, D] in the dtype of the model. A JSON file next to it says what they
-were computed from and how many sequences are done. An interrupted computation continues after the last sequence that
-the JSON file names.
+were computed from, how many sequences are done, and the CRC-32 of these. An interrupted computation continues after the
+last sequence that the JSON file names; states that do not have this size and checksum are computed again.
+
+The file is written, not mapped, and its space is allocated first: a store to a mapped page for which the disk has no
+space would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from nybble.data.packing import token_fingerprint
+from nybble.files import is_out_of_space, reporting_full_disk, write_text
 from nybble.models.head import last_hidden_states
+from nybble.schema import SchemaError, from_json, read_json
+
+_READ_BYTES = 1 << 24  # at a time, for the checksum
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,6 @@ class HiddenStates:
         """Return a copy on the CPU of the states of one sequence [T, D] or of several [N, T, D]."""
         selected = self._map_file()[sequences]
         return selected if isinstance(sequences, Tensor) else selected.clone()  # indexing by a tensor copies already
-
-    def __setitem__(self, sequences: slice, states_NTD: Tensor) -> None:
-        self._map_file()[sequences] = states_NTD
 
     def _map_file(self) -> Tensor:
         size = math.prod(self.shape)
@@ -81,30 +86,82 @@ def teacher_hidden_states(
     """
     (num_sequences, length), width = input_ids.shape, model.get_output_embeddings().weight.shape[1]
     parameter = next(model.parameters())
-    source = {
-        "tokens": token_fingerprint(input_ids, identity),
-        "shape": [num_sequences, length, width],
-        "dtype": str(parameter.dtype),
-    }
-    progress_file = path.with_suffix(".json")
-    done = _sequences_on_disk(path, progress_file, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    states = HiddenStates(path, (num_sequences, length, width), parameter.dtype)
-    advance(done)
-    for start in range(done, num_sequences, batch_size):
-        ids = input_ids[start : start + batch_size]
-        states[start : start + batch_size] = last_hidden_states(model, ids.to(parameter.device)).to("cpu")
-        temporary = progress_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(source | {"done": start + len(ids)}))
-        os.replace(temporary, progress_file)
-        advance(len(ids))
-    return states
+    source = _Source(token_fingerprint(input_ids, identity), [num_sequences, length, width], str(parameter.dtype))
+    note_file = path.with_suffix(".json")
+    row_bytes = length * width * parameter.dtype.itemsize
+    progress = _read_progress(path, note_file, source, row_bytes)
+    advance(progress.done)
+    if progress.done < num_sequences:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with reporting_full_disk(path), path.open("r+b" if progress.done else "wb") as file:
+            _allocate(file, num_sequences * row_bytes)
+            file.seek(progress.done * row_bytes)
+            for start in range(progress.done, num_sequences, batch_size):
+                ids = input_ids[start : start + batch_size]
+                states_NTD = last_hidden_states(model, ids.to(parameter.device)).to("cpu").contiguous()
+                content = states_NTD.view(torch.uint8).numpy().tobytes()
+                file.write(content)
+                progress = _Progress(start + len(ids), zlib.crc32(content, progress.crc32))
+                file.flush()
+                if progress.done == num_sequences:
+                    os.fsync(file.fileno())  # before the note: what it says has survived a power failure
+                write_text(note_file, json.dumps(asdict(source) | asdict(progress)))
+                advance(len(ids))
+    return HiddenStates(path, (num_sequences, length, width), parameter.dtype)
 
 
-def _sequences_on_disk(path: Path, progress_file: Path, source: dict[str, Any]) -> int:
-    """Return how many sequences of this source an earlier computation finished."""
-    if not (progress_file.exists() and path.exists()):
-        return 0
-    saved = json.loads(progress_file.read_text())
-    done: int = saved.pop("done")
-    return done if saved == source else 0
+@dataclass(frozen=True)
+class _Source:
+    """What states were computed from."""
+
+    tokens: str
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """The first sequences that are in the file, and their checksum."""
+
+    done: int = 0
+    crc32: int = 0
+
+
+@dataclass(frozen=True)
+class _Note(_Progress, _Source):
+    """The JSON file."""
+
+
+def _read_progress(path: Path, note_file: Path, source: _Source, row_bytes: int) -> _Progress:
+    """What an earlier computation from the same source finished, as far as the file holds exactly that."""
+    try:
+        note = from_json(_Note, read_json(note_file))
+    except SchemaError:
+        return _Progress()
+    progress = _Progress(note.done, note.crc32)
+    same = (note.tokens, note.shape, note.dtype) == (source.tokens, source.shape, source.dtype)
+    if not same or not 0 < progress.done <= source.shape[0] or not path.is_file():
+        return _Progress()
+    if path.stat().st_size != source.shape[0] * row_bytes:
+        return _Progress()
+    return progress if _checksum(path, progress.done * row_bytes) == progress.crc32 else _Progress()
+
+
+def _checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while size and (content := file.read(min(size, _READ_BYTES))):
+            crc, size = zlib.crc32(content, crc), size - len(content)
+    return crc
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Give a file its size, with space on the disk where the system can do that. OSError if there is too little."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if is_out_of_space(error):
+                raise  # other errors: this file system cannot allocate
+    file.truncate(size)
