@@ -68,6 +68,7 @@ def full_results() -> RunResults:
             ),
         ),
         exports={"toy": {"bytes": 3}},
+        files={"quantized": {"config.json": 3}},
         improvement={"tuned": None},
         warnings=["w"],
     )
@@ -100,9 +101,7 @@ def test_phases_are_reached_in_their_order() -> None:
 @pytest.mark.parametrize("text", [b'{"models": {}', b"[]", b"\xff\xfe", b"3"])
 def test_damaged_results_are_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(text)
-    with pytest.raises(
-        RunError, match=r"results.json must be the results of a run; it cannot be read .*; bring it back"
-    ):
+    with pytest.raises(RunError, match=r"results.json must be the results of a run; it .*; bring it back"):
         read_results(tmp_path)
 
 
@@ -115,11 +114,12 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("phase", "sleeping", "'sleeping' is not a valid Phase"),
+        ("phase", "sleeping", "phase must be Phase; it is sleeping"),
         ("models", 3, "models must be dict"),
-        ("trainings", [3], "trainings.0. must be an object; it is 3"),
+        ("models", {"tuned": {"bytes": None}}, "models.tuned.bytes must be str; it is None"),
+        ("trainings", [3], "trainings.0 must be an object; it is 3"),
         ("trainings", [{"name": "x", "what": 1}], "trainings.0.what is unknown"),
-        ("task", {"name": "x"}, "task. is incomplete"),
+        ("task", {"name": "x"}, "task.metric is missing"),
         ("seed", "x", "seed must be int; it is x"),
         ("surprise", 1, "surprise is unknown"),
     ],

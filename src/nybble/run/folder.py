@@ -33,27 +33,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nybble.errors import RunError
-from nybble.files import write_text
+from nybble.files import settle_folder, write_text
 from nybble.options.commands import RunCommand
 from nybble.options.toml import CONFIG, to_toml
 from nybble.run.machine import peak_memory
 from nybble.run.marker import MARKER, is_run, write_marker
-from nybble.run.results import RESULTS, Phase, RunResults, read_results
+from nybble.run.results import RESULTS, Phase, RunResults, has_results, read_results
 from nybble.run.resume import check_same_options
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 
 log = logging.getLogger("nybble")
 
-QUANTIZED = "quantized"
+QUANTIZED, MERGED, TEXTS = "quantized", "merged", "texts"
 _LOCK = ".lock"
 # What a run leaves in its folder before its configuration is whole.
 _BEFORE_CONFIG = {_LOCK, MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
 # Everything that a run writes beside its exports. --overwrite deletes these names and no others; configuration and
 # marker come last, so that the folder is known as a run as long as anything is left of it.
+_OWN_FOLDERS = ("teacher", "compress", QUANTIZED, "tensorboard", "trial", MERGED, TEXTS)
 _OWN = (
-    "log.txt", RESULTS, "report.md", "report.html", "teacher", "compress", "last.safetensors", "best.safetensors",
-    "scales-last.safetensors", "scales-best.safetensors", QUANTIZED, "self.safetensors", "search.db", "tensorboard",
-    "trial", "merged", "texts", CONFIG, MARKER,
+    "log.txt", RESULTS, "report.md", "report.html", "last.safetensors", "best.safetensors", "scales-last.safetensors",
+    "scales-best.safetensors", "self.safetensors", "search.db", *_OWN_FOLDERS, CONFIG, MARKER,
 )  # fmt: skip
 
 
@@ -94,7 +94,24 @@ class RunFolder:
     def reach(self, phase: Phase) -> None:
         """Note that the run has reached a phase, and write results.json."""
         self.results.phase = phase
+        if phase == Phase.QUANTIZED:
+            self.note_files(QUANTIZED)
         self.save()
+
+    def note_files(self, name: str) -> None:
+        """Note the files of a folder that was just written, for `is_complete`. Call `save` afterwards."""
+        self.results.files[name] = _file_sizes(self.path / name)
+
+    def is_complete(self, name: str) -> bool:
+        """Whether a folder of the run still has every file that it was written with, in its size."""
+        return not missing_files(self.path, self.results, name)
+
+    def delete(self) -> None:
+        """Delete the run, and its folder if nothing else is in it."""
+        _delete_run(self.path)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # other files are in it
+            self.path.rmdir()
 
     def save(self) -> None:
         """Write results.json, with the seconds of the stage so far and the peak memory."""
@@ -106,6 +123,37 @@ class RunFolder:
         for kind, value in peak_memory().items():
             results.peak_memory_bytes[kind] = max(value, results.peak_memory_bytes.get(kind, 0))
         results.save(self.path)
+
+
+def missing_files(path: Path, results: RunResults, name: str) -> list[str]:
+    """The files of a folder of a run that are missing, or shorter than when it was written.
+
+    Of a run that an earlier version of nybble made it is known only that the folder has files.
+    """
+    found = _file_sizes(path / name)
+    if not found:
+        return [name]
+    return [file for file, size in results.files.get(name, {}).items() if found.get(file, -1) < size]
+
+
+def check_complete(path: Path) -> None:
+    """Check the files of a folder of a run, such as RUN/quantized; folders elsewhere pass.
+
+    Raises:
+        RunError: files are missing or cut.
+    """
+    run = path.resolve().parent
+    if is_run(run) and (wrong := missing_files(run, read_results(run), path.resolve().name)):
+        raise RunError(
+            f"{path} must have the files that it was written with; {', '.join(wrong[:3])} is missing or cut; bring it "
+            "back, or let the run make the folder again with --resume"
+        )
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Path in the folder -> bytes, of all files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
@@ -147,7 +195,8 @@ def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
         results = RunResults()
         if used and resume:
             check_same_options(path, options)
-            results = read_results(path)
+            results = _settled_results(path)
+            _go_back(path, results)
         if not is_run(path):
             write_marker(path)
         if not (used and keep_options):
@@ -170,10 +219,33 @@ def reopen_run(path: Path) -> RunFolder:
     """
     lock = _lock(path)
     try:
-        return RunFolder(path, read_results(path), lock)
+        if not has_results(path):
+            raise RunError(f"{path} must be a finished run; it has no {RESULTS}; finish it with --resume")
+        return RunFolder(path, _settled_results(path), lock)
     except BaseException:
         lock.release()
         raise
+
+
+def _settled_results(path: Path) -> RunResults:
+    """The results of an earlier session, after what a killed process left in the folder was put in order."""
+    results = read_results(path)
+    for name in (*results.exports, *_OWN_FOLDERS):
+        settle_folder(path / name)
+    return results
+
+
+def _go_back(path: Path, results: RunResults) -> None:
+    """Where the model that a run made is not complete, return to the phase before, which makes the same one again."""
+    folders: tuple[str, ...]
+    if results.command == "lora":
+        folders, made, before = (MERGED, TEXTS), Phase.TRAINED, Phase.OPENED
+    else:
+        folders, made, before = (QUANTIZED,), Phase.QUANTIZED, Phase.TRAINED if results.trains else Phase.OPENED
+    for name in folders if results.phase.reached(made) else ():
+        if wrong := missing_files(path, results, name):
+            log.warning("%s is not complete (%s); it is made again", path / name, ", ".join(wrong[:3]))
+            results.phase = before
 
 
 def _lock(path: Path) -> FileLock:
@@ -211,7 +283,7 @@ def _delete_run(path: Path) -> None:
     with suppress(RunError):  # damaged results: the exports stay
         exports = set(read_results(path).exports)
     for name in (*exports, *_OWN):
-        for entry in (path / f"{name}.tmp", path / name):
+        for entry in (path / f"{name}.tmp", path / f"{name}.old.tmp", path / name):
             if entry.is_symlink() or entry.is_file():
                 entry.unlink()
             elif entry.is_dir():

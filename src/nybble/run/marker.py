@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nybble.files import write_text
+from nybble.schema import SchemaError, read_json
 
 MARKER = "nybble-run.json"
 _FORMAT = "nybble-run-1"
@@ -14,8 +15,8 @@ _FORMAT = "nybble-run-1"
 def is_run(folder: Path) -> bool:
     """Whether the folder has the marker of a run."""
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8"))["format"] == _FORMAT  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(folder / MARKER) == {"format": _FORMAT})
+    except SchemaError:
         return False
 
 

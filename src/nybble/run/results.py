@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from nybble.errors import RunError
 from nybble.files import write_text
 from nybble.qat.absorb import WeightChanges
+from nybble.schema import SchemaError, from_json, read_json
 
 RESULTS = "results.json"
 VERSION = 2
@@ -205,6 +204,7 @@ class RunResults:
         block_losses: decoder block -> loss of block-wise reconstruction before and after.
         decoder_errors: row -> relative error of the hidden states after each decoder layer.
         exports: format -> what the exporter counted.
+        files: folder of the run -> path of each file in it -> bytes, as the folder was written.
         improvement: row -> share of the compression damage that training recovered.
     """
 
@@ -235,6 +235,7 @@ class RunResults:
     changes: WeightChanges | None = None
     task: TaskResults | None = None
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
     improvement: dict[str, float | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -282,51 +283,14 @@ def read_results(folder: Path) -> RunResults:
     if not file.is_file():
         return RunResults()
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.get("version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"{file} must be the results of a run; it cannot be read ({error}); bring it back, or make the run again"
-        ) from error
-    if version != VERSION:
-        raise RunError(
-            f"{file} must be of this version of nybble (results version {VERSION}); it has version {version}; make the "
-            "run again"
-        )
-    try:
-        return _from_json(RunResults, values, "")  # type: ignore[no-any-return]
-    except ValueError as error:
+        values = from_json(dict[str, Any], read_json(file))
+        if (version := values.get("version")) != VERSION:
+            raise RunError(
+                f"{file} must be of this version of nybble (results version {VERSION}); it has version {version}; make "
+                "the run again"
+            )
+        results: RunResults = from_json(RunResults, values)
+        from_json(dict[str, dict[str, float | str]], results.models, "models.")
+    except SchemaError as error:
         raise RunError(f"{file} must be the results of a run; {error}; bring it back, or make the run again") from error
-
-
-def _dataclass_from_json(hint: type, value: Any, where: str) -> Any:
-    """A JSON object as a dataclass. ValueError, saying where, if it does not fit."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'it'} must be an object; it is {str(value)[:40]}")
-    hints, known = typing.get_type_hints(hint), {f.name for f in dataclasses.fields(hint)}
-    if unknown := value.keys() - known:
-        raise ValueError(f"{where}{min(unknown)} is unknown")
-    try:
-        return hint(**{key: _from_json(hints[key], item, f"{where}{key}.") for key, item in value.items()})
-    except TypeError as error:  # a field is missing
-        raise ValueError(f"{where or 'it'} is incomplete ({error})") from error
-
-
-def _from_json(hint: Any, value: Any, where: str) -> Any:
-    """A JSON value as an object of type `hint`. ValueError, saying where, if it does not fit."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _dataclass_from_json(hint, value, where)
-    if origin is list and isinstance(value, list):
-        return [_from_json(arguments[0], item, f"{where}{i}.") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _from_json(arguments[1], item, f"{where}{key}.") for key, item in value.items()}
-    if origin is types.UnionType:
-        if value is None and type(None) in arguments:
-            return None
-        return _from_json(next(kind for kind in arguments if kind is not type(None)), value, where)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint(value)
-    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
-        return value
-    raise ValueError(f"{where.rstrip('.')} must be {getattr(hint, '__name__', hint)}; it is {str(value)[:40]}")
+    return results

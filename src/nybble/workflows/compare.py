@@ -33,6 +33,7 @@ from nybble.report.combine import combine
 from nybble.report.figures import Figure
 from nybble.report.five_columns import LORA_RUN, NLS_RUN, PTWC, PTWC_RUN, PTWC_WITHOUT_AWQ, ColumnComparison
 from nybble.report.tables import as_table
+from nybble.run.folder import MERGED, TEXTS
 from nybble.run.results import read_results
 from nybble.run.resume import check_same_options, saved_options
 from nybble.tasks.sources import is_scored_by_lm_eval
@@ -152,11 +153,11 @@ class _TaskComparison:
         values = {key: value for key, value in self.options.flat().items() if key in known}
         results = read_results(tuned)
         assert results.task is not None, "the run of 16-bit LoRA has results of its task"
-        merged = (tuned / lora.MERGED).resolve()
+        merged = (tuned / MERGED).resolve()
         config = load_config(merged, self.options.model.trust_remote_code)
         values |= {
             "pretrained": str(merged),
-            "data": (str((tuned / lora.TEXTS).resolve()),),
+            "data": (str((tuned / TEXTS).resolve()),),
             "seq_len": results.task.text_length,
             "method": PTWC if family_of(config).awq_mappings else PTWC_WITHOUT_AWQ,
             "eval_tasks": (self.task,),
@@ -179,7 +180,7 @@ class _TaskComparison:
         if isinstance(options, TuneOptions):
             options = with_task(options)
         else:  # its input lies in the comparison itself, which may have been moved
-            options = options.replace(pretrained=saved["pretrained"], data=saved["data"])
+            options = options.replace(**{name: saved[name] for name in ("pretrained", "data") if name in saved})
         check_same_options(options.folder, options)
 
     def _figure(self, name: str, row: str) -> Figure:

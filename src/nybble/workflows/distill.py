@@ -180,7 +180,7 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
         tuned = absorb_layers(model, layers)
         run.results.changes = weight_changes(compressed.weights, tuned)
         save_quantized(run.quantized, loaded, compressed.weights | tuned)
-        run.results.phase = Phase.QUANTIZED
+        run.reach(Phase.QUANTIZED)
 
 
 def _objective(

@@ -9,7 +9,7 @@ from nybble.errors import OptionError, RunError
 from nybble.export.base import EXPORTERS, check_formats
 from nybble.models.quantized_model import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
-from nybble.run.folder import QUANTIZED, reopen_run
+from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
 from nybble.workflows.steps import export_run
 
@@ -35,6 +35,7 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
         raise RunError(f"{path} must be a finished run; it has no 4-bit model; finish it with --resume")
     run = reopen_run(path)
     try:
+        check_complete(run.quantized)
         for name in formats:
             export_run(run, name, trust_remote_code)
     finally:

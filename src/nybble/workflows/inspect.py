@@ -14,7 +14,7 @@ from nybble.models import quantized_model
 from nybble.options.commands import InspectOptions
 from nybble.quant.weight import QuantizedWeight
 from nybble.report.run import LAYER_HEADINGS, error_cells
-from nybble.run.folder import QUANTIZED
+from nybble.run.folder import QUANTIZED, check_complete
 from nybble.run.results import RunResults, has_results, read_results
 
 
@@ -48,6 +48,7 @@ def inspect(options: InspectOptions) -> None:
 def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Name -> codes of a run, its quantized folder, or an export."""
     folder = path / QUANTIZED if (path / QUANTIZED).is_dir() else path
+    check_complete(folder)
     if (folder / quantized_model.WEIGHTS_FILE).is_file():
         return quantized_model.load_weights(folder)[0]
     exporter = exporter_of(path)

@@ -14,6 +14,7 @@ from torch import nn
 from nybble.files import atomic_folder, write_text
 from nybble.models.loading import LoadedModel, load
 from nybble.options.commands import TuneOptions
+from nybble.run.folder import MERGED, TEXTS
 from nybble.run.results import Phase
 from nybble.tasks.attention import plain_attention
 from nybble.tasks.dataset import Question
@@ -24,8 +25,6 @@ from nybble.workflows.plan import pick_place
 from nybble.workflows.task_run import TaskRun, open_task_run
 
 log = logging.getLogger("nybble")
-
-MERGED, TEXTS = "merged", "texts"
 
 
 def tune_16bit(options: TuneOptions, before: Mapping[str, Any]) -> Path:
@@ -46,6 +45,8 @@ def tune_16bit(options: TuneOptions, before: Mapping[str, Any]) -> Path:
             with atomic_folder(merged) as temporary:
                 loaded.model.save_pretrained(temporary)
                 loaded.tokenizer.save_pretrained(temporary)
+            for name in (MERGED, TEXTS):
+                run.note_files(name)
             run.reach(Phase.TRAINED)
         dtype = loaded.model.dtype
         loaded.model.to("meta")  # frees the weights

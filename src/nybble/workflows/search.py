@@ -71,8 +71,10 @@ def _check_run(path: Path) -> None:
     saved_options(path)
     results = read_results(path)
     task = results.task
-    if results.command != "tune" or task is None or task.configuration is None:
-        raise RunError(f"{path} must be a finished run of nybble tune; it is none")
+    if results.command not in ("tune", ""):
+        raise RunError(f"{path} must be a run of nybble tune; it is one of nybble {results.command}; name another")
+    if task is None or task.configuration is None:
+        raise RunError(f"{path} must be a finished run of nybble tune; it has no ranks yet; finish it with --resume")
     if len(task.rank_space) == 1:
         raise RunError(f"{path} has the single rank {task.rank_space[0]}; there is nothing to search")
 
@@ -111,7 +113,8 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
     """Ship the best configuration, or say how."""
     task_run = tuned.task_run
     run, in_place = task_run.context.run, task_run.task.configuration
-    if best.configuration == in_place and run.results.phase.reached(Phase.QUANTIZED):
+    made = best.configuration == in_place and run.results.phase.reached(Phase.QUANTIZED)
+    if made and (run.results.finished or not apply):
         say("It is in place.")
         return
     if not apply:
@@ -121,7 +124,8 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
             "measures it on the test rows."
         )
         return
-    quantize_and_save(tuned, tuple(best.configuration), by_search=True)
+    if not made:  # otherwise an earlier --apply was killed afterwards
+        quantize_and_save(tuned, tuple(best.configuration), by_search=True)
     remove_leftovers(task_run)
     evaluation = task_run.options.evaluation
     failed = steps.measure_shipped(task_run.context, task_run.evaluator, "tuned", evaluation.export)

@@ -21,7 +21,7 @@ from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import TextData
 from nybble.errors import DataError, ExportError
 from nybble.export.base import EXPORTERS
-from nybble.files import atomic_folder, remove_folder
+from nybble.files import atomic_folder
 from nybble.models import quantized_model
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
@@ -127,7 +127,7 @@ def generate_text(context: RunContext) -> RunContext:
             ids = generate_pending(pending, model, context.loaded.tokenizer, path, min(pending.count, fitting), advance)
     except DataError:
         if not run.results.models:
-            remove_folder(run.path)
+            run.delete()
         raise
     log.info("the model generated %d sequences of %d tokens: %s", *ids.shape, path)
     return replace(context, text=text.with_generated(ids))
@@ -248,7 +248,7 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats
         del model, shipped
     failed = []
     for name in dict.fromkeys((*run.results.exports, *formats)):
-        if name in run.results.models and (run.path / name).is_dir():
+        if name in run.results.models and run.is_complete(name):
             continue
         try:
             exported, size = export_run(run, name, options.trust_remote_code)
@@ -275,6 +275,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[Load
         with atomic_folder(folder) as temporary:
             result = exporter.export(model, tokenizer, quantized, temporary)
             copy_companions(companion_files(run.quantized, tokenizer), temporary)
+        run.note_files(name)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(model.config)}
     log.info(
         "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
