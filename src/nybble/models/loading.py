@@ -27,6 +27,7 @@ from nybble.models.companions import companion_files
 from nybble.models.configuration import check_config, check_config_file, explain_folder
 from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
+from nybble.models.gguf_file import read_gguf
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.weights import check_complete, check_finite
 from nybble.runtime import disable_cudnn_attention
@@ -83,7 +84,8 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
     check_model_path(source)
     if source.endswith(".gguf"):
-        model, tokenizer = load_gguf_model(Path(source), dtype), load_gguf_tokenizer(Path(source))
+        file = read_gguf(Path(source))
+        model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
     else:
         model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
     check_supported(model, name)
