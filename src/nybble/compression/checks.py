@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from nybble.compression.chain import check_chain
 from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
+from nybble.models.selection import select_layers
+from nybble.quant.grid import below_grid
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 
 log = logging.getLogger("nybble")
+
+_FEW_GROUPS = 0.01
+"""Share of the groups of a layer that may be too small without a warning: single dead channels are common."""
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names in configurations of the length that a model was made for."""
@@ -38,6 +44,26 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
     combination.check(model.config)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
+    embeddings = select_layers(model).int8
+    warn_of_small_weights({name: model.get_submodule(name).weight for name in embeddings}, INT8_PER_ROW)
+
+
+def warn_of_small_weights(weights: Mapping[str, Tensor], scheme: QuantScheme) -> None:
+    """Warn of layers whose weights are too small for the scale grid: they lose most of their accuracy.
+
+    Args:
+        weights: layer path -> weight [O, I].
+        scheme: how they will be quantized.
+    """
+    layers = {name: below_grid(weight.detach(), scheme) for name, weight in weights.items()}
+    counts = {name: int(small_OG.sum()) for name, small_OG in layers.items()}
+    small = [name for name, count in counts.items() if count > _FEW_GROUPS * layers[name].numel()]
+    if small:
+        log.warning(
+            "%d groups of weights in %d layers (first: %s) are too small for scales of at least 2^-14 and lose most of "
+            "their accuracy; scale the weights of these layers up, and the norms or layers around them down",
+            sum(counts[name] for name in small), len(small), ", ".join(small[:3]),
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 from nybble.compression.block_compression import BlockCompressor, Progress, share_model_memory
 from nybble.compression.blocks import DecoderBlocks, get_linear, set_weight
 from nybble.compression.calibration import TOKENS_PER_FORWARD, Calibration
+from nybble.compression.checks import warn_of_small_weights
 from nybble.compression.init import QuantizedInit
 from nybble.compression.layer_error import LayerError, weight_error
 from nybble.compression.methods import MethodCombination, combine, parse_method
@@ -63,6 +64,7 @@ def compress(
     """
     names, methods = list(names), combine(parse_method(method))
     result = CompressionResult()
+    warn_of_small_weights({name: get_linear(model, name).weight for name in names}, scheme)
     if methods.needs_calibration:
         assert calibration is not None, f"{method} needs calibration text"
         result = _compress_blocks(model, names, scheme, methods, calibration, progress)

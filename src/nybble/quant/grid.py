@@ -94,6 +94,25 @@ def min_max_qparams(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Ten
     return qparams_from_range(w_OGK.amin(-1), w_OGK.amax(-1), scheme)
 
 
+def below_grid(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """Return which groups are too small for the scale grid: the smallest scale leaves them fewer than 8 codes.
+
+        0 < max(w, 0) - min(w, 0) < 8 * SCALE_MIN
+
+    Groups below 1e-10 count as zero: models have such rows for tokens that no text uses.
+
+    Args:
+        weight_OI: weights, any float dtype.
+        scheme: quantization scheme. Its group_size must divide I.
+
+    Returns:
+        bool [O, G].
+    """
+    w_OGK = to_groups(weight_OI, scheme.num_groups(weight_OI.shape[-1]))
+    span_OG = at_least_float32(w_OGK.amax(-1)).clamp(min=0) - at_least_float32(w_OGK.amin(-1)).clamp(max=0)
+    return (span_OG > 1e-10) & (span_OG < 8 * SCALE_MIN)
+
+
 def qparams_from_range(low_OG: Tensor, high_OG: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Asymmetric scale and zero point whose codes span the range low .. high, extended to contain 0.
 
