@@ -186,7 +186,7 @@ def test_generated_text_that_does_not_suit_the_run_is_refused(tmp_path: Path) ->
     with pytest.raises(DataError, match="must hold sequences; it has none"):
         generate.read_generated(path, tokenizer, 24)
     files.save_tensors(path, {"weights": tensors["ids"]}, note)
-    with pytest.raises(DataError, match="the same tokenizer"):
+    with pytest.raises(DataError, match="must hold what --data self generated; ids is missing; use --data self"):
         generate.read_generated(path, tokenizer, 24)
 
 

@@ -24,8 +24,8 @@ def test_options_survive_toml(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"lr = ", "is not valid TOML: "),
-        (b"\xff", "is not valid TOML: "),
+        (b"lr = ", "must be a TOML file; it is not valid: "),
+        (b"\xff", "must be a TOML file; it is not valid: "),
         (b"batchsize = 3\n", "batchsize is no option of nybble distill; did you mean batch_size?"),
         (b"lr = 'x'\n", "lr must be a number; got 'x'"),
         (b"trust_remote_code = true\n", "remove trust_remote_code, and give it as a flag if you trust the model"),

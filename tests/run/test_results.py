@@ -116,7 +116,7 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     [
         ("phase", "sleeping", "phase must be Phase; it is sleeping"),
         ("models", 3, "models must be dict"),
-        ("models", {"tuned": {"bytes": None}}, "models.tuned.bytes must be str; it is None"),
+        ("models", {"tuned": {"bytes": None}}, "models.tuned.bytes must be float; it is None"),
         ("trainings", [3], "trainings.0 must be an object; it is 3"),
         ("trainings", [{"name": "x", "what": 1}], "trainings.0.what is unknown"),
         ("task", {"name": "x"}, "task.metric is missing"),

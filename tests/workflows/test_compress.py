@@ -94,11 +94,11 @@ def test_inspect_refuses_what_is_no_quantized_model(
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert 'pip install -c constraints.txt -e ".[openvino]"' in refused("inspect", str(run / "openvino"))
-    save_file({"a": torch.zeros(2)}, run / "quantized" / quantized_model.WEIGHTS_FILE)
+    save_file({"a": torch.zeros(1 << 20)}, run / "quantized" / quantized_model.WEIGHTS_FILE)
     words = "must be a 4-bit model that nybble wrote (nybble-2); it is something else"
     assert words in refused("inspect", str(run))
     (run / "quantized" / quantized_model.WEIGHTS_FILE).write_bytes(b"cut")
-    words = "must be a readable safetensors file"
+    words = "quantized must have the files that it was written with; weights.safetensors is missing or cut"
     assert words in refused(*command("distill", model, tmp_path / "third", "--init_from", str(run)))
 
 

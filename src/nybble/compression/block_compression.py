@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nybble.compression.base import RefinementMethod
@@ -39,6 +40,14 @@ class CompressedBlock:
 
 
 @dataclass(frozen=True)
+class _StoredNote:
+    """The note of a stored block."""
+
+    errors: dict[str, LayerError]
+    losses: list[float] | None
+
+
+@dataclass(frozen=True)
 class BlockCompressor:
     """Compresses the blocks of a model one after the other.
 
@@ -64,7 +73,7 @@ class BlockCompressor:
             RunError: a stored block is damaged, or the disk is full.
         """
         prefix, store = self.blocks.prefixes[i], self.calibration.store
-        stored = store.load(prefix) if store else None
+        stored = store.load(prefix, self._stored_tensors(i), _StoredNote) if store else None
         if stored is None:
             result = self._run_stages(i)
             if store:
@@ -150,21 +159,30 @@ class BlockCompressor:
         errors = {name: asdict(error) for name, error in result.errors.items()}
         return tensors | others, {"errors": errors, "losses": result.losses}
 
-    def _from_store(self, i: int, tensors: dict[str, Tensor], note: dict[str, Any]) -> CompressedBlock:
+    def _stored_tensors(self, i: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> dtype and shape of what `_to_store` gives."""
+        names, expected = self.blocks.layers[i], {}
+        for key, value in self.blocks.modules[i].state_dict().items():
+            name, shape = key.removesuffix(".weight"), tuple(value.shape)
+            if name not in names:
+                expected[key] = value.dtype, shape
+                continue
+            groups = (shape[0], self.scheme.num_groups(shape[1]))
+            specs = ((value.dtype, shape), (torch.float32, groups), (torch.float32, groups))
+            expected |= {f"{name}:{leaf}": spec for leaf, spec in zip(_INIT_TENSORS, specs, strict=True)}
+        return expected
+
+    def _from_store(self, i: int, tensors: dict[str, Tensor], note: _StoredNote) -> CompressedBlock:
         """Restore block i, and pass the full stream through the 16-bit block first."""
-        prefix, names = self.blocks.prefixes[i], self.blocks.layers[i]
+        names = self.blocks.layers[i]
         self.blocks.advance_full(i)
         inits = {
             name: QuantizedInit(*(tensors.pop(f"{name}:{leaf}").to(self.blocks.device) for leaf in _INIT_TENSORS))
             for name in names
         }
-        missing = self.blocks.modules[i].load_state_dict(tensors, strict=False).missing_keys
-        assert all(key.removesuffix(".weight") in inits for key in missing), (
-            f"{prefix}: the stored block lacks {missing}"
-        )
-        errors = {name: LayerError(**fields) for name, fields in note["errors"].items()}
-        losses = note["losses"]
-        return CompressedBlock(inits, errors, (losses[0], losses[1]) if losses else None)
+        self.blocks.modules[i].load_state_dict(tensors, strict=False)  # the quantized weights are not among them
+        losses = note.losses
+        return CompressedBlock(inits, note.errors, (losses[0], losses[-1]) if losses else None)
 
     def _pass_on(self, i: int, inits: dict[str, QuantizedInit]) -> None:
         """Pass the quantized stream, if there is one, through the 4-bit block; then put the weights of `inits` in."""

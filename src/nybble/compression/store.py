@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nybble.files import load_tensors, save_tensors
+from nybble.files import damaged, load_tensors, save_tensors
+from nybble.schema import SchemaError, Shape, check_tensors, from_json
+
+T = TypeVar("T")
 
 
 class BlockStore:
@@ -21,11 +25,15 @@ class BlockStore:
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
 
-    def load(self, block: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(
+        self, block: str, expected: Mapping[str, tuple[Any, Shape]], kind: type[T]
+    ) -> tuple[dict[str, Tensor], T] | None:
         """Read a finished block.
 
         Args:
             block: path of the block in the model, "model.layers.0.".
+            expected: name -> dtype and shape of its tensors.
+            kind: type of its note, a dataclass.
 
         Returns:
             What was given to `save`, with tensors on the CPU; None if there is no file with this identity.
@@ -33,10 +41,17 @@ class BlockStore:
         Raises:
             RunError: the file is damaged.
         """
-        if not self._file(block).exists():
+        file = self._file(block)
+        if not file.exists():
             return None
-        tensors, note = load_tensors(self._file(block))
-        return (tensors, note) if note.pop("identity", None) == self.identity else None
+        tensors, note = load_tensors(file)
+        if note.pop("identity", None) != self.identity:
+            return None
+        try:
+            check_tensors(tensors, expected)
+            return tensors, from_json(kind, note)
+        except SchemaError as error:
+            raise damaged(file, error) from error
 
     def save(self, block: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         """Write a finished block atomically.

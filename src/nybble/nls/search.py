@@ -33,13 +33,12 @@ from nybble.nls.study import (
     SearchSpace,
     Storage,
     best_trial,
-    check_trials,
     completed_trials,
     configuration_of,
     finished_trials,
-    open_study,
     pareto_front,
-    reporting_storage,
+    reporting_full_storage,
+    stored_study,
     untried_neighbours,
 )
 from nybble.tasks.dataset import Question
@@ -95,7 +94,7 @@ def search_ranks(space: SearchSpace, scorer: ConfigurationScorer, config: Search
     Raises:
         RunError: all trials of a sampler were pruned, or the stored trials cannot be read or written.
     """
-    with reporting_storage(config.storage):
+    with reporting_full_storage(config.storage):
         return _search(space, scorer, config)
 
 
@@ -104,8 +103,7 @@ def _search(space: SearchSpace, scorer: ConfigurationScorer, config: SearchConfi
     studies: dict[str, optuna.Study] = {}
     for sampler in dict.fromkeys(samplers):
         wanted = max(config.num_trials, *(len(finished_trials(study)) for study in studies.values()), 0)
-        study = open_study(sampler, config.seed, config.storage)
-        check_trials(study, space)
+        study = stored_study(sampler, config.seed, config.storage, space)
         _StudyRunner(study, sampler, config.seed, space, scorer).run(wanted)
         studies[sampler] = study
     count = min(len(finished_trials(study)) for study in studies.values())

@@ -61,38 +61,59 @@ def storage_url(folder: Path) -> str:
 
 
 @contextmanager
-def reporting_storage(storage: Storage) -> Iterator[None]:
-    """Turn what optuna and SQLite raise about the file of trials, in this block, into a RunError.
-
-    Raises:
-        RunError: the disk is full, or the file is damaged.
-    """
+def reporting_full_storage(storage: Storage) -> Iterator[None]:
+    """Turn what optuna and SQLite raise for want of space, in this block, into a RunError."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, SchemaError) as error:
-        file = str(storage).removeprefix(_SQLITE)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ or error  # optuna wraps what SQLite says
         # SQLite calls it an I/O error where a limit of file sizes is reached.
-        if is_out_of_space(error) or is_out_of_space(cause) or "disk I/O error" in str(error):
-            raise RunError(
-                f"{file} must fit on the disk; it could not be written: {first_line(cause)}; free some disk space, "
-                "then run the same command"
-            ) from error
+        if not (is_out_of_space(error) or is_out_of_space(cause) or "disk I/O error" in str(error)):
+            raise
         raise RunError(
-            f"{file} must hold the trials of nybble search; it cannot be used ({first_line(cause)}); delete it to "
-            "search anew"
+            f"{_file(storage)} must fit on the disk; it could not be written: {first_line(cause)}; free some disk "
+            "space, then run the same command"
         ) from error
 
 
-def check_trials(study: optuna.Study, space: SearchSpace) -> None:
-    """Check the trials that an earlier search stored.
+def stored_study(sampler: SearchSampler, seed: int, storage: Storage, space: SearchSpace) -> optuna.Study:
+    """Open a study as `open_study` does, and check the trials that an earlier search stored.
 
     Raises:
-        SchemaError: a finished trial has other parameters or ranks than the space, or no finite score.
+        RunError: the file of trials is damaged, or holds trials of another space.
     """
+    try:
+        with reporting_full_storage(storage):
+            study = open_study(sampler, seed, storage)
+            check_trials(study, space)
+    except RunError:
+        raise
+    except Exception as error:  # optuna raises whatever a wrong value in the file leads to; nothing else is read here
+        reason = first_line(error) if isinstance(error, SchemaError) else f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(
+            f"{_file(storage)} must hold the trials of nybble search; it cannot be used ({reason}); delete it to "
+            "search anew"
+        ) from error
+    return study
+
+
+def _file(storage: Storage) -> str:
+    return str(storage).removeprefix(_SQLITE)
+
+
+def check_trials(study: optuna.Study, space: SearchSpace) -> None:
+    """Check the trials of a study.
+
+    Raises:
+        SchemaError: it has other objectives, or a finished trial has ranks outside of the space, or no finite score.
+    """
+    if study.directions[0].name != "MAXIMIZE":
+        raise SchemaError("the score must be maximized; it is minimized")
+    if any(trial.number is None for trial in study.trials):
+        raise SchemaError("every trial must have a number; one has none")
     for trial in finished_trials(study):
         ranks = [trial.params.get(name) for name in space.parameter_names]
         if len(trial.params) != len(ranks) or any(rank not in space.ranks for rank in ranks):
@@ -101,7 +122,7 @@ def check_trials(study: optuna.Study, space: SearchSpace) -> None:
             )
         values = trial.values or []
         scored = len(values) == len(study.directions) and all(map(math.isfinite, values))
-        if trial in completed_trials(study) and not scored:
+        if trial.state.name == "COMPLETE" and not scored:
             raise SchemaError(f"trial {trial.number} must have a finite score; it has {values}")
 
 

@@ -26,9 +26,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OptionError(f"--config {path} must be a TOML file; it cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, not TOML
-        raise OptionError(f"--config {path} is not valid TOML: {error}") from error
+        raise OptionError(f"{path} must be a TOML file; it cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
+        raise OptionError(f"{path} must be a TOML file; it is not valid: {error}") from error
 
 
 def recipe_values(kind: type[Command], path: Path) -> dict[str, Any]:
@@ -38,7 +38,11 @@ def recipe_values(kind: type[Command], path: Path) -> dict[str, Any]:
         OptionError: missing, malformed, an unknown option, a value of the wrong type, or permission to run a model's
             code.
     """
-    values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+    try:
+        found = read_toml(path)
+    except OptionError as error:
+        raise OptionError(f"--config {error}") from error
+    values = {key.replace("-", "_"): value for key, value in found.items()}
     if values.get(TRUST):
         raise OptionError(
             f"--config {path} must not allow Python code that comes with a model; remove {TRUST}, and give it as a "

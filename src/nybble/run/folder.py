@@ -41,6 +41,7 @@ from nybble.run.marker import MARKER, is_run, write_marker
 from nybble.run.results import RESULTS, Phase, RunResults, has_results, read_results
 from nybble.run.resume import check_same_options
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
+from nybble.schema import SchemaError, read_json
 
 log = logging.getLogger("nybble")
 
@@ -126,14 +127,24 @@ class RunFolder:
 
 
 def missing_files(path: Path, results: RunResults, name: str) -> list[str]:
-    """The files of a folder of a run that are missing, or shorter than when it was written.
+    """The files of a folder of a run that are missing, or cut: shorter than they were written, and no valid JSON.
 
     Of a run that an earlier version of nybble made it is known only that the folder has files.
     """
     found = _file_sizes(path / name)
     if not found:
         return [name]
-    return [file for file, size in results.files.get(name, {}).items() if found.get(file, -1) < size]
+    shorter = [file for file, size in results.files.get(name, {}).items() if found.get(file, -1) < size]
+    return [file for file in shorter if not _is_json(path / name / file)]
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a file, which someone may have edited, is whole JSON."""
+    try:
+        read_json(file)
+    except SchemaError:
+        return False
+    return file.suffix == ".json"
 
 
 def check_complete(path: Path) -> None:
@@ -142,8 +153,12 @@ def check_complete(path: Path) -> None:
     Raises:
         RunError: files are missing or cut.
     """
-    run = path.resolve().parent
-    if is_run(run) and (wrong := missing_files(run, read_results(run), path.resolve().name)):
+    run, name = path.resolve().parent, path.resolve().name
+    if not is_run(run):
+        return
+    results = read_results(run)
+    wrong = missing_files(run, results, name) if name in results.files else []
+    if wrong:
         raise RunError(
             f"{path} must have the files that it was written with; {', '.join(wrong[:3])} is missing or cut; bring it "
             "back, or let the run make the folder again with --resume"

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from nybble.compression.layer_error import LayerError
 from nybble.errors import RunError
 from nybble.files import write_text
 from nybble.qat.absorb import WeightChanges
@@ -290,7 +291,26 @@ def read_results(folder: Path) -> RunResults:
                 "the run again"
             )
         results: RunResults = from_json(RunResults, values)
-        from_json(dict[str, dict[str, float | str]], results.models, "models.")
+        _check_details(results)
     except SchemaError as error:
         raise RunError(f"{file} must be the results of a run; {error}; bring it back, or make the run again") from error
     return results
+
+
+def _check_details(results: RunResults) -> None:
+    """Check what types do not say and reports rely on. SchemaError, saying where, if it does not fit."""
+    for row, metrics in results.models.items():
+        rights = {key for key in metrics if key.startswith("right:")}
+        for key, value in metrics.items():
+            from_json(str if key in rights else float, value, f"models.{row}.{key}")
+    from_json(dict[str, LayerError], results.layer_errors, "layer_errors.")
+    from_json(dict[str, str], results.machine.get("versions", {}), "machine.versions.")
+    if wrong := [block for block, losses in results.block_losses.items() if len(losses) != 2]:
+        raise SchemaError(f"block_losses.{wrong[0]} must be a loss before and one after")
+    if any("step" not in record for training in results.trainings for record in training.steps + training.validation):
+        raise SchemaError("trainings must have a step in every record; one has none")
+    task = results.task
+    if task is not None and len({candidate.test is None for candidate in task.candidates}) > 1:
+        raise SchemaError("task.candidates must all have a score on test rows, or none; only some have")
+    if task is not None and task.search is not None and not task.search.winners:
+        raise SchemaError("task.search.winners must not be empty; it is")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import RunError
-from nybble.options.base import NONE, Command
+from nybble.errors import OptionError, RunError
+from nybble.options.base import NONE, Command, typed_values
+from nybble.options.commands import COMMANDS, CompareOptions
 from nybble.options.toml import CONFIG, read_toml, to_toml
 from nybble.run.marker import MARKER, is_run
 from nybble.run.results import RunResults, has_results, read_results
@@ -33,7 +34,7 @@ def saved_options(folder: Path) -> dict[str, Any]:
     """Option values in the config.toml of a run; "none" is an empty list, as options have it.
 
     Raises:
-        RunError: this is not a run folder, or its configuration is missing.
+        RunError: this is not a run folder, or its configuration is missing or damaged.
     """
     if not is_run(folder):
         raise RunError(f"{folder} must be a run folder; it has no {MARKER} of nybble's")
@@ -41,7 +42,16 @@ def saved_options(folder: Path) -> dict[str, Any]:
         raise RunError(
             f"{folder} must be a complete run; its {CONFIG} is missing; bring it back, or make the run again"
         )
-    return {key: [] if value == NONE else value for key, value in read_toml(folder / CONFIG).items()}
+    try:
+        values = read_toml(folder / CONFIG)
+        # Options of the same name have the same type in every command.
+        kind = next((kind for kind in COMMANDS.values() if values.keys() <= kind.fields().keys()), CompareOptions)
+        typed_values(kind, values, "")
+    except OptionError as error:
+        raise RunError(
+            f"{folder / CONFIG} must be the options of a run; {error}; bring it back, or make the run again"
+        ) from error
+    return {key: [] if value == NONE else value for key, value in values.items()}
 
 
 def check_same_command(folder: Path, kind: type[Command]) -> None:

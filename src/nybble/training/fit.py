@@ -16,17 +16,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nybble import files
 from nybble.callbacks import Callback
 from nybble.console import bar
 from nybble.errors import TrainingError
+from nybble.schema import SchemaError, check_tensors, from_json
 from nybble.training.objective import TrainingObjective
 from nybble.training.trainer import ParameterGroup, Trainer, TrainerConfig, TrainingProgress
 
@@ -121,6 +123,22 @@ def fit(
     return TrainingRecord(progress.curve, progress.history, progress.best_step)
 
 
+@torch.no_grad()
+def load_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Give parameters, in place, the values in a checkpoint of the best validation.
+
+    Raises:
+        RunError: the checkpoint is missing or damaged, or has other parameters.
+    """
+    tensors, _ = files.load_tensors(path)
+    try:
+        check_tensors(tensors, {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()})
+    except SchemaError as error:
+        raise files.damaged(path, error) from error
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
 @dataclass(frozen=True)
 class _Fit:
     """The parts of `fit`, which share a trainer and its files."""
@@ -140,11 +158,17 @@ class _Fit:
         return self.folder / checkpoint_names(self.config.name)[1]
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        if self.last.exists():
-            tensors, progress = files.load_tensors(self.last)
+        """Continue from the newest checkpoint, if there is one. Without the best one, training begins again."""
+        if self.last.exists() and self.best.exists():
+            tensors, note = files.load_tensors(self.last)
+            try:
+                progress = from_json(TrainingProgress, note)
+                check_tensors(tensors, self.trainer.state_layout(tensors))
+                progress.check(self.config.trainer.steps)
+            except SchemaError as error:
+                raise files.damaged(self.last, error) from error
             self.trainer.load_state(tensors)
-            self.trainer.progress = TrainingProgress(**progress)
+            self.trainer.progress = progress
             log.info("resumed at step %d of %d", self.trainer.progress.step, self.config.trainer.steps)
 
     def train(self) -> None:
@@ -200,9 +224,6 @@ class _Fit:
         progress, patience = self.trainer.progress, self.config.early_stopping_patience
         return 0 < patience <= sum(validation["step"] > progress.best_step for validation in progress.history)
 
-    @torch.no_grad()
     def load_best(self) -> None:
         """Give the parameters the values of the best validation."""
-        tensors, _ = files.load_tensors(self.best)
-        for name, parameter in self.trainer.parameters.items():
-            parameter.copy_(tensors[name])
+        load_parameters(self.best, self.trainer.parameters)

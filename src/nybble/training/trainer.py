@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import TrainingError
+from nybble.schema import SchemaError
 from nybble.training.objective import TrainingObjective
 
 LRSchedulerType = Literal["cosine", "constant", "constant_with_averaging"]
@@ -83,6 +84,14 @@ class TrainingProgress:
     best_step: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+
+    def check(self, steps: int) -> None:
+        """Raise SchemaError for a progress that no training of so many steps has."""
+        at = [record.get("step") for record in self.curve]
+        if not 0 <= self.step <= steps or at != list(range(1, self.step + 1)):
+            raise SchemaError(f"step must be from 0 to {steps}, after a record of every step; it is {self.step}")
+        if not self.history or any("step" not in record for record in self.history):
+            raise SchemaError("history must hold a validation with its step; it does not")
 
 
 def lr_multiplier(step: int, steps: int, warmup_ratio: float, lr_scheduler_type: LRSchedulerType) -> float:
@@ -229,6 +238,18 @@ class Trainer:
             if parameter in self.optimizer.state:
                 tensors |= {f"{key}:{name}": self.optimizer.state[parameter][key] for key in _ADAM_STATE}
         return tensors
+
+    def state_layout(self, names: Container[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of a state with these `names`; averages and the optimizer's are optional."""
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, parameter in self.parameters.items():
+            whole = (parameter.dtype, tuple(parameter.shape))
+            layout[name] = whole
+            if f"mean:{name}" in names:
+                layout[f"mean:{name}"] = whole
+            if f"step:{name}" in names:
+                layout |= {f"{key}:{name}": (torch.float32, ()) if key == "step" else whole for key in _ADAM_STATE}
+        return layout
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from nybble.export.base import check_formats, exporter_of
 from nybble.models import quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.commands import EvalOptions
-from nybble.run.folder import QUANTIZED
+from nybble.run.folder import QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.workflows.plan import pick_place
 
@@ -73,16 +73,15 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
         if not (path / quantized_model.WEIGHTS_FILE).is_file():
             raise RunError(f"{target} must be a finished run; it has no 4-bit model; finish it with --resume")
     device, dtype = pick_place(options.model)
+    check_complete(path)
     if (path / quantized_model.WEIGHTS_FILE).is_file():
         model, tokenizer, _ = quantized_model.load_quantized(path, dtype, trust)
         return LoadedModel(model.to(device), tokenizer, str(path))
     exporter = exporter_of(path)
     if exporter is not None:
-        from transformers import AutoTokenizer
-
         check_formats([exporter.name], "MODEL_OR_RUN")
         config = quantized_model.load_config(path, trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = quantized_model.load_tokenizer(path, trust)
         return LoadedModel(exporter.open_model(path, config, options.evaluation.strict), tokenizer, str(path))
     try:
         return load(target, dtype, device, trust)

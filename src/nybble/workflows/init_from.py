@@ -13,7 +13,7 @@ from nybble.models import quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.models.selection import LayerSelection
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.folder import QUANTIZED
+from nybble.run.folder import QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.run.results import read_results
 
@@ -26,26 +26,28 @@ def check_finished(run: Path) -> None:
         raise OptionError(f"--init_from {run} must be the folder of a finished run; it is none")
     if not (run / QUANTIZED / quantized_model.WEIGHTS_FILE).is_file():
         raise OptionError(f"--init_from {run} must be a finished run; it has no 4-bit model; finish it with --resume")
+    check_complete(run / QUANTIZED)
 
 
 def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection, group_size: int) -> None:
     """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
-    folder, other = run / QUANTIZED, read_results(run).model
-    shapes = quantized_model.scale_shapes(folder)
+    other, layout = read_results(run).model, quantized_model.read_layout(run / QUANTIZED)
     layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*selection.int4, *selection.int8)}
-    if shapes.keys() != layers.keys() or any(shapes[name][0] != shape[0] for name, shape in layers.items()):
+    if {name: tuple(shape) for name, shape in layers.items()} != {
+        n: layer.shape for n, layer in layout.quantized.items()
+    }:
         raise OptionError(
             f"--init_from {run} must be of a model like {loaded.name}; it is of {other}, which has other layers"
         )
-    own = quantized_model.unquantized_tensors(loaded.model, layers).keys()
-    differing = sorted(quantized_model.unquantized_names(folder) ^ own)
+    own = {n: tuple(t.shape) for n, t in quantized_model.unquantized_tensors(loaded.model, layers).items()}
+    differing = sorted(name for name, _ in layout.others.items() ^ own.items())
     if differing:
         raise OptionError(
             f"--init_from {run} must be of a model like {loaded.name}; only one of it and {other} has "
-            f"{', '.join(differing[:3])}"
+            f"{', '.join(dict.fromkeys(differing[:3]))}"
         )
     for name in selection.int4:
-        found = layers[name][1] // shapes[name][1]
+        found = layout.quantized[name].scheme.group_size
         if found != group_size:
             raise OptionError(
                 f"--init_from {run} must have groups of {group_size} weights; it has groups of {found}; add "

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from nybble.callbacks import Callback, CallbackList
-from nybble.files import check_free_disk, load_tensors
+from nybble.files import check_free_disk
 from nybble.options.commands import TrainCommand
 from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
@@ -23,7 +22,7 @@ from nybble.qat.lora import LoRALinear
 from nybble.run.folder import RunFolder
 from nybble.run.results import Phase, Training, read_results
 from nybble.training import memory
-from nybble.training.fit import FitConfig, checkpoint_names, fit
+from nybble.training.fit import FitConfig, checkpoint_names, fit, load_parameters
 from nybble.training.losses import chunk_tokens
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from nybble.training.objective import TrainingObjective
@@ -236,10 +235,8 @@ def measuring_weights(layers: Mapping[str, CachedWeightLinear], weight_cache: st
     return cached_weights(layers.values(), flush=False) if weight_cache == "step" else nullcontext()
 
 
-def load_best(folder: Path, layers: Mapping[str, CachedWeightLinear]) -> None:
+def load_best(folder: Path, options: TrainingOptions, layers: Mapping[str, CachedWeightLinear]) -> None:
     """Give layers the parameters with the best validation of the run's first training."""
-    tensors, _ = load_tensors(folder / checkpoint_names()[1])
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            layer, leaf = name.rsplit(".", 1)
-            getattr(layers[layer], leaf).copy_(tensor)
+    groups = parameter_groups(options, layers)
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    load_parameters(folder / checkpoint_names()[1], parameters)

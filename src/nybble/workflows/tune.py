@@ -134,7 +134,7 @@ def _insert(task_run: TaskRun) -> TunedRun:
 def reopen(task_run: TaskRun) -> TunedRun:
     """A trained run with its layers in place, which hold the adapters of the best epoch."""
     tuned = _insert(task_run)
-    train.load_best(task_run.context.run.path, tuned.layers)
+    train.load_best(task_run.context.run.path, task_run.options.training, tuned.layers)
     return tuned
 
 
