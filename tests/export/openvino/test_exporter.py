@@ -31,7 +31,6 @@ def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
         "openvino_tokenizer.xml",
         "openvino_detokenizer.xml",
         "config.json",
-        "generation_config.json",
         "tokenizer.json",
     }
     check_read_back(exported.quantized, EXPORTER.read_weights(exported.folder), exported.folder)
