@@ -64,7 +64,7 @@ def test_any_other_text_is_an_error_that_lists_the_methods(text: str) -> None:
     with pytest.raises(OptionError) as error:
         parse_method(text, "--init")
     assert str(error.value) == (
-        "--init must be rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; "
+        "--init must be auto, rtn, or one or more of awq, se, gptq, blockwise in this order, joined by +; "
         f"got {text}; awq+se+gptq, for example"
     )
 

@@ -55,3 +55,6 @@ def test_an_odd_group_size_is_refused_before_the_work(tmp_path: Path, capsys: py
     assert main(compress_command(model, run, "--export", "openvino", "--group_size", "15")) == 2
     assert "needs an even --group_size; got 15" in capsys.readouterr().err
     assert not run.exists()
+    assert main(compress_command(model, run, "--group_size", "15")) == 0
+    assert main(["export", str(run), "--to", "openvino"]) == 2
+    assert "needs an even --group_size; got 15" in capsys.readouterr().err

@@ -272,7 +272,7 @@ def test_a_run_that_does_not_fit_is_refused_before_there_is_a_run(
     shutil.rmtree(first / "quantized")
     assert f"--init_from {first} must be a finished run; it has no 4-bit model" in refused(model, *begin)
     assert "--init_from runs/none must be the folder of a finished run" in refused(model, "--init_from", "runs/none")
-    assert "--method must be rtn, or one or more of awq, se, gptq, blockwise" in refused(model, "--method", "runs/none")
+    assert "--method must be auto, rtn, or one or more of awq, se" in refused(model, "--method", "runs/none")
 
 
 @pytest.mark.slow

@@ -90,8 +90,8 @@ def parse_method(text: str, option: str = "--method") -> tuple[str, ...]:
     if not known or len(set(names)) < len(names) or stages != sorted(stages):
         in_order = sorted(METHODS, key=lambda name: _create(name).stage)
         raise OptionError(
-            f"{option} must be rtn, or one or more of {', '.join(in_order)} in this order, joined by +; got {text}; "
-            "awq+se+gptq, for example"
+            f"{option} must be auto, rtn, or one or more of {', '.join(in_order)} in this order, joined by +; "
+            f"got {text}; awq+se+gptq, for example"
         )
     for stage in (Stage.SCALE, Stage.ROUND):
         same = [name for name, its in zip(names, stages, strict=True) if its == stage]

@@ -26,7 +26,7 @@ from nybble.models import quantized_model
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, model_fingerprint
-from nybble.models.selection import LayerSelection
+from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.commands import RunCommand
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
@@ -271,6 +271,8 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[Load
     exporter, folder = EXPORTERS[name], run.path / name
     with run.stage(f"export {name}"):
         model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, torch.float32, trust_remote_code)
+        for scheme in {weight.scheme for weight in quantized.values() if weight.scheme.bits == 4}:
+            exporter.check(model.config, select_layers(model), scheme)
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
             result = exporter.export(model, tokenizer, quantized, temporary)
