@@ -126,5 +126,7 @@ def test_files_without_rows_and_mixed_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"must hold rows in .*train.jsonl; there are none; add rows, or delete it"):
         read_dataset({"train": [str(empty)]})
     mixed = write_rows(tmp_path / "test.jsonl", {"a": 1}, {"a": "one"})
-    with pytest.raises(DataError, match=r"values of one type in each column of .*test.jsonl; .*; correct the file"):
+    with pytest.raises(
+        DataError, match=r"values of one type in each column of .*test.jsonl; column a: .*; correct the column"
+    ):
         read_dataset({"test": [str(mixed)]})

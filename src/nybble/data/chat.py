@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nybble.data.boundaries import num_equal
+from nybble.data.files import check_unicode
 from nybble.data.rendering import render, roles
 from nybble.errors import DataError
 
@@ -42,19 +43,20 @@ def check_messages(value: object, where: str) -> list[Message]:
         where: where the value stands, for error messages ("chats.jsonl: row 3, column messages").
 
     Raises:
-        DataError: it is not a non-empty list of messages, or the content of a message is not text.
+        DataError: it is not a non-empty list of messages, the content of a message is not text, or text is not Unicode.
     """
     if not (isinstance(value, list) and value and all(map(_is_message, value))):
         raise DataError(
-            f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {str(value)[:80]}; '
+            f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {repr(value)[:80]}; '
             "convert it to such a list, or name the column of the conversations with --text_column"
         )
     for message in value:
         if not isinstance(message["content"], str | None):
             raise DataError(
-                f"{where} must have text as the content of its messages; got {str(message['content'])[:80]}; "
+                f"{where} must have text as the content of its messages; got {repr(message['content'])[:80]}; "
                 "join the texts of its parts"
             )
+    check_unicode(value, where)
     return list(value)
 
 

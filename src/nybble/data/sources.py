@@ -121,7 +121,7 @@ def _load(request: _Request) -> DocumentSplits:
         return _from_folder(path, request)
     if path.is_file():
         return hold_out(_read_file(path, request.column, request.option))
-    if location.startswith((".", "/", "~")) or path.suffix in _SUFFIXES:
+    if location.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES:
         raise DataError(
             f"{request.option} {location} must be an existing file or folder, wikitext2, wikitext2-plain, python-docs, "
             "or a hub data set; there is nothing at this path; check the path"
@@ -161,6 +161,8 @@ def _read_file(path: Path, column: str, option: str) -> Sequence[Document]:
             "convert the file, or rename it"
         )
     rows = data_files.read_rows(path, option)
+    if not rows:
+        raise DataError(f"{option} {path} must have at least one row; it has none; name another file")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     column = _document_column(columns, column, str(path))
     return _checked_documents([row.get(column) for row in rows], column, str(path))
@@ -169,11 +171,10 @@ def _read_file(path: Path, column: str, option: str) -> Sequence[Document]:
 def _from_folder(folder: Path, request: _Request, lines: bool = False) -> DocumentSplits:
     """The files of a folder. `lines`: its rows are the lines of one text (WikiText), and other versions lie beside."""
     found: dict[str, Sequence[Document]] = {}
+    known = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
     for split in SPLITS:
         for suffix in _SUFFIXES:
-            files = sorted(
-                file for file in folder.rglob(f"*{suffix}") if file.is_file() and split in splits_in_name(file)
-            )
+            files = [file for file in known if file.suffix.lower() == suffix and split in splits_in_name(file)]
             if lines:
                 files = [file for file in files if not _OTHER_WIKITEXT & set(file.relative_to(folder).parts)]
             if files:
@@ -251,7 +252,8 @@ def _document_column(columns: Sequence[str], wanted: str, source: str) -> str:
         return _MESSAGES_COLUMN
     if wanted not in columns:
         raise DataError(
-            f"--text_column must be a column of {source}: got {wanted}; it has {', '.join(columns) or 'none'}"
+            f"--text_column must be a column of {source}: got {wanted}; it has "
+            f"{' '.join(', '.join(columns).split())[:200] or 'none'}"
         )
     return wanted
 
@@ -269,7 +271,8 @@ def _checked_documents(values: Sequence[Any], column: str, source: str) -> Seque
     for i, value in filled:
         if not isinstance(value, str):
             raise DataError(
-                f"{source}: row {i}, column {column} must be text; got {str(value)[:80]}; "
+                f"{source}: row {i}, column {column} must be text; got {repr(value)[:80]}; "
                 "name another column with --text_column"
             )
+        data_files.check_unicode(value, f"{source}: row {i}, column {column}")
     return [value for _, value in filled]

@@ -55,13 +55,14 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None, option: str = "--eva
     Raises:
         MissingExtraError: lm-eval is not installed.
         OptionError: a task is unknown, or a group of tasks with `data_dir`.
-        DataError: the data are neither in `data_dir` nor available from the hub.
+        DataError: the data are neither in `data_dir` nor available from the hub, or files in `data_dir` cannot be read.
     """
     if not tasks:
         return
     _check_names(tasks, option)
     if data_dir is not None:
-        local_task_configs(tasks, Path(data_dir), option)
+        for task, config in zip(tasks, local_task_configs(tasks, Path(data_dir), option), strict=True):
+            _load_local(task, config)
         return
     with _explain_missing_data(tasks, _LEAVE_OUT if option == "--eval_tasks" else ""):
         task_manager().load(list(tasks))
@@ -92,16 +93,15 @@ def open_task(name: str, data_dir: str | None, option: str = "--task") -> Any:
     Raises:
         MissingExtraError: lm-eval is not installed.
         OptionError: the task is unknown, or a group of tasks.
-        DataError: the data are neither in `data_dir` nor available from the hub.
+        DataError: the data are neither in `data_dir` nor available from the hub, or files in `data_dir` cannot be read.
     """
     _check_names([name], option)
     if is_group(name):
         raise OptionError(f"{option} must name a single task; {name} is a group of tasks; name one of its tasks")
-    task: Any = name
     if data_dir is not None:
-        task = local_task_configs([name], Path(data_dir), option, needs_train=True)[0]
+        return _load_local(name, local_task_configs([name], Path(data_dir), option, needs_train=True)[0])
     with _explain_missing_data([name], ""):
-        return task_manager().load([task])["tasks"][name]
+        return task_manager().load([name])["tasks"][name]
 
 
 def main_metric(task: Any) -> str:
@@ -176,6 +176,19 @@ def result_columns(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             elif "stderr" not in metric:
                 columns[f"task:{task} {metric}"] = value
     return columns
+
+
+def _load_local(name: str, config: dict[str, Any]) -> Any:
+    """Return lm-eval's object for a task on local files, of which lm-eval renders the first row."""
+    try:
+        return task_manager().load([config])["tasks"][name]
+    except NybbleError:
+        raise
+    except Exception as error:  # templates raise errors of any type
+        raise DataError(
+            f"the files in --data_dir must have rows that lm-eval's task {name} can read; it cannot "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct their columns"
+        ) from error
 
 
 def _check_names(tasks: Sequence[str], option: str) -> None:

@@ -6,7 +6,7 @@ A task keeps lm-eval's own configuration. Only its data source is replaced. File
         DATASET is the last part of the hub's name, SUBSET its configuration
 
 as SPLIT.jsonl, SPLIT-00000-of-00002.jsonl, or a name with the split as a word ("my-dev.jsonl" for validation), or the
-same with the suffix .parquet.
+same with the suffix .json or .parquet, in upper or lower case.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nybble.data.files import read_rows
+from nybble.data.files import check_unicode, read_rows
 from nybble.data.splits import SPLITS, splits_in_name
 from nybble.errors import DataError, OptionError
 
 # Folder names for data sets whose name on the hub does not say what they are.
 _FOLDERS = {"ai2_arc": "arc", "wikitext_document_level": "wikitext/document_level"}
+# Not .csv: all its values are text, where tasks compare numbers.
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -96,21 +98,30 @@ def read_dataset(files: dict[str, list[str]]) -> Any:
         DataError: a file cannot be read, a split has no rows, or a column has values of several types.
     """
     import datasets
+    import pyarrow
 
     splits = datasets.DatasetDict()
     for split, paths in files.items():
         rows = [row for path in paths for row in read_rows(Path(path), "--data_dir")]
         if not rows:
             raise DataError(f"--data_dir must hold rows in {', '.join(paths)}; there are none; add rows, or delete it")
-        columns = dict.fromkeys(name for row in rows for name in row)
-        try:
-            splits[split] = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-        except (ValueError, TypeError) as error:  # from pyarrow
-            raise DataError(
-                f"--data_dir must hold values of one type in each column of {', '.join(paths)}; "
-                f"{' '.join(str(error).split())[:200]}; correct the file"
-            ) from error
+        names = dict.fromkeys(name for row in rows for name in row)
+        check_unicode(list(names), f"the column names of {', '.join(paths)}")
+        columns = {name: _arrow_column(name, [row.get(name) for row in rows], paths) for name in names}
+        splits[split] = datasets.Dataset(pyarrow.table(columns))
     return splits
+
+
+def _arrow_column(name: str, values: list[Any], paths: Sequence[str]) -> Any:
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"--data_dir must hold values of one type in each column of {', '.join(paths)}; column {name[:80]}: "
+            f"{' '.join(str(error).split())[:200]}; correct the column, or remove it if the task does not read it"
+        ) from error
 
 
 def _task_config(task: str) -> dict[str, Any]:
@@ -140,17 +151,18 @@ def _data_folder(data_dir: Path, task: str, splits: Sequence[str]) -> Path:
 
 
 def _split_files(folder: Path, splits: Sequence[str]) -> dict[str, list[str]]:
-    """Return split -> its files in a folder, all of one suffix: .jsonl, or .parquet if there is no .jsonl."""
+    """Return split -> its files in a folder, all of one suffix: the first one of _SUFFIXES that has any."""
     files: dict[str, list[str]] = {}
     for split in dict.fromkeys(splits):
-        for suffix in ("jsonl", "parquet"):
+        for suffix in _SUFFIXES:
             # Splits may have names of their own, such as train_r1 and dev_r1 of anli. These match by their whole name
             # only.
-            exact = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.{suffix}")
+            exact = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\{suffix}", re.IGNORECASE)
             matching = [
                 str(file)
-                for file in sorted(folder.glob(f"*.{suffix}"))
-                if exact.fullmatch(file.name) or (split in SPLITS and split in splits_in_name(file))
+                for file in sorted(folder.iterdir())
+                if file.suffix.lower() == suffix
+                and (exact.fullmatch(file.name) or (split in SPLITS and split in splits_in_name(file)))
             ]
             if matching:
                 files.setdefault(split, matching)

@@ -1,6 +1,6 @@
-"""Task source for .jsonl files.
+"""Task source for files of rows: .jsonl, .json, .csv and .parquet.
 
-Each line is one row, in one of two forms; a file has rows of one form only:
+Each row has one of two forms; a file has rows of one form only, and a .csv file of the second:
 
     {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}         answer: index of the right choice, counted from 0
     {"prompt": "The capital of France is", "completion": "Paris"}
@@ -12,11 +12,12 @@ Of every ten neighbouring rows, eight are for training, one is held out, and one
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from nybble.data import sampling, splits
-from nybble.data.files import read_rows
+from nybble.data.files import ROW_SUFFIXES, check_unicode, read_rows
 from nybble.errors import DataError
 from nybble.tasks.dataset import Question, TaskDataset, TaskRequest
 
@@ -27,13 +28,13 @@ _MIN_ROWS = 10
 
 
 class JsonlSource:
-    """Reads .jsonl files; see nybble.tasks.sources.TaskSource for the contract."""
+    """Reads files of rows; see nybble.tasks.sources.TaskSource for the contract."""
 
     name = "jsonl"
 
     def matches(self, task: str) -> bool:
-        """Whether the task is a path that ends with .jsonl."""
-        return task.endswith(".jsonl")
+        """Whether the task is a path that ends like a file of rows, in upper or lower case."""
+        return Path(task).suffix.lower() in ROW_SUFFIXES
 
     def load(self, request: TaskRequest) -> TaskDataset:
         """Read and split the file.
@@ -85,10 +86,10 @@ def _warn_of_repeated_rows(parts: dict[str, list[Question]], path: Path) -> None
 
 
 def _parse_row(row: dict[str, Any], where: str) -> Question:
-    prompt = row.get("prompt")
+    prompt, choices, completion = row.get("prompt"), row.get("choices"), row.get("completion")
     question = None
     if isinstance(prompt, str) and prompt.strip():
-        choices, completion = row.get("choices"), row.get("completion")
+        check_unicode([prompt, choices, completion], where)
         if choices is not None:
             question = _parse_choices(prompt, choices, row.get("answer"), where)
         elif isinstance(completion, str) and completion.strip():
@@ -110,6 +111,8 @@ def _parse_choices(prompt: str, choices: Any, answer: Any, where: str) -> Questi
     if not isinstance(choices, list) or len(choices) < 2:
         return None
     if not all(type(choice) in (str, int, float) for choice in choices):  # not bool, which is an int
+        return None
+    if not all(math.isfinite(choice) for choice in choices if isinstance(choice, float)):
         return None
     texts = [str(choice) for choice in choices]
     if not all(text.strip() for text in texts):

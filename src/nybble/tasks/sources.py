@@ -1,6 +1,6 @@
 """Registry of task sources: where the questions of --task come from.
 
-Built in are lm-eval tasks with a training split, and .jsonl files. Another package adds a source by an entry point:
+Built in are lm-eval tasks with a training split, and files of rows. Another package adds a source by an entry point:
 
     [project.entry-points."nybble.tasks"]
     my-tasks = "my_package.tasks:SOURCE"            SOURCE: an object with the members of TaskSource
@@ -8,8 +8,11 @@ Built in are lm-eval tasks with a training split, and .jsonl files. Another pack
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Protocol
 
+from nybble.data.files import ROW_SUFFIXES
 from nybble.errors import DataError, OptionError
 from nybble.registry import Registry
 from nybble.tasks.dataset import TaskDataset, TaskRequest
@@ -63,13 +66,18 @@ def find_source(task: str) -> TaskSource:
         task: value of --task.
 
     Raises:
-        OptionError: two sources claim the task.
+        OptionError: two sources claim the task, or it is a file that none can read.
     """
     claims = [name for name in TASK_SOURCES if name != _LM_EVAL.name and TASK_SOURCES[name].matches(task)]
     if len(claims) > 1:
         raise OptionError(
             f"--task must belong to one task source; {task} is claimed by {' and '.join(claims)}; "
             "uninstall one of these extensions"
+        )
+    if not claims and (os.sep in task or Path(task).is_file()):  # lm-eval has no names with a slash
+        raise OptionError(
+            f"--task must be a file that ends with one of {' '.join(ROW_SUFFIXES)}, or a task of lm-eval; got {task}; "
+            "name or convert a file"
         )
     return TASK_SOURCES[claims[0]] if claims else _LM_EVAL
 
