@@ -3,6 +3,7 @@
 # make quick        the same without the slow tests, which need the real model or minutes
 # make lint         ruff and mypy
 # make format       let ruff rewrite the code
+# make fuzz         damaged files and random command lines for MINUTES (60), from SEED (0)
 # make bench        decoding speed and size of the demo's export, compared with torch
 # make bench-nncf   post-training compression compared with NNCF's, which is installed in .venv-nncf;
 #                   TEXT is a folder with wikitext-2 (takes hours on two cores)
@@ -11,11 +12,13 @@
 # make clean        delete environments, runs and builds
 
 PYTHON ?= python3
+MINUTES ?= 60
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick lint format bench bench-nncf nncf docs docs-serve install clean
+.PHONY: demo test quick lint fuzz format bench bench-nncf nncf docs docs-serve install clean
 
 # torch comes first: a local CPU build, if pip knows of one, then satisfies every other package.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +45,9 @@ quick: lint
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --cov=nybble --cov-report=term:skip-covered --cov-fail-under=90
 	$(BIN)/pytest -m slow
+
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 format: install
 	$(BIN)/ruff format .

@@ -13,6 +13,7 @@ from nybble.compression.chain import check_chain
 from nybble.compression.checks import check_length
 from nybble.errors import ModelError, OptionError
 from nybble.evaluation.decoder_error import decoder_errors, decoder_outputs
+from nybble.models.head import LMHead
 from nybble.models.loading import load
 from nybble.models.selection import select_layers
 from nybble.options.commands import CompressOptions
@@ -155,3 +156,13 @@ def test_the_reason_is_the_true_one(make_model: Callable[[], Any], message: str,
     with pytest.raises(ModelError, match=message) as error:
         load(str(save(tmp_path / "model", make_model())), torch.float32, torch.device("cpu"))
     assert "ends with ForCausalLM" not in str(error.value)
+
+
+def test_layers_between_hidden_states_and_head_are_refused(tmp_path: Path) -> None:
+    config = t.ElectraConfig(
+        vocab_size=260, embedding_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, is_decoder=True,
+    )  # fmt: skip
+    model = t.ElectraForCausalLM(config).eval()
+    with pytest.raises(ModelError, match="the head of electra must read the last hidden states, which have 64 channel"):
+        LMHead.of(model).verify(model, torch.zeros(1, 4, dtype=torch.int64))

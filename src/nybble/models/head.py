@@ -72,9 +72,16 @@ class LMHead:
             input_ids: real text, int64 [B, T].
 
         Raises:
-            ModelError: the model's logits are not finite, or differ.
+            ModelError: the model's logits are not finite, or differ; or layers stand between hidden states and head.
         """
-        computed = self.logits(last_hidden_states(model, input_ids))
+        hidden = last_hidden_states(model, input_ids)
+        if hidden.shape[-1] != self.weight_VD.shape[1]:
+            raise ModelError(
+                f"the head of {model.config.model_type} must read the last hidden states, which have "
+                f"{hidden.shape[-1]} channels; it reads {self.weight_VD.shape[1]}, so layers between them transform "
+                "the states, which is not supported; choose a Llama-like model"
+            )
+        computed = self.logits(hidden)
         expected = model(input_ids=input_ids, use_cache=False).logits.float()
         if not bool(expected.isfinite().all()):
             remedy = "download the model again" if model.dtype == torch.float32 else "use --dtype float32"
