@@ -71,6 +71,7 @@ def test_openvino_genai_stops_at_each_end_of_sequence(tmp_path: Path) -> None:
     assert {file.name for file in (run / "openvino").iterdir()} == before.keys()
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_of_a_hub_model_they_come_from_the_cache(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "abc"
     model_with_companions(snapshot)

@@ -86,7 +86,7 @@ def test_the_winner_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "killed_in", ["discarding", "training", *(pytest.param(at, marks=pytest.mark.slow) for at in ("merging", "saving"))]
+    "killed_in", ["training", *(pytest.param(at, marks=pytest.mark.slow) for at in ("discarding", "merging", "saving"))]
 )
 def test_killed_on_the_way_it_ends_as_a_run_that_was_given_these_ranks(
     killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,7 +122,7 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     assert len(results(tmp_path / "run")["trainings"]) == 1
 
 
-@pytest.mark.parametrize("steps", [3, 15])
+@pytest.mark.parametrize("steps", [pytest.param(3, marks=pytest.mark.slow), 15])
 def test_interrupted_in_either_training_it_ends_with_the_same_bits(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

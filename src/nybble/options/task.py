@@ -42,8 +42,7 @@ class TaskOptions(TaskDataOptions):
     task: str = option(
         "",
         "gsm8k, hellaswag, openbookqa, winogrande, arc_challenge, arc_easy, another lm-eval task with a training "
-        "split, "
-        "or a .jsonl file of your own.",
+        "split, or a file of your own (.jsonl, .json, .csv, .parquet).",
         required=True,
     )
     teacher: str | None = option(

@@ -5,7 +5,8 @@ A run goes through its phases in this order; what it does on --resume depends on
     opened      model and data are known; nothing is decided yet
     trained     adapters (distill: adapters, scales and norms) are trained; best.safetensors holds them
     replacing   nybble search --apply has chosen another rank configuration; what was made with the old one is to be
-    deleted quantized   the folder quantized/ holds the 4-bit model
+                deleted
+    quantized   the folder quantized/ holds the 4-bit model
     finished    everything is measured and the report is written
 """
 
