@@ -208,3 +208,28 @@ def test_a_stage_begins_without_what_earlier_ones_freed(tmp_path: Path) -> None:
         assert psutil.Process().memory_info().rss < before - 150e6
     run.close()
     assert len(kept) == 200
+
+
+@pytest.mark.parametrize("name", ["log.txt", "results.json.tmp", ".lock", "teacher/train.bin", "last.safetensors.tmp"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_is_written_through_a_link(name: str, exists: bool, tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    if exists:
+        elsewhere.write_text("keep me")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    for attempt in (lambda: begin(tmp_path / "run", resume=True), lambda: reopen_run(tmp_path / "run")):
+        with pytest.raises(RunError, match=f"{name} must be a file of the run; it is a link"):
+            attempt()
+    assert elsewhere.exists() == exists
+    assert not exists or elsewhere.read_text() == "keep me"
+
+
+def test_a_part_of_a_run_may_be_on_another_disk(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run" / "teacher").symlink_to(tmp_path / "disk", target_is_directory=True)
+    begin(tmp_path / "run", resume=True)

@@ -263,8 +263,22 @@ def _go_back(path: Path, results: RunResults) -> None:
             results.phase = before
 
 
+def _check_no_links(path: Path) -> None:
+    """Raise RunError where a file of a run is a link: writing to it would change a file elsewhere.
+
+    Links to folders pass: they put parts of a run on another disk. So does quantized/, which is replaced as a whole.
+    """
+    for entry in path.rglob("*"):
+        if entry.is_symlink() and not entry.is_dir() and QUANTIZED not in entry.relative_to(path).parts:
+            raise RunError(
+                f"{entry} must be a file of the run; it is a link, and nybble does not write through links; delete it, "
+                "or put a copy of the file in its place"
+            )
+
+
 def _lock(path: Path) -> FileLock:
     """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
+    _check_no_links(path)
     lock = FileLock(path / _LOCK, blocking=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
