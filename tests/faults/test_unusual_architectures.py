@@ -52,6 +52,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent_gemma": ("RecurrentGemmaConfig", _WIDE | {"num_hidden_layers": 3, "lru_width": 64}),
     "xlnet": ("XLNetConfig", {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}),
     "zamba2": ("Zamba2Config", _ZAMBA2),
+    "xlm": ("XLMConfig", {"emb_dim": 64, "n_layers": 2, "n_heads": 4, "causal": True, "asm": False}),
 }
 
 
@@ -86,7 +87,7 @@ def test_a_narrow_embedding_is_compressed(method: str, tmp_path: Path) -> None:
     assert (compress(options) / "report.md").is_file()
 
 
-@pytest.mark.parametrize("name", ["xglm", "hrm_text", "bloom"])
+@pytest.mark.parametrize("name", ["xglm", "hrm_text", "bloom", "xlm"])
 def test_blocks_that_are_no_chain_name_the_method_that_works(name: str) -> None:
     model = make(name)
     message = rf"the blocks of {name} must be a chain, .*; block \d+ is not; use the method rtn"

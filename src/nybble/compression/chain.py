@@ -124,7 +124,13 @@ def reproduces_output(block: nn.Module, arguments: Arguments, before: Tensor, af
         after: hidden states [B, T, D] that it gave in the model.
     """
     args, kwargs = arguments
-    difference_BT = (first_output(block(before, *args, **kwargs)) - after).float().norm(dim=-1)
+    try:
+        again = first_output(block(before, *args, **kwargs))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError):  # XLM, whose blocks keep what they have seen
+        return False
+    difference_BT = (again - after).float().norm(dim=-1)
     return bool((difference_BT <= _MAX_BLOCK_DIFFERENCE * after.float().norm(dim=-1)).all())
 
 
