@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from nybble import files
-from nybble.errors import RunError
+from nybble.errors import ExportError, RunError
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,3 +139,11 @@ def test_a_small_disk_is_refused(tmp_path: Path) -> None:
         RunError, match=r"needs 1000000.0 GB for teacher states and checkpoints; .* GB are free; free some disk space"
     ):
         files.check_free_disk(tmp_path, 10**15)
+
+
+def test_an_error_that_says_already_what_is_wrong_passes(tmp_path: Path) -> None:
+    """Also one that quotes the words of a full disk."""
+    error = ExportError("the export must be written to disk; it cannot be (No space left on device (os error 28))")
+    with pytest.raises(ExportError) as raised, files.reporting_full_disk(tmp_path / "x"):
+        raise error
+    assert raised.value is error

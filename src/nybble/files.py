@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.errors import RunError, first_line
+from nybble.errors import NybbleError, RunError, first_line
 from nybble.schema import SchemaError, parse_json
 
 # safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
@@ -48,7 +48,7 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
     """Turn a write that fails for want of space, in this block, into a RunError that names `path`."""
     try:
         yield
-    except RunError:
+    except NybbleError:  # says already what is wrong
         raise
     except Exception as error:  # whatever a library raises; everything else passes
         if not is_out_of_space(error):

@@ -41,3 +41,14 @@ def test_a_full_disk_does_not_hide_the_traceback(
     printed = capsys.readouterr().err
     assert "IndexError" in printed
     assert printed.splitlines()[-1].endswith("please report it with the details in stderr")
+
+
+def test_an_error_of_the_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the hub does not answer\ntry again later")
+
+    monkeypatch.setattr("nybble.workflows.inspect.inspect", fail)
+    assert main(["inspect", "somewhere"]) == 2
+    assert capsys.readouterr().err == "nybble: the hub does not answer try again later\n"

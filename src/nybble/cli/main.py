@@ -56,7 +56,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:
         runtime.raise_if_interrupted()  # the error may be what a library made of the interruption
         if isinstance(error, NybbleError | OSError):  # OSError: a full disk, no permission, a name that is too long
-            return _fail(str(error), 2)
+            return _fail(str(error).replace("\n", " "), 2)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded yet
             return _fail(
                 "the device must have memory for this; it ran out; use a smaller model, or --device cpu",

@@ -104,7 +104,7 @@ class RunFolder:
         self.results.files[name] = _file_sizes(self.path / name)
 
     def is_complete(self, name: str) -> bool:
-        """Whether a folder of the run still has every file that it was written with, in its size."""
+        """Whether a folder of the run still has every file that it was written with; see `missing_files`."""
         return not missing_files(self.path, self.results, name)
 
     def delete(self) -> None:

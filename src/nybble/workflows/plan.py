@@ -1,4 +1,5 @@
-"""The beginning of every workflow that makes a run: validate, load, plan. Nothing is written or computed for long yet.
+"""The beginning of every workflow that makes a run: validate, load, plan. Nothing is kept or computed for
+long yet.
 
 Whatever can be wrong with options, model and data is found here, the cheapest checks first.
 """
