@@ -99,7 +99,7 @@ SCENARIOS: dict[str, list[str]] = {
 KILLED = {"distill-resumed": ("last.safetensors", 2)}
 # What differs from run to run, or says only where and when.
 IGNORED = {
-    "seconds", "peak_memory_bytes", "command_line", "resumed_by", "machine", "logit_difference", "init_from", "bytes",
+    "seconds", "peak_memory_bytes", "command_line", "resumed_by", "machine", "logit_difference", "init_from", "bytes", "files",
 }  # fmt: skip
 
 
@@ -182,16 +182,18 @@ def run_scenario(tree: Path, name: str, folder: Path, inputs: Path) -> dict[str,
 
 def facts(run: Path) -> Iterator[tuple[str, str]]:
     """Everything that counts in a run folder."""
+    import torch
     from safetensors import safe_open
 
     for path in sorted(run.rglob("*")):
         place = str(path.relative_to(run))
         if path.name == "weights.safetensors" or path.name == "self.safetensors":
-            with safe_open(path, "np") as file:
+            with safe_open(path, "pt") as file:
                 for key in sorted(file.keys()):
-                    array = file.get_tensor(key)
-                    digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-                    yield f"{place}: {key}", f"{digest} {array.dtype} {array.shape}"
+                    tensor = file.get_tensor(key)
+                    data = tensor.contiguous().flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
+                    digest = hashlib.sha256(data.tobytes()).hexdigest()[:16]
+                    yield f"{place}: {key}", f"{digest} {tensor.dtype} {tuple(tensor.shape)}"
         elif path.suffix == ".bin" and "teacher" not in path.parts:
             yield place, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         elif path.name == "results.json":
