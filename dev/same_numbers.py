@@ -99,7 +99,8 @@ SCENARIOS: dict[str, list[str]] = {
 KILLED = {"distill-resumed": ("last.safetensors", 2)}
 # What differs from run to run, or says only where and when.
 IGNORED = {
-    "seconds", "peak_memory_bytes", "command_line", "resumed_by", "machine", "logit_difference", "init_from", "bytes", "files",
+    "seconds", "peak_memory_bytes", "command_line", "resumed_by", "machine", "logit_difference", "init_from", "bytes",
+    "files",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nybble.compression.init import QuantizedInit
 from nybble.export.base import EXPORTERS
-from nybble.models import quantized_model
+from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.models.selection import select_layers
 from nybble.qat.insert import quantize_embeddings
@@ -57,16 +57,16 @@ def write(folder: Path) -> None:
 
 def test_the_weights_file_is_the_golden_one(tmp_path: Path) -> None:
     write(tmp_path / "quantized")
-    name = quantized_model.WEIGHTS_FILE
+    name = quantized_file.WEIGHTS_FILE
     assert (tmp_path / "quantized" / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
 def test_the_golden_file_is_read_as_documented(tmp_path: Path) -> None:
     """docs/reference/formats.md in plain arithmetic, in float64."""
     write(tmp_path / "quantized")
-    shutil.copy(GOLDEN / quantized_model.WEIGHTS_FILE, tmp_path / "quantized")
+    shutil.copy(GOLDEN / quantized_file.WEIGHTS_FILE, tmp_path / "quantized")
     model = quantized_model.load_quantized(tmp_path / "quantized", torch.float32).model
-    tensors = load_file(GOLDEN / quantized_model.WEIGHTS_FILE)
+    tensors = load_file(GOLDEN / quantized_file.WEIGHTS_FILE)
     for key in [key for key in tensors if key.endswith(".codes")]:
         name = key.removesuffix(".weight.codes")
         scale = tensors[f"{name}.weight.scale"].tolist()
@@ -90,7 +90,7 @@ def test_openvino_constants_are_the_golden_codes(tmp_path: Path) -> None:
     exporter = EXPORTERS["openvino"]
     (tmp_path / "openvino").mkdir()
     exporter.export(loaded.model, loaded.tokenizer, loaded.quantized, tmp_path / "openvino")
-    read, golden = exporter.read_weights(tmp_path / "openvino"), quantized_model.load_weights(GOLDEN)[0]
+    read, golden = exporter.read_weights(tmp_path / "openvino"), quantized_file.load_weights(GOLDEN)[0]
     assert read.keys() == golden.keys()
     for name, weight in golden.items():
         assert torch.equal(read[name].codes_OI, weight.codes_OI)
@@ -99,15 +99,15 @@ def test_openvino_constants_are_the_golden_codes(tmp_path: Path) -> None:
 
 
 def test_the_golden_folder_is_small_and_says_its_format() -> None:
-    size = (GOLDEN / quantized_model.WEIGHTS_FILE).stat().st_size
+    size = (GOLDEN / quantized_file.WEIGHTS_FILE).stat().st_size
     assert size < 40_000
-    header = (GOLDEN / quantized_model.WEIGHTS_FILE).read_bytes()[8:]
-    length = int.from_bytes((GOLDEN / quantized_model.WEIGHTS_FILE).read_bytes()[:8], "little")
+    header = (GOLDEN / quantized_file.WEIGHTS_FILE).read_bytes()[8:]
+    length = int.from_bytes((GOLDEN / quantized_file.WEIGHTS_FILE).read_bytes()[:8], "little")
     note = json.loads(json.loads(header[:length])["__metadata__"]["note"])
-    assert note["format"] == quantized_model.WEIGHTS_FORMAT
+    assert note["format"] == quantized_file.WEIGHTS_FORMAT
 
 
 if __name__ == "__main__":
     write(GOLDEN / "quantized")
-    shutil.move(GOLDEN / "quantized" / quantized_model.WEIGHTS_FILE, GOLDEN / quantized_model.WEIGHTS_FILE)
+    shutil.move(GOLDEN / "quantized" / quantized_file.WEIGHTS_FILE, GOLDEN / quantized_file.WEIGHTS_FILE)
     shutil.rmtree(GOLDEN / "quantized")

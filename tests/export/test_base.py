@@ -16,7 +16,7 @@ from nybble.cli.main import main
 from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export import base
 from nybble.export.base import EXPORTERS, Exporter, ExportResult
-from nybble.models import quantized_model
+from nybble.models import quantized_file
 from nybble.models.selection import LayerSelection
 from nybble.quant.grid import quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -102,7 +102,7 @@ def test_a_run_uses_an_exporter_from_outside_the_package(
     assert export["logit_difference"] == 0
     rows = results["models"]
     assert rows["toy"]["token_perplexity"] == pytest.approx(rows["compressed"]["token_perplexity"], rel=1e-5)
-    written, _ = quantized_model.load_weights(run / "quantized")
+    written, _ = quantized_file.load_weights(run / "quantized")
     base.check_read_back(written, toy.read_weights(run / "toy"), run / "toy")
     capsys.readouterr()
     assert main(["inspect", str(run / "toy")]) == 0

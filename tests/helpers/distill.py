@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nybble.models.quantized_model import WEIGHTS_FILE
+from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import DistillOptions
 from nybble.training.trainer import Trainer
 

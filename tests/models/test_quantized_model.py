@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nybble.errors import RunError
-from nybble.models import quantized_model
+from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.quant.weight import QuantizedWeight
 from tests.helpers.rounding import round_model_to_nearest
@@ -82,7 +82,7 @@ def test_the_weights_file_has_the_documented_layout(saved: tuple[Path, Any, dict
 
 def test_names_and_shapes_are_read_from_the_header(saved: tuple[Path, Any, dict[str, QuantizedWeight]]) -> None:
     folder, model, quantized = saved
-    layout = quantized_model.read_layout(folder)
+    layout = quantized_file.read_layout(folder)
     assert layout.quantized == {name: (weight.codes_OI.shape, weight.scheme) for name, weight in quantized.items()}
     names = {"model.norm.weight"} | {f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")}
     assert layout.others == dict.fromkeys(names, (64,))
@@ -99,18 +99,18 @@ def test_a_tied_head_is_left_out_of_the_unquantized_tensors() -> None:
 
 def test_fingerprint_follows_the_weights_file(saved: tuple[Path, Any, dict[str, QuantizedWeight]]) -> None:
     folder, _, _ = saved
-    before = quantized_model.weights_fingerprint(folder)
+    before = quantized_file.weights_fingerprint(folder)
     assert len(before) == 16
-    assert quantized_model.weights_fingerprint(folder) == before
+    assert quantized_file.weights_fingerprint(folder) == before
     with (folder / "weights.safetensors").open("ab") as file:
         file.write(b"x")
-    assert quantized_model.weights_fingerprint(folder) != before
+    assert quantized_file.weights_fingerprint(folder) != before
 
 
 def test_a_file_of_another_program_is_refused(saved: tuple[Path, Any, dict[str, QuantizedWeight]]) -> None:
     save_file({"a": torch.zeros(2)}, saved[0] / "weights.safetensors")
     with pytest.raises(RunError, match=r"must be a 4-bit model that nybble wrote \(nybble-2\); it is something else"):
-        quantized_model.load_weights(saved[0])
+        quantized_file.load_weights(saved[0])
 
 
 @pytest.mark.parametrize(

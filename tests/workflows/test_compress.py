@@ -11,7 +11,7 @@ from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForC
 
 from nybble.cli.main import main
 from nybble.compression import blockwise
-from nybble.models import families, quantized_model
+from nybble.models import families, quantized_file, quantized_model
 from nybble.options.commands import CompressOptions
 from nybble.run.results import read_results
 from nybble.run.resume import saved_options
@@ -36,7 +36,7 @@ def options(model: Path, run: Path, **changes: object) -> CompressOptions:
 
 
 def codes(run: Path) -> dict[str, torch.Tensor]:
-    return {name: weight.codes_OI for name, weight in quantized_model.load_weights(run / "quantized")[0].items()}
+    return {name: weight.codes_OI for name, weight in quantized_file.load_weights(run / "quantized")[0].items()}
 
 
 @pytest.mark.usefixtures("needs_openvino")
@@ -94,10 +94,10 @@ def test_inspect_refuses_what_is_no_quantized_model(
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert 'pip install -c constraints.txt -e ".[openvino]"' in refused("inspect", str(run / "openvino"))
-    save_file({"a": torch.zeros(1 << 20)}, run / "quantized" / quantized_model.WEIGHTS_FILE)
+    save_file({"a": torch.zeros(1 << 20)}, run / "quantized" / quantized_file.WEIGHTS_FILE)
     words = "must be a 4-bit model that nybble wrote (nybble-2); it is something else"
     assert words in refused("inspect", str(run))
-    (run / "quantized" / quantized_model.WEIGHTS_FILE).write_bytes(b"cut")
+    (run / "quantized" / quantized_file.WEIGHTS_FILE).write_bytes(b"cut")
     words = "quantized must have the files that it was written with; weights.safetensors is missing or cut"
     assert words in refused(*command("distill", model, tmp_path / "third", "--init_from", str(run)))
 
@@ -242,7 +242,7 @@ def test_distillation_continues_from_a_finished_run(dtype: str, tmp_path: Path) 
     assert continued.layer_errors == made.layer_errors
     assert continued.changes is not None
     assert continued.changes.codes_changed == 0.0
-    (before, rest), (after, others) = (quantized_model.load_weights(run / "quantized") for run in (first, second))
+    (before, rest), (after, others) = (quantized_file.load_weights(run / "quantized") for run in (first, second))
     for name, weight in before.items():
         assert torch.equal(after[name].codes_OI, weight.codes_OI)
         assert torch.equal(after[name].scale_OG, weight.scale_OG)

@@ -15,7 +15,7 @@ from nybble import files
 from nybble.cli.main import main
 from nybble.data import sources, splits
 from nybble.errors import RunError
-from nybble.models import quantized_model
+from nybble.models import quantized_file
 from nybble.options.commands import CompressOptions, DistillOptions
 from nybble.options.toml import to_toml
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
@@ -127,7 +127,7 @@ def test_without_adapters_codes_stay_and_scales_and_norms_are_trained(family: st
     distill(distill_options(model, tmp_path / "run", **changes))
     distill(distill_options(model, tmp_path / "start", **(changes | {"norm_lr": 0.0, "scale_lr": 1e-9, "epochs": 1})))
     (tuned, others), (start, before) = (
-        quantized_model.load_weights(tmp_path / name / "quantized") for name in ("run", "start")
+        quantized_file.load_weights(tmp_path / name / "quantized") for name in ("run", "start")
     )
     for name, weight in tuned.items():
         assert torch.equal(weight.codes_OI, start[name].codes_OI)
@@ -485,7 +485,7 @@ def test_a_run_that_compressed_can_be_trained(tmp_path: Path) -> None:
     )
     assert other.layer_errors == one.layer_errors
     assert not RunResults().init_trained
-    weights = [quantized_model.load_weights(folder / "quantized")[0] for folder in (first, second)]
+    weights = [quantized_file.load_weights(folder / "quantized")[0] for folder in (first, second)]
     for name, weight in weights[0].items():
         assert torch.equal(weight.codes_OI, weights[1][name].codes_OI)
         assert torch.equal(weight.scale_OG, weights[1][name].scale_OG)

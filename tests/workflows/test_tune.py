@@ -11,7 +11,7 @@ import torch
 from nybble import files
 from nybble.cli.main import main
 from nybble.data import sampling
-from nybble.models import quantized_model
+from nybble.models import quantized_file, quantized_model
 from nybble.nls import ranks
 from nybble.run import resume
 from nybble.tasks import encoding, likelihood, objective, scoring, task_data
@@ -108,7 +108,7 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     from nybble.quant.scheme import QuantScheme
 
     tune(options(tmp_path, quantize="after", scale_epochs=0, custom_rank_config=(8, 2)))
-    weights, _ = quantized_model.load_weights(tmp_path / "run" / "quantized")
+    weights, _ = quantized_file.load_weights(tmp_path / "run" / "quantized")
     adapters, _ = files.load_tensors(tmp_path / "run" / "best.safetensors")
     plain = loading.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
     scheme, moved = QuantScheme(group_size=64), 0

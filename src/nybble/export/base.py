@@ -1,8 +1,8 @@
 """Exporter: the contract of an export format, the registry of formats, and the checks that all formats share.
 
-An exporter gets the quantized weights as codes, scales and zero points, and the rest of the model as float32 tensors.
-It writes them to one folder and reads its own output back. A format that cannot hold a model refuses it in `check`,
-before training starts.
+An exporter gets a quantized checkpoint, whose tensors it reads one at a time, and writes it to one folder. What it
+wrote is read back and compared: codes, scales and zero points where the format holds them, the dequantized weights by
+the runtime's own reader, and logits. A format that cannot hold a model refuses it in `check`, before training starts.
 
 Another package adds its format through the entry point group "nybble.exporters" (see registry.py), or in the same
 process with `EXPORTERS.register(exporter.name, exporter)`. The registry holds instances, not classes.
@@ -14,13 +14,16 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nybble.errors import ExportError, MissingExtraError
+from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -28,23 +31,31 @@ from nybble.registry import Registry
 
 log = logging.getLogger("nybble")
 
+_PROMPT_LENGTH, _DECODED_TOKENS = 44, 4
+"""Tokens of the comparison of logits that are given at once, and then one by one."""
+
+_OVERHEAD_BYTES = 700_000_000
+"""Memory of an export beside the tensors: Python, torch, transformers and a runtime."""
+
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an exporter wrote.
+    """What was exported.
 
     Attributes:
         int4_weights: number of weights written with 4-bit codes.
-        int8_weights: number of weights written with 8-bit codes.
+        int8_weights: number of weights with 8-bit codes; a format may hold them in 16 bits.
         bytes: size of the model files, without the tokenizer.
-        logit_difference: largest absolute difference between the logits of the exported model and those of torch,
-            both computed in float32.
+        logit_difference: largest absolute difference between the logits of the exported model and those of torch in
+            float32; None where they were not compared.
+        rounded: weight that the format cannot hold exactly -> largest difference of one of its values.
     """
 
     int4_weights: int
     int8_weights: int
     bytes: int
-    logit_difference: float
+    logit_difference: float | None
+    rounded: dict[str, float] = field(default_factory=dict)
 
 
 class Exporter(ABC):
@@ -58,14 +69,25 @@ class Exporter(ABC):
         extra: optional extra of nybble that installs `modules`. A package that brings its own exporter depends on its
             modules directly and leaves both empty.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
+        weight_files: patterns of the files that hold the model, whose sizes are added up.
+        int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row; 0
+            where the format holds these weights exactly.
+        logit_tolerance: largest allowed difference of logits, relative to the largest logit, between the runtime in its
+            most exact mode and torch in float32.
+        most_parameters_compared: logits of larger models are not compared, as the runtime would need memory for all
+            weights. None: always compared.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
     model_file: ClassVar[str]
+    weight_files: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
+    int8_tolerance: ClassVar[float] = 0.0
+    logit_tolerance: ClassVar[float] = 1e-4
+    most_parameters_compared: ClassVar[int | None] = 400_000_000
 
     def check_installed(self) -> None:
         """Check that `modules` can be imported, without importing them.
@@ -98,17 +120,22 @@ class Exporter(ABC):
         """
         return ()
 
-    @abstractmethod
-    def export(
-        self, model: Any, tokenizer: Any, quantized: Mapping[str, QuantizedWeight], folder: Path
-    ) -> ExportResult:
-        """Write the model and its tokenizer, read the codes back, and compare logits with torch.
+    def peak_memory(self, num_parameters: int, largest_tensor: int) -> int:
+        """Estimate the peak memory of an export in bytes.
 
         Args:
-            model: transformers model on the CPU, float32. Its quantized layers hold the dequantized weights.
-            tokenizer: transformers tokenizer of the model.
-            quantized: module name -> quantized weight.
-            folder: existing empty folder.
+            num_parameters: of the model.
+            largest_tensor: bytes of the largest tensor in 16 bits.
+        """
+        return _OVERHEAD_BYTES + 3 * largest_tensor
+
+    def export(self, checkpoint: QuantizedCheckpoint, folder: Path) -> ExportResult:
+        """Write a model and compare what was written.
+
+        Args:
+            checkpoint: the quantized model.
+            folder: existing empty folder. Configuration and tokenizer are written there first, in the format of
+                transformers.
 
         Returns:
             What was written.
@@ -116,6 +143,67 @@ class Exporter(ABC):
         Raises:
             ExportError: the format cannot hold the model, or what was read back differs.
         """
+        checkpoint.config.save_pretrained(folder)
+        checkpoint.tokenizer.save_pretrained(folder)
+        self.write(checkpoint, folder)
+        rounded = check_read_back(checkpoint.quantized, self, folder)
+        return ExportResult(
+            int4_weights=len(checkpoint.selection.int4),
+            int8_weights=len(checkpoint.selection.int8),
+            bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
+            logit_difference=self.compare_logits(checkpoint, folder),
+            rounded=rounded,
+        )
+
+    @abstractmethod
+    def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
+        """Write the model.
+
+        Args:
+            checkpoint: the quantized model. Its tensors are to be read one at a time.
+            folder: with configuration and tokenizer in the format of transformers, which may be replaced.
+
+        Raises:
+            ExportError: the format cannot hold the model.
+        """
+
+    def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
+        """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
+
+        Args:
+            checkpoint: the quantized model. torch reads one weight of it at a time.
+            folder: the export.
+
+        Returns:
+            The largest absolute difference; None for a model of more than `most_parameters_compared`.
+
+        Raises:
+            ExportError: it is above `logit_tolerance` times the largest logit.
+        """
+        limit = self.most_parameters_compared
+        if limit is not None and checkpoint.num_parameters > limit:
+            return None
+        length = _PROMPT_LENGTH + _DECODED_TOKENS
+        generator = torch.Generator().manual_seed(0)
+        ids_1T = torch.randint(0, checkpoint.config.vocab_size, (1, length), generator=generator)
+        with torch.no_grad():
+            expected_1TV = checkpoint.build()(input_ids=ids_1T, use_cache=False).logits
+            exported = self.open_model(folder, checkpoint.config, strict=True)
+            output = exported(input_ids=ids_1T[:, :_PROMPT_LENGTH], use_cache=True)
+            parts = [output.logits]
+            for i in range(_PROMPT_LENGTH, length):
+                output = exported(
+                    input_ids=ids_1T[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True
+                )
+                parts.append(output.logits)
+        difference = float((torch.cat(parts, dim=1).float() - expected_1TV).abs().max())
+        largest = float(expected_1TV.abs().max())
+        if not difference <= self.logit_tolerance * largest:  # also true for NaN
+            raise ExportError(
+                f"{folder} must give the logits of torch within {self.logit_tolerance} of the largest in float32; they "
+                f"differ by {difference:.3g}, the largest is {largest:.3g}; please report this"
+            )
+        return difference
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether the folder holds an export in this format."""
@@ -135,15 +223,28 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def read_weights(self, folder: Path) -> dict[str, QuantizedWeight]:
-        """Read the quantized weights of an export back from its files.
+    def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
+        """Read codes, scales and zero points of an export back from its files.
 
         Args:
-            folder: what `export` wrote.
+            folder: the export.
 
         Returns:
-            Module name -> quantized weight.
+            Module name -> quantized weight, read at each access; empty for a format without codes. A format that holds
+            8-bit weights in 16 bits leaves them out.
         """
+
+    def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """Read the weights of an export back as numbers, by the reader of the runtime where it has one.
+
+        Args:
+            folder: the export.
+
+        Returns:
+            Module name -> weight, float32 [O, I], read at each access.
+        """
+        codes = self.read_codes(folder)
+        return LazyMapping(codes, lambda name: codes[name].dequantize())
 
 
 EXPORTERS: Registry[Exporter] = Registry("export format", "nybble.exporters")
@@ -196,25 +297,47 @@ def exporter_of(folder: Path) -> Exporter | None:
     return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
 
 
-def check_read_back(written: Mapping[str, QuantizedWeight], read: Mapping[str, QuantizedWeight], folder: Path) -> None:
+def check_read_back(written: Mapping[str, QuantizedWeight], exporter: Exporter, folder: Path) -> dict[str, float]:
     """Check that an export holds exactly the quantized weights that were given to it.
 
     Args:
         written: module name -> quantized weight, as given to the exporter.
-        read: the same, as read from the files.
-        folder: the export, for the error message.
+        exporter: reads the files.
+        folder: the export.
+
+    Returns:
+        8-bit weight that the format does not hold exactly -> largest difference of one of its values.
 
     Raises:
-        ExportError: names, codes, scales or zero points differ.
+        ExportError: names, codes, scales, zero points or values differ.
     """
-    if read.keys() != written.keys():
+    codes, weights = exporter.read_codes(folder), exporter.read_weights(folder)
+    if weights.keys() != written.keys():
         raise ExportError(
-            f"{folder} must hold {len(written)} quantized weights; {len(read)} were read back; please report this"
+            f"{folder} must hold {len(written)} quantized weights; {len(weights)} were read back; please report this"
         )
+    rounded = {}
     for name, weight in written.items():
-        for what, field in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
-            if not torch.equal(getattr(weight, field).cpu(), getattr(read[name], field)):
-                raise ExportError(
-                    f"{folder} must hold the weights that were given to it; the {what} of {name} read back differently;"
-                    " please report this"
-                )
+        if name in codes:
+            _check_codes(name, weight, codes[name], folder)
+        weight_OI, read_OI = weight.dequantize(), weights[name]
+        if torch.equal(weight_OI, read_OI):
+            continue
+        allowed = exporter.int8_tolerance if weight.scheme.bits == 8 else 0.0
+        difference_OI = (weight_OI - read_OI).abs()
+        if not bool((difference_OI <= allowed * weight_OI.abs().amax(1, keepdim=True)).all()):
+            raise ExportError(
+                f"{folder} must hold the weights that were given to it; the values of {name} read back differently; "
+                "please report this"
+            )
+        rounded[name] = float(difference_OI.max())
+    return rounded
+
+
+def _check_codes(name: str, written: QuantizedWeight, read: QuantizedWeight, folder: Path) -> None:
+    for what, field_ in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
+        if not torch.equal(getattr(written, field_), getattr(read, field_)):
+            raise ExportError(
+                f"{folder} must hold the weights that were given to it; the {what} of {name} read back differently;"
+                " please report this"
+            )

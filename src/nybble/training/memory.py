@@ -180,14 +180,6 @@ def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_
     return _OVERHEAD + model + shapes.head_bytes + 2 * min(stream, MAX_BYTES_IN_MEMORY) + one_block
 
 
-def export_memory(parameters: int) -> int:
-    """Return the peak memory of an export to OpenVINO, which traces a float32 copy of the model.
-
-    Measured above the libraries' memory: 9.7 bytes per parameter of a Llama with 40 M parameters, and 9.4 with 118 M.
-    """
-    return _OVERHEAD + 10 * parameters
-
-
 def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:
     """Return the disk space of a compression: finished blocks, and both streams of hidden states; 0 without text."""
     if not calibration_tokens:

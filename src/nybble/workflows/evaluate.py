@@ -17,7 +17,7 @@ from nybble.errors import ModelError, OptionError, RunError
 from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer, result_columns, run_tasks
 from nybble.evaluation.perplexity import measure_sequences, model_logits
 from nybble.export.base import check_formats, exporter_of
-from nybble.models import quantized_model
+from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.commands import EvalOptions
 from nybble.run.folder import QUANTIZED, check_complete
@@ -70,11 +70,11 @@ def open_target(options: EvalOptions, target: str) -> LoadedModel:
     path, trust = Path(target), options.model.trust_remote_code
     if is_run(path):
         path = path / QUANTIZED
-        if not (path / quantized_model.WEIGHTS_FILE).is_file():
+        if not (path / quantized_file.WEIGHTS_FILE).is_file():
             raise RunError(f"{target} must be a finished run; it has no 4-bit model; finish it with --resume")
     device, dtype = pick_place(options.model)
     check_complete(path)
-    if (path / quantized_model.WEIGHTS_FILE).is_file():
+    if (path / quantized_file.WEIGHTS_FILE).is_file():
         model, tokenizer, _ = quantized_model.load_quantized(path, dtype, trust)
         return LoadedModel(model.to(device), tokenizer, str(path))
     exporter = exporter_of(path)

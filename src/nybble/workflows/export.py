@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nybble.errors import OptionError, RunError
 from nybble.export.base import EXPORTERS, check_formats
-from nybble.models.quantized_model import WEIGHTS_FILE
+from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options

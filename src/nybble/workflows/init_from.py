@@ -9,7 +9,7 @@ import torch
 
 from nybble.compression.init import QuantizedInit
 from nybble.errors import OptionError
-from nybble.models import quantized_model
+from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.models.selection import LayerSelection
 from nybble.quant.weight import QuantizedWeight
@@ -24,14 +24,14 @@ def check_finished(run: Path) -> None:
     """Raise OptionError unless this is the folder of a run whose 4-bit model is there."""
     if not is_run(run):
         raise OptionError(f"--init_from {run} must be the folder of a finished run; it is none")
-    if not (run / QUANTIZED / quantized_model.WEIGHTS_FILE).is_file():
+    if not (run / QUANTIZED / quantized_file.WEIGHTS_FILE).is_file():
         raise OptionError(f"--init_from {run} must be a finished run; it has no 4-bit model; finish it with --resume")
     check_complete(run / QUANTIZED)
 
 
 def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection, group_size: int) -> None:
     """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
-    other, layout = read_results(run).model, quantized_model.read_layout(run / QUANTIZED)
+    other, layout = read_results(run).model, quantized_file.read_layout(run / QUANTIZED)
     layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*selection.int4, *selection.int8)}
     if {name: tuple(shape) for name, shape in layers.items()} != {
         n: layer.shape for n, layer in layout.quantized.items()
@@ -77,7 +77,7 @@ def take_over(
     weights, those in 8 bits too.
     """
     model = loaded.model
-    quantized, others = quantized_model.load_weights(run / QUANTIZED)
+    quantized, others = quantized_file.load_weights(run / QUANTIZED)
     for name, weight in quantized.items():
         model.get_submodule(name).weight.data.copy_(weight.dequantize())
     model.load_state_dict(others, strict=False)  # check_fits has seen that these are all others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.table import Table
 from nybble.console import console, say
 from nybble.errors import RunError
 from nybble.export.base import check_formats, exporter_of
-from nybble.models import quantized_model
+from nybble.models import quantized_file
 from nybble.options.commands import InspectOptions
 from nybble.quant.weight import QuantizedWeight
 from nybble.report.run import LAYER_HEADINGS, error_cells
@@ -45,14 +46,16 @@ def inspect(options: InspectOptions) -> None:
     say(f"{summary}; {size / 1e6:.1f} MB.")
 
 
-def _quantized_weights(path: Path) -> dict[str, QuantizedWeight]:
+def _quantized_weights(path: Path) -> Mapping[str, QuantizedWeight]:
     """Name -> codes of a run, its quantized folder, or an export."""
     folder = path / QUANTIZED if (path / QUANTIZED).is_dir() else path
     check_complete(folder)
-    if (folder / quantized_model.WEIGHTS_FILE).is_file():
-        return quantized_model.load_weights(folder)[0]
+    if (folder / quantized_file.WEIGHTS_FILE).is_file():
+        return quantized_file.load_weights(folder)[0]
     exporter = exporter_of(path)
     if exporter is not None:
         check_formats([exporter.name], "TARGET")
-        return exporter.read_weights(path)
+        if codes := exporter.read_codes(path):
+            return codes
+        raise RunError(f"{path} must hold codes; an export to {exporter.name} does not; name its run instead")
     raise RunError(f"{path} must be a finished run, or a folder quantized or an export inside one; it is neither")

@@ -23,7 +23,7 @@ from nybble.data.prepare import TextData, check_token_ids
 from nybble.data.sources import prefix_source
 from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
-from nybble.export.base import check_exportable, check_formats
+from nybble.export.base import EXPORTERS, check_exportable, check_formats
 from nybble.files import check_free_disk
 from nybble.models.device import free_memory, pick_device, pick_dtype
 from nybble.models.head import LMHead
@@ -249,8 +249,7 @@ def check_fit(
     check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
     scheme = QuantScheme(group_size=options.scheme.group_size)
     check_exportable(evaluation.export, model.config, selection, scheme)
-    if evaluation.export:
-        _check_export_memory(loaded, options.folder)
+    _check_export_memory(loaded, evaluation.export, options.folder)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
     if not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
@@ -259,18 +258,21 @@ def check_fit(
     return PlannedRun(loaded, selection, compression, text, head)
 
 
-def _check_export_memory(loaded: LoadedModel, folder: Path) -> None:
-    """Warn where the export at the end will not fit into the machine's memory, whatever the device."""
+def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Path) -> None:
+    """Warn where an export at the end will not fit into the machine's memory, whatever the device."""
     parameters = list(loaded.model.parameters())
     held = sum(p.numel() * p.dtype.itemsize for p in parameters if p.device.type == "cpu")  # free by then
-    needed = memory.export_memory(sum(p.numel() for p in parameters))
     available = psutil.virtual_memory().available + held
-    if needed > available:
-        log.warning(
-            "the export at the end needs about %.1f GB of memory, %.1f GB are free; if it fails, the 4-bit model in "
-            "%s/quantized is kept, and nybble export writes it on a larger machine; to do without: --export none",
-            needed / 1e9, available / 1e9, folder,
-        )  # fmt: skip
+    total, largest = (kind(p.numel() for p in parameters) for kind in (sum, max))
+    for name in formats:
+        needed = EXPORTERS[name].peak_memory(total, 2 * largest)
+        if needed > available:
+            log.warning(
+                "the export to %s at the end needs about %.1f GB of memory, %.1f GB are free; if it fails, the 4-bit "
+                "model in %s/quantized is kept, and nybble export writes it on a larger machine; to do without: "
+                "--export none",
+                name, needed / 1e9, available / 1e9, folder,
+            )  # fmt: skip
 
 
 def available_memory(loaded: LoadedModel) -> int:

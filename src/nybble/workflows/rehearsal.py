@@ -20,9 +20,10 @@ import torch
 from nybble.compression.init import QuantizedInit
 from nybble.errors import ModelError, NybbleError, describe_error
 from nybble.export.base import EXPORTERS
+from nybble.models.checkpoint import open_checkpoint
 from nybble.models.head import last_hidden_states
 from nybble.models.loading import LoadedModel
-from nybble.models.quantized_model import load_quantized, save_quantized
+from nybble.models.quantized_model import save_quantized
 from nybble.models.selection import select_layers
 from nybble.qat.absorb import absorb_layers
 from nybble.qat.insert import insert_fake_quant_layers, quantize_embeddings
@@ -65,9 +66,10 @@ def rehearse(
             save_quantized(folder, twin, weights)
         for name in formats:
             with _step("loaded", twin):
-                model, tokenizer, quantized = load_quantized(folder, torch.float32, trust_remote_code)
+                checkpoint = open_checkpoint(folder, trust_remote_code)
+                checkpoint.build()
             (Path(scratch) / name).mkdir()
-            EXPORTERS[name].export(model, tokenizer, quantized, Path(scratch) / name)
+            EXPORTERS[name].export(checkpoint, Path(scratch) / name)
 
 
 def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:

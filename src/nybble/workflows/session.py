@@ -11,7 +11,7 @@ from nybble.console import console, log_to, say
 from nybble.errors import ExportError
 from nybble.files import write_text
 from nybble.models.loading import model_fingerprint
-from nybble.models.quantized_model import weights_fingerprint
+from nybble.models.quantized_file import weights_fingerprint
 from nybble.options.commands import RunCommand
 from nybble.report.markdown import run_markdown
 from nybble.report.run import result_rows, summary

@@ -20,13 +20,14 @@ from nybble.data.generate import GENERATED_FILE, generate_pending, generation_ba
 from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import TextData
 from nybble.errors import DataError, ExportError
-from nybble.export.base import EXPORTERS
+from nybble.export.base import EXPORTERS, ExportResult
 from nybble.files import atomic_folder
 from nybble.models import quantized_model
+from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, model_fingerprint
-from nybble.models.selection import LayerSelection, select_layers
+from nybble.models.selection import LayerSelection
 from nybble.options.commands import RunCommand
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
@@ -270,17 +271,30 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[Load
     """
     exporter, folder = EXPORTERS[name], run.path / name
     with run.stage(f"export {name}"):
-        model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, torch.float32, trust_remote_code)
-        for scheme in {weight.scheme for weight in quantized.values() if weight.scheme.bits == 4}:
-            exporter.check(model.config, select_layers(model), scheme)
+        checkpoint = open_checkpoint(run.quantized, trust_remote_code)
+        exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
-            result = exporter.export(model, tokenizer, quantized, temporary)
-            copy_companions(companion_files(run.quantized, tokenizer), temporary)
+            result = exporter.export(checkpoint, temporary)
+            copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
         run.note_files(name)
-        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(model.config)}
+        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(checkpoint.config)}
     log.info(
-        "%s: %d weights in 4 bits and %d in 8 bits, all codes read back equal; logits within %.1e of torch; %.1f MB",
-        exporter.label, result.int4_weights, result.int8_weights, result.logit_difference, result.bytes / 1e6,
+        "%s: %d weights in 4 bits and %d in 8 bits, %s; %s; %.1f MB",
+        exporter.label, result.int4_weights, result.int8_weights, _exactness(result), _logits_compared(result),
+        result.bytes / 1e6,
     )  # fmt: skip
-    return LoadedModel(exporter.open_model(folder, model.config), tokenizer, str(folder)), result.bytes
+    opened = exporter.open_model(folder, checkpoint.config)
+    return LoadedModel(opened, checkpoint.tokenizer, str(folder)), result.bytes
+
+
+def _exactness(result: ExportResult) -> str:
+    if not result.rounded:
+        return "all read back equal"
+    return f"those in 4 bits read back equal, {', '.join(result.rounded)} within {max(result.rounded.values()):.1e}"
+
+
+def _logits_compared(result: ExportResult) -> str:
+    if result.logit_difference is None:
+        return "logits not compared"
+    return f"logits within {result.logit_difference:.1e} of torch"

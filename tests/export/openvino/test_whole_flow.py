@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nybble.export.openvino.exporter import LOGIT_TOLERANCE, OpenVINOExporter
-from nybble.models import quantized_model
+from nybble.models import quantized_file
 from nybble.run.results import read_results
 from nybble.workflows.distill import distill
 from tests.helpers.distill import distill_options, interrupt_after
@@ -27,7 +27,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     distill(distill_options(model, tmp_path / "undisturbed"))
 
     resumed, undisturbed = (
-        (tmp_path / name / "quantized" / quantized_model.WEIGHTS_FILE).read_bytes() for name in ("run", "undisturbed")
+        (tmp_path / name / "quantized" / quantized_file.WEIGHTS_FILE).read_bytes() for name in ("run", "undisturbed")
     )
     assert resumed == undisturbed, "resumed training must end with the same bits"
     results = read_results(tmp_path / "run")

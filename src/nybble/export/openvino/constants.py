@@ -1,4 +1,4 @@
-"""Replace the float constants of quantized layers by codes, and read codes back from a saved graph.
+"""Put the codes of quantized layers into a graph, and read codes back from a saved graph.
 
     4 bits: u4 codes [O, G, K] -> f16,  minus u4 zero point [O, G, 1] -> f16,  times f16 scale [O, G, 1],
             reshaped to [O, I] -> f32                                              (linear layers)
@@ -24,72 +24,59 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.openvino.trace import TracedModel
+from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
 
 _LEAVES = ("codes", "scale", "zero_point")
 
 
-def compress_constants(graph: Any, quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Replace the float constants of all quantized weights by codes, in place.
+def insert_codes(traced: TracedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Replace the inputs for quantized weights by codes, in place.
 
     Args:
-        graph: openvino.Model, as traced.
+        traced: the graph and its inputs.
         quantized: module name -> quantized weight.
 
     Raises:
-        ExportError: the graph does not hold a weight as a constant, or holds it with another shape.
+        ExportError: the graph does not use a weight.
     """
-    constants = _weight_constants(graph)
-    missing = [name for name in quantized if name not in constants]
-    if missing:
+    unused = [name for name, node in traced.weights.items() if not node.output(0).get_target_inputs()]
+    if unused:
         raise ExportError(
-            f"the traced graph must hold the weight of every quantized layer as a constant; {len(missing)} of "
-            f"{len(quantized)} are missing (first: {missing[0]}); this architecture cannot be exported to OpenVINO yet"
+            f"the traced graph must use the weight of every quantized layer; it does not use {len(unused)} of "
+            f"{len(traced.weights)} (first: {unused[0]}); this architecture cannot be exported to OpenVINO yet"
         )
-    for name, weight in quantized.items():
-        node = constants[name]
-        if tuple(node.shape) != tuple(weight.codes_OI.shape):
-            raise ExportError(
-                f"{name} must have the same shape in the traced graph and in the codes; got {tuple(node.shape)} and "
-                f"{tuple(weight.codes_OI.shape)}; this architecture cannot be exported to OpenVINO yet"
-            )
-        replacement = _dequantize_node(name, weight)
+    for name, node in traced.weights.items():
+        replacement = _dequantize_node(name, quantized[name])
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
+        traced.graph.remove_parameter(node)
 
 
-def read_constants(graph: Any) -> dict[str, QuantizedWeight]:
-    """Read the quantized weights of a graph.
+def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:
+    """Find the quantized weights of a graph.
 
     Args:
         graph: openvino.Model, as read from its files.
 
     Returns:
-        Module name -> quantized weight.
+        Module name -> quantized weight, read at each access.
     """
     nodes: dict[str, dict[str, Any]] = {}
     for node in graph.get_ops():
         name, _, leaf = node.get_friendly_name().rpartition(".")
         if node.get_type_name() == "Constant" and leaf in _LEAVES:
             nodes.setdefault(name, {})[leaf] = node
-    weights = {}
-    for name, leaves in nodes.items():
-        codes_OI, scale_OG, zero_point_OG = (_read_rows(leaves[leaf]) for leaf in _LEAVES)
-        four_bits = leaves["codes"].get_element_type().get_type_name() == "u4"
-        scheme = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four_bits else INT8_PER_ROW
-        weights[name] = QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
-    return weights
+    return LazyMapping(nodes, lambda name: _read_weight(nodes[name]))
 
 
-def _weight_constants(graph: Any) -> dict[str, Any]:
-    """Return the constants that are weights of modules, by the module name without the wrapper's prefixes."""
-    constants = {}
-    for node in graph.get_ops():
-        name = node.get_friendly_name()
-        if node.get_type_name() == "Constant" and name.endswith(".weight"):
-            constants[name.removeprefix("self.").removeprefix("model.").removesuffix(".weight")] = node
-    return constants
+def _read_weight(leaves: Mapping[str, Any]) -> QuantizedWeight:
+    codes_OI, scale_OG, zero_point_OG = (_read_rows(leaves[leaf]) for leaf in _LEAVES)
+    four_bits = leaves["codes"].get_element_type().get_type_name() == "u4"
+    scheme = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four_bits else INT8_PER_ROW
+    return QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
 
 
 def _dequantize_node(name: str, weight: QuantizedWeight) -> Any:

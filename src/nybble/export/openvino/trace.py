@@ -1,9 +1,13 @@
 """Trace a transformers model to an OpenVINO graph whose past keys and values are state.
 
-A wrapper gives the model its past keys and values, its own attention masks and beam_idx as plain inputs. OpenVINO
-traces the wrapper once. Past keys and values then become state of the graph, which starts empty:
+A wrapper gives the model its past keys and values, its own attention masks and beam_idx as plain inputs. torch traces
+the wrapper once, and OpenVINO converts the trace. Past keys and values then become state of the graph, which starts
+empty:
 
     past_key_values.LAYER.key and .value    [batch, key-value heads, past tokens, head size], f32
+
+The weights of quantized layers are inputs of the traced function as well. Their examples are one zero, expanded to the
+shape of the weight, so that no float copy of a weight exists. constants.py replaces these inputs by codes.
 
 The graph needs no changes to attention, so every decoder that uses transformers' cache can be traced.
 
@@ -13,43 +17,58 @@ Side effect: `_fixed_rope` changes `rope_type` of rotary embeddings while the mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nybble.errors import ExportError, describe_error
+from nybble.models.checkpoint import QuantizedCheckpoint
 
 _INPUT_SHAPES = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
 """Name -> shape of the inputs before past keys and values; -1 is any size."""
 
 
-def trace_model(model: Any) -> Any:
-    """Trace a model.
+class TracedModel(NamedTuple):
+    """A traced model whose quantized weights are still inputs.
+
+    Attributes:
+        graph: openvino.Model with the inputs input_ids [B, T] (i64), attention_mask [B, past + T] (i64), position_ids
+            [B, T] (i64), beam_idx [B] (i32) and `weights`, and the output logits [B, T, V] (f32).
+        weights: module name -> Parameter of the graph for its weight [O, I] (f32).
+    """
+
+    graph: Any
+    weights: dict[str, Any]
+
+
+def trace_model(checkpoint: QuantizedCheckpoint) -> TracedModel:
+    """Trace a quantized model.
 
     Args:
-        model: transformers model on the CPU, float32, evaluation mode.
-
-    Returns:
-        openvino.Model with the inputs input_ids [B, T] (i64), attention_mask [B, past + T] (i64), position_ids [B, T]
-        (i64) and beam_idx [B] (i32), and the output logits [B, T, V] (f32).
+        checkpoint: the model. Only the shapes of its quantized weights are read.
 
     Raises:
         ExportError: the model cannot be traced.
     """
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    heads, head_size = _heads(model.config)
-    graph = _convert(model, heads, head_size)
-    state_names = _name_ports(graph, heads, head_size)
+    heads, head_size = _heads(checkpoint.config)
+    graph = _convert(checkpoint, heads, head_size)
+    count = len(checkpoint.shapes)
+    first = len(_INPUT_SHAPES)
+    weights = {
+        name: port.get_node() for name, port in zip(checkpoint.shapes, graph.inputs[first : first + count], strict=True)
+    }
+    state_names = _name_ports(graph, count, heads, head_size)
     graph.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(graph, state_names)
     _start_states_empty(graph, heads, head_size)
-    return graph
+    return TracedModel(graph, weights)
 
 
 def _heads(config: Any) -> tuple[int, int]:
@@ -65,19 +84,26 @@ def _heads(config: Any) -> tuple[int, int]:
     return int(heads), int(head_size)
 
 
-class _ModelWithPast(nn.Module):
-    """The model with past keys and values as flat inputs and outputs: key 0, value 0, key 1, value 1, ..."""
+class _ModelWithPast:
+    """The model as a function of tensors alone: weights, and past keys and values as key 0, value 0, key 1, value 1.
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.num_layers = model.config.num_hidden_layers
-        self.window = getattr(model.config, "sliding_window", None)
-        self.layer_types = getattr(model.config, "layer_types", None)
+    Args:
+        config: transformers configuration.
+        names: of the quantized modules, in the order of the inputs.
+    """
+
+    def __init__(self, config: Any, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.num_layers = config.num_hidden_layers
+        self.window = getattr(config, "sliding_window", None)
+        self.layer_types = getattr(config, "layer_types", None)
+        self.weights: dict[str, Tensor] = {}
+        self.model: Any = None
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        self.weights, past = dict(zip(self.names, tensors, strict=False)), tensors[len(self.names) :]
         cache = DynamicCache()
         cache.layers = []
         for i in range(self.num_layers):
@@ -118,32 +144,45 @@ class _ModelWithPast(nn.Module):
         return sliding
 
 
-def _convert(model: Any, heads: int, head_size: int) -> Any:
+def _convert(checkpoint: QuantizedCheckpoint, heads: int, head_size: int) -> Any:
     """Trace the wrapped model with example inputs. Raises ExportError where that fails."""
     import openvino as ov
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     batch, queries, past = 2, 3, 2  # all above 1: the tracer would take a size of 1 for a constant
+    config = checkpoint.config
     example = (
         torch.ones(batch, queries, dtype=torch.int64),
         torch.ones(batch, past + queries, dtype=torch.int64),
         torch.arange(past, past + queries).expand(batch, -1),
         torch.arange(batch, dtype=torch.int32),
+        *(torch.zeros(1).expand(shape) for shape in checkpoint.shapes.values()),
+        *(torch.zeros(batch, heads, past, head_size) for _ in range(2 * config.num_hidden_layers)),
     )
-    states = [torch.zeros(batch, heads, past, head_size) for _ in range(2 * model.config.num_hidden_layers)]
-    with torch.no_grad(), warnings.catch_warnings(), _fixed_rope(model):
+    wrapped = _ModelWithPast(config, tuple(checkpoint.shapes))
+    wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
+    with torch.no_grad(), warnings.catch_warnings(), _fixed_rope(wrapped.model):
         # The tracer warns of every branch on a shape. Wrong branches show in the comparison of logits.
         warnings.simplefilter("ignore")
         try:
-            return ov.convert_model(_ModelWithPast(model).eval(), example_input=(*example, *states))
+            traced = torch.jit.trace(wrapped.forward, example, strict=False, check_trace=False)
+            decoder = TorchScriptPythonDecoder(traced, example_input=example)
+            return ov.convert_model(decoder, example_input=example)
         except Exception as error:  # errors of the tracer, of OpenVINO and of the model
             raise ExportError(
-                f"an export to OpenVINO traces the model with keys and values of past tokens; {type(model).__name__} "
-                f"cannot be traced ({describe_error(error)}); remove openvino from --export"
+                f"an export to OpenVINO traces the model with keys and values of past tokens; "
+                f"{type(wrapped.model).__name__} cannot be traced ({describe_error(error)}); remove openvino from "
+                "--export"
             ) from error
 
 
-def _name_ports(graph: Any, heads: int, head_size: int) -> dict[str, str]:
+def _name_ports(graph: Any, num_weights: int, heads: int, head_size: int) -> dict[str, str]:
     """Name inputs and outputs and give inputs their dynamic shapes, in place.
+
+    Args:
+        graph: openvino.Model with the inputs of _INPUT_SHAPES, weights, and past keys and values.
+        num_weights: number of the weights, which stay as they are.
+        heads, head_size: of keys and values.
 
     Returns:
         Name of each past tensor (input) -> name of the present tensor (output) that replaces it.
@@ -156,7 +195,9 @@ def _name_ports(graph: Any, heads: int, head_size: int) -> dict[str, str]:
         port.get_node().set_friendly_name(name)
     graph.outputs[0].get_tensor().set_names({"logits"})
     state_names = {}
-    for i, (source, sink) in enumerate(zip(graph.inputs[len(_INPUT_SHAPES) :], graph.outputs[1:], strict=True)):
+    for i, (source, sink) in enumerate(
+        zip(graph.inputs[len(_INPUT_SHAPES) + num_weights :], graph.outputs[1:], strict=True)
+    ):
         leaf = f"{i // 2}.{'value' if i % 2 else 'key'}"
         source.get_tensor().set_names({f"past_key_values.{leaf}"})
         source.get_node().set_partial_shape(ov.PartialShape([-1, heads, -1, head_size]))

@@ -1,0 +1,147 @@
+"""QuantizedCheckpoint: a folder quantized/ that is read tensor by tensor, for models that are larger than the memory.
+
+The model that it builds has no weights in its quantized layers. Each of them reads its weight from the file, and
+dequantizes it, whenever it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import RunError
+from nybble.models.quantized_file import REMEDY, open_weights, read_layout
+from nybble.models.quantized_model import CONFIG, differing, explaining, load_config, load_tokenizer
+from nybble.models.selection import LayerSelection, select_layers
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A quantized model whose tensors stay in the file.
+
+    Attributes:
+        folder: quantized/ of a run.
+        config: transformers configuration.
+        tokenizer: transformers tokenizer.
+        quantized: module name -> quantized weight, read at each access.
+        shapes: module name -> [O, I] of its quantized weight.
+        others: name -> every other tensor, in its own dtype, read at each access.
+        selection: which modules have 4-bit and 8-bit codes, and whether the head is tied to the embedding.
+        scheme: of the 4-bit layers.
+        num_parameters: of the model; a tied head counts once.
+        trust_remote_code: whether to run Python code that comes with the model.
+    """
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    quantized: Mapping[str, QuantizedWeight]
+    shapes: Mapping[str, tuple[int, int]]
+    others: Mapping[str, Tensor]
+    selection: LayerSelection
+    scheme: QuantScheme
+    num_parameters: int
+    trust_remote_code: bool
+
+    def build(self, weight_of: Callable[[str], Tensor] | None = None) -> Any:
+        """Build the model in float32.
+
+        Args:
+            weight_of: module name -> weight [O, I] that the quantized module computes with, called at each use. None
+                dequantizes the codes in the file.
+
+        Returns:
+            A transformers.PreTrainedModel on the CPU, in evaluation mode, frozen. Its quantized modules have no
+            parameter; their attribute `weight` calls `weight_of`.
+
+        Raises:
+            RunError: the tensors do not fit the model.
+        """
+        model = empty_model(self.config, self.trust_remote_code)
+        own = model.state_dict()
+        others = {}
+        for name, tensor in self.others.items():
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                raise RunError(
+                    f"{self.folder} must hold the tensors of the model in its {CONFIG}; {name} has the wrong type; "
+                    f"{REMEDY}"
+                )
+            others[name] = tensor.float() if tensor.is_floating_point() else tensor
+        model.load_state_dict(others, strict=False, assign=True)
+        read = weight_of or (lambda name: self.quantized[name].dequantize())
+        for name in self.quantized:
+            _compute_weight(model.get_submodule(name), name, read)
+        if self.selection.tied:
+            _compute_weight(model.get_output_embeddings(), self.selection.int8[0], read)
+        return model.requires_grad_(False).eval()
+
+
+def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> QuantizedCheckpoint:
+    """Open a folder that `save_quantized` wrote, and check the header of its weights against its configuration.
+
+    Args:
+        folder: quantized/ of a run.
+        trust_remote_code: whether to run Python code that comes with the model.
+
+    Raises:
+        RunError: the files are damaged or do not fit each other, nybble did not write them, or the model needs Python
+            code that is not trusted.
+    """
+    config, layout = load_config(folder, trust_remote_code), read_layout(folder)
+    with explaining(folder / CONFIG, "the configuration of a model"):
+        model = empty_model(config, trust_remote_code)
+    own = model.state_dict()
+    shapes = layout.others | {f"{name}.weight": layer.shape for name, layer in layout.quantized.items()}
+    state = {
+        name: torch.empty(shape, dtype=own[name].dtype if name in own else torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
+    if wrong := differing(model, state):
+        raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
+    quantized, others = open_weights(folder)
+    return QuantizedCheckpoint(
+        folder=folder,
+        config=config,
+        tokenizer=load_tokenizer(folder, trust_remote_code),
+        quantized=quantized,
+        shapes={name: layer.shape for name, layer in layout.quantized.items()},
+        others=others,
+        selection=select_layers(model),
+        scheme=next((layer.scheme for layer in layout.quantized.values() if layer.scheme.bits == 4), QuantScheme()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def empty_model(config: Any, trust_remote_code: bool) -> Any:
+    """Build a model whose parameters have shapes but no memory. Buffers are real: they follow from the configuration.
+
+    Args:
+        config: transformers configuration.
+        trust_remote_code: whether to run Python code that comes with the model.
+
+    Returns:
+        A transformers.PreTrainedModel; float32.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def _compute_weight(module: nn.Module, name: str, read: Callable[[str], Tensor]) -> None:
+    """Replace the parameter `weight` of a module by an attribute that is computed at each access, in place."""
+    kind = type(module)
+    del module._parameters["weight"]
+    module.__class__ = type(kind.__name__, (kind,), {"weight": property(lambda _: read(name)), "__module__": __name__})
