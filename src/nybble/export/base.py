@@ -312,9 +312,10 @@ def check_read_back(written: Mapping[str, QuantizedWeight], exporter: Exporter, 
         ExportError: names, codes, scales, zero points or values differ.
     """
     codes, weights = exporter.read_codes(folder), exporter.read_weights(folder)
-    if weights.keys() != written.keys():
+    if other := weights.keys() ^ written.keys():
         raise ExportError(
-            f"{folder} must hold {len(written)} quantized weights; {len(weights)} were read back; please report this"
+            f"{folder} must hold {len(written)} quantized weights; {len(weights)} were read back, and {min(other)} "
+            "only on one side; please report this"
         )
     rounded = {}
     for name, weight in written.items():
@@ -324,7 +325,7 @@ def check_read_back(written: Mapping[str, QuantizedWeight], exporter: Exporter, 
         if torch.equal(weight_OI, read_OI):
             continue
         allowed = exporter.int8_tolerance if weight.scheme.bits == 8 else 0.0
-        difference_OI = (weight_OI - read_OI).abs()
+        difference_OI = (weight_OI - read_OI).abs() if weight_OI.shape == read_OI.shape else weight_OI.abs() + torch.inf
         if not bool((difference_OI <= allowed * weight_OI.abs().amax(1, keepdim=True)).all()):
             raise ExportError(
                 f"{folder} must hold the weights that were given to it; the values of {name} read back differently; "
