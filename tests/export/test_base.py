@@ -96,7 +96,7 @@ def test_a_run_uses_an_exporter_from_outside_the_package(
     rows = results["models"]
     assert rows["toy"]["token_perplexity"] == pytest.approx(rows["compressed"]["token_perplexity"], rel=1e-5)
     written, _ = quantized_file.load_weights(run / "quantized")
-    assert base.check_read_back(written, toy, run / "toy") == {}
+    assert toy.compare_weights(written, run / "toy") == {}
     capsys.readouterr()
     assert main(["inspect", str(run / "toy")]) == 0
     assert "8 quantized layers" in capsys.readouterr().out
@@ -178,20 +178,20 @@ class ReadBack(ToyExporter):
     ],
 )
 def test_any_difference_of_what_was_read_back_is_an_error(exporter: ReadBack, message: str) -> None:
-    assert base.check_read_back({"a": WEIGHT}, ReadBack({"a": replace(WEIGHT)}), Path("e")) == {}
-    assert base.check_read_back({"a": WEIGHT}, ReadBack({}, {"a": WEIGHT.dequantize()}), Path("e")) == {}
+    assert ReadBack({"a": replace(WEIGHT)}).compare_weights({"a": WEIGHT}, Path("e")) == {}
+    assert ReadBack({}, {"a": WEIGHT.dequantize()}).compare_weights({"a": WEIGHT}, Path("e")) == {}
     with pytest.raises(ExportError, match=message):
-        base.check_read_back({"a": WEIGHT}, exporter, Path("e"))
+        exporter.compare_weights({"a": WEIGHT}, Path("e"))
 
 
 def test_an_8_bit_weight_may_be_rounded_within_the_tolerance_of_the_format() -> None:
     """Relative to the largest in the row: 128 here, and 124 in the second."""
     weight_OI = ROWS.dequantize()
     rounded = weight_OI + torch.tensor([[1.0], [0.5]])
-    assert base.check_read_back({"a": ROWS}, ReadBack({}, {"a": rounded}), Path("e")) == {"a": 1.0}
+    assert ReadBack({}, {"a": rounded}).compare_weights({"a": ROWS}, Path("e")) == {"a": 1.0}
     for wrong in (weight_OI + torch.tensor([[0.0], [1.0]]), weight_OI + 1.1):
         with pytest.raises(ExportError, match="the values of a read back differently"):
-            base.check_read_back({"a": ROWS}, ReadBack({}, {"a": wrong}), Path("e"))
+            ReadBack({}, {"a": wrong}).compare_weights({"a": ROWS}, Path("e"))
 
 
 class Broken(ToyExporter):

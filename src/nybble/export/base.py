@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError, MissingExtraError
+from nybble.export.read_back import compare_weights
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -146,13 +147,12 @@ class Exporter(ABC):
         checkpoint.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
         self.write(checkpoint, folder)
-        rounded = check_read_back(checkpoint.quantized, self, folder)
         return ExportResult(
             int4_weights=len(checkpoint.selection.int4),
             int8_weights=len(checkpoint.selection.int8),
             bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
+            rounded=self.compare_weights(checkpoint.quantized, folder),
             logit_difference=self.compare_logits(checkpoint, folder),
-            rounded=rounded,
         )
 
     @abstractmethod
@@ -166,6 +166,17 @@ class Exporter(ABC):
         Raises:
             ExportError: the format cannot hold the model.
         """
+
+    def compare_weights(self, written: Mapping[str, QuantizedWeight], folder: Path) -> dict[str, float]:
+        """Read the weights of an export back and compare them with those that were written; see `compare_weights`.
+
+        Args:
+            written: module name -> quantized weight.
+            folder: the export.
+        """
+        has_reader = type(self).read_weights is not Exporter.read_weights  # else they are what the codes give
+        weights = self.read_weights(folder) if has_reader else None
+        return compare_weights(written, self.read_codes(folder), weights, self.int8_tolerance, folder)
 
     def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
         """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
@@ -295,50 +306,3 @@ def exporter_of(folder: Path) -> Exporter | None:
     """Return the exporter whose format the folder holds, or None."""
     exporters = (EXPORTERS[name] for name in EXPORTERS)
     return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
-
-
-def check_read_back(written: Mapping[str, QuantizedWeight], exporter: Exporter, folder: Path) -> dict[str, float]:
-    """Check that an export holds exactly the quantized weights that were given to it.
-
-    Args:
-        written: module name -> quantized weight, as given to the exporter.
-        exporter: reads the files.
-        folder: the export.
-
-    Returns:
-        8-bit weight that the format does not hold exactly -> largest difference of one of its values.
-
-    Raises:
-        ExportError: names, codes, scales, zero points or values differ.
-    """
-    codes, weights = exporter.read_codes(folder), exporter.read_weights(folder)
-    if other := weights.keys() ^ written.keys():
-        raise ExportError(
-            f"{folder} must hold {len(written)} quantized weights; {len(weights)} were read back, and {min(other)} "
-            "only on one side; please report this"
-        )
-    rounded = {}
-    for name, weight in written.items():
-        if name in codes:
-            _check_codes(name, weight, codes[name], folder)
-        weight_OI, read_OI = weight.dequantize(), weights[name]
-        if torch.equal(weight_OI, read_OI):
-            continue
-        allowed = exporter.int8_tolerance if weight.scheme.bits == 8 else 0.0
-        difference_OI = (weight_OI - read_OI).abs() if weight_OI.shape == read_OI.shape else weight_OI.abs() + torch.inf
-        if not bool((difference_OI <= allowed * weight_OI.abs().amax(1, keepdim=True)).all()):
-            raise ExportError(
-                f"{folder} must hold the weights that were given to it; the values of {name} read back differently; "
-                "please report this"
-            )
-        rounded[name] = float(difference_OI.max())
-    return rounded
-
-
-def _check_codes(name: str, written: QuantizedWeight, read: QuantizedWeight, folder: Path) -> None:
-    for what, field_ in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
-        if not torch.equal(getattr(written, field_), getattr(read, field_)):
-            raise ExportError(
-                f"{folder} must hold the weights that were given to it; the {what} of {name} read back differently;"
-                " please report this"
-            )

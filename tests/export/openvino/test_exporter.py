@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from nybble.errors import ExportError, OptionError
-from nybble.export.base import check_read_back
 from nybble.export.openvino import exporter as module
 from nybble.export.openvino.exporter import OpenVINOExporter
 from nybble.models.selection import LayerSelection
@@ -33,7 +32,7 @@ def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
         "tokenizer.json",
     }
     assert exported.result.rounded == {}
-    assert check_read_back(exported.checkpoint.quantized, EXPORTER, exported.folder) == {}
+    assert EXPORTER.compare_weights(exported.checkpoint.quantized, exported.folder) == {}
     assert EXPORTER.recognizes(exported.folder)
     assert not EXPORTER.recognizes(exported.folder.parent)
 
