@@ -71,6 +71,12 @@ def raise_if_interrupted() -> None:
         raise _received
 
 
+def forget_interruption() -> None:
+    """Go on after an Interrupted that was meant for a part of the work only."""
+    global _received
+    _received = None
+
+
 def _interrupt(number: int, frame: Any) -> None:
     global _received
     _received = Interrupted(number)

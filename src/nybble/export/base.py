@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError, MissingExtraError
+from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export.read_back import compare_weights
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
@@ -258,14 +258,17 @@ class Exporter(ABC):
         return LazyMapping(codes, lambda name: codes[name].dequantize())
 
 
+ALL = "all"
+"""What --export and --to call all formats that can hold the model."""
+
 EXPORTERS: Registry[Exporter] = Registry("export format", "nybble.exporters")
 
 
-def check_formats(formats: Iterable[str], option: str) -> None:
+def check_formats(formats: Sequence[str], option: str) -> None:
     """Check that formats are known and installed.
 
     Args:
-        formats: names.
+        formats: names, or ALL.
         option: the option that named them, for the error message.
 
     Raises:
@@ -273,25 +276,41 @@ def check_formats(formats: Iterable[str], option: str) -> None:
         MissingExtraError: the modules that the exporter needs are not installed.
     """
     for name in formats:
-        EXPORTERS.get(name, option).check_installed()
+        for exporter in (EXPORTERS[n] for n in EXPORTERS) if name == ALL else (EXPORTERS.get(name, option),):
+            exporter.check_installed()
 
 
-def check_exportable(formats: Iterable[str], config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+def check_exportable(
+    formats: Sequence[str], config: Any, selection: LayerSelection, scheme: QuantScheme
+) -> tuple[str, ...]:
     """Check that every format can hold the model, and warn of families that its tests do not cover.
 
     Args:
-        formats: names of known formats.
+        formats: names of known formats. ALL stands for those that can hold the model; the log says which cannot.
         config: transformers configuration of the model.
         selection: layers that get 4-bit and 8-bit codes.
         scheme: of the 4-bit layers.
+
+    Returns:
+        The formats, with those that ALL stands for.
 
     Raises:
         ExportError: a format cannot hold the model.
         OptionError: a format cannot hold the scheme.
     """
-    for name in formats:
+    named = [name for name in formats if name != ALL]
+    others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
+    for name in named:
+        EXPORTERS[name].check(config, selection, scheme)
+    for name in others:
+        try:
+            EXPORTERS[name].check(config, selection, scheme)
+        except (ExportError, OptionError) as error:
+            log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+        else:
+            named.append(name)
+    for name in named:
         exporter = EXPORTERS[name]
-        exporter.check(config, selection, scheme)
         for limit in exporter.limits(config):
             log.warning(limit)
         if config.model_type not in exporter.tested_families:
@@ -300,6 +319,7 @@ def check_exportable(formats: Iterable[str], config: Any, selection: LayerSelect
                 config.model_type,
                 exporter.label,
             )
+    return tuple(named)
 
 
 def exporter_of(folder: Path) -> Exporter | None:

@@ -70,6 +70,6 @@ def compress(
             save_quantized(run.quantized, loaded, compressed.weights)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "compressed", evaluation.export)
+        failed = steps.measure_shipped(context, evaluator, "compressed")
         session.finish(run, [], failed)
         return run.path

@@ -95,7 +95,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
         for leftover in run.path.glob("teacher/train.*"):
             leftover.unlink()
         remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "tuned", evaluation.export)
+        failed = steps.measure_shipped(context, evaluator, "tuned")
         session.finish(run, judge_distillation(run.results), failed)
         return run.path
 

@@ -55,6 +55,7 @@ class RunContext:
         options: where and how models compute.
         compression, calibration: the plan, and the options of the methods.
         head: the 16-bit head, a copy.
+        formats: what is exported at the end.
         identity: tells the 16-bit model apart from others of the same name.
         callback: is told of stages, steps and validations.
     """
@@ -68,6 +69,7 @@ class RunContext:
     calibration: CompressionOptions
     text: TextData
     head: LMHead
+    formats: tuple[str, ...]
     seed: int
     identity: str
     callback: Callback
@@ -91,6 +93,7 @@ class RunContext:
             calibration=calibration,
             text=planned.text,
             head=planned.head,
+            formats=planned.formats,
             seed=options.run.seed,
             identity=f"{options.model.pretrained} {model_fingerprint(planned.loaded.model)}",
             callback=CallbackList(callbacks),
@@ -231,12 +234,13 @@ def _error_lines(result: CompressionResult) -> list[str]:
     return lines
 
 
-def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats: Sequence[str]) -> list[ExportError]:
+def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list[ExportError]:
     """Measure the 4-bit model in the run folder and its exports: what is measured is what ships.
+
+    Formats that were exported by hand before are exported again where they are missing.
 
     Args:
         row: of the 4-bit model in torch: compressed or tuned.
-        formats: asked for. Formats that were exported by hand before are exported again where they are missing.
 
     Returns: the exports that failed; everything else is done and worth a report.
     """
@@ -249,7 +253,7 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats
         measure_row(run, evaluator, row, shipped, size_when_shipped(model, quantized))
         del model, shipped
     failed = []
-    for name in dict.fromkeys((*run.results.exports, *formats)):
+    for name in dict.fromkeys((*run.results.exports, *context.formats)):
         if name in run.results.models and run.is_complete(name):
             continue
         try:
