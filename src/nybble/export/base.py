@@ -69,6 +69,8 @@ class Exporter(ABC):
         modules: top-level modules that exporting, opening and reading import.
         extra: optional extra of nybble that installs `modules`. A package that brings its own exporter depends on its
             modules directly and leaves both empty.
+        library: what the hub calls the library that loads the format.
+        usage: Markdown for the model card: the shortest way to run the export, from its folder.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
         weight_files: patterns of the files that hold the model, whose sizes are added up.
         int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row; 0
@@ -85,6 +87,8 @@ class Exporter(ABC):
     weight_files: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    library: ClassVar[str] = ""
+    usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4

@@ -178,6 +178,8 @@ class _ExportGroup(Group):
 
     run: str = option("", "Folder of a finished run.", required=True)
     to: tuple[str, ...] = option(("openvino",), "Formats, or all.", basic=True)
+    push_to_hub: str | None = option(None, "Upload the export to this repository of the Hugging Face hub.", basic=True)
+    private: bool = option(False, "Make the repository private.", basic=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", basic=True)
 
 

@@ -22,6 +22,7 @@ from nybble.run.results import LayerCounts, Phase
 from nybble.run.resume import check_same_inputs
 from nybble.workflows.init_from import was_trained
 from nybble.workflows.plan import PlannedRun
+from nybble.workflows.publish import write_cards
 
 log = logging.getLogger("nybble")
 
@@ -91,7 +92,7 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)
-    run.save()
+    write_cards(run)
     write_text(run.path / "report.md", run_markdown(results))
     console.print(as_table(*result_rows(results)))
     say(summary(results))

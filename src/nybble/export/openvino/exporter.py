@@ -26,6 +26,16 @@ from nybble.quant.weight import QuantizedWeight
 # openvino, openvino_tokenizers and transformers are imported where they are used: they take seconds to import.
 
 MODEL_XML = "openvino_model.xml"
+USAGE = """
+```python
+# pip install openvino-genai
+import openvino_genai
+
+pipe = openvino_genai.LLMPipeline(".", "CPU")
+print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
+```
+"""
+
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Entries of `config.layer_types` for which trace.py makes a mask."""
 
@@ -42,6 +52,8 @@ class OpenVINOExporter(Exporter):
     weight_files = ("openvino_model.*",)
     modules = ("openvino", "openvino_tokenizers")
     extra = "openvino"
+    library = "openvino"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     most_parameters_compared = None  # the runtime computes with the codes
 
