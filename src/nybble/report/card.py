@@ -9,7 +9,16 @@ from typing import Any
 
 from nybble.export.base import EXPORTERS
 from nybble.report.labels import format_label, row_label
-from nybble.report.run import changes_text, measured_on, memory_text, result_rows, summary, versions_text
+from nybble.report.run import (
+    changes_text,
+    measured_on,
+    memory_text,
+    other_rows,
+    other_title,
+    result_rows,
+    summary,
+    versions_text,
+)
 from nybble.report.tables import as_markdown, escape_markdown
 from nybble.run.results import RunResults
 
@@ -36,6 +45,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
         escape_markdown(summary(results)),
         as_markdown(*result_rows(results)),
         escape_markdown(measured_on(results)),
+        *_other_domain(results),
         *(f"**Limit:** {escape_markdown(limit)}" for limit in results.exports[name].get("limits", ())),
         "## Run it",
         _usage(name),
@@ -47,6 +57,11 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
         escape_markdown(f"Seed {results.seed}. {versions_text(results)}."),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _other_domain(results: RunResults) -> list[str]:
+    cells = other_rows(results)
+    return [escape_markdown(f"{other_title(results)}:"), as_markdown(*cells)] if cells[1] else []
 
 
 def _front_matter(name: str, pretrained: str) -> str:

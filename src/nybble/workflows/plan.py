@@ -19,7 +19,7 @@ import torch
 from nybble.compression.checks import check_length, check_model
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
-from nybble.data.prepare import TextData, check_token_ids
+from nybble.data.prepare import TextData
 from nybble.data.sources import prefix_source
 from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
@@ -42,6 +42,7 @@ from nybble.training import memory
 from nybble.training.memory import ModelShapes
 from nybble.workflows import init_from
 from nybble.workflows.rehearsal import rehearse
+from nybble.workflows.text import check_token_ids
 
 log = logging.getLogger("nybble")
 

@@ -72,6 +72,8 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.init_trained = compression.init_from is not None and was_trained(compression.init_from)
     results.layers = LayerCounts(len(selection.int4), len(selection.int8), selection.tied)
     results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
+    if len(text.other):
+        results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
     results.limit = facts.limit
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
