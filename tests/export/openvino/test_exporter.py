@@ -37,6 +37,13 @@ def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
     assert not EXPORTER.recognizes(exported.folder.parent)
 
 
+def test_equal_models_have_equal_files(exported: Exported, tmp_path: Path) -> None:
+    """OpenVINO numbers nodes per process; a resumed run must end with the same bytes."""
+    EXPORTER.write(exported.checkpoint, tmp_path)
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        assert (tmp_path / name).read_bytes() == (exported.folder / name).read_bytes(), name
+
+
 def test_a_strict_model_computes_in_float32_and_a_deployed_one_as_openvino_decides(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
