@@ -103,11 +103,12 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
             Output whose logits are float32 [B, T, V], or [B, new tokens, V] during generation.
         """
         past = self._state_ids.shape[1]
-        if past_key_values is not None:
+        if self._generating:  # all tokens come each time, and past_key_values of the last output with them
+            grown = 0 < past < input_ids.shape[1] and torch.equal(input_ids[:, :past], self._state_ids)
+            logits = self.infer(input_ids[:, past:] if grown else input_ids, attention_mask, reset=not grown)
+        elif past_key_values is not None:
             assert past_key_values is self._state_ids, "only the last call can be continued"
             logits = self.infer(input_ids, attention_mask, reset=False)
-        elif self._generating and 0 < past < input_ids.shape[1] and torch.equal(input_ids[:, :past], self._state_ids):
-            logits = self.infer(input_ids[:, past:], attention_mask, reset=False)
         else:
             logits = self.infer(input_ids, attention_mask, reset=True)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._state_ids)  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ class Architecture:
         scale_from_hidden: number of layers at which queries are scaled by hidden size / heads, not by the head size.
         query_norm: there are norms of queries, which can take up another scale.
         softcaps: it caps attention scores and logits.
+        biases: it reads biases of all linear layers. (Those of qwen2 are no choice.)
     """
 
     name: str
@@ -57,9 +58,10 @@ class Architecture:
     scale_from_hidden: int | None = None
     query_norm: bool = False
     softcaps: bool = False
+    biases: bool = False
 
 
-_LLAMA = Architecture("llama", interleaved_rope=True, rope_freqs=True)
+_LLAMA = Architecture("llama", interleaved_rope=True, rope_freqs=True, biases=True)
 _GELU = "gelu_pytorch_tanh"
 
 MODEL_TYPES: dict[str, Architecture] = {
@@ -126,8 +128,13 @@ def _problems(config: Any, architecture: Architecture, tied: bool) -> Iterator[s
         yield "a head that is not tied to the embedding"
     if not architecture.free_head_dim and width != config.hidden_size:
         yield f"attention heads of {width} numbers together for a hidden size of {config.hidden_size}"
-    if query_factor(config) != 1 and not architecture.query_norm:
-        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
+    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
+    # The head size too: a small twin of the model (rehearsal.py) has another number of layers.
+    if not architecture.query_norm and (query_factor(config) != 1 or scalar != head_dim(config)):
+        yield f"query_pre_attn_scalar {scalar}"
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, None) and not architecture.biases:
+            yield name
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (getattr(config, name, None) is not None) != architecture.softcaps:
             yield f"{name} {getattr(config, name, None)}"
@@ -140,10 +147,13 @@ def _attention_problems(config: Any, architecture: Architecture) -> Iterator[str
     window = sliding_window(config)
     if getattr(config, "use_bidirectional_attention", None):
         yield "bidirectional attention"
-    if window is not None and architecture.sliding_period is None and window < _SHORTEST_WINDOW:
-        yield f"a sliding window of {window} tokens"
-    if window is not None and architecture.sliding_period is not None and _period(config.layer_types) is None:
+    if architecture.sliding_period is None:
+        if window is not None and window < _SHORTEST_WINDOW:
+            yield f"a sliding window of {window} tokens"
+    elif (period := _period(config.layer_types)) is None:
         yield "sliding and full layers without a period"
+    elif period == 1:
+        yield "full attention in all layers"
 
 
 def _period(layer_types: list[str]) -> int | None:
@@ -199,10 +209,9 @@ def metadata(config: Any) -> dict[str, Value]:
         fields["attn_logit_softcapping"] = float(config.attn_logit_softcapping)
         fields["final_logit_softcapping"] = float(config.final_logit_softcapping)
     if architecture.sliding_period is not None:
-        # Without a window that matters, one as long as the context keeps llama.cpp from taking its own.
-        fields["attention.sliding_window"] = sliding_window(config) or config.max_position_embeddings
-        period = _period(config.layer_types) if sliding_window(config) else architecture.sliding_period
+        period = _period(config.layer_types)
         assert period is not None
+        fields["attention.sliding_window"] = config.sliding_window
         if period != architecture.sliding_period:  # older versions of llama.cpp do not read it
             fields["attention.sliding_window_pattern"] = period
     return fields

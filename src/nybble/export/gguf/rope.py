@@ -2,7 +2,7 @@
 
     default     rope.freq_base
     linear      rope.scaling.type, rope.scaling.factor
-    yarn        the same, the original context length and the two bounds
+    yarn        the same, and the original context length
     llama3      rope_freqs.weight: frequency / scaled frequency, [D / 2]
     longrope    rope_factors_long.weight and rope_factors_short.weight [D / 2], the original context length and the
                 factor of the attention
@@ -19,8 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+_YARN = {
+    "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True,
+}  # fmt: skip
+"""Parameters of yarn that llama.cpp takes from nowhere, and what they are in its formula."""
+
+_SHORTEST_CONTEXT = 256
+"""llama.cpp rounds the length of a context up to a multiple of this."""
+
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -85,18 +91,14 @@ def rope_fields(config: Any, rope_freqs: bool, long_rope: bool) -> RopeFields | 
 
 
 def _yarn(full: dict[str, Any], fields: dict[str, Any]) -> RopeFields | str:
-    """llama.cpp derives the factor of the attention from `factor` alone, as transformers does by default."""
-    own = next((name for name in ("attention_factor", "mscale", "mscale_all_dim") if full.get(name) is not None), None)
-    if own is not None:
-        return f"{own} of rotary embeddings of the type yarn"
+    for name, known in _YARN.items():
+        if (value := full.get(name)) is not None and value != known:
+            return f"rotary embeddings of the type yarn with {name} {value}"
     fields |= {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(full["factor"]),
         "rope.scaling.original_context_length": int(full[_ORIGINAL]),
     }
-    for name, default in _YARN_DEFAULTS.items():
-        if (value := full.get(name)) is not None and value != default:
-            fields[_YARN[name]] = float(value)
     return RopeFields(fields)
 
 
@@ -108,11 +110,13 @@ def _llama3_factors(config: Any, base: float, size: int) -> Tensor:
     return frequencies / scaled
 
 
-def _longrope(config: Any, full: dict[str, Any], fields: dict[str, Any]) -> RopeFields:
+def _longrope(config: Any, full: dict[str, Any], fields: dict[str, Any]) -> RopeFields | str:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
     original = int(full[_ORIGINAL])
+    if original < _SHORTEST_CONTEXT:
+        return f"rotary embeddings for contexts of {original} tokens"
     fields |= {
         "rope.scaling.original_context_length": original,
         "rope.scaling.attn_factor": float(attention_factor),

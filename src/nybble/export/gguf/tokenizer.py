@@ -73,11 +73,14 @@ def tokenizer_fields(tokenizer: Any, vocab_size: int, folder: Path) -> dict[str,
             "an export to GGUF needs a byte-level BPE or SentencePiece BPE tokenizer (tokenizer.json); this one is "
             f"{model['type']}; remove gguf from --export"
         )
-    fields |= {"ggml.tokens": tokens, "ggml.token_type": types} | _special_tokens(tokenizer, vocab_size, folder)
+    fields["ggml.tokens"], fields["ggml.token_type"] = tokens, types
+    fields |= _special_tokens(tokenizer, vocab_size, folder)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return fields | ({"chat_template": template} if template else {})
+    if template:
+        fields["chat_template"] = template
+    return fields
 
 
 def _vocabulary(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -147,7 +150,9 @@ def _special_tokens(tokenizer: Any, vocab_size: int, folder: Path) -> dict[str, 
         fields[f"ggml.add_{name}_token"] = bool(text_ids) and ids[name] is not None and text_ids[place] == ids[name]
     # The end of a turn, where it is not the end of the text: generation stops at both.
     ends = [i for i in _generation_ends(folder) if i != ids["eos"] and i < vocab_size]
-    return fields | ({"ggml.eot_token_id": ends[0]} if ends else {})
+    if ends:
+        fields["ggml.eot_token_id"] = ends[0]
+    return fields
 
 
 def _generation_ends(folder: Path) -> list[int]:
