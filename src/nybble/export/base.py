@@ -130,11 +130,7 @@ class Exporter(ABC):
         return _OVERHEAD_BYTES + 3 * largest_tensor
 
     def tolerance(self, config: Any) -> float:
-        """Return the largest allowed difference of logits; `logit_tolerance`, unless the runtime depends on the model.
-
-        Args:
-            config: transformers configuration of the model.
-        """
+        """Return `logit_tolerance`, or what a model with the transformers configuration `config` needs instead."""
         return self.logit_tolerance
 
     def export(self, checkpoint: QuantizedCheckpoint, folder: Path) -> ExportResult:

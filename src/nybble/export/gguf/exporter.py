@@ -2,7 +2,7 @@
 
 4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme; embedding and head are Q8_0; everything else is float32
 (blocks.py). Names of tensors are those of the package gguf, fields those of llama.cpp's converter (architectures.py,
-tokenizer.py). Two fields are ours: nybble.group_size, from which groups are read back, and nybble.version.
+tokenizer.py). One field is ours: nybble.group_size, from which groups are read back.
 
 Changed on the way, so that llama.cpp computes the same:
 
@@ -172,8 +172,6 @@ def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     """All fields of the file."""
     from gguf import GGML_QUANT_VERSION
 
-    from nybble import __version__
-
     config, scheme = checkpoint.config, checkpoint.scheme
     architecture = MODEL_TYPES[config.model_type].name
     tokenizer = tokenizer_fields(checkpoint.tokenizer, config.vocab_size, checkpoint.folder)
@@ -183,7 +181,6 @@ def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
             "general.type": "model",
             "general.file_type": _FILE_TYPES[block_type(scheme)],
             "general.quantization_version": int(GGML_QUANT_VERSION),
-            "nybble.version": __version__,
             _GROUP_SIZE: scheme.group_size or 0,
         }
         | {f"{architecture}.{key}": value for key, value in metadata(config).items()}
