@@ -236,7 +236,7 @@ def test_a_deployed_model_answers_with_8_bit_activations(family: str, export: Ca
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ("gemma2", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar 48"),
-        ("gemma2", {"num_hidden_layers": 46}, "query_pre_attn_scalar 32"),
+        ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16"),
         ("gemma2", {"attention_bias": True}, "attention_bias"),
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding and full layers without a per"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "full attention in all layers"),
@@ -328,6 +328,20 @@ def test_tensors_are_written_one_at_a_time(
     quantized = 15
     assert order[: 2 * quantized] == ["r", "w"] * quantized
     assert (tmp_path / "model.gguf").read_bytes() == (export("smollm").folder / "model.gguf").read_bytes()
+
+
+def test_a_file_of_another_program_is_refused(export: Callable[..., Exported], tmp_path: Path) -> None:
+    content = (export("smollm").folder / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content.replace(b"nybble.group_size", b"others.group_size"))
+    with pytest.raises(
+        ExportError, match="must be a GGUF file that nybble exported; it has no field nybble.group_size"
+    ):
+        EXPORTER.read_codes(tmp_path)
+
+
+def test_the_estimate_of_memory_counts_the_float32_copy() -> None:
+    assert EXPORTER.peak_memory(400_000_001, 10**9) == 3_700_000_000
+    assert EXPORTER.peak_memory(100_000_000, 10**8) == 1_400_000_000
 
 
 def test_the_format_is_registered_and_recognized(export: Callable[..., Exported], tmp_path: Path) -> None:

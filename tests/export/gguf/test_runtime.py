@@ -51,6 +51,12 @@ def test_padding_and_sliding_windows(family: str, opened: Callable[[str], tuple[
         torch.testing.assert_close(logits[1:, 7:], model(short).logits, rtol=0, atol=tolerance)
 
 
+def test_a_sequence_of_padding_alone(opened: Callable[[str], tuple[Any, Any]]) -> None:
+    _, llama = opened("smollm")
+    mask = torch.tensor([[1, 1], [0, 0]])
+    assert float(llama(torch.ones(2, 2, dtype=torch.int64), attention_mask=mask).logits[1].abs().max()) == 0
+
+
 def record_lengths(llama: Any) -> list[int]:
     """Numbers of tokens of all calls of `infer` from now on."""
     lengths, original = [], llama.infer

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from nybble.errors import ExportError, OptionError, describe_error
 from nybble.export.base import Exporter
-from nybble.export.gguf.architectures import MODEL_TYPES, limits, metadata, problem
+from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, metadata, problem
 from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
-from nybble.export.gguf.file import ARCHITECTURE, GGUFContent, write_file
+from nybble.export.gguf.file import ARCHITECTURE, GROUP_SIZE, GGUFContent, write_file
 from nybble.export.gguf.pretokenizers import UNKNOWN
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
@@ -43,9 +43,6 @@ from nybble.quant.weight import QuantizedWeight
 log = logging.getLogger("nybble")
 
 MODEL_GGUF = "model.gguf"
-_GROUP_SIZE = "nybble.group_size"
-"""Weights in a group; 0 for a whole row."""
-
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3}
 """Block type of most weights -> general.file_type."""
 
@@ -90,7 +87,7 @@ class GGUFExporter(Exporter):
                 f"an export to GGUF needs a --group_size that is a multiple of {BLOCK}; got {scheme.group_size}; "
                 f"choose {BLOCK}, 64 or 128, or remove {self.name} from --export"
             )
-        widths = [config.hidden_size, config.intermediate_size]
+        widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config)]
         if odd := [width for width in widths if width % BLOCK]:
             raise ExportError(
                 f"an export to GGUF needs rows that are multiples of {BLOCK} weights; this model has rows of {odd[0]}; "
@@ -100,6 +97,12 @@ class GGUFExporter(Exporter):
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say for which texts and contexts the export computes what the model does; see `Exporter.limits`."""
         return limits(config)
+
+    def peak_memory(self, num_parameters: int, largest_tensor: int) -> int:
+        """Estimate the peak memory: where logits are compared, a float32 copy is mapped; see `Exporter.peak_memory`."""
+        limit = self.most_parameters_compared
+        compared = limit is None or num_parameters <= limit
+        return super().peak_memory(num_parameters, largest_tensor) + 4 * num_parameters * compared
 
     def tolerance(self, config: Any) -> float:
         """Return the tolerance of logits: more where the activation is a table in float16; see `Exporter.tolerance`."""
@@ -151,7 +154,7 @@ class GGUFExporter(Exporter):
 
         def read(module: str) -> QuantizedWeight:
             name = content.modules[module]
-            weight = from_blocks(content.read(name), content.kinds[name], content.fields[_GROUP_SIZE] or None)
+            weight = from_blocks(content.read(name), content.kinds[name], content.fields[GROUP_SIZE] or None)
             return reorder_weight(weight, content.rope_heads(module), to_halves)
 
         return LazyMapping(content.modules, read)
@@ -181,7 +184,7 @@ def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
             "general.type": "model",
             "general.file_type": _FILE_TYPES[block_type(scheme)],
             "general.quantization_version": int(GGML_QUANT_VERSION),
-            _GROUP_SIZE: scheme.group_size or 0,
+            GROUP_SIZE: scheme.group_size or 0,
         }
         | {f"{architecture}.{key}": value for key, value in metadata(config).items()}
         | {f"tokenizer.{key}": value for key, value in tokenizer.items()}

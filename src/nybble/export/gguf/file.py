@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble.errors import ExportError
 from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
 from nybble.export.gguf.blocks import BLOCK, row_bytes
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"
+GROUP_SIZE = "nybble.group_size"
+"""Field with the weights in a group; 0 for a whole row."""
+
 _ROWS = 4096
 """Rows that are dequantized at once."""
 
@@ -87,6 +91,9 @@ class GGUFContent:
     Args:
         path: of the .gguf file.
 
+    Raises:
+        ExportError: another program wrote it.
+
     Attributes:
         fields: key -> value.
         architecture: what llama.cpp computes.
@@ -98,6 +105,10 @@ class GGUFContent:
         parsed = read_gguf(path)
         self._path = path
         self.fields: dict[str, Any] = {key: field.value for key, field in parsed.fields.items()}
+        if GROUP_SIZE not in self.fields:
+            raise ExportError(
+                f"{path} must be a GGUF file that nybble exported; it has no field {GROUP_SIZE}; name the file of a run"
+            )
         self.architecture = ARCHITECTURES[self.fields[ARCHITECTURE]]
         self.kinds: dict[str, str] = {tensor.name: tensor.tensor_type.name for tensor in parsed.tensors}
         self._places = {
@@ -117,18 +128,23 @@ class GGUFContent:
 
     def read(self, name: str) -> NDArray[Any]:
         """Return the numbers of a tensor, or the bytes of the blocks of each row."""
-        offset, dtype, shape = self._places[name]
-        return np.fromfile(self._path, dtype, int(np.prod(shape)), offset=offset).reshape(shape)
+        return self._read_rows(name, 0, self._places[name][2][0])
+
+    def _read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        offset, dtype, (_, *rest) = self._places[name]
+        width = int(np.prod(rest))
+        rows = np.fromfile(self._path, dtype, (stop - start) * width, offset=offset + start * width * dtype.itemsize)
+        return rows.reshape(stop - start, *rest)
 
     def read_floats(self, name: str) -> NDArray[np.float32]:
         """Return the numbers of a tensor, dequantized by the package gguf."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        data, kind = self.read(name), GGMLQuantizationType[self.kinds[name]]
-        numbers = np.empty(self.shape(name), np.float32)
-        for start in range(0, len(data), _ROWS):  # its intermediate arrays are larger than the result
-            numbers[start : start + _ROWS] = dequantize(data[start : start + _ROWS], kind)
+        numbers, kind = np.empty(self.shape(name), np.float32), GGMLQuantizationType[self.kinds[name]]
+        for start in range(0, len(numbers), _ROWS):  # its intermediate arrays are larger than the result
+            stop = min(start + _ROWS, len(numbers))
+            numbers[start:stop] = dequantize(self._read_rows(name, start, stop), kind)
         return numbers
 
     def rope_heads(self, module: str) -> int | None:
