@@ -113,6 +113,8 @@ def test_a_context_that_is_too_short_is_made_again(
     with torch.no_grad():
         torch.testing.assert_close(parts[0], model(ids[:, :250]).logits, rtol=0, atol=1e-3)
         torch.testing.assert_close(parts[-1], model(ids).logits[:, 275:], rtol=0, atol=1e-3)
+        torch.testing.assert_close(llama(ids[:, :40]).logits, model(ids[:, :40]).logits, rtol=0, atol=1e-3)
+    assert made[2:] == [(1, 256, True)]
 
 
 def test_many_tokens_are_computed_in_parts(

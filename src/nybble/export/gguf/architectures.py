@@ -1,8 +1,8 @@
 """What llama.cpp computes for each architecture that nybble exports to, and what of a configuration goes into the file.
 
 A model type of transformers is exported as an architecture of llama.cpp, whose graph is fixed in its source. The table
-ARCHITECTURES holds the facts in which graphs differ. What a configuration asks for beyond that is refused in `problem`
-or, where the file is right for short texts, said in `window_limit`.
+MODEL_TYPES holds the facts in which graphs differ. What a configuration asks for beyond that is refused in `problem`
+or, where the file is right for some texts, said in `limits`.
 
 Facts: https://github.com/ggml-org/llama.cpp, src/models/*.cpp and conversion/*.py
 """
@@ -165,7 +165,7 @@ def _period(layer_types: list[str]) -> int | None:
 
 
 def limits(config: Any) -> tuple[str, ...]:
-    """Return in sentences what of a model an exported file computes for short texts only.
+    """Return in sentences for which texts and contexts an exported file computes what the model does, if not for all.
 
     Args:
         config: transformers configuration of a type in MODEL_TYPES.

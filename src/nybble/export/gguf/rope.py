@@ -24,7 +24,7 @@ _YARN = {
 }  # fmt: skip
 """Parameters of yarn that llama.cpp takes from nowhere, and what they are in its formula."""
 
-_SHORTEST_CONTEXT = 256
+SHORTEST_CONTEXT = 256
 """llama.cpp rounds the length of a context up to a multiple of this."""
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -115,7 +115,7 @@ def _longrope(config: Any, full: dict[str, Any], fields: dict[str, Any]) -> Rope
 
     _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
     original = int(full[_ORIGINAL])
-    if original < _SHORTEST_CONTEXT:
+    if original < SHORTEST_CONTEXT:
         return f"rotary embeddings for contexts of {original} tokens"
     fields |= {
         "rope.scaling.original_context_length": original,

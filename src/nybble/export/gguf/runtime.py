@@ -17,10 +17,8 @@ from torch import Tensor
 from nybble.errors import ExportError, describe_error
 from nybble.export.gguf.file import GGUFContent, write_floats
 from nybble.export.gguf.llama_cpp import LlamaContext, LlamaModel
+from nybble.export.gguf.rope import SHORTEST_CONTEXT
 from nybble.export.runtime_model import RuntimeModel
-
-_SHORTEST_CONTEXT = 256
-"""llama.cpp rounds the length of a context up to a multiple of this."""
 
 
 class LlamaCppModel(RuntimeModel):
@@ -39,7 +37,7 @@ class LlamaCppModel(RuntimeModel):
 
     def __init__(self, path: Path, config: Any, strict: bool) -> None:
         super().__init__(path.parent, config)
-        self._strict = strict
+        self._strict, self._long_rope = strict, config.rope_parameters.get("rope_type") == "longrope"
         self._context: LlamaContext | None = None
         if strict:
             # Gone as soon as it is closed, also after kill -9. llama.cpp has mapped it by then.
@@ -56,14 +54,12 @@ class LlamaCppModel(RuntimeModel):
     def compute(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """Compute logits of new tokens; those of padding are 0. See `RuntimeModel.compute`."""
         length, past = attention_mask.shape[1], attention_mask.shape[1] - input_ids.shape[1]
+        size = max(SHORTEST_CONTEXT, 1 << (length - 1).bit_length())
+        if not self._fits(len(input_ids), size, past):
+            self._context = None  # its memory is needed for the next one, which computes all tokens again
+            self._context, past = LlamaContext(self._llama, len(input_ids), size, self._strict), 0
         context = self._context
-        if context is None or len(input_ids) > context.num_sequences or length > context.length:
-            # A context cannot grow. Its length is the next power of 2, so that this is rare during generation, and a
-            # model whose rotary embeddings depend on the context gets those of the length that is needed.
-            self._context = None
-            size = max(_SHORTEST_CONTEXT, 1 << (length - 1).bit_length())
-            context = self._context = LlamaContext(self._llama, len(input_ids), size, self._strict)
-            past = 0
+        assert context is not None
         positions = (attention_mask.cumsum(-1) - 1)[:, past:]
         mask, ids = attention_mask[:, past:].bool(), self._state_ids[:, past:]
         logits = torch.zeros(len(input_ids), length - past, self._llama.vocab_size)
@@ -72,6 +68,17 @@ class LlamaCppModel(RuntimeModel):
                 rows = context.decode(i, ids[i, mask[i]].tolist(), positions[i, mask[i]].tolist())
                 logits[i, mask[i]] = torch.from_numpy(rows)
         return logits[:, -input_ids.shape[1] :]
+
+    def _fits(self, num_sequences: int, size: int, past: int) -> bool:
+        """Whether the context can be used. Contexts cannot grow; sizes are powers of 2, so that few are made.
+
+        longrope has frequencies for long contexts, which llama.cpp takes by the size of the context, and torch by the
+        length of the text. A text that begins (`past` is 0) must therefore not get the long context of another one.
+        """
+        context = self._context
+        if context is None or num_sequences > context.num_sequences or size > context.length:
+            return False
+        return size == context.length or past > 0 or not self._long_rope
 
 
 def _float32_copy(path: Path, copy: Path) -> Path:
