@@ -10,6 +10,7 @@ What differs from the builder's own graph, because the builder is wrong or inexa
 - Tables of rotary embeddings are those of transformers' own module. The builder ignores some types of scaling.
 - The factor of Gemma's embedding is exact. The builder rounds it to two decimals.
 - Mistral's and Phi-3's sliding windows are in all layers. The builder ignores them.
+- Only Gemma 2 caps the logits of attention. The builder caps those of Gemma 3 as well, which transformers does not.
 - Keys and values of layers with a sliding window are kept for all tokens, as the runtime without shared buffers needs.
 
 Side effects: importing the builder adds two folders to sys.path, which `_import_builders` takes away again, and what
@@ -150,6 +151,8 @@ def _builder_config(checkpoint: QuantizedCheckpoint) -> SimpleNamespace:
         config.layer_types = [f"{'full' if config.sliding_window is None else 'sliding'}_attention"] * layers
     elif config.model_type == "llama":
         config.layer_types = ["full_attention"] * layers
+    if config.model_type != "gemma2":
+        config.attn_logit_softcapping = None
     rope = dict(config.rope_parameters)
     if "rope_type" not in rope:  # one entry for each type of layer
         # The builder uses these values only in the function that `_builder_class` replaces.
