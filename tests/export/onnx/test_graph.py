@@ -166,7 +166,7 @@ def test_a_long_context_of_phi3_has_the_rotary_embeddings_of_long_contexts(expor
             torch.testing.assert_close(runtime(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_nothing_is_dequantized_or_printed_and_the_search_path_stays(
+def test_nothing_is_dequantized_or_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "quantized", "phi3")
@@ -175,14 +175,19 @@ def test_nothing_is_dequantized_or_printed_and_the_search_path_stays(
         raise AssertionError("a float weight was made")
 
     monkeypatch.setattr(QuantizedWeight, "dequantize", dequantize)
-    before = list(sys.path)
     capfd.readouterr()
     EXPORTER.write(checkpoint, tmp_path)
-    assert sys.path == before
     assert capfd.readouterr() == ("", "")
     assert {file.name for file in tmp_path.iterdir()} == {
         "quantized", "model.onnx", "model.onnx.data", "genai_config.json",
     }  # fmt: skip
+
+
+def test_importing_the_builders_leaves_the_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "onnxruntime_genai.models", raising=False)  # which adds its folder when imported
+    assert hasattr(module._import_builders(), "LlamaModel")
+    assert sys.path == before
 
 
 def test_genai_config_says_what_the_model_says(tmp_path: Path) -> None:
