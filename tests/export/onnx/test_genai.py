@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,10 @@ def test_the_real_model_is_exact_and_answers_in_genai(smollm2: QuantizedCheckpoi
     ids = smollm2.tokenizer(prompt).input_ids
     answer = tokenizer.decode(generate(model, ids, max_length=len(ids) + 8)[len(ids) :])
     assert "Paris" in answer
+
+    code = EXPORTER.usage.split("```python\n")[1].split("```")[0].replace("100)", "8)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert "Paris" in run.stdout, "the usage in the model card"
 
     exact = open_genai(in_float32(folder, tmp_path / "float32"))
     arguments = {"max_new_tokens": 8, "do_sample": False}

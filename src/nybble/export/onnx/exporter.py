@@ -25,6 +25,30 @@ from nybble.quant.weight import QuantizedWeight
 
 MODEL_FILE = "model.onnx"
 
+USAGE = """\
+```bash
+pip install onnxruntime-genai
+```
+
+```python
+import json
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+messages = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
+prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(prompt) + 100)
+generator = og.Generator(model, parameters)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
+```
+"""
+"""How to run an export from its folder; a slow test does so."""
+
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 _ACTIVATIONS = frozenset({"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"})
 _ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -44,6 +68,8 @@ class OnnxExporter(Exporter):
     weight_files = (f"{MODEL_FILE}*",)
     modules = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
     extra = "onnx"
+    library = "onnxruntime-genai"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
