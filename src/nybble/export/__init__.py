@@ -2,7 +2,8 @@
 
 from nybble.export.base import EXPORTERS
 from nybble.export.gguf.exporter import GGUFExporter
+from nybble.export.onnx.exporter import OnnxExporter
 from nybble.export.openvino.exporter import OpenVINOExporter
 
-for _exporter in (OpenVINOExporter(), GGUFExporter()):
+for _exporter in (OpenVINOExporter(), GGUFExporter(), OnnxExporter()):
     EXPORTERS.register(_exporter.name, _exporter)
