@@ -1,6 +1,8 @@
 """Export formats. Importing this package registers the built-in ones, but imports none of their runtimes."""
 
 from nybble.export.base import EXPORTERS
+from nybble.export.hf import HFExporter
 from nybble.export.openvino.exporter import OpenVINOExporter
 
 EXPORTERS.register(OpenVINOExporter.name, OpenVINOExporter())
+EXPORTERS.register(HFExporter.name, HFExporter())

@@ -1,0 +1,111 @@
+"""What the exports to folders in the format of transformers share: config.json, float16 weights, all other tensors.
+
+Linear layers are exact in float16, as they have at most 11 bits. The 8-bit embedding and head are rounded to float16:
+scale * (code - 128) has up to 14 bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError
+from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, weight_blocks
+from nybble.files import open_tensors, write_text
+from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.quant.weight import QuantizedWeight
+
+INT8_TOLERANCE = 2.0**-11
+"""Half the distance of neighbouring float16 numbers, relative to the larger one."""
+
+FLOAT16_OVERFLOWS = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+"""Model types whose activations exceed the largest float16 number, 65504. vLLM refuses float16 for the same types."""
+
+
+def check_code_in_transformers(config: Any, name: str) -> None:
+    """Check that the model's code is part of transformers.
+
+    Args:
+        config: transformers configuration of the model.
+        name: of the export format.
+
+    Raises:
+        ExportError: the code comes with the model.
+    """
+    if getattr(config, "auto_map", None):
+        raise ExportError(
+            f"an export to {name} needs a model whose code is in transformers; {config.model_type} comes with Python "
+            f"code of its own; remove {name} from --export"
+        )
+
+
+def float16_limits(config: Any) -> tuple[str, ...]:
+    """Say what to do where the activations of a model overflow in float16; see `Exporter.limits`."""
+    if config.model_type not in FLOAT16_OVERFLOWS:
+        return ()
+    return (
+        f"activations of {config.model_type} exceed the range of float16: compute in float32, as config.json of the "
+        "export says, or in bfloat16, which rounds the weights of linear layers from 11 to 8 bits",
+    )
+
+
+def update_config(folder: Path, **fields: Any) -> None:
+    """Set fields of config.json, and the dtype in which a loader computes that takes it from there.
+
+    Args:
+        folder: with config.json.
+        fields: name -> what JSON can hold.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = "float32" if config.get("model_type") in FLOAT16_OVERFLOWS else "float16"
+    write_text(path, json.dumps(config | {"dtype": dtype} | fields, indent=2) + "\n")
+
+
+def other_layouts(checkpoint: QuantizedCheckpoint) -> dict[str, TensorLayout]:
+    """Return the layouts of all tensors that are not quantized, in their own dtype."""
+    return {name: TensorLayout.of(tensor) for name, tensor in checkpoint.others.items()}
+
+
+def write_others(writer: SafetensorsWriter, checkpoint: QuantizedCheckpoint) -> None:
+    """Write all tensors that are not quantized, one at a time."""
+    for name, tensor in checkpoint.others.items():
+        writer.write(name, tensor)
+
+
+def float16_blocks(weight: QuantizedWeight) -> Iterator[Tensor]:
+    """Yield the dequantized weight as consecutive blocks of rows, float16."""
+    return (block.dequantize().half() for block in weight_blocks(weight))
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """Read one tensor of FOLDER/model.safetensors. It is copied, so that the file is not kept mapped."""
+    with open_tensors(folder / MODEL_FILE) as file:
+        return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+
+def tensor_names(folder: Path) -> tuple[str, ...]:
+    """Names of all tensors in FOLDER/model.safetensors."""
+    with open_tensors(folder / MODEL_FILE) as file:
+        return tuple(file.keys())
+
+
+def load_with_transformers(folder: Path, strict: bool) -> Any:
+    """Load a folder as users of transformers do.
+
+    Args:
+        folder: the export.
+        strict: in float32, instead of the dtype in config.json.
+
+    Returns:
+        A transformers.PreTrainedModel on the CPU, in evaluation mode.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if strict else "auto")
+    return model.requires_grad_(False).eval()
