@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from nybble.export.base import Exporter
-from nybble.export.safetensors_writer import MODEL_FILE, TensorLayout, read_metadata, safetensors_writer, written_by
+from nybble.export.safetensors_writer import MODEL_FILE, TensorLayout, safetensors_writer, written_by
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
     float16_blocks,
     float16_limits,
     load_with_transformers,
+    metadata,
     other_layouts,
+    quantized_names,
     read_tensor,
     update_config,
     write_others,
@@ -61,8 +63,7 @@ class HFExporter(Exporter):
         """Write model.safetensors; see `Exporter.write`."""
         layouts = other_layouts(checkpoint)
         layouts |= {f"{name}.weight": TensorLayout(torch.float16, shape) for name, shape in checkpoint.shapes.items()}
-        metadata = {"format": "pt", "nybble": self.name, "nybble.quantized": " ".join(checkpoint.shapes)}
-        with safetensors_writer(folder / MODEL_FILE, layouts, metadata) as writer:
+        with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
             write_others(writer, checkpoint)
             for name, weight in checkpoint.quantized.items():
                 writer.write_blocks(f"{name}.weight", float16_blocks(weight))
@@ -82,5 +83,4 @@ class HFExporter(Exporter):
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights of the modules that were quantized; see `Exporter.read_weights`."""
-        names = read_metadata(folder)["nybble.quantized"].split()
-        return LazyMapping(names, lambda name: read_tensor(folder, f"{name}.weight").float())
+        return LazyMapping(quantized_names(folder), lambda name: read_tensor(folder, f"{name}.weight").float())

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, weight_blocks
+from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, read_metadata, weight_blocks
 from nybble.files import open_tensors, write_text
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight
+from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+
+_QUANTIZED = "nybble.quantized"
+"""Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
 
 INT8_TOLERANCE = 2.0**-11
 """Half the distance of neighbouring float16 numbers, relative to the larger one."""
@@ -83,20 +86,50 @@ def float16_blocks(weight: QuantizedWeight) -> Iterator[Tensor]:
     return (block.dequantize().half() for block in weight_blocks(weight))
 
 
+def nibbles_to_words(codes_MN: Tensor) -> Tensor:
+    """Pack eight 4-bit codes into a word, the first in the lowest bits: uint8 [M, N] -> int32 [M, N / 8].
+
+    Bytes of two codes, low nibble first, are such words on little-endian machines.
+    """
+    packed = pack_nibbles(codes_MN).contiguous()
+    return packed.flatten().view(torch.int32).view(len(codes_MN), -1)  # a row of one byte has any stride
+
+
+def words_to_nibbles(words_MN: Tensor) -> Tensor:
+    """Unpack the result of `nibbles_to_words`: a 32-bit type [M, N / 8] -> uint8 [M, N]."""
+    packed = words_MN.contiguous().flatten().view(torch.uint8).view(len(words_MN), -1)
+    return unpack_nibbles(packed)
+
+
+def metadata(checkpoint: QuantizedCheckpoint, name: str) -> dict[str, str]:
+    """Return the texts for the header of model.safetensors.
+
+    Args:
+        checkpoint: the quantized model.
+        name: of the export format.
+    """
+    return {"format": "pt", "nybble": name, _QUANTIZED: " ".join(checkpoint.shapes)}
+
+
+def quantized_names(folder: Path) -> list[str]:
+    """Names of the modules that are quantized in the model of which FOLDER is an export, as `metadata` noted them."""
+    return read_metadata(folder).get(_QUANTIZED, "").split()
+
+
 def read_tensor(folder: Path, name: str) -> Tensor:
     """Read one tensor of FOLDER/model.safetensors. It is copied, so that the file is not kept mapped."""
     with open_tensors(folder / MODEL_FILE) as file:
         return file.get_tensor(name).clone()  # type: ignore[no-any-return]
 
 
-def tensor_names(folder: Path) -> tuple[str, ...]:
+def tensor_names(folder: Path) -> set[str]:
     """Names of all tensors in FOLDER/model.safetensors."""
     with open_tensors(folder / MODEL_FILE) as file:
-        return tuple(file.keys())
+        return set(file.keys())
 
 
 def load_with_transformers(folder: Path, strict: bool) -> Any:
-    """Load a folder as users of transformers do.
+    """Load a folder as users of transformers do; codes are dequantized at once, and not at the first call.
 
     Args:
         folder: the export.
@@ -105,7 +138,10 @@ def load_with_transformers(folder: Path, strict: bool) -> Any:
     Returns:
         A transformers.PreTrainedModel on the CPU, in evaluation mode.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if strict else "auto")
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        config.quantization_config["dequantize"] = True
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32 if strict else "auto")
     return model.requires_grad_(False).eval()
