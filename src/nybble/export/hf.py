@@ -34,7 +34,7 @@ from nybble.export.transformers_folder import (
     update_config,
     write_others,
 )
-from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -67,7 +67,7 @@ class HFExporter(Exporter):
             write_others(writer, checkpoint)
             for name, weight in checkpoint.quantized.items():
                 writer.write_blocks(f"{name}.weight", float16_blocks(weight))
-        update_config(folder)
+        update_config(folder, empty_model(checkpoint.config, checkpoint.trust_remote_code))
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""

@@ -57,17 +57,19 @@ def float16_limits(config: Any) -> tuple[str, ...]:
     )
 
 
-def update_config(folder: Path, **fields: Any) -> None:
-    """Set fields of config.json, and the dtype in which a loader computes that takes it from there.
+def update_config(folder: Path, model: Any, **fields: Any) -> None:
+    """Set fields of config.json: the class of the model, which vLLM needs, and the dtype that loaders take from there.
 
     Args:
         folder: with config.json.
+        model: transformers.PreTrainedModel; its weights are not read.
         fields: name -> what JSON can hold.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     dtype = "float32" if config.get("model_type") in FLOAT16_OVERFLOWS else "float16"
-    write_text(path, json.dumps(config | {"dtype": dtype} | fields, indent=2) + "\n")
+    config |= {"architectures": [type(model).__name__], "dtype": dtype} | fields
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def other_layouts(checkpoint: QuantizedCheckpoint) -> dict[str, TensorLayout]:

@@ -127,7 +127,8 @@ class VLLMExporter(Exporter):
                     _write_layer(writer, name, weight)
                 else:
                     writer.write_blocks(f"{name}.weight", float16_blocks(weight))
-        update_config(folder, quantization_config=_quantization_config(scheme, _name_of_head(checkpoint)))
+        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        update_config(folder, model, quantization_config=_quantization_config(scheme, _name_of_head(model)))
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""
@@ -214,9 +215,8 @@ def _dense_modules(folder: Path) -> set[str]:
     return {name.removesuffix(".weight") for name in tensor_names(folder) if name.endswith(".weight")}
 
 
-def _name_of_head(checkpoint: QuantizedCheckpoint) -> str:
+def _name_of_head(model: Any) -> str:
     """Name of the module that is the head, which the model has also where it is tied to the embedding."""
-    model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
     head = model.get_output_embeddings()
     return str(next(name for name, module in model.named_modules() if module is head))
 

@@ -61,12 +61,14 @@ def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
     assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
 
 
-def test_config_names_a_dtype_that_does_not_overflow(exported: Export) -> None:
+def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:
     config = exported.checkpoint.config
     gemma = config.model_type.startswith("gemma")
     dtype = torch.float32 if gemma else torch.float16
-    assert HF.open_model(exported.folder, config).dtype == dtype
+    model = HF.open_model(exported.folder, config)
+    assert model.dtype == dtype
     limits = HF.limits(config)
+    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert len(limits) == (1 if gemma else 0)
     assert all("exceed the range of float16" in limit and "from 11 to 8 bits" in limit for limit in limits)
 

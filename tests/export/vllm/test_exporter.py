@@ -156,10 +156,12 @@ def test_rows_that_vllm_cannot_split_are_refused(tmp_path: Path) -> None:
     assert exported.result.logit_difference is not None
 
 
-def test_gemma_is_computed_in_a_dtype_that_does_not_overflow(exported: Export) -> None:
+def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:
     config = exported.checkpoint.config
     gemma = config.model_type.startswith("gemma")
-    assert VLLM.open_model(exported.folder, config).dtype == (torch.float32 if gemma else torch.float16)
+    model = VLLM.open_model(exported.folder, config)
+    assert model.dtype == (torch.float32 if gemma else torch.float16)
+    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert len(VLLM.limits(config)) == (1 if gemma else 0)
 
 
