@@ -63,6 +63,39 @@ def test_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_allocator_settings_of_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorder()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    runtime.return_freed_memory()
+    # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
+    assert library.calls == [("mallopt", -4, 2**16), ("mallopt", -3, 2**16), ("mallopt", -1, 2**16), ("mallopt", -2, 0)]
+
+
+@glibc_only
+def test_memory_that_was_kept_is_returned_during_an_export() -> None:
+    """A tensor of 64 MB, written and freed, between others that stay: its pages are the system's again."""
+    code = """
+import re, torch
+from pathlib import Path
+from nybble import runtime
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+def freed():
+    before = resident()
+    kept = [(torch.ones(1 << 22), torch.ones(1 << 18)) for _ in range(4)]
+    kept = [small for _, small in kept]
+    return resident() - before
+runtime.keep_freed_memory()
+first = freed()
+runtime.return_freed_memory()
+print(first, freed())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, returned = map(int, done.stdout.split())
+    assert kept > 50
+    assert returned < 20
+
+
 @glibc_only
 def test_the_allocator_of_this_machine_takes_the_settings() -> None:
     """In a process of its own, because they cannot be taken back. mallopt returns 1 where it accepts a value."""

@@ -19,6 +19,7 @@ class CompressKeywords(TypedDict, total=False):
     data_dir: str | None
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
+    other_data: str | Sequence[str]
     group_size: int
     method: str
     num_calibration_samples: int
@@ -50,6 +51,7 @@ class DistillKeywords(TypedDict, total=False):
     data_dir: str | None
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
+    other_data: str | Sequence[str]
     group_size: int
     method: str
     num_calibration_samples: int

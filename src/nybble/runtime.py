@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # Parameters of mallopt(3), from malloc.h of glibc.
-_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -1, -2
-
+_M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -3, -1, -2
 
 _END_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -72,6 +71,12 @@ def raise_if_interrupted() -> None:
         raise _received
 
 
+def forget_interruption() -> None:
+    """Go on after an Interrupted that was meant for a part of the work only."""
+    global _received
+    _received = None
+
+
 def _interrupt(number: int, frame: Any) -> None:
     global _received
     _received = Interrupted(number)
@@ -103,10 +108,16 @@ def keep_freed_memory() -> None:
     Training frees and allocates the same large tensors in every step, and page faults on fresh memory cost more than
     the arithmetic. A step on 2 cores becomes about a fifth faster.
     """
-    libc = _glibc()
-    if libc is not None:
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
-            libc.mallopt(parameter, value)
+    _set_allocator((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+
+
+def return_freed_memory() -> None:
+    """Let glibc return freed tensors to the system at once.
+
+    An export reads thousands of tensors of many sizes, each only once. Kept, the holes that they leave double the
+    memory of an export.
+    """
+    _set_allocator((_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 16), (_M_TOP_PAD, 0))
 
 
 def hand_back_freed_memory() -> None:
@@ -128,6 +139,13 @@ def disable_cudnn_attention() -> None:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _set_allocator(*settings: tuple[int, int]) -> None:
+    libc = _glibc()
+    if libc is not None:
+        for parameter, value in settings:
+            libc.mallopt(parameter, value)
 
 
 def _glibc() -> ctypes.CDLL | None:

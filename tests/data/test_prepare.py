@@ -15,19 +15,20 @@ from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import (
     TextData,
     TextRequest,
-    check_token_ids,
     evaluation_sources,
     no_rows,
     prepare_text,
 )
 from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError, OptionError
+from nybble.workflows.text import check_token_ids
 from tests.helpers.chat import CONVERSATION, make_chat_tokenizer
 from tests.helpers.tiny import VOCABULARY, make_model, make_tokenizer
 
 REQUEST = TextRequest(
     data=("self",),
     eval_data=(),
+    other_data=(),
     text_column="text",
     data_dir=None,
     seq_len=32,
@@ -334,14 +335,38 @@ def test_fingerprints_change_with_the_text_they_name(tmp_path: Path) -> None:
     assert [what for what in before if before[what] != changed[what]] == ["validation text", "test text"]
 
 
+def test_a_little_text_of_another_domain_is_measured_too(tmp_path: Path) -> None:
+    path, other = write_lines(tmp_path / "a.txt"), write_lines(tmp_path / "b.txt")
+    data = prepare(path, other_data=(str(other),))
+    assert 0 < len(data.other) <= 8
+    assert data.measured().keys() == {"test", "other"}
+    assert data.other_source == str(other)
+    assert data.fingerprints.keys() - prepare(path).fingerprints.keys() == {"text of another domain"}
+    assert len(prepare(path, other_data=(str(other),), num_test=1).other) == 1
+
+
+def test_text_that_is_measured_anyway_is_no_other_domain(tmp_path: Path) -> None:
+    path, other = write_lines(tmp_path / "a.txt"), write_lines(tmp_path / "b.txt")
+    for data in (prepare(path, other_data=(str(path),)), prepare(path, other_data=())):
+        assert len(data.other) == 0
+        assert data.measured().keys() == {"test"}
+    both = prepare(path, eval_data=(str(other),), other_data=(str(path), str(other)))
+    assert len(both.other) == 0
+
+
+def test_another_domain_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--other_data"):
+        prepare(write_lines(tmp_path / "a.txt"), other_data=(str(tmp_path / "none.txt"),))
+
+
 def test_generated_text_has_no_fingerprint_before_it_exists() -> None:
     assert list(prepare("self").fingerprints) == ["validation text", "test text"]
 
 
-@pytest.mark.parametrize("field", ["train", "calibration", "validation", "test"])
+@pytest.mark.parametrize("field", ["train", "calibration", "validation", "test", "other"])
 def test_tokens_that_the_model_does_not_know_are_refused(field: str) -> None:
     rows = TokenRows.of(torch.full((1, 4), 4))
-    data = TextData(rows, rows.ids, no_rows(), rows, "", {})
+    data = TextData(rows, rows.ids, no_rows(), rows, "", {}, rows)
     check_token_ids(data, 5, "m")
     unknown = rows.ids + 1 if field == "calibration" else TokenRows.of(rows.ids + 1)
     with pytest.raises(DataError, match="m knows the tokens 0 to 4; its tokenizer gives 5; use the tokenizer"):

@@ -14,6 +14,7 @@ from nybble.quant.grid import round_scale
 from nybble.quant.scheme import QuantScheme
 from nybble.tasks.dataset import TaskRequest
 from nybble.tasks.sources import TASK_SOURCES, load_task
+from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.pages import DOCS, code_blocks
 
 REGISTERED = {"shrunk": METHODS, "plain": EXPORTERS, "my_llama": FAMILIES, "sums": TASK_SOURCES}
@@ -49,6 +50,14 @@ def test_the_exporter_is_known_by_its_file(tmp_path: Path) -> None:
     exporter = exporter_of(tmp_path)
     assert exporter is not None
     assert exporter.name == "plain"
+
+
+def test_the_exporter_writes_what_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    result = EXPORTERS["plain"].export(make_checkpoint(tmp_path / "quantized", "smollm"), tmp_path / "plain")
+    assert (result.int4_weights, result.int8_weights, result.rounded) == (14, 1, {})
+    assert result.logit_difference is not None
+    assert result.logit_difference <= 1e-4  # torch decodes the last tokens one by one
 
 
 def test_the_family_is_found_by_its_model_type() -> None:

@@ -12,6 +12,7 @@ from nybble.evaluation import lm_eval
 from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, main_metric, open_task, result_columns, run_tasks
 from nybble.export.openvino.exporter import OpenVINOExporter
 from tests.evaluation.conftest import PAGE
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.tiny import make_model, make_tokenizer
 
 
@@ -93,9 +94,10 @@ def test_opened_tasks_have_their_rows(data_dir: Path) -> None:
 @pytest.mark.usefixtures("needs_openvino")
 def test_an_export_is_measured_by_the_same_call(data_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
+    checkpoint = save_checkpoint(tmp_path / "quantized", model)
     (tmp_path / "ov").mkdir()
     exporter = OpenVINOExporter()
-    exporter.export(model, tokenizer, {}, tmp_path / "ov")
+    exporter.export(checkpoint, tmp_path / "ov")
     exported = exporter.open_model(tmp_path / "ov", model.config, strict=True)
     config = LmEvalConfig(("arc_easy", "wikitext"), 2, data_dir=str(data_dir))
     of_export, of_torch = (run_tasks(measured, tokenizer, config) for measured in (exported, model))

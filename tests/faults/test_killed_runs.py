@@ -27,6 +27,7 @@ TUNE = [
     ("command", "every"),
     [
         (["compress", "--method", "rtn"], 5),
+        (["compress", "--method", "rtn", "--export", "openvino"], 8),
         (["compress", "--method", "awq+se+gptq"], 7),
         (["compress", "--method", "se+blockwise", "--blockwise_epochs", "1"], 8),
         (["distill", "--method", "rtn", *DISTILL], 9),
@@ -47,6 +48,8 @@ def test_a_killed_run_ends_with_the_same_bits(command: list[str], every: int, tm
     found = kills(start, tmp_path, [*given, *command[1:], "--resume"], every)
     clean = found["clean"]
     assert clean["code"] == 0, clean["said"]
+    if "openvino" in command:
+        assert "openvino/openvino_model.bin" in clean["files"]
     assert len(found["kills"]) >= 3
     for left in found["kills"]:
         at = left.pop("at")

@@ -72,7 +72,11 @@ def _run(command: Sequence[str], output: Path, killed_at: int) -> int:
 
 
 def _left(run: Path, code: int, output: Path) -> dict[str, Any]:
-    files = sorted(file for file in run.rglob("*") if file.is_file() and "quantized" in file.parts)
+    files = sorted(
+        file
+        for file in run.rglob("*")
+        if file.is_file() and ("quantized" in file.parts or file.name == "openvino_model.bin")
+    )
     digests = {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     results = json.loads((run / "results.json").read_text())
     names = sorted(entry.name for entry in run.iterdir())

@@ -7,35 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nybble.export.base import Exporter, ExportResult
+from nybble.export.base import Exporter
+from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 
 class PlainExporter(Exporter):
-    """One file with the dequantized weights."""
+    """One file with the dequantized weights in float32."""
 
     name = label = "plain"
     model_file = "plain.safetensors"
+    weight_files = ("plain.safetensors",)
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
         pass
 
-    def export(
-        self, model: Any, tokenizer: Any, quantized: Mapping[str, QuantizedWeight], folder: Path
-    ) -> ExportResult:
-        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / self.model_file)
-        tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
-        return ExportResult(1, 1, 1, 0.0)
+    def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
+        weights = {f"{name}.weight": weight.dequantize() for name, weight in checkpoint.quantized.items()}
+        save_file(weights | dict(checkpoint.others), folder / self.model_file)
 
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
         model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(load_file(folder / self.model_file))
+        model.load_state_dict(load_file(folder / self.model_file), strict=False)
         return model.eval()
 
-    def read_weights(self, folder: Path) -> dict[str, QuantizedWeight]:
+    def read_codes(self, folder: Path) -> dict[str, QuantizedWeight]:
         return {}
+
+    def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
+        tensors = load_file(folder / self.model_file)
+        return {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if tensor.ndim == 2}

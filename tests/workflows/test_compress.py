@@ -17,7 +17,7 @@ from nybble.run.results import read_results
 from nybble.run.resume import saved_options
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
-from tests.helpers.compress import FLAGS
+from tests.helpers.compress import FLAGS, compress_command
 from tests.helpers.distill import distill_options, interrupt_after, shipped_bytes
 from tests.helpers.tiny import make_model, make_tokenizer, save_model
 
@@ -464,3 +464,20 @@ def test_a_head_of_its_own_ships_whatever_the_configuration_says(
         (shipped.model.embed_tokens, original.model.embed_tokens),
     ):
         assert (ours.weight - theirs.weight).abs().max() < 0.01
+
+
+def test_text_of_another_domain_is_measured_on_every_model(tmp_path: Path) -> None:
+    model, text = save_model(tmp_path / "model", "llama"), tmp_path / "other.txt"
+    text.write_text("".join(f"line {i} of another text\n" for i in range(400)))
+    command = compress_command(model, tmp_path / "run", "--other_data", str(text), "--dtype", "float32")
+    assert main(command) == 0
+    results = read_results(tmp_path / "run")
+    assert results.other_data.startswith(f"{text} (")
+    full, compressed = (results.models[row] for row in ("16bit", "compressed"))
+    assert full["other_kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert compressed["other_kl_to_teacher"] > 0
+    assert compressed["other_kl_to_teacher"] != compressed["kl_to_teacher"]
+    assert full["other_token_perplexity"] != compressed["other_token_perplexity"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| {compressed['other_token_perplexity']:.3f} | {compressed['other_kl_to_teacher']:.4f} |" in report
+    assert "Another domain: " in report

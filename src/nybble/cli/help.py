@@ -22,6 +22,7 @@ its accuracy.
   compare        compare INT4 tuning with 16-bit LoRA on several tasks
   search RUN     search for better adapter ranks after tune
   export RUN     export a finished run to other runtimes
+  chat RUN       talk to a run, an export or a model in the terminal
   eval MODEL     measure perplexity, KL divergence and lm-eval tasks
   inspect RUN    show every quantized layer
   report RUN...  write one page about one run or several

@@ -28,6 +28,7 @@ _FUNCTIONS = {
     "compare": "nybble.workflows.compare:compare",
     "search": "nybble.workflows.search:search",
     "export": "nybble.workflows.export:export",
+    "chat": "nybble.workflows.chat:chat",
     "eval": "nybble.workflows.evaluate:evaluate",
     "inspect": "nybble.workflows.inspect:inspect",
     "report": "nybble.workflows.report:report",

@@ -14,7 +14,7 @@ Everything that can be wrong with the text raises here, before anything expensiv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Prefixes of --data self:SOURCE have seq_len / 4 tokens: the model continues a text, and writes most of it itself.
 _PREFIXES_PER_SEQUENCE = 4
+# Sequences of another domain: enough to see whether what training gained on its own text was lost elsewhere.
+_OTHER_SEQUENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class TextRequest:
     Attributes:
         data: sources of training text, NAME or NAME=SHARE (--data).
         eval_data: sources of validation and test text; () means the default of the head of this file (--eval_data).
+        other_data: sources of text of another domain (--other_data).
         text_column: column of row-wise data (--text_column).
         data_dir: folder with local copies of data sets, or None (--data_dir).
         seq_len: tokens per sequence, at least 8 (--seq_len).
@@ -59,6 +62,7 @@ class TextRequest:
 
     data: tuple[str, ...]
     eval_data: tuple[str, ...]
+    other_data: tuple[str, ...]
     text_column: str
     data_dir: str | None
     seq_len: int
@@ -89,6 +93,8 @@ class TextData:
         test: sequences that are measured.
         test_source: what the test sequences are, in words.
         fingerprints: what -> short hash, of everything that was read; a resumed run must find the same.
+        other: sequences of another domain, which are measured too; may be none.
+        other_source: what these are, in words.
         pending: the training and calibration sequences that the model has still to generate, or None.
     """
 
@@ -98,6 +104,8 @@ class TextData:
     test: TokenRows
     test_source: str
     fingerprints: Mapping[str, str]
+    other: TokenRows = field(default_factory=no_rows)
+    other_source: str = ""
     pending: PendingGeneration | None = None
 
     @property
@@ -116,6 +124,10 @@ class TextData:
         if self.pending:
             return self.pending.num_calibration, self.pending.seq_len
         return len(self.calibration), self.calibration.shape[1]
+
+    def measured(self) -> dict[str, TokenRows]:
+        """Split -> the sequences that every model is measured on."""
+        return {"test": self.test} | ({"other": self.other} if len(self.other) else {})
 
     def with_generated(self, ids: Tensor) -> TextData:
         """The same data with the pending sequences in their place.
@@ -150,9 +162,14 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
     if request.num_validation:
         validation = _evaluation_rows(reader, "validation", request.num_validation)
     test = _evaluation_rows(reader, "test", request.num_test)
+    others = _other_sources(request, reader)
+    other = TokenRows.cat([reader.other_rows(name) for name in others]) if others else no_rows()
+    other = other[: min(_OTHER_SEQUENCES, request.num_test or _OTHER_SEQUENCES)]
     # The training text of --data self is no input of the run, but its prefixes are.
     fingerprints = {} if pending else {"training text": train.ids, "calibration text": calibration}
     fingerprints |= {"validation text": validation.ids, "test text": test.ids}
+    if others:
+        fingerprints["text of another domain"] = other.ids
     if pending and pending.prefixes is not None:
         fingerprints["prefixes"] = pending.prefixes
     return TextData(
@@ -162,6 +179,8 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
         test=test,
         test_source=f"the test split of {' + '.join(evaluation_sources(request.data, request.eval_data))}",
         fingerprints={what: token_fingerprint(ids, "") for what, ids in fingerprints.items()},
+        other=other,
+        other_source=" + ".join(others),
         pending=pending if pending and pending.count else None,
     )
 
@@ -183,18 +202,12 @@ def evaluation_sources(data: Sequence[str], eval_data: Sequence[str]) -> tuple[s
     return tuple(data)
 
 
-def check_token_ids(data: TextData, num_embeddings: int, model_name: str) -> None:
-    """Check that the model knows every token.
-
-    Raises:
-        DataError: the tokenizer gives larger token ids than the model has embeddings.
-    """
-    for ids in (data.train.ids, data.calibration, data.validation.ids, data.test.ids):
-        if ids.numel() and int(ids.max()) >= num_embeddings:
-            raise DataError(
-                f"{model_name} knows the tokens 0 to {num_embeddings - 1}; its tokenizer gives {int(ids.max())}; "
-                "use the tokenizer that belongs to the model"
-            )
+def _other_sources(request: TextRequest, reader: _SourceReader) -> list[str]:
+    """The sources of --other_data that are neither trained on nor measured anyway; none for conversations."""
+    if request.assistant_only:
+        return []
+    known = {*reader.data.names, *reader.eval_data.names, *map(sources.prefix_source, reader.data.names)}
+    return [name for name in request.other_data if name not in known]
 
 
 class _SourceReader:
@@ -256,6 +269,12 @@ class _SourceReader:
             if len(self.data.names) == len(self.eval_data.names) == 1:
                 raise
             raise DataError(f"{name}: {error}") from error
+
+    def other_rows(self, name: str) -> TokenRows:
+        """All test sequences of a source of --other_data."""
+        request = self.request
+        found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), "--other_data")
+        return packing.pack_documents(self.tokenizer, found.test, request.seq_len, f"test ({name})")
 
 
 def _pending_generation(request: TextRequest, reader: _SourceReader, num_embeddings: int) -> PendingGeneration | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError, MissingExtraError
+from nybble.errors import ExportError, MissingExtraError, OptionError
+from nybble.export.read_back import compare_weights
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -68,6 +69,8 @@ class Exporter(ABC):
         modules: top-level modules that exporting, opening and reading import.
         extra: optional extra of nybble that installs `modules`. A package that brings its own exporter depends on its
             modules directly and leaves both empty.
+        library: what the hub calls the library that loads the format.
+        usage: Markdown for the model card: the shortest way to run the export, from its folder.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
         weight_files: patterns of the files that hold the model, whose sizes are added up.
         int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row; 0
@@ -84,6 +87,8 @@ class Exporter(ABC):
     weight_files: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    library: ClassVar[str] = ""
+    usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4
@@ -146,13 +151,12 @@ class Exporter(ABC):
         checkpoint.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
         self.write(checkpoint, folder)
-        rounded = check_read_back(checkpoint.quantized, self, folder)
         return ExportResult(
             int4_weights=len(checkpoint.selection.int4),
             int8_weights=len(checkpoint.selection.int8),
             bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
+            rounded=self.compare_weights(checkpoint.quantized, folder),
             logit_difference=self.compare_logits(checkpoint, folder),
-            rounded=rounded,
         )
 
     @abstractmethod
@@ -166,6 +170,17 @@ class Exporter(ABC):
         Raises:
             ExportError: the format cannot hold the model.
         """
+
+    def compare_weights(self, written: Mapping[str, QuantizedWeight], folder: Path) -> dict[str, float]:
+        """Read the weights of an export back and compare them with those that were written; see `compare_weights`.
+
+        Args:
+            written: module name -> quantized weight.
+            folder: the export.
+        """
+        has_reader = type(self).read_weights is not Exporter.read_weights  # else they are what the codes give
+        weights = self.read_weights(folder) if has_reader else None
+        return compare_weights(written, self.read_codes(folder), weights, self.int8_tolerance, folder)
 
     def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
         """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
@@ -250,14 +265,17 @@ class Exporter(ABC):
         return LazyMapping(codes, lambda name: codes[name].dequantize())
 
 
+ALL = "all"
+"""What --export and --to call all formats that can hold the model."""
+
 EXPORTERS: Registry[Exporter] = Registry("export format", "nybble.exporters")
 
 
-def check_formats(formats: Iterable[str], option: str) -> None:
+def check_formats(formats: Sequence[str], option: str) -> None:
     """Check that formats are known and installed.
 
     Args:
-        formats: names.
+        formats: names, or ALL.
         option: the option that named them, for the error message.
 
     Raises:
@@ -265,25 +283,41 @@ def check_formats(formats: Iterable[str], option: str) -> None:
         MissingExtraError: the modules that the exporter needs are not installed.
     """
     for name in formats:
-        EXPORTERS.get(name, option).check_installed()
+        for exporter in (EXPORTERS[n] for n in EXPORTERS) if name == ALL else (EXPORTERS.get(name, option),):
+            exporter.check_installed()
 
 
-def check_exportable(formats: Iterable[str], config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+def check_exportable(
+    formats: Sequence[str], config: Any, selection: LayerSelection, scheme: QuantScheme
+) -> tuple[str, ...]:
     """Check that every format can hold the model, and warn of families that its tests do not cover.
 
     Args:
-        formats: names of known formats.
+        formats: names of known formats. ALL stands for those that can hold the model; the log says which cannot.
         config: transformers configuration of the model.
         selection: layers that get 4-bit and 8-bit codes.
         scheme: of the 4-bit layers.
+
+    Returns:
+        The formats, with those that ALL stands for.
 
     Raises:
         ExportError: a format cannot hold the model.
         OptionError: a format cannot hold the scheme.
     """
-    for name in formats:
+    named = [name for name in formats if name != ALL]
+    others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
+    for name in named:
+        EXPORTERS[name].check(config, selection, scheme)
+    for name in others:
+        try:
+            EXPORTERS[name].check(config, selection, scheme)
+        except (ExportError, OptionError) as error:
+            log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+        else:
+            named.append(name)
+    for name in named:
         exporter = EXPORTERS[name]
-        exporter.check(config, selection, scheme)
         for limit in exporter.limits(config):
             log.warning(limit)
         if config.model_type not in exporter.tested_families:
@@ -292,55 +326,10 @@ def check_exportable(formats: Iterable[str], config: Any, selection: LayerSelect
                 config.model_type,
                 exporter.label,
             )
+    return tuple(named)
 
 
 def exporter_of(folder: Path) -> Exporter | None:
     """Return the exporter whose format the folder holds, or None."""
     exporters = (EXPORTERS[name] for name in EXPORTERS)
     return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
-
-
-def check_read_back(written: Mapping[str, QuantizedWeight], exporter: Exporter, folder: Path) -> dict[str, float]:
-    """Check that an export holds exactly the quantized weights that were given to it.
-
-    Args:
-        written: module name -> quantized weight, as given to the exporter.
-        exporter: reads the files.
-        folder: the export.
-
-    Returns:
-        8-bit weight that the format does not hold exactly -> largest difference of one of its values.
-
-    Raises:
-        ExportError: names, codes, scales, zero points or values differ.
-    """
-    codes, weights = exporter.read_codes(folder), exporter.read_weights(folder)
-    if weights.keys() != written.keys():
-        raise ExportError(
-            f"{folder} must hold {len(written)} quantized weights; {len(weights)} were read back; please report this"
-        )
-    rounded = {}
-    for name, weight in written.items():
-        if name in codes:
-            _check_codes(name, weight, codes[name], folder)
-        weight_OI, read_OI = weight.dequantize(), weights[name]
-        if torch.equal(weight_OI, read_OI):
-            continue
-        allowed = exporter.int8_tolerance if weight.scheme.bits == 8 else 0.0
-        difference_OI = (weight_OI - read_OI).abs()
-        if not bool((difference_OI <= allowed * weight_OI.abs().amax(1, keepdim=True)).all()):
-            raise ExportError(
-                f"{folder} must hold the weights that were given to it; the values of {name} read back differently; "
-                "please report this"
-            )
-        rounded[name] = float(difference_OI.max())
-    return rounded
-
-
-def _check_codes(name: str, written: QuantizedWeight, read: QuantizedWeight, folder: Path) -> None:
-    for what, field_ in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
-        if not torch.equal(getattr(written, field_), getattr(read, field_)):
-            raise ExportError(
-                f"{folder} must hold the weights that were given to it; the {what} of {name} read back differently;"
-                " please report this"
-            )

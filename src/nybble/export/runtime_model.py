@@ -89,6 +89,7 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Tensor | None = None,
+        use_cache: bool = False,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits of all tokens; during generation, only of those that are new since the last call.
@@ -98,6 +99,7 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
             attention_mask: int64 [B, past + T], 0 for padding.
             past_key_values: of the output of the last call: the new tokens follow those of that call. The runtime has
                 one state, so an earlier output cannot be continued.
+            use_cache: return past_key_values for the next call.
 
         Returns:
             Output whose logits are float32 [B, T, V], or [B, new tokens, V] during generation.
@@ -110,7 +112,8 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
             logits = self.infer(input_ids[:, past:], attention_mask, reset=False)
         else:
             logits = self.infer(input_ids, attention_mask, reset=True)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._state_ids)  # type: ignore[arg-type]
+        kept = self._state_ids if use_cache else None
+        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)  # type: ignore[arg-type]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as in transformers, with the same arguments. Keys and values are kept in the runtime's state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -176,7 +177,9 @@ class _ExportGroup(Group):
     TITLE: ClassVar[str] = "Export"
 
     run: str = option("", "Folder of a finished run.", required=True)
-    to: tuple[str, ...] = option(("openvino",), "Formats.", basic=True)
+    to: tuple[str, ...] = option(("openvino",), "Formats, or all.", basic=True)
+    push_to_hub: str | None = option(None, "Upload the export to this repository of the Hugging Face hub.", basic=True)
+    private: bool = option(False, "Make the repository private.", basic=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", basic=True)
 
 
@@ -273,10 +276,42 @@ class EvalOptions(Command):
             raise OptionError("--teacher is for the KL divergence, which --data none leaves out; give one of them")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatGroup(Group):
+    """What is talked to, and how it answers."""
+
+    TITLE: ClassVar[str] = "Chat"
+
+    target: str = option(
+        "", "Run folder (its first export), a folder inside one, or a model as for --pretrained.", required=True
+    )
+    prompt: str | None = option(None, "Answer this message and end.", basic=True)
+    system: str | None = option(None, "System message.", basic=True)
+    max_new_tokens: int = option(512, "Longest answer in tokens.", basic=True)
+    temperature: float | None = option(
+        None, "0: always the most likely token. Default: as generation_config.json of the model says.", basic=True
+    )
+
+    def check(self) -> None:
+        """Raise OptionError for values outside of their range."""
+        self.require("max_new_tokens", lambda value: value >= 1, "at least 1")
+        self.require("temperature", lambda value: value is None or 0 <= value < math.inf, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(Command):
+    """Talk to a finished run, an export or a model in the terminal, in its own runtime."""
+
+    NAME: ClassVar[str] = "chat"
+
+    chat: ChatGroup = field(default_factory=ChatGroup)
+    model: DeviceOptions = field(default_factory=DeviceOptions)
+
+
 COMMANDS: dict[str, type[Command]] = {
     kind.NAME: kind
     for kind in (
         CompressOptions, DistillOptions, TuneOptions, CompareOptions, SearchOptions, ExportOptions, EvalOptions,
-        InspectOptions, ReportOptions,
+        InspectOptions, ReportOptions, ChatOptions,
     )
 }  # fmt: skip

@@ -44,3 +44,6 @@ class TextOptions(DataOptions):
         (),
         "Sources of validation and test text. Default: --data; python-docs if the model generates --data from nothing.",
     )
+    other_data: tuple[str, ...] = option(
+        ("python-docs",), "Text of another domain, of which a little is measured too, or none."
+    )

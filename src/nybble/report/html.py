@@ -20,6 +20,8 @@ from nybble.report.run import (
     decoder_rows,
     layer_rows,
     memory_text,
+    other_rows,
+    other_title,
     summary,
     training_title,
     versions_text,
@@ -152,6 +154,8 @@ def _run_charts(results: RunResults) -> list[tuple[str, Markup]]:
 def _run_tables(results: RunResults) -> list[tuple[str, Cells, str]]:
     """Title, cells and note of the tables that the run has results for."""
     task, tables = results.task, []
+    if (other := other_rows(results))[1]:
+        tables.append((other_title(results), other, ""))
     if task is not None and task.search is not None:
         tables.append(("Search for ranks", ranks.search_rows(task.search), ranks.search_note(results, task)))
         if task.search.front:

@@ -14,6 +14,8 @@ from nybble.report.run import (
     layer_rows,
     measured_on,
     memory_text,
+    other_rows,
+    other_title,
     result_rows,
     shows_recovered,
     summary,
@@ -60,7 +62,13 @@ def run_markdown(results: RunResults, name: str | None = None) -> str:
         escape_markdown(note),
         *(f"**Warning:** {escape_markdown(warning)}" for warning in results.warnings),
     ]
-    for section in (*_trainings(results), *_task_sections(results), *_layer_sections(results), _cost(results)):
+    for section in (
+        *_other_domain(results),
+        *_trainings(results),
+        *_task_sections(results),
+        *_layer_sections(results),
+        _cost(results),
+    ):
         parts += section.parts(f"{level}#")
     command = results.command_line.replace("\n", "\n    ")
     parts += [
@@ -77,6 +85,11 @@ def _title(results: RunResults) -> str:
         return f"16-bit LoRA tuning{task}"
     what = "compression" if not results.trains else "distillation" if results.task is None else f"tuning{task}"
     return f"INT4 {what} ({results.described_method})"
+
+
+def _other_domain(results: RunResults) -> list[_Section]:
+    cells = other_rows(results)
+    return [_Section(other_title(results), "", cells)] if cells[1] else []
 
 
 def _trainings(results: RunResults) -> list[_Section]:

@@ -65,6 +65,22 @@ def result_rows(results: RunResults) -> Cells:
     return ["model", *map(metric_label, columns), *(["recovered"] if shows_recovered(results) else [])], rows
 
 
+def other_rows(results: RunResults) -> Cells:
+    """Perplexity and KL divergence on text of another domain; no rows where it was not measured."""
+    rows = []
+    for key in ordered_rows(results.models):
+        metrics = results.models[key]
+        if "other_token_perplexity" in metrics:
+            cells = (metric_cell(name, metrics[f"other_{name}"]) for name in ("token_perplexity", "kl_to_teacher"))
+            rows.append([row_label(results, key), *cells])
+    return ["model", metric_label("token_perplexity"), metric_label("kl_to_teacher")], rows
+
+
+def other_title(results: RunResults) -> str:
+    """The heading of `other_rows`."""
+    return f"Another domain: {results.other_data}"
+
+
 def measured_on(results: RunResults) -> str:
     """The text, and the number of documents, that the metrics of a run were measured on."""
     text = f"Perplexity and KL divergence to the 16-bit model were measured on {results.test_data or 'the test split'}."

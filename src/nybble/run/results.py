@@ -200,6 +200,7 @@ class RunResults:
         method: how the weights were compressed, such as awq+se.
         init_from: the finished run whose 4-bit weights the run started from.
         init_trained: that run's weights had been trained end to end.
+        test_data, other_data: the text that models are measured on, and that of another domain, in words.
         seconds: stage -> seconds, over all sessions.
         models: row (16bit, lora16, tuned16, compressed, tuned, or an export format) -> what was measured of it.
         layer_errors: layer -> rtn, compressed, weight, clipped (compress.LayerError).
@@ -220,6 +221,7 @@ class RunResults:
     seed: int = 0
     dtype: str = ""
     test_data: str = ""
+    other_data: str = ""
     limit: int | None = None
     lora_rank: int | None = None
     command_line: str = ""

@@ -22,6 +22,7 @@ _MAY_CHANGE = {
     "export",
     "fast_eval",
     "microbatch_size",
+    "other_data",
     "output_dir",
     "report_to",
     "save_steps",

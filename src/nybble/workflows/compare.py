@@ -23,6 +23,7 @@ from nybble.callbacks import Callback
 from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
+from nybble.export.base import ALL
 from nybble.files import write_text
 from nybble.models.families import family_of
 from nybble.models.quantized_model import load_config
@@ -84,6 +85,8 @@ def _check(options: CompareOptions) -> None:
     """Raise now what would otherwise be raised after hours."""
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("compare", "the column BF16 + LoRA")
+    if ALL in options.evaluation.export:
+        raise OptionError(f"--export of nybble compare must name one format, which is measured; got {ALL}")
     own = [task for task in options.task.tasks if not is_scored_by_lm_eval(task)]
     if own:
         raise OptionError(

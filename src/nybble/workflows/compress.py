@@ -20,7 +20,14 @@ from nybble.models.quantized_model import save_quantized
 from nybble.options.commands import CompressOptions
 from nybble.run.results import Phase
 from nybble.workflows import plan, session, steps, text
-from nybble.workflows.measure import DECODER_ERROR_TOKENS, SIXTEEN_BIT, Evaluator, measure_row, size_in_16_bits
+from nybble.workflows.measure import (
+    DECODER_ERROR_TOKENS,
+    SIXTEEN_BIT,
+    Evaluator,
+    measure_row,
+    other_domain,
+    size_in_16_bits,
+)
 
 
 def compress(
@@ -60,16 +67,17 @@ def compress(
     with session.run_session(options, facts) as run:
         context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
         context = steps.generate_text(context)
-        states = steps.teacher_states(context, {"test": prepared.test}, batch=1)
+        states = steps.teacher_states(context, prepared.measured(), batch=1)
         tasks = LmEvalConfig(evaluation.eval_tasks, evaluation.eval_batch_size, evaluation.limit, data_dir)
         reference = logits_from_states(context.head, states["test"])
-        evaluator = Evaluator(prepared.test, reference, tasks, decoder_outputs=outputs)
+        other = other_domain(context.head, prepared, states)
+        evaluator = Evaluator(prepared.test, reference, tasks, other=other, decoder_outputs=outputs)
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
             compressed = steps.compress_model(context)
             save_quantized(run.quantized, loaded, compressed.weights)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "compressed", evaluation.export)
+        failed = steps.measure_shipped(context, evaluator, "compressed")
         session.finish(run, [], failed)
         return run.path

@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import Tensor
 
 from nybble.callbacks import Callback
-from nybble.data.packing import TokenRows
 from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
 from nybble.evaluation.decoder_error import decoder_outputs
@@ -41,6 +40,7 @@ from nybble.workflows.measure import (
     SIXTEEN_BIT,
     Evaluator,
     measure_row,
+    other_domain,
     size_in_16_bits,
     size_when_shipped,
 )
@@ -88,14 +88,15 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
         teacher = _teacher_states(context, options.training.microbatch_size)
         reference = logits_from_states(context.head, teacher.states["test"])
         tasks = LmEvalConfig(evaluation.eval_tasks, evaluation.eval_batch_size, evaluation.limit, data_dir)
-        evaluator = Evaluator(prepared.test, reference, tasks, decoder_outputs=outputs)
+        other = other_domain(context.head, prepared, teacher.states)
+        evaluator = Evaluator(prepared.test, reference, tasks, other=other, decoder_outputs=outputs)
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))
         if not run.results.phase.reached(Phase.QUANTIZED):
             _train(context, options.training, evaluator, teacher)
         for leftover in run.path.glob("teacher/train.*"):
             leftover.unlink()
         remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "tuned", evaluation.export)
+        failed = steps.measure_shipped(context, evaluator, "tuned")
         session.finish(run, judge_distillation(run.results), failed)
         return run.path
 
@@ -156,7 +157,7 @@ class Teacher:
 
 def _teacher_states(context: RunContext, microbatch_size: int) -> Teacher:
     data = context.text
-    splits: dict[str, TokenRows] = {"validation": data.validation, "test": data.test}
+    splits = {"validation": data.validation, **data.measured()}
     first, of_row = distinct_rows(data.train.ids)
     if not context.run.results.phase.reached(Phase.TRAINED):
         splits["train"] = data.train[first]

@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.errors import OptionError, RunError
-from nybble.export.base import EXPORTERS, check_formats
+from nybble.export.base import EXPORTERS, check_exportable, check_formats
+from nybble.models.checkpoint import open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
+from nybble.workflows.publish import check_repository, push_to_hub, write_cards
 from nybble.workflows.steps import export_run
 
 
 def export(options: ExportOptions) -> None:
-    """Export the 4-bit model of a run to every format named."""
-    export_formats(Path(options.export.run), options.export.to, options.export.trust_remote_code)
+    """Export the 4-bit model of a run to every format named; upload it where that is asked for."""
+    asked = options.export
+    check_repository(asked.push_to_hub, asked.to)
+    folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code)
+    if asked.push_to_hub is not None:
+        push_to_hub(folders[0], asked.push_to_hub, asked.private)
 
 
 def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) -> list[Path]:
@@ -36,8 +42,11 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
     run = reopen_run(path)
     try:
         check_complete(run.quantized)
+        checkpoint = open_checkpoint(run.quantized, trust_remote_code)
+        formats = check_exportable(formats, checkpoint.config, checkpoint.selection, checkpoint.scheme)
         for name in formats:
             export_run(run, name, trust_remote_code)
+        write_cards(run)
     finally:
         run.close()
     return [path / name for name in formats]

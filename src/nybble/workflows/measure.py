@@ -12,9 +12,11 @@ from torch import Tensor
 
 from nybble.console import bar
 from nybble.data.packing import TokenRows
+from nybble.data.prepare import TextData
 from nybble.evaluation.decoder_error import decoder_errors
 from nybble.evaluation.lm_eval import LmEvalConfig, result_columns, run_tasks
-from nybble.evaluation.perplexity import Logits, measure_sequences, model_logits
+from nybble.evaluation.perplexity import Logits, logits_from_states, measure_sequences, model_logits
+from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel
 from nybble.quant.weight import QuantizedWeight
 from nybble.report.labels import row_label
@@ -22,6 +24,7 @@ from nybble.run.folder import RunFolder
 from nybble.run.results import Metrics
 from nybble.tasks.dataset import TaskDataset
 from nybble.tasks.scoring import measure_task
+from nybble.training.teacher import HiddenStates
 
 log = logging.getLogger("nybble")
 
@@ -52,6 +55,7 @@ class Evaluator:
         reference: the 16-bit model's logits on them.
         lm_eval: tasks for lm-eval.
         task: the run's own task.
+        other: sequences of another domain, and the 16-bit model's logits on them; None where there are none.
         decoder_outputs: hidden states after each decoder layer of the 16-bit model [L, T, D] on the first tokens of the
             test text; None where the model is trained to do something else.
     """
@@ -60,6 +64,7 @@ class Evaluator:
     reference: Logits
     lm_eval: LmEvalConfig
     task: TaskScorer | None = None
+    other: tuple[TokenRows, Logits] | None = None
     decoder_outputs: Tensor | None = None
 
     def metrics(self, row: str, label: str, loaded: LoadedModel, reuse: Mapping[str, Any] | None) -> Metrics:
@@ -73,6 +78,11 @@ class Evaluator:
         with bar(f"measure {label}", len(self.test)) as advance:
             logits = self.reference if row == SIXTEEN_BIT else model_logits(loaded.model, ids_ST)
             found: Metrics = dict(measure_sequences(logits, ids_ST, self.reference, advance, self.test.loss_mask))
+        if self.other is not None:
+            rows, reference = self.other
+            logits = reference if row == SIXTEEN_BIT else model_logits(loaded.model, rows.ids)
+            measured = measure_sequences(logits, rows.ids, reference, _unseen, rows.loss_mask)
+            found |= {f"other_{key}": value for key, value in measured.items()}
         if reuse is not None:
             return found | dict(reuse)
         if self.lm_eval.tasks:
@@ -81,6 +91,15 @@ class Evaluator:
         if self.task is not None:
             found |= self.task.measure(loaded.model, loaded.tokenizer)
         return found
+
+
+def other_domain(head: LMHead, text: TextData, states: Mapping[str, HiddenStates]) -> tuple[TokenRows, Logits] | None:
+    """The sequences of another domain with the 16-bit model's logits; None where there are none."""
+    return (text.other, logits_from_states(head, states["other"])) if len(text.other) else None
+
+
+def _unseen(_: int) -> None:
+    """Progress of a measurement that takes seconds."""
 
 
 def measure_row(

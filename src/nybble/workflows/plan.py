@@ -19,7 +19,7 @@ import torch
 from nybble.compression.checks import check_length, check_model
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
-from nybble.data.prepare import TextData, check_token_ids
+from nybble.data.prepare import TextData
 from nybble.data.sources import prefix_source
 from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
@@ -42,6 +42,7 @@ from nybble.training import memory
 from nybble.training.memory import ModelShapes
 from nybble.workflows import init_from
 from nybble.workflows.rehearsal import rehearse
+from nybble.workflows.text import check_token_ids
 
 log = logging.getLogger("nybble")
 
@@ -76,6 +77,7 @@ class PlannedRun:
 
     Attributes:
         head: the 16-bit head, a copy.
+        formats: what is exported at the end.
     """
 
     loaded: LoadedModel
@@ -83,6 +85,7 @@ class PlannedRun:
     compression: CompressionPlan
     text: TextData
     head: LMHead
+    formats: tuple[str, ...]
 
 
 def keep_saved_choices(options: AnyRun) -> AnyRun:
@@ -248,14 +251,14 @@ def check_fit(
     probe_T = ids_ST[0, :_PROBE_TOKENS]
     check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
     scheme = QuantScheme(group_size=options.scheme.group_size)
-    check_exportable(evaluation.export, model.config, selection, scheme)
-    _check_export_memory(loaded, evaluation.export, options.folder)
+    formats = check_exportable(evaluation.export, model.config, selection, scheme)
+    _check_export_memory(loaded, formats, options.folder)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
     if not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
         trains = isinstance(options, TrainCommand)
-        rehearse(loaded, scheme, evaluation.export, trains, options.model.trust_remote_code)
-    return PlannedRun(loaded, selection, compression, text, head)
+        rehearse(loaded, scheme, formats, trains, options.model.trust_remote_code)
+    return PlannedRun(loaded, selection, compression, text, head, formats)
 
 
 def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Path) -> None:

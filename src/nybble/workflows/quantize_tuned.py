@@ -69,7 +69,7 @@ def quantize_and_save(tuned: TunedRun, configuration: RankConfiguration, by_sear
 def discard_quantized(task_run: TaskRun) -> None:
     """Delete what was made with another configuration of ranks. The run is then trained, and not quantized."""
     run, after = task_run.context.run, task_run.options.training.quantize == "after"
-    results, formats = run.results, dict.fromkeys((*run.results.exports, *task_run.options.evaluation.export))
+    results, formats = run.results, dict.fromkeys((*run.results.exports, *task_run.context.formats))
     for name in (run.quantized.name, *formats):
         remove_folder(run.path / name)
     for name in checkpoint_names(SCALES):

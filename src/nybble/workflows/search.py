@@ -127,6 +127,5 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
     if not made:  # otherwise an earlier --apply was killed afterwards
         quantize_and_save(tuned, tuple(best.configuration), by_search=True)
     remove_leftovers(task_run)
-    evaluation = task_run.options.evaluation
-    failed = steps.measure_shipped(task_run.context, task_run.evaluator, "tuned", evaluation.export)
+    failed = steps.measure_shipped(task_run.context, task_run.evaluator, "tuned")
     session.finish(run, judge_tuning(run.results), failed)

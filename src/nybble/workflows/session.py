@@ -22,6 +22,7 @@ from nybble.run.results import LayerCounts, Phase
 from nybble.run.resume import check_same_inputs
 from nybble.workflows.init_from import was_trained
 from nybble.workflows.plan import PlannedRun
+from nybble.workflows.publish import write_cards
 
 log = logging.getLogger("nybble")
 
@@ -71,6 +72,8 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.init_trained = compression.init_from is not None and was_trained(compression.init_from)
     results.layers = LayerCounts(len(selection.int4), len(selection.int8), selection.tied)
     results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
+    if len(text.other):
+        results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
     results.limit = facts.limit
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
@@ -91,7 +94,7 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)
-    run.save()
+    write_cards(run)
     write_text(run.path / "report.md", run_markdown(results))
     console.print(as_table(*result_rows(results)))
     say(summary(results))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
-from nybble.runtime import raise_if_interrupted
+from nybble.runtime import keep_freed_memory, raise_if_interrupted, return_freed_memory
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
@@ -54,6 +55,7 @@ class RunContext:
         options: where and how models compute.
         compression, calibration: the plan, and the options of the methods.
         head: the 16-bit head, a copy.
+        formats: what is exported at the end.
         identity: tells the 16-bit model apart from others of the same name.
         callback: is told of stages, steps and validations.
     """
@@ -67,6 +69,7 @@ class RunContext:
     calibration: CompressionOptions
     text: TextData
     head: LMHead
+    formats: tuple[str, ...]
     seed: int
     identity: str
     callback: Callback
@@ -90,6 +93,7 @@ class RunContext:
             calibration=calibration,
             text=planned.text,
             head=planned.head,
+            formats=planned.formats,
             seed=options.run.seed,
             identity=f"{options.model.pretrained} {model_fingerprint(planned.loaded.model)}",
             callback=CallbackList(callbacks),
@@ -230,12 +234,13 @@ def _error_lines(result: CompressionResult) -> list[str]:
     return lines
 
 
-def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats: Sequence[str]) -> list[ExportError]:
+def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list[ExportError]:
     """Measure the 4-bit model in the run folder and its exports: what is measured is what ships.
+
+    Formats that were exported by hand before are exported again where they are missing.
 
     Args:
         row: of the 4-bit model in torch: compressed or tuned.
-        formats: asked for. Formats that were exported by hand before are exported again where they are missing.
 
     Returns: the exports that failed; everything else is done and worth a report.
     """
@@ -248,29 +253,28 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str, formats
         measure_row(run, evaluator, row, shipped, size_when_shipped(model, quantized))
         del model, shipped
     failed = []
-    for name in dict.fromkeys((*run.results.exports, *formats)):
+    for name in dict.fromkeys((*run.results.exports, *context.formats)):
         if name in run.results.models and run.is_complete(name):
             continue
         try:
-            exported, size = export_run(run, name, options.trust_remote_code)
+            result = export_run(run, name, options.trust_remote_code)
+            exported = open_export(run, name, options.trust_remote_code)
         except ExportError as error:
             raise_if_interrupted()
             failed.append(error)
             continue
-        measure_row(run, evaluator, name, exported, size)
+        measure_row(run, evaluator, name, exported, result.bytes)
     return failed
 
 
-def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[LoadedModel, int]:
-    """Export the 4-bit model of a run to the folder RUN/name, and open what was written.
-
-    Returns: the exported model, which answers like a transformers model, and its size in bytes.
+def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResult:
+    """Export the 4-bit model of a run to the folder RUN/name.
 
     Raises:
         ExportError: the format cannot hold the model, or what was read back differs.
     """
     exporter, folder = EXPORTERS[name], run.path / name
-    with run.stage(f"export {name}"):
+    with run.stage(f"export {name}"), _little_memory():
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
         log.info("exporting to %s", exporter.label)
@@ -284,8 +288,25 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> tuple[Load
         exporter.label, result.int4_weights, result.int8_weights, _exactness(result), _logits_compared(result),
         result.bytes / 1e6,
     )  # fmt: skip
-    opened = exporter.open_model(folder, checkpoint.config)
-    return LoadedModel(opened, checkpoint.tokenizer, str(folder)), result.bytes
+    return result
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Return freed memory to the system in the block, where tensors come one at a time; keep it afterwards."""
+    return_freed_memory()
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+def open_export(run: RunFolder, name: str, trust_remote_code: bool) -> LoadedModel:
+    """Open an export of a run in its runtime: a model that answers like a transformers model."""
+    folder = run.path / name
+    config = quantized_model.load_config(run.quantized, trust_remote_code)
+    tokenizer = quantized_model.load_tokenizer(run.quantized, trust_remote_code)
+    return LoadedModel(EXPORTERS[name].open_model(folder, config), tokenizer, str(folder))
 
 
 def _exactness(result: ExportResult) -> str:

@@ -1,8 +1,9 @@
-"""What commands ask of their text: options -> TextRequest."""
+"""What commands ask of their text (options -> TextRequest), and whether the model can read it."""
 
 from __future__ import annotations
 
-from nybble.data.prepare import TextRequest
+from nybble.data.prepare import TextData, TextRequest
+from nybble.errors import DataError
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import CompressOptions, DistillOptions
 from nybble.options.compression import MIN_CALIBRATION_SAMPLES
@@ -39,6 +40,7 @@ def _request(options: TextOptions, seed: int, **counts: int) -> TextRequest:
     return TextRequest(
         data=options.data,
         eval_data=options.eval_data,
+        other_data=options.other_data,
         text_column=options.text_column,
         data_dir=options.data_dir,
         seq_len=options.seq_len,
@@ -52,3 +54,17 @@ def _request(options: TextOptions, seed: int, **counts: int) -> TextRequest:
 def num_embeddings(loaded: LoadedModel) -> int:
     """Tokens that the model knows."""
     return int(loaded.model.get_input_embeddings().num_embeddings)
+
+
+def check_token_ids(data: TextData, num_embeddings: int, model_name: str) -> None:
+    """Check that the model knows every token.
+
+    Raises:
+        DataError: the tokenizer gives larger token ids than the model has embeddings.
+    """
+    for ids in (data.train.ids, data.calibration, data.validation.ids, data.test.ids, data.other.ids):
+        if ids.numel() and int(ids.max()) >= num_embeddings:
+            raise DataError(
+                f"{model_name} knows the tokens 0 to {num_embeddings - 1}; its tokenizer gives {int(ids.max())}; "
+                "use the tokenizer that belongs to the model"
+            )

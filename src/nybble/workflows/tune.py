@@ -115,7 +115,7 @@ def _run(task_run: TaskRun, known: Mapping[str, Mapping[str, Any]]) -> None:
             configuration = _chosen_before(task_run) or _choose(tuned)
         quantize_and_save(tuned, configuration)
     remove_leftovers(task_run)
-    failed = steps.measure_shipped(context, task_run.evaluator, "tuned", options.evaluation.export)
+    failed = steps.measure_shipped(context, task_run.evaluator, "tuned")
     session.finish(run, judge_tuning(run.results), failed)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nybble.export.base import EXPORTERS, ExportResult
-from nybble.quant.weight import QuantizedWeight
-from tests.helpers.rounding import round_model_to_nearest
-from tests.helpers.tiny import make_model, make_tokenizer
+from nybble.models.checkpoint import QuantizedCheckpoint
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.tiny import make_model
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Exported:
     """A model, its quantized weights, and the folder to which they were exported."""
 
     model: Any
-    quantized: dict[str, QuantizedWeight]
+    checkpoint: QuantizedCheckpoint
     folder: Path
     result: ExportResult
 
@@ -26,6 +26,6 @@ class Exported:
 def exported(needs_openvino: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Gemma 2: sliding window of 8 tokens in one of two layers, soft caps, norm offset, tied head."""
     model, folder = make_model("gemma2"), tmp_path_factory.mktemp("openvino")
-    quantized = round_model_to_nearest(model)
-    result = EXPORTERS["openvino"].export(model, make_tokenizer(), quantized, folder)
-    return Exported(model, quantized, folder, result)
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("run") / "quantized", model)
+    result = EXPORTERS["openvino"].export(checkpoint, folder)
+    return Exported(model, checkpoint, folder, result)

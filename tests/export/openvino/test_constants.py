@@ -1,7 +1,7 @@
 """Codes in OpenVINO graphs: bytes, values and round trips."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.base import check_read_back
-from nybble.export.openvino.constants import compress_constants, read_constants
+from nybble.export.openvino.constants import insert_codes, read_constants
+from nybble.export.openvino.trace import TracedModel
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -20,17 +20,14 @@ from tests.export.openvino.conftest import Exported
 pytestmark = pytest.mark.usefixtures("needs_openvino")
 
 
-def graph_of(**weights: Tensor) -> Any:
-    """A graph as the tracer makes it: named float constants; here they are the outputs."""
+def traced_with(**weights: Tensor) -> TracedModel:
+    """A graph as the tracer makes it: weights are inputs; here they are the outputs too."""
     import openvino as ov
     from openvino import opset13 as op
 
-    results = []
-    for name, weight_OI in weights.items():
-        constant = op.constant(weight_OI.numpy())
-        constant.set_friendly_name(f"self.model.{name}.weight")
-        results.append(op.result(constant))
-    return ov.Model(results, [], "test")
+    parameters = {name: op.parameter(list(weight_OI.shape), ov.Type.f32) for name, weight_OI in weights.items()}
+    results = [op.result(parameter) for parameter in parameters.values()]
+    return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters)
 
 
 def quantize_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> QuantizedWeight:
@@ -43,9 +40,9 @@ def saved_bytes(weight: QuantizedWeight, folder: Path) -> bytes:
     """The .bin file of a graph that holds nothing but this weight."""
     import openvino as ov
 
-    graph = graph_of(a=torch.zeros(weight.codes_OI.shape))
-    compress_constants(graph, {"a": weight})
-    ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
+    traced = traced_with(a=torch.zeros(weight.codes_OI.shape))
+    insert_codes(traced, {"a": weight})
+    ov.save_model(traced.graph, folder / "model.xml", compress_to_fp16=False)
     return (folder / "model.bin").read_bytes()
 
 
@@ -96,12 +93,14 @@ def check_round_trip(weight_OI: Tensor, scheme: QuantScheme) -> None:
     import openvino as ov
 
     quantized = {"a": quantize_to_nearest(weight_OI, scheme)}
-    graph = graph_of(a=weight_OI)
-    compress_constants(graph, quantized)
-    read = read_constants(graph)
-    check_read_back(quantized, read, Path("e"))
-    assert read["a"].scheme == scheme
-    outputs = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
+    traced = traced_with(a=weight_OI)
+    insert_codes(traced, quantized)
+    assert traced.graph.inputs == []
+    read = read_constants(traced.graph)
+    for field in fields(QuantizedWeight):
+        written_field, read_field = (getattr(weight, field.name) for weight in (quantized["a"], read["a"]))
+        assert torch.equal(written_field, read_field) if field.name != "scheme" else written_field == read_field
+    outputs = ov.Core().compile_model(traced.graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
     assert torch.equal(torch.from_numpy(outputs[0]), quantized["a"].dequantize())
 
 
@@ -123,13 +122,12 @@ def test_the_graph_of_a_model_has_compressed_types(exported: Exported) -> None:
     assert nodes["model.embed_tokens.scale"] == ("f32", [260, 1])
 
 
-def test_a_weight_that_the_graph_does_not_hold_is_refused() -> None:
-    weight = quantize_to_nearest(torch.randn(2, 4), QuantScheme(group_size=4))
-    with pytest.raises(ExportError, match=r"as a constant; 1 of 2 are missing \(first: b\); this architecture cannot"):
-        compress_constants(graph_of(a=torch.zeros(2, 4)), {"a": weight, "b": weight})
+def test_a_weight_that_the_graph_does_not_use_is_refused() -> None:
+    import openvino as ov
+    from openvino import opset13 as op
 
-
-def test_a_weight_of_another_shape_is_refused() -> None:
     weight = quantize_to_nearest(torch.randn(2, 4), QuantScheme(group_size=4))
-    with pytest.raises(ExportError, match=r"a must have the same shape .*; got \(4, 2\) and \(2, 4\)"):
-        compress_constants(graph_of(a=torch.zeros(4, 2)), {"a": weight})
+    traced = traced_with(a=torch.zeros(2, 4))
+    traced.weights["b"] = op.parameter([2, 4], ov.Type.f32)
+    with pytest.raises(ExportError, match=r"it does not use 1 of 2 \(first: b\); this architecture cannot"):
+        insert_codes(traced, {"a": weight, "b": weight})

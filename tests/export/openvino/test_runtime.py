@@ -8,7 +8,8 @@ import torch
 
 from nybble.export.base import EXPORTERS
 from tests.export.openvino.conftest import Exported
-from tests.helpers.tiny import make_model, make_tokenizer
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.tiny import make_model
 
 
 def check_padding_and_windows(model: Any, runtime: Any) -> None:
@@ -38,8 +39,10 @@ def test_padding_and_sliding_windows(exported: Exported, runtime: Any) -> None:
 @pytest.mark.parametrize("family", ["smollm", "mistral", "gemma3"])
 def test_padding_and_sliding_windows_of_other_families(family: str, tmp_path: Path) -> None:
     model, exporter = make_model(family), EXPORTERS["openvino"]
-    exporter.export(model, make_tokenizer(), {}, tmp_path)
-    check_padding_and_windows(model, exporter.open_model(tmp_path, model.config, strict=True))
+    checkpoint = save_checkpoint(tmp_path / "quantized", model)
+    (tmp_path / "openvino").mkdir()
+    exporter.export(checkpoint, tmp_path / "openvino")
+    check_padding_and_windows(model, exporter.open_model(tmp_path / "openvino", model.config, strict=True))
 
 
 def record_lengths(runtime: Any) -> list[int]:

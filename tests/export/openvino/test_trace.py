@@ -1,16 +1,17 @@
 """Graphs with past keys and values as state: ports, masks, rotary embeddings."""
 
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.openvino import trace
 from tests.export.openvino.conftest import Exported
+from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tiny import make_model
 
 LOWEST = torch.finfo(torch.float32).min
@@ -40,9 +41,11 @@ def test_inputs_outputs_and_state_have_the_names_of_optimum_intel(exported: Expo
 
 
 @pytest.mark.usefixtures("needs_openvino")
-def test_attention_gets_float_masks() -> None:
+def test_attention_gets_float_masks(tmp_path: Path) -> None:
     """OpenVINO is slow with boolean masks."""
-    graph = trace.trace_model(make_model("llama", num_hidden_layers=1))
+    graph, weights = trace.trace_model(make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1))
+    assert len(weights) == 9
+    assert all(node.output(0).get_target_inputs() for node in weights.values())
     masks = [
         node.input(3).get_element_type().get_type_name()
         for node in graph.get_ops()
@@ -53,10 +56,9 @@ def test_attention_gets_float_masks() -> None:
 
 def masks(attention_mask: Tensor, queries: int, **config: Any) -> Any:
     """The masks of a wrapped model with this configuration."""
-    model = nn.Module()
-    model.config = SimpleNamespace(num_hidden_layers=2, **config)
     ids = torch.zeros(len(attention_mask), queries, dtype=torch.int64)
-    return trace._ModelWithPast(model)._masks(ids, attention_mask)
+    wrapped = trace._ModelWithPast(SimpleNamespace(num_hidden_layers=2, **config), ())
+    return wrapped._masks(ids, attention_mask)
 
 
 def slow_mask(attention_mask: Tensor, queries: int, window: int | None) -> Tensor:
@@ -86,32 +88,34 @@ def test_masks_are_those_of_a_slow_loop(queries: int) -> None:
 
 def test_the_wrapped_model_continues_from_past_keys_and_values() -> None:
     model = make_model("llama", num_hidden_layers=1)
-    wrapped, ids = trace._ModelWithPast(model), torch.randint(0, 256, (2, 7))
+    wrapped, ids = trace._ModelWithPast(model.config, ()), torch.randint(0, 256, (2, 7))
+    wrapped.model = model
     empty = [torch.zeros(2, 2, 0, 16)] * 2
     beam = torch.arange(2)
     with torch.no_grad():
         expected = model(ids).logits
-        first, *past = wrapped(ids[:, :4], torch.ones(2, 4), torch.arange(4).expand(2, -1), beam, *empty)
-        second, *past = wrapped(ids[:, 4:], torch.ones(2, 7), torch.arange(4, 7).expand(2, -1), beam, *past)
+        first, *past = wrapped.forward(ids[:, :4], torch.ones(2, 4), torch.arange(4).expand(2, -1), beam, *empty)
+        second, *past = wrapped.forward(ids[:, 4:], torch.ones(2, 7), torch.arange(4, 7).expand(2, -1), beam, *past)
         torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-5)
         # beam_idx reorders the past: the sequences change places.
         token, position = torch.tensor([[5], [6]]), torch.full((2, 1), 7)
-        swapped, *_ = wrapped(token, torch.ones(2, 8), position, beam.flip(0), *past)
+        swapped, *_ = wrapped.forward(token, torch.ones(2, 8), position, beam.flip(0), *past)
         reordered = model(torch.cat([ids.flip(0), token], dim=1)).logits[:, -1:]
         torch.testing.assert_close(swapped, reordered, rtol=0, atol=1e-5)
     assert [tensor.shape for tensor in past] == [(2, 2, 7, 16)] * 2
 
 
-def test_a_model_that_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("needs_openvino")
+def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyError("mamba " * 100)
 
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(convert_model=fail))
-    model = make_model("llama", num_hidden_layers=1)
+    monkeypatch.setattr("openvino.convert_model", fail)
+    checkpoint = make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1)
     with pytest.raises(
         ExportError, match=r"LlamaForCausalLM cannot be traced \(KeyError: 'mamba .*\); remove"
     ) as error:
-        trace._convert(model, heads=2, head_size=16)
+        trace._convert(checkpoint, heads=2, head_size=16)
     assert len(str(error.value)) < 450
 
 

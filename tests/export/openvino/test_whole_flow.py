@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nybble.export.openvino.exporter import LOGIT_TOLERANCE, OpenVINOExporter
+from nybble.export.openvino.exporter import OpenVINOExporter
 from nybble.models import quantized_file
 from nybble.run.results import read_results
 from nybble.workflows.distill import distill
@@ -43,7 +43,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     export = results.exports["openvino"]
     # phi3 has four linear layers per block instead of seven.
     assert (export["int4_weights"], export["int8_weights"]) == (8 if family == "phi3" else 14, 1 if tied else 2)
-    assert export["logit_difference"] <= LOGIT_TOLERANCE
+    assert export["logit_difference"] <= 1e-4
     in_torch, in_openvino = (results.models[row]["token_perplexity"] for row in ("tuned", "openvino"))
     # OpenVINO's own settings quantize activations to 8 bits, where the hardware has them.
     assert in_openvino == pytest.approx(in_torch, rel=0.02)
@@ -56,7 +56,7 @@ def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", family)
     distill(distill_options(model, tmp_path / "run", dtype="bfloat16", weight_cache="recompute", export=("openvino",)))
     results = read_results(tmp_path / "run")
-    assert results.exports["openvino"]["logit_difference"] <= LOGIT_TOLERANCE
+    assert results.exports["openvino"]["logit_difference"] <= 1e-4
     assert results.trainings[0].best_step > 0
 
 

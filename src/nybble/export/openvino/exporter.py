@@ -26,6 +26,16 @@ from nybble.quant.weight import QuantizedWeight
 # openvino, openvino_tokenizers and transformers are imported where they are used: they take seconds to import.
 
 MODEL_XML = "openvino_model.xml"
+USAGE = """
+```python
+# pip install openvino-genai
+import openvino_genai
+
+pipe = openvino_genai.LLMPipeline(".", "CPU")
+print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
+```
+"""
+
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 """Entries of `config.layer_types` for which trace.py makes a mask."""
 
@@ -42,6 +52,8 @@ class OpenVINOExporter(Exporter):
     weight_files = ("openvino_model.*",)
     modules = ("openvino", "openvino_tokenizers")
     extra = "openvino"
+    library = "openvino"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     most_parameters_compared = None  # the runtime computes with the codes
 
@@ -92,15 +104,12 @@ class OpenVINOExporter(Exporter):
         Raises:
             ExportError: one of the reasons at the top of this file.
         """
-        import openvino as ov
-
         from nybble.export.openvino.constants import insert_codes
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
         insert_codes(traced, checkpoint.quantized)
-        with _writing(folder):
-            ov.save_model(traced.graph, folder / MODEL_XML, compress_to_fp16=False)
+        _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)
 
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
@@ -134,7 +143,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     Raises:
         ExportError: openvino_tokenizers cannot convert it.
     """
-    import openvino as ov
     from openvino_tokenizers import convert_tokenizer
 
     try:
@@ -144,9 +152,21 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
             f"an export to OpenVINO needs a tokenizer that openvino_tokenizers converts; {type(tokenizer).__name__} "
             f"cannot be converted ({describe_error(error)}); remove openvino from --export"
         ) from error
-    with _writing(folder):
-        ov.save_model(text_to_ids, folder / "openvino_tokenizer.xml")
-        ov.save_model(ids_to_text, folder / "openvino_detokenizer.xml")
+    _save_graph(text_to_ids, folder / "openvino_tokenizer.xml")
+    _save_graph(ids_to_text, folder / "openvino_detokenizer.xml")
+
+
+def _save_graph(graph: Any, path: Path) -> None:
+    """Write a graph. Names with a number of this process get one of this graph: equal models have equal files."""
+    import openvino as ov
+
+    graph.set_friendly_name("model")
+    for i, node in enumerate(graph.get_ordered_ops()):
+        kind, _, number = node.get_friendly_name().rpartition("_")
+        if number.isdigit():
+            node.set_friendly_name(f"{kind}_{i}")
+    with _writing(path.parent):
+        ov.save_model(graph, path, compress_to_fp16=False)
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""Compare the weights of an export with those that were given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError
+from nybble.quant.grid import dequantize
+from nybble.quant.weight import QuantizedWeight
+
+_VALUES_AT_ONCE = 1 << 22
+
+
+def compare_weights(
+    written: Mapping[str, QuantizedWeight],
+    codes: Mapping[str, QuantizedWeight],
+    values: Mapping[str, Tensor] | None,
+    int8_tolerance: float,
+    folder: Path,
+) -> dict[str, float]:
+    """Check that an export holds exactly the quantized weights that were given to it.
+
+    Args:
+        written: module name -> quantized weight, as given to the exporter.
+        codes: the same, as read from the files; empty for a format without codes.
+        values: module name -> weight, float32 [O, I], by the runtime's own reader; None where there is none.
+        int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row.
+        folder: the export, for the error message.
+
+    Returns:
+        8-bit weight that the format does not hold exactly -> largest difference of one of its values.
+
+    Raises:
+        ExportError: names, codes, scales, zero points or values differ.
+    """
+    read = codes.keys() if values is None else values.keys()
+    if other := (read ^ written.keys()) | (codes.keys() - written.keys()):
+        raise ExportError(
+            f"{folder} must hold {len(written)} quantized weights; {len(read)} were read back, and {min(other)} only "
+            "on one side; please report this"
+        )
+    rounded = {}
+    for name, weight in written.items():
+        if name in codes and (what := _differing(weight, codes[name])):
+            raise _unequal(what, name, folder)
+        if values is not None:
+            difference = _difference(weight, values[name], int8_tolerance)
+            if difference is None:
+                raise _unequal("values", name, folder)
+            if difference:
+                rounded[name] = difference
+    return rounded
+
+
+def _unequal(what: str, name: str, folder: Path) -> ExportError:
+    return ExportError(
+        f"{folder} must hold the weights that were given to it; the {what} of {name} read back differently; "
+        "please report this"
+    )
+
+
+def _differing(written: QuantizedWeight, read: QuantizedWeight) -> str:
+    """What differs first; "" if nothing does."""
+    for what, field in (("codes", "codes_OI"), ("scales", "scale_OG"), ("zero points", "zero_point_OG")):
+        if not torch.equal(getattr(written, field), getattr(read, field)):
+            return what
+    return ""
+
+
+def _difference(written: QuantizedWeight, read_OI: Tensor, int8_tolerance: float) -> float | None:
+    """Largest absolute difference of a weight that was read back; None where it is too large."""
+    if read_OI.shape != written.codes_OI.shape:
+        return None
+    allowed, largest = int8_tolerance if written.scheme.bits == 8 else 0.0, 0.0
+    rows = max(1, _VALUES_AT_ONCE // read_OI.shape[1])
+    for start in range(0, len(read_OI), rows):
+        part = slice(start, start + rows)
+        weight_OI = dequantize(written.codes_OI[part], written.scale_OG[part], written.zero_point_OG[part])
+        difference_OI = (weight_OI - read_OI[part]).abs()
+        if not bool((difference_OI <= allowed * weight_OI.abs().amax(1, keepdim=True)).all()):  # also true for NaN
+            return None
+        largest = max(largest, float(difference_OI.max()))
+    return largest

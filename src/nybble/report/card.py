@@ -1,0 +1,120 @@
+"""The model card (README.md) of an export: what the model is, what was measured, how to run it, how it was made."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from nybble.export.base import EXPORTERS
+from nybble.report.labels import format_label, row_label
+from nybble.report.run import (
+    changes_text,
+    measured_on,
+    memory_text,
+    other_rows,
+    other_title,
+    result_rows,
+    summary,
+    versions_text,
+)
+from nybble.report.tables import as_markdown, escape_markdown
+from nybble.run.results import RunResults
+
+CARD = "README.md"
+_BUILT_IN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_TAGS = ("int4", "4-bit", "quantized", "nybble")
+
+
+def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> str:
+    """The card of one export of a run.
+
+    Args:
+        results: of the run.
+        name: of the export format.
+        options: of the run, by name: pretrained, group_size, seq_len.
+
+    Returns:
+        Markdown with the front matter that the Hugging Face hub reads.
+    """
+    label = format_label(name)
+    parts = [
+        _front_matter(name, str(options.get("pretrained", ""))),
+        f"# {escape_markdown(results.model)}, INT4 ({escape_markdown(label)})",
+        escape_markdown(summary(results)),
+        as_markdown(*result_rows(results)),
+        escape_markdown(measured_on(results)),
+        *_other_domain(results),
+        *(f"**Limit:** {escape_markdown(limit)}" for limit in results.exports[name].get("limits", ())),
+        "## Run it",
+        _usage(name),
+        "## Weights",
+        *map(escape_markdown, _weights(results, name, options)),
+        "## How it was made",
+        *map(escape_markdown, _recipe(results)),
+        f"    {_without_folders(results.command_line)}",
+        escape_markdown(f"Seed {results.seed}. {versions_text(results)}."),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _other_domain(results: RunResults) -> list[str]:
+    cells = other_rows(results)
+    return [escape_markdown(f"{other_title(results)}:"), as_markdown(*cells)] if cells[1] else []
+
+
+def _front_matter(name: str, pretrained: str) -> str:
+    library = (EXPORTERS[name].library if name in EXPORTERS else "") or name
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    pretrained = _BUILT_IN.get(pretrained, pretrained)
+    if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
+        lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*_TAGS, name)), "---"])
+
+
+def _usage(name: str) -> str:
+    usage = EXPORTERS[name].usage if name in EXPORTERS else ""
+    return usage.strip() or f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
+
+
+def _weights(results: RunResults, name: str, options: Mapping[str, Any]) -> list[str]:
+    """What has how many bits, and what was compared after writing."""
+    export, layers = results.exports[name], results.layers
+    size = results.models.get(name, {}).get("bytes", export.get("bytes", 0))
+    text = (
+        f"{export['int4_weights']} linear layers have INT4 codes in groups of {options.get('group_size')} weights, "
+        f"each with a scale and a zero point. The embedding and the head{' (tied)' if layers and layers.tied else ''} "
+        f"have 8-bit codes per row. Everything else is in 16 bits. Size: {size / 1e6:.1f} MB."
+    )
+    rounded = export.get("rounded") or {}
+    exact = "All quantized weights were read back from these files and are equal to those that were trained."
+    if rounded:
+        exact = (
+            "All INT4 weights were read back from these files and are equal to those that were trained. The format "
+            f"rounds {', '.join(rounded)} by at most {max(rounded.values()):.1e}."
+        )
+    difference = export.get("logit_difference")
+    if difference is not None:
+        exact += f" The largest difference of a logit to torch was {difference:.1e}."
+    return [text, exact]
+
+
+def _recipe(results: RunResults) -> list[str]:
+    """Method, training, time and memory."""
+    parts = [f"Compression: {results.method}."]
+    if results.trains:
+        parts.append(f"Training: {row_label(results, 'tuned')}, adapters of rank {results.lora_rank} absorbed.")
+    if results.changes is not None:
+        parts.append(f"{changes_text(results.changes)}.")
+    minutes = sum(results.seconds.values()) / 60
+    parts.append(f"Time: {minutes:.1f} minutes, measuring included.")
+    if memory := memory_text(results):
+        parts.append(f"Peak memory: {memory}.")
+    return [" ".join(parts), "The command, with folders shortened to their last part:"]
+
+
+def _without_folders(command_line: str) -> str:
+    """The command without the folders of the machine that it ran on."""
+    words = [PurePath(word).name if PurePath(word).is_absolute() else word for word in shlex.split(command_line)]
+    return shlex.join(words)

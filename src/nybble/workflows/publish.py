@@ -1,0 +1,78 @@
+"""Model cards of exports, and their upload to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from nybble.console import say
+from nybble.errors import ExportError, OptionError, describe_error
+from nybble.export.base import ALL
+from nybble.files import write_text
+from nybble.report.card import CARD, model_card
+from nybble.run.folder import RunFolder
+from nybble.run.resume import saved_options
+
+log = logging.getLogger("nybble")
+
+
+def write_cards(run: RunFolder) -> None:
+    """Write the model card of every export of a run, from what the run knows now. Saves the results."""
+    options = saved_options(run.path)
+    for name in run.results.exports:
+        if (run.path / name).is_dir():
+            write_text(run.path / name / CARD, model_card(run.results, name, options))
+            run.note_files(name)
+    run.save()
+
+
+def check_repository(repository: str | None, formats: Sequence[str]) -> None:
+    """Check --push_to_hub before any work.
+
+    Raises:
+        OptionError: the name is no name of a repository, or there are several exports for one repository.
+    """
+    if repository is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise OptionError(
+            f"--push_to_hub must be a repository such as me/model-int4; {describe_error(error)}"
+        ) from error
+    if len(formats) != 1 or formats[0] == ALL:
+        raise OptionError(
+            f"--push_to_hub uploads one format to one repository; got {', '.join(formats)}; run nybble export once for "
+            "each"
+        )
+
+
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+    """Upload an export; returns its address.
+
+    Args:
+        folder: the export.
+        repository: NAME or ORGANIZATION/NAME; made where it does not exist.
+        private: make the repository private.
+
+    Raises:
+        ExportError: the hub cannot be reached or refuses. The export stays where it is.
+    """
+    from huggingface_hub import HfApi
+
+    log.info("uploading %s to %s", folder, repository)
+    api = HfApi(library_name="nybble")
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"nybble export to {folder.name}")
+    except Exception as error:  # of HTTP, of the network, of the hub's checks
+        raise ExportError(
+            f"--push_to_hub must be able to write to {repository}; it is not ({describe_error(error)}); log in with hf "
+            f"auth login or set HF_TOKEN; the export is in {folder}"
+        ) from error
+    say(f"Uploaded to {made}.")
+    return str(made)

@@ -1,0 +1,54 @@
+"""Open whatever a person names: a model, a finished run, or a folder inside one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nybble.errors import ModelError, RunError
+from nybble.export.base import Exporter, check_formats, exporter_of
+from nybble.models import quantized_file, quantized_model
+from nybble.models.loading import LoadedModel, load
+from nybble.options.model import DeviceOptions
+from nybble.run.folder import QUANTIZED, check_complete
+from nybble.run.marker import is_run
+from nybble.workflows.plan import pick_place
+
+
+def open_target(target: str, place: DeviceOptions, named: str, strict: bool = False) -> LoadedModel:
+    """Open a run (its 4-bit model), a folder that a run made, or anything that --pretrained takes.
+
+    Args:
+        target: what a person named.
+        place: where and how a model computes in torch.
+        named: the option that named it, for error messages.
+        strict: exports compute as torch does in float32, not as deployed.
+
+    Raises:
+        RunError: a run that is not finished.
+        ModelError: nothing that can be opened.
+    """
+    path, trust = Path(target), place.trust_remote_code
+    if is_run(path):
+        path = path / QUANTIZED
+        if not (path / quantized_file.WEIGHTS_FILE).is_file():
+            raise RunError(f"{target} must be a finished run; it has no 4-bit model; finish it with --resume")
+    device, dtype = pick_place(place)
+    check_complete(path)
+    if (path / quantized_file.WEIGHTS_FILE).is_file():
+        model, tokenizer, _ = quantized_model.load_quantized(path, dtype, trust)
+        return LoadedModel(model.to(device), tokenizer, str(path))
+    exporter = exporter_of(path)
+    if exporter is not None:
+        return open_exported(path, exporter, named, trust, strict)
+    try:
+        return load(target, dtype, device, trust)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--pretrained", named)) from error
+
+
+def open_exported(path: Path, exporter: Exporter, named: str, trust_remote_code: bool, strict: bool) -> LoadedModel:
+    """Open an export in its runtime; arguments and errors: see `open_target`."""
+    check_formats([exporter.name], named)
+    config = quantized_model.load_config(path, trust_remote_code)
+    tokenizer = quantized_model.load_tokenizer(path, trust_remote_code)
+    return LoadedModel(exporter.open_model(path, config, strict), tokenizer, str(path))

@@ -1,0 +1,123 @@
+"""Model cards, and uploads to a stand-in for the hub."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nybble.cli.main import main
+from nybble.export.base import EXPORTERS
+from nybble.report.card import model_card
+from nybble.run.folder import check_complete
+from nybble.run.results import LayerCounts, RunResults, read_results
+from tests.helpers.compress import compress_command
+from tests.helpers.hub_server import Hub, hub_server
+from tests.helpers.plain_exporter import PlainExporter
+from tests.helpers.tiny import save_model
+
+
+@pytest.fixture(autouse=True)
+def _plain() -> Iterator[None]:
+    EXPORTERS.register("plain", PlainExporter())
+    yield
+    EXPORTERS.unregister("plain")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    model = save_model(tmp_path / "model", "smollm", num_hidden_layers=1)
+    assert main(compress_command(model, tmp_path / "run", "--export", "plain")) == 0
+    return tmp_path / "run"
+
+
+def test_every_export_of_a_run_has_a_card(run: Path) -> None:
+    card = (run / "plain" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "plain",
+        "pipeline_tag": "text-generation",
+        "tags": ["int4", "4-bit", "quantized", "nybble", "plain"],
+    }
+    results = read_results(run)
+    for row in ("16bit", "compressed", "plain"):
+        assert f"| {results.models[row]['token_perplexity']:.3f} |" in card
+    assert "7 linear layers have INT4 codes in groups of" in card
+    assert "are equal to those that were trained" in card
+    assert str(run.parent) not in card, "the folders of this machine are nobody's business"
+    assert "nybble" in card.split("## How it was made")[1]
+    check_complete(run / "plain")
+
+
+def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
+    results = RunResults(model="m", layers=LayerCounts(7, 1, True), command_line="nybble distill --data /a/b/c.txt")
+    export = {"int4_weights": 7, "int8_weights": 1, "bytes": 10, "logit_difference": None, "limits": ["no dogs"]}
+    results.exports = {"plain": export | {"rounded": {"model.embed_tokens": 1e-3}}}
+    card = model_card(results, "plain", {"pretrained": "org/model", "group_size": 64})
+    assert "rounds model.embed_tokens by at most 1.0e-03" in card.replace("\\", "")
+    assert "**Limit:** no dogs" in card
+    assert "base_model: org/model" in card
+    assert "--data c.txt" in card
+    assert "largest difference" not in card
+    built_in = model_card(results, "plain", {"pretrained": "smollm2"})
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in built_in
+    for local in ("/a/b", "./b", "models/a.gguf", "model"):
+        assert "base_model" not in model_card(results, "plain", {"pretrained": local})
+
+
+PROGRAM = """
+import sys
+from nybble.export.base import EXPORTERS
+from nybble.cli.main import main
+from tests.helpers.plain_exporter import PlainExporter
+EXPORTERS.register("plain", PlainExporter())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def export_command(hub: Hub, run: Path, *options: str, token: str = "hf_right") -> subprocess.CompletedProcess[str]:
+    """nybble export in a process of its own: huggingface_hub reads its settings when it is imported."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, "export", str(run), "--to", "plain", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow  # processes that import torch
+def test_an_export_is_uploaded(run: Path) -> None:
+    with hub_server() as hub:
+        done = export_command(hub, run, "--push_to_hub", "team/tiny-int4", "--private")
+        assert done.returncode == 0, done.stderr
+        files = {path.name: path.read_bytes() for path in (run / "plain").iterdir()}
+        assert hub.repositories["team/tiny-int4"] == files
+        assert len(hub.objects) > 0, "the weights go the way of large files"
+        assert hub.private["team/tiny-int4"]
+        assert f"Uploaded to {hub.url}/team/tiny-int4" in done.stdout
+        refused = export_command(hub, run, "--push_to_hub", "team/other", token="hf_wrong")
+        assert refused.returncode == 2
+        assert "--push_to_hub must be able to write to team/other" in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        hub.failing = 507
+        full = export_command(hub, run, "--push_to_hub", "team/tiny-int4")
+        assert full.returncode == 2
+        assert "the export is in" in full.stderr
+    gone = export_command(hub, run, "--push_to_hub", "team/tiny-int4")
+    assert gone.returncode == 2
+    check_complete(run / "plain")
+
+
+def test_what_cannot_be_uploaded_is_refused_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "plain" / "plain.safetensors").stat().st_mtime_ns
+    for options, message in (
+        (["--to", "plain", "--push_to_hub", "a b"], "must be a repository such as me/model-int4"),
+        (["--to", "plain", "openvino", "--push_to_hub", "a/b"], "uploads one format to one repository"),
+        (["--to", "all", "--push_to_hub", "a/b"], "uploads one format to one repository"),
+    ):
+        assert main(["export", str(run), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == before
