@@ -40,6 +40,16 @@ from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
+USAGE = """
+```python
+# pip install transformers
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+print(chat([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
+```
+"""
+
 
 class HFExporter(Exporter):
     """Export to safetensors in float16, without codes."""
@@ -48,6 +58,8 @@ class HFExporter(Exporter):
     label = "safetensors (float16)"
     model_file = MODEL_FILE
     weight_files = (MODEL_FILE,)
+    library = "transformers"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     int8_tolerance = INT8_TOLERANCE
 

@@ -61,6 +61,15 @@ from nybble.schema import read_json
 
 # compressed_tensors and transformers are imported where they are used: they take seconds to import.
 
+USAGE = """
+```bash
+pip install vllm
+vllm serve .
+```
+
+transformers loads the folder too, with `pip install compressed-tensors`.
+"""
+
 _GROUP_SIZES = (32, 64, 128)
 """Of MARLIN_SUPPORTED_GROUP_SIZES in vLLM 0.32; its kernel for Hopper GPUs (Machete) has 64 and 128 only."""
 
@@ -79,6 +88,8 @@ class VLLMExporter(Exporter):
     weight_files = (MODEL_FILE,)
     modules = ("compressed_tensors",)
     extra = "vllm"
+    library = "vllm"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     int8_tolerance = INT8_TOLERANCE
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError
-from nybble.export.base import EXPORTERS, check_read_back, exporter_of
+from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.hf import HFExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
@@ -90,7 +90,7 @@ def test_a_changed_weight_is_found(tmp_path: Path) -> None:
     tensors[f"{name}.weight"][2, 5] += 0.5
     save_file(tensors, path, {"nybble": "hf", "nybble.quantized": " ".join(exported.checkpoint.shapes)})
     with pytest.raises(ExportError, match=f"the values of {name} read back differently"):
-        check_read_back(exported.checkpoint.quantized, HF, exported.folder)
+        HF.compare_weights(exported.checkpoint.quantized, exported.folder)
 
 
 def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:

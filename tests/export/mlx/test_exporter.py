@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nybble.errors import ExportError, OptionError
-from nybble.export.base import EXPORTERS, check_read_back, exporter_of
+from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.mlx.exporter import MLXExporter
 from nybble.export.safetensors_writer import read_metadata
 from nybble.models.quantized_model import load_config
@@ -125,7 +125,7 @@ def test_a_changed_tensor_is_found(tmp_path: Path) -> None:
         changed[0, 0] = changed[0, 0] ^ 1 if leaf == "weight" else changed[0, 0] * 2 - 0.25
         save_file(tensors, path, read_metadata(exported.folder))
         with pytest.raises(ExportError, match=f"the {message} of {name} read back differently"):
-            check_read_back(exported.checkpoint.quantized, MLX, exported.folder)
+            MLX.compare_weights(exported.checkpoint.quantized, exported.folder)
         save_file(original, path, read_metadata(exported.folder))
 
 

@@ -11,7 +11,7 @@ from tests.helpers.tiny import FAMILIES, make_config
 
 pytest.importorskip("mlx_lm", reason="the extra mlx")
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm", {"hidden_act": "gelu"}, "hidden_act = silu; llama has gelu"),
     ("qwen3", {"attention_bias": True}, "attention_bias = False; qwen3 has True"),
@@ -21,7 +21,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "full attention in every p-th layer; gemma3"),
     ("mistral", {}, "attention to at least 1024 tokens in every layer; mistral has windows of 8"),
     ("qwen2", {}, "attention to at least 1024 tokens in every layer; qwen2 has windows of 8"),
-    ("phi3", {"rope_parameters": YARN, "sliding_window": None}, "of type default, longrope; phi3 has yarn"),
+    ("gemma2", {"sliding_window": 2048, "rope_parameters": LINEAR}, "of type default; gemma2 has linear"),
 ]
 
 

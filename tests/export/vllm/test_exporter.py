@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError, OptionError
-from nybble.export.base import EXPORTERS, check_read_back, exporter_of
+from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.safetensors_writer import read_metadata
 from nybble.export.vllm import VLLMExporter
 from nybble.quant.scheme import QuantScheme
@@ -111,7 +111,7 @@ def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symm
     assert not [name for name in others if "zero_point" in name], "a symmetric scheme stores no zero points"
     codes = VLLM.read_codes(exported.folder)
     assert {weight.scheme for weight in codes.values()} == {scheme}
-    check_read_back(exported.checkpoint.quantized, VLLM, exported.folder)
+    VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
 
 
 def test_a_changed_code_is_found(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_changed_code_is_found(tmp_path: Path) -> None:
         changed = tensors | {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] + 1}
         save_file(changed, path, read_metadata(exported.folder))
         with pytest.raises(ExportError, match=f"the {message} of {name} read back differently"):
-            check_read_back(exported.checkpoint.quantized, VLLM, exported.folder)
+            VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
         save_file(tensors, path, read_metadata(exported.folder))
 
 

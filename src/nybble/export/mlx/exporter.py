@@ -55,6 +55,13 @@ from nybble.schema import read_json
 
 # mlx, mlx_lm and transformers are imported where they are used: they take seconds to import.
 
+USAGE = """
+```bash
+pip install mlx-lm
+mlx_lm.generate --model . --prompt "What is 4-bit quantization?"
+```
+"""
+
 _GROUP_SIZES = (32, 64, 128)
 
 
@@ -67,6 +74,8 @@ class MLXExporter(Exporter):
     weight_files = (MODEL_FILE,)
     modules = ("mlx", "mlx_lm")
     extra = "mlx"
+    library = "mlx"
+    usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
