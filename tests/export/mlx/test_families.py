@@ -7,9 +7,12 @@ import pytest
 from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.export.mlx import families
+from nybble.models.selection import LayerSelection
+from nybble.quant.scheme import QuantScheme
 from tests.helpers.tiny import FAMILIES, make_config
 
 pytest.importorskip("mlx_lm", reason="the extra mlx")
+MLX, NONE_SELECTED = EXPORTERS["mlx"], LayerSelection((), (), tied=True)
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -28,7 +31,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
 def test_models_that_mlx_lm_computes_otherwise_are_refused(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=f"an export to MLX needs .*{message}.*; remove mlx from --export"):
-        families.check_model(make_config(family, **changes))
+        MLX.check(make_config(family, **changes), NONE_SELECTED, QuantScheme())
 
 
 def test_a_model_type_without_code_is_refused() -> None:
@@ -39,7 +42,7 @@ def test_a_model_type_without_code_is_refused() -> None:
 
 
 def test_limits_name_the_length_up_to_which_an_export_is_right() -> None:
-    limits = EXPORTERS["mlx"].limits
+    limits = MLX.limits
     assert limits(make_config("smollm")) == ()
     assert limits(make_config("qwen2", use_sliding_window=False)) == ()
     assert (
