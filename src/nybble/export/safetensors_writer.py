@@ -137,12 +137,17 @@ def safetensors_writer(
         writer.check_complete()
 
 
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield consecutive blocks of rows of a matrix [O, I], each of some million values."""
+    rows = max(1, _BLOCK_VALUES // shape[1])
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
+
+
 def weight_blocks(weight: QuantizedWeight) -> Iterator[QuantizedWeight]:
-    """Yield a weight [O, I] as consecutive blocks of rows, each of some million weights."""
-    rows = max(1, _BLOCK_VALUES // weight.codes_OI.shape[1])
-    for start in range(0, weight.codes_OI.shape[0], rows):
-        part = slice(start, start + rows)
-        yield QuantizedWeight(weight.codes_OI[part], weight.scale_OG[part], weight.zero_point_OG[part], weight.scheme)
+    """Yield a weight [O, I] as consecutive blocks of rows."""
+    codes_OI, scale_OG, zero_point_OG = weight.codes_OI, weight.scale_OG, weight.zero_point_OG
+    for part in row_blocks(codes_OI.shape):
+        yield QuantizedWeight(codes_OI[part], scale_OG[part], zero_point_OG[part], weight.scheme)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

@@ -35,6 +35,7 @@ from nybble.export.safetensors_writer import (
     MODEL_FILE,
     SafetensorsWriter,
     TensorLayout,
+    row_blocks,
     safetensors_writer,
     written_by,
 )
@@ -205,14 +206,17 @@ def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor
     bits = quantization.get(name, quantization)["bits"]
     if bits == 8:
         scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
-    weight_OI = mx.dequantize(
-        mx.array(words.numpy()),
-        mx.array(scale_OG.numpy()),
-        mx.array(bias_OG.numpy()),
-        group_size=quantization["group_size"],
-        bits=bits,
-    )
-    return torch.from_numpy(np.array(weight_OI.astype(mx.float32)))
+    weight_OI = torch.empty(len(words), words.shape[1] * 32 // bits)
+    for part in row_blocks(weight_OI.shape):  # mlx keeps memory that it has freed
+        block_OI = mx.dequantize(
+            mx.array(words[part].numpy()),
+            mx.array(scale_OG[part].numpy()),
+            mx.array(bias_OG[part].numpy()),
+            group_size=quantization["group_size"],
+            bits=bits,
+        )
+        weight_OI[part] = torch.from_numpy(np.array(block_OI.astype(mx.float32)))
+    return weight_OI
 
 
 def _read_tensors(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
