@@ -117,7 +117,7 @@ def test_openvino_is_registered() -> None:
 
 
 def test_an_unknown_format_is_refused(toy: ToyExporter) -> None:
-    with pytest.raises(OptionError, match=r"--to must name a known export format \(openvino, toy\); got tflite"):
+    with pytest.raises(OptionError, match=r"--to must name a known export format \(.*toy\); got tflite"):
         base.check_formats(["toy", "tflite"], "--to")
 
 

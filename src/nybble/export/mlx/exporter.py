@@ -57,9 +57,14 @@ from nybble.schema import read_json
 # mlx, mlx_lm and transformers are imported where they are used: they take seconds to import.
 
 USAGE = """
-```bash
-pip install mlx-lm
-mlx_lm.generate --model . --prompt "What is 4-bit quantization?"
+```python
+# pip install mlx-lm
+from mlx_lm import generate, load
+
+model, tokenizer = load(".")
+question = [{"role": "user", "content": "What is 4-bit quantization?"}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=100))
 ```
 """
 
