@@ -89,7 +89,6 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Tensor | None = None,
-        use_cache: bool = False,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits of all tokens; during generation, only of those that are new since the last call.
@@ -99,21 +98,20 @@ class RuntimeModel(GenerationMixin, PreTrainedModel):
             attention_mask: int64 [B, past + T], 0 for padding.
             past_key_values: of the output of the last call: the new tokens follow those of that call. The runtime has
                 one state, so an earlier output cannot be continued.
-            use_cache: return past_key_values for the next call.
 
         Returns:
             Output whose logits are float32 [B, T, V], or [B, new tokens, V] during generation.
         """
         past = self._state_ids.shape[1]
-        if past_key_values is not None:
+        if self._generating:  # all tokens come each time, and past_key_values of the last output with them
+            grown = 0 < past < input_ids.shape[1] and torch.equal(input_ids[:, :past], self._state_ids)
+            logits = self.infer(input_ids[:, past:] if grown else input_ids, attention_mask, reset=not grown)
+        elif past_key_values is not None:
             assert past_key_values is self._state_ids, "only the last call can be continued"
             logits = self.infer(input_ids, attention_mask, reset=False)
-        elif self._generating and 0 < past < input_ids.shape[1] and torch.equal(input_ids[:, :past], self._state_ids):
-            logits = self.infer(input_ids[:, past:], attention_mask, reset=False)
         else:
             logits = self.infer(input_ids, attention_mask, reset=True)
-        kept = self._state_ids if use_cache else None
-        return CausalLMOutputWithPast(logits=logits, past_key_values=kept)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self._state_ids)  # type: ignore[arg-type]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as in transformers, with the same arguments. Keys and values are kept in the runtime's state."""

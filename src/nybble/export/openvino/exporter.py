@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import ExportError, OptionError, describe_error
-from nybble.export.base import Exporter
+from nybble.export.base import OVERHEAD_BYTES, Exporter
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -96,7 +96,7 @@ class OpenVINOExporter(Exporter):
 
     def peak_memory(self, num_parameters: int, largest_tensor: int) -> int:
         """Estimate the peak memory: the graph holds all codes, and so does the compiled model; see `Exporter`."""
-        return super().peak_memory(num_parameters, 0) + 3 * num_parameters // 2
+        return OVERHEAD_BYTES + 3 * num_parameters // 2
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write the model and the tokenizer; see `Exporter.write`.

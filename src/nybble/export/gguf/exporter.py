@@ -1,0 +1,185 @@
+"""Write one file model.gguf for llama.cpp and what is built on it (Ollama, LM Studio).
+
+4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme; embedding and head are Q8_0; everything else is float32
+(blocks.py). Names of tensors are those of the package gguf, fields those of llama.cpp's converter (architectures.py,
+tokenizer.py). One field is ours: nybble.group_size, from which groups are read back.
+
+Changed on the way, so that llama.cpp computes the same:
+
+    query and key projections of the architecture llama: rows are reordered within each head (`to_neighbours`)
+    norms of Gemma: weight + 1
+    query norms of Gemma 3, where the scale of its queries is not what llama.cpp takes: times the quotient
+
+Refused: model types without an architecture in the table, and what its graph does not compute (ExportError); groups
+that are not made of blocks of 32 weights (OptionError).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError, OptionError, describe_error
+from nybble.export.base import Exporter
+from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, metadata, problem
+from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
+from nybble.export.gguf.file import ARCHITECTURE, GROUP_SIZE, GGUFContent, write_file
+from nybble.export.gguf.pretokenizers import UNKNOWN
+from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
+from nybble.export.gguf.tokenizer import tokenizer_fields
+from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.quantized_file import LazyMapping
+from nybble.models.selection import LayerSelection
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
+
+# gguf, xllamacpp and transformers are imported where they are used: they take seconds to import.
+
+log = logging.getLogger("nybble")
+
+MODEL_GGUF = "model.gguf"
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3}
+"""Block type of most weights -> general.file_type."""
+
+
+_GELU_TOLERANCE = 5e-3
+"""llama.cpp looks GELU up in a table of float16. Random models of 2 to 36 layers differ from torch by 2e-4 to 1e-3 of
+the largest logit, as torch itself does with such a table; a forgotten field or tensor changes more than 2e-2 of it."""
+
+
+class GGUFExporter(Exporter):
+    """Export to a GGUF file for llama.cpp."""
+
+    name = "gguf"
+    label = "GGUF"
+    model_file = MODEL_GGUF
+    weight_files = (MODEL_GGUF,)
+    modules = ("gguf", "xllamacpp")
+    extra = "gguf"
+    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+
+    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+        """Refuse other architectures, what llama.cpp does not compute, and groups without blocks; see `Exporter.check`.
+
+        Raises:
+            ExportError: llama.cpp cannot compute the model.
+            OptionError: the codes do not have 4 bits, or a group is not a multiple of 32 weights.
+        """
+        if config.model_type not in MODEL_TYPES:
+            raise ExportError(
+                f"an export to GGUF needs a model type of {', '.join(sorted(MODEL_TYPES))}; got {config.model_type}; "
+                f"remove {self.name} from --export"
+            )
+        if (found := problem(config, selection.tied)) is not None:
+            raise ExportError(
+                "an export to GGUF needs a model whose parts llama.cpp computes; this model has "
+                f"{found}; remove {self.name} from --export"
+            )
+        if scheme.bits != 4:
+            raise OptionError(f"an export to GGUF needs 4-bit codes; got {scheme}; remove {self.name} from --export")
+        if scheme.group_size is not None and scheme.group_size % BLOCK:
+            raise OptionError(
+                f"an export to GGUF needs a --group_size that is a multiple of {BLOCK}; got {scheme.group_size}; "
+                f"choose {BLOCK}, 64 or 128, or remove {self.name} from --export"
+            )
+        widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config)]
+        if odd := [width for width in widths if width % BLOCK]:
+            raise ExportError(
+                f"an export to GGUF needs rows that are multiples of {BLOCK} weights; this model has rows of {odd[0]}; "
+                f"remove {self.name} from --export"
+            )
+
+    def limits(self, config: Any) -> tuple[str, ...]:
+        """Say for which texts and contexts the export computes what the model does; see `Exporter.limits`."""
+        return limits(config)
+
+    def tolerance(self, config: Any) -> float:
+        """Return the tolerance of logits: more where the activation is a table in float16; see `Exporter.tolerance`."""
+        return self.logit_tolerance if MODEL_TYPES[config.model_type].activation == "silu" else _GELU_TOLERANCE
+
+    def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
+        """Write the file, load it in llama.cpp, and compare its tokenizer; see `Exporter.write`.
+
+        Raises:
+            ExportError: llama.cpp has no such tokenizer, does not load the file, or the disk is full.
+        """
+        from nybble.export.gguf.tokenizer_check import check_tokenizer
+
+        config, path = checkpoint.config, folder / MODEL_GGUF
+        fields = _fields(checkpoint)
+        try:
+            write_file(path, fields, plan_tensors(checkpoint))
+        except OSError as error:
+            raise ExportError(
+                f"the export to {folder} must be written to disk; it cannot be ({describe_error(error)}); free some "
+                f"disk space, then run: nybble export {folder.parent}"
+            ) from error
+        if fields.get("tokenizer.ggml.pre") == UNKNOWN and fields["tokenizer.ggml.model"] == "gpt2":
+            log.warning(
+                "llama.cpp has no pre-tokenizer that splits text as the tokenizer of this model does; the GGUF export "
+                "uses its default one, and reads some texts as other tokens than the model was trained on"
+            )
+        check_tokenizer(path, checkpoint.tokenizer, config.vocab_size)
+
+    def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
+        """Load the export in llama.cpp; see `Exporter.open_model`.
+
+        Args:
+            folder: the export.
+            config: transformers configuration of the model.
+            strict: compute in float32, from a temporary copy. Otherwise as llama.cpp does: 8-bit activations, and keys
+                and values in float16.
+
+        Returns:
+            A LlamaCppModel.
+        """
+        from nybble.export.gguf.runtime import LlamaCppModel
+
+        return LlamaCppModel(folder / MODEL_GGUF, config, strict)
+
+    def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
+        """Read codes, scales and zero points from the blocks; see `Exporter.read_codes`."""
+        content = GGUFContent(folder / MODEL_GGUF)
+
+        def read(module: str) -> QuantizedWeight:
+            name = content.modules[module]
+            weight = from_blocks(content.read(name), content.kinds[name], content.fields[GROUP_SIZE] or None)
+            return reorder_weight(weight, content.rope_heads(module), to_halves)
+
+        return LazyMapping(content.modules, read)
+
+    def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """Read weights as the package gguf dequantizes them; see `Exporter.read_weights`."""
+        content = GGUFContent(folder / MODEL_GGUF)
+
+        def read(module: str) -> Tensor:
+            weight_OI = torch.from_numpy(content.read_floats(content.modules[module]))
+            heads = content.rope_heads(module)
+            return weight_OI if heads is None else to_halves(weight_OI, heads)
+
+        return LazyMapping(content.modules, read)
+
+
+def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
+    """All fields of the file."""
+    from gguf import GGML_QUANT_VERSION
+
+    config, scheme = checkpoint.config, checkpoint.scheme
+    architecture = MODEL_TYPES[config.model_type].name
+    tokenizer = tokenizer_fields(checkpoint.tokenizer, config.vocab_size, checkpoint.folder)
+    return (
+        {
+            ARCHITECTURE: architecture,
+            "general.type": "model",
+            "general.file_type": _FILE_TYPES[block_type(scheme)],
+            "general.quantization_version": int(GGML_QUANT_VERSION),
+            GROUP_SIZE: scheme.group_size or 0,
+        }
+        | {f"{architecture}.{key}": value for key, value in metadata(config).items()}
+        | {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+    )

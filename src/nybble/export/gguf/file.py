@@ -1,0 +1,196 @@
+"""Write GGUF files tensor by tensor, and read the tensors of a file one at a time.
+
+The package gguf writes and dequantizes, gguf_file.py parses. Tensors are read with plain reads: pages of a mapped file
+would count as memory in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import ExportError
+from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
+from nybble.export.gguf.blocks import BLOCK, row_bytes
+from nybble.models.gguf_file import read_gguf
+
+ARCHITECTURE = "general.architecture"
+GROUP_SIZE = "nybble.group_size"
+"""Field with the weights in a group; 0 for a whole row."""
+
+_ROWS = 4096
+"""Rows that are dequantized at once."""
+
+_EMBEDDINGS = ("model.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that is to be written.
+
+    Attributes:
+        name: in the file.
+        shape: of its numbers.
+        kind: F32, or the type of its blocks.
+        read: returns its numbers, or the bytes of the blocks of each row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers or blocks."""
+        row = 4 * self.shape[-1] if self.kind == "F32" else row_bytes(self.kind, self.shape[-1])
+        return int(np.prod(self.shape[:-1])) * row
+
+
+def write_file(path: Path, fields: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> None:
+    """Write a file.
+
+    Args:
+        path: of the .gguf file.
+        fields: key -> value: bool, int (0 or above, except in lists), float, text, or a list that is not empty.
+        tensors: read one at a time, in the order of the file.
+    """
+    import gguf
+
+    tensors = list(tensors)
+    writer = gguf.GGUFWriter(path, fields[ARCHITECTURE])
+    kinds = {
+        bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32,
+        str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY,
+    }  # fmt: skip
+    for key, value in fields.items():
+        if key != ARCHITECTURE:
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.read())
+    finally:
+        writer.close()
+
+
+class GGUFContent:
+    """A file that nybble wrote.
+
+    Args:
+        path: of the .gguf file.
+
+    Raises:
+        ExportError: another program wrote it.
+
+    Attributes:
+        fields: key -> value.
+        architecture: what llama.cpp computes.
+        kinds: name of a tensor -> F32, or the type of its blocks.
+        modules: quantized module -> name of its tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        parsed = read_gguf(path)
+        self._path = path
+        self.fields: dict[str, Any] = {key: field.value for key, field in parsed.fields.items()}
+        if GROUP_SIZE not in self.fields:
+            raise ExportError(
+                f"{path} must be a GGUF file that nybble exported; it has no field {GROUP_SIZE}; name the file of a run"
+            )
+        self.architecture = ARCHITECTURES[self.fields[ARCHITECTURE]]
+        self.kinds: dict[str, str] = {tensor.name: tensor.tensor_type.name for tensor in parsed.tensors}
+        self._places = {
+            tensor.name: (tensor.data.offset, tensor.data.dtype, tensor.data.shape) for tensor in parsed.tensors
+        }
+        names = module_names(self.architecture, self.number("block_count"))
+        self.modules = {module: name for module, name in names.items() if name in self.kinds}
+
+    def number(self, key: str) -> int:
+        """Return the value of a field of the architecture."""
+        return int(self.fields[f"{self.architecture.name}.{key}"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the numbers of a tensor."""
+        shape, kind = self._places[name][2], self.kinds[name]
+        return shape if kind == "F32" else (*shape[:-1], shape[-1] // row_bytes(kind, BLOCK) * BLOCK)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return the numbers of a tensor, or the bytes of the blocks of each row."""
+        return self._read_rows(name, 0, self._places[name][2][0])
+
+    def _read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        offset, dtype, (_, *rest) = self._places[name]
+        width = int(np.prod(rest))
+        rows = np.fromfile(self._path, dtype, (stop - start) * width, offset=offset + start * width * dtype.itemsize)
+        return rows.reshape(stop - start, *rest)
+
+    def read_floats(self, name: str) -> NDArray[np.float32]:
+        """Return the numbers of a tensor, dequantized by the package gguf."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        numbers, kind = np.empty(self.shape(name), np.float32), GGMLQuantizationType[self.kinds[name]]
+        for start in range(0, len(numbers), _ROWS):  # its intermediate arrays are larger than the result
+            stop = min(start + _ROWS, len(numbers))
+            numbers[start:stop] = dequantize(self._read_rows(name, start, stop), kind)
+        return numbers
+
+    def rope_heads(self, module: str) -> int | None:
+        """Return the number of heads in a module whose rows are reordered; None for all others."""
+        return rope_heads(
+            self.architecture, module, self.number("attention.head_count"), self.number("attention.head_count_kv")
+        )
+
+
+def write_floats(content: GGUFContent, path: Path) -> None:
+    """Write a copy of a file whose blocks are float32 numbers.
+
+    Args:
+        content: the file.
+        path: where to write.
+    """
+    plans = (TensorPlan(name, content.shape(name), "F32", partial(content.read_floats, name)) for name in content.kinds)
+    write_file(path, content.fields, plans)
+
+
+def module_names(architecture: Architecture, num_layers: int) -> dict[str, str]:
+    """Return the modules that are quantized: name in transformers -> name of the weight in the file."""
+    names = tensor_names(architecture, num_layers)
+    layers = [f"model.layers.{i}.{linear}" for i in range(num_layers) for linear in architecture.linears]
+    modules = [*_EMBEDDINGS[: 2 if architecture.own_head else 1], *layers]
+    return {module: names(f"{module}.weight") or "" for module in modules}
+
+
+def tensor_names(architecture: Architecture, num_layers: int) -> Callable[[str], str | None]:
+    """Return the function: name of a parameter in transformers -> name in the file, None where there is none."""
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    table = gguf.get_tensor_name_map(kind, num_layers)
+    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def rope_heads(architecture: Architecture, module: str, heads: int, key_value_heads: int) -> int | None:
+    """Return the number of heads in a module whose rows are reordered for rotary embeddings; None for all others.
+
+    Args:
+        architecture: what llama.cpp computes.
+        module: name in transformers.
+        heads: of queries.
+        key_value_heads: of keys and values.
+    """
+    if not architecture.interleaved_rope:
+        return None
+    return {"q_proj": heads, "k_proj": key_value_heads}.get(module.rpartition(".")[2])

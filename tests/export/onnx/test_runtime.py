@@ -1,0 +1,130 @@
+"""OnnxModel compared with the torch model from which it was exported."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.errors import ExportError
+from nybble.export.onnx import runtime as module
+from tests.export.onnx.conftest import EXPORTER, Export, attributes
+from tests.helpers.tiny import FAMILIES
+
+
+def open_strict(export: Export, family: str) -> tuple[Any, Any]:
+    exported = export(family)
+    return exported.checkpoint.build(), EXPORTER.open_model(exported.folder, exported.checkpoint.config, strict=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_sliding_windows(family: str, export: Export) -> None:
+    """Two left-padded sequences, longer than the sliding window, are those that each one alone is in torch."""
+    model, runtime = open_strict(export, family)
+    long, short = torch.randint(0, 256, (1, 20)), torch.randint(0, 256, (1, 13))
+    ids = torch.cat([long, torch.cat([torch.full((1, 7), 257), short], dim=1)])
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    logits = runtime(input_ids=ids, attention_mask=mask).logits
+    with torch.no_grad():
+        # 1e-3: float32 rounding through soft caps; a token too many or too few in a window changes logits by 0.1.
+        torch.testing.assert_close(logits[:1], model(long).logits, rtol=0, atol=1e-3)
+        torch.testing.assert_close(logits[1:, 7:], model(short).logits, rtol=0, atol=1e-3)
+    assert bool(logits.isfinite().all())
+
+
+def test_padding_at_the_right(export: Export) -> None:
+    model, runtime = open_strict(export, "llama")
+    ids = torch.randint(0, 256, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    logits = runtime(input_ids=ids, attention_mask=mask).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits[:1, :5], model(ids[:1, :5]).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits[1:], model(ids[1:]).logits, rtol=0, atol=1e-4)
+
+
+def record_lengths(runtime: Any) -> list[int]:
+    """Numbers of tokens of all calls of `infer` from now on."""
+    lengths, original = [], runtime.infer
+
+    def infer(input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        lengths.append(input_ids.shape[1])
+        return original(input_ids, *args, **kwargs)
+
+    runtime.infer = infer
+    return lengths
+
+
+def test_generation_computes_each_token_once(export: Export) -> None:
+    model, runtime = open_strict(export, "gemma2")
+    lengths = record_lengths(runtime)
+    prompt = torch.randint(0, 256, (1, 9))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **arguments)
+    assert torch.equal(runtime.generate(prompt, **arguments), expected)
+    assert lengths == [9, *[1] * 7]
+    assert torch.equal(runtime.generate(prompt, **arguments), expected), "a second call starts with an empty state"
+    assert lengths[8:] == lengths[:8]
+
+
+def test_generation_of_a_padded_batch(export: Export) -> None:
+    model, runtime = open_strict(export, "qwen2")
+    ids = torch.randint(0, 256, (2, 9))
+    ids[1, :4] = 257
+    mask = (ids != 257).long()
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
+    expected = model.generate(ids, attention_mask=mask, **arguments)
+    assert torch.equal(runtime.generate(ids, attention_mask=mask, **arguments), expected)
+
+
+def test_forward_outside_of_generation_does_not_use_the_state(export: Export) -> None:
+    model, runtime = open_strict(export, "gemma2")
+    lengths, ids = record_lengths(runtime), torch.randint(0, 256, (1, 6))
+    runtime(ids[:, :4])
+    logits = runtime(ids).logits
+    assert lengths == [4, 6]
+    assert logits.shape == (1, 6, 260)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-3)
+
+
+def test_it_is_a_float32_model_on_the_cpu(export: Export) -> None:
+    _, runtime = open_strict(export, "llama")
+    assert (runtime.device, runtime.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_a_text_longer_than_the_context_is_refused(export: Export) -> None:
+    _, runtime = open_strict(export, "llama")
+    assert runtime(torch.zeros(1, 256, dtype=torch.int64)).logits.shape == (1, 256, 260)
+    with pytest.raises(ExportError, match="must have at most 256 tokens, the context of the model; got 257; choose"):
+        runtime(torch.zeros(1, 257, dtype=torch.int64))
+
+
+def test_a_strict_model_computes_in_float32_and_a_deployed_one_with_8_bit_activations(export: Export) -> None:
+    exported = export("llama")
+    model, config, ids = exported.checkpoint.build(), exported.checkpoint.config, torch.randint(0, 256, (1, 30))
+    before = (exported.folder / "model.onnx").read_bytes()
+    with torch.no_grad():
+        expected = model(ids).logits
+        strict, deployed = (
+            float((EXPORTER.open_model(exported.folder, config, strict)(ids).logits - expected).abs().max())
+            for strict in (True, False)
+        )
+    assert strict < 1e-4
+    assert 1e-3 < deployed < 1.0
+    assert (exported.folder / "model.onnx").read_bytes() == before, "the file stays as it is"
+    assert {attributes(node)["accuracy_level"] for node in exported.nodes("MatMulNBits")} == {4}
+
+
+def test_a_session_has_the_threads_of_torch(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as ort
+
+    options, original = [], ort.InferenceSession
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, o, **kwargs: options.append(o) or original(model, o, **kwargs)
+    )
+    exported = export("llama")
+    for level in (None, module.FLOAT32_LEVEL):
+        module.OnnxModel(exported.folder / "model.onnx", exported.checkpoint.config, level)
+    assert [o.intra_op_num_threads for o in options] == [3, 3]
