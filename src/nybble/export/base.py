@@ -48,7 +48,7 @@ class ExportResult:
         int8_weights: number of weights with 8-bit codes; a format may hold them in 16 bits.
         bytes: size of the model files, without the tokenizer.
         logit_difference: largest absolute difference between the logits of the exported model and those of torch in
-            float32; None where they were not compared.
+            float32 with the weights that the export holds; None where they were not compared.
         rounded: weight that the format cannot hold exactly -> largest difference of one of its values.
     """
 
@@ -191,8 +191,10 @@ class Exporter(ABC):
     def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
         """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
 
+        torch computes with the weights that the export holds, so that only the runtime can cause a difference.
+
         Args:
-            checkpoint: the quantized model. torch reads one weight of it at a time.
+            checkpoint: the quantized model. torch reads one weight at a time.
             folder: the export.
 
         Returns:
@@ -207,8 +209,9 @@ class Exporter(ABC):
         length = _PROMPT_LENGTH + _DECODED_TOKENS
         generator = torch.Generator().manual_seed(0)
         ids_1T = torch.randint(0, checkpoint.config.vocab_size, (1, length), generator=generator)
+        weight_of = self.read_weights(folder).__getitem__ if self.int8_tolerance else None
         with torch.no_grad():
-            expected_1TV = checkpoint.build()(input_ids=ids_1T, use_cache=False).logits
+            expected_1TV = checkpoint.build(weight_of)(input_ids=ids_1T, use_cache=False).logits
             exported = self.open_model(folder, checkpoint.config, strict=True)
             output = exported(input_ids=ids_1T[:, :_PROMPT_LENGTH], use_cache=True)
             parts = [output.logits]

@@ -1,0 +1,230 @@
+"""Write a folder for mlx-lm, with affine quantization: weight = scale * code + bias, bias = -scale * zero_point.
+
+model.safetensors holds for every quantized module NAME with O rows and I columns, in groups of K columns
+
+    NAME.weight    uint32 [O, I / 8]    4 bits: eight codes a word, the first in the lowest bits
+                   uint32 [O, I / 4]    8 bits (embedding, head): four codes a word
+    NAME.scales    [O, I / K]           float16 for 4 bits; 8 bits: the scale of the row, repeated, in the dtype below
+    NAME.biases    [O, I / K]           as scales
+
+and all other tensors under their own names. They, and the scales of 8 bits, are float16, or float32 where float16
+cannot hold the other tensors exactly or the activations overflow in it. mlx-lm then computes in this dtype.
+`quantization` in config.json has the group size, 4 bits, and the 8 bits of embedding and head. A head that is tied to
+the embedding is not stored.
+
+With 4 bits, mlx's own dequantization in float16 is exact. With 8 bits it rounds twice, and is exact in float32 only.
+
+Refused (OptionError): widths other than 4 bits, and groups other than 32, 64 or 128. Refused (ExportError): a model
+that mlx-lm computes otherwise than transformers (families.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError, OptionError
+from nybble.export.base import Exporter
+from nybble.export.mlx import families
+from nybble.export.safetensors_writer import (
+    MODEL_FILE,
+    SafetensorsWriter,
+    TensorLayout,
+    row_blocks,
+    safetensors_writer,
+    written_by,
+)
+from nybble.export.transformers_folder import (
+    metadata,
+    nibbles_to_words,
+    quantized_names,
+    read_tensor,
+    update_config,
+    words_to_nibbles,
+)
+from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
+from nybble.models.quantized_file import LazyMapping
+from nybble.models.selection import LayerSelection
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.weight import QuantizedWeight
+from nybble.schema import read_json
+
+# mlx, mlx_lm and transformers are imported where they are used: they take seconds to import.
+
+USAGE = """
+```python
+# pip install mlx-lm
+from mlx_lm import generate, load
+
+model, tokenizer = load(".")
+question = [{"role": "user", "content": "What is 4-bit quantization?"}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens=100))
+```
+"""
+
+_GROUP_SIZES = (32, 64, 128)
+
+
+class MLXExporter(Exporter):
+    """Export for mlx-lm."""
+
+    name = "mlx"
+    label = "MLX"
+    model_file = MODEL_FILE
+    weight_files = (MODEL_FILE,)
+    modules = ("mlx", "mlx_lm")
+    extra = "mlx"
+    library = "mlx"
+    usage = USAGE
+    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+
+    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+        """Refuse groups that mlx does not have, and models that mlx-lm does not compute; see `Exporter.check`.
+
+        Raises:
+            ExportError: one of the reasons at the top of families.py.
+            OptionError: the codes do not have 4 bits, or the groups have another size than 32, 64 or 128.
+        """
+        if scheme.bits != 4:
+            raise OptionError(f"an export to MLX needs 4-bit codes; got {scheme}; remove {self.name} from --export")
+        if scheme.group_size not in _GROUP_SIZES:
+            raise OptionError(
+                f"an export to MLX needs a --group_size of {', '.join(map(str, _GROUP_SIZES))}; got "
+                f"{scheme.group_size}; choose one of these, or remove {self.name} from --export"
+            )
+        families.check_model(config)
+
+    def limits(self, config: Any) -> tuple[str, ...]:
+        """Say up to which length the export is right, and where it is computed in float32; see `Exporter.limits`."""
+        return families.limits(config)
+
+    def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
+        """Write model.safetensors and config.json; see `Exporter.write`.
+
+        Raises:
+            ExportError: rows of the embedding are no multiple of the groups.
+        """
+        scheme, dtype = checkpoint.scheme, _dtype(checkpoint)
+        group_size = scheme.group_size
+        assert group_size is not None, "check() has refused this scheme"
+        int8 = set(checkpoint.selection.int8)
+        layouts = {
+            name: TensorLayout(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+            for name, tensor in checkpoint.others.items()
+        }
+        for name, (rows, columns) in checkpoint.shapes.items():
+            if columns % group_size:
+                raise ExportError(
+                    f"an export to MLX needs rows in multiples of {group_size}; {name} has rows of {columns}; remove "
+                    f"{self.name} from --export"
+                )
+            codes_a_word, scales = (4, dtype) if name in int8 else (8, torch.float16)
+            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, (rows, columns // codes_a_word))
+            for leaf in ("scales", "biases"):
+                layouts[f"{name}.{leaf}"] = TensorLayout(scales, (rows, columns // group_size))
+        with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
+            for name, tensor in checkpoint.others.items():
+                writer.write(name, tensor.to(layouts[name].dtype))
+            for name, weight in checkpoint.quantized.items():
+                _write_layer(writer, name, weight, layouts[f"{name}.scales"])
+        quantization = {"group_size": group_size, "bits": 4, "mode": "affine"}
+        quantization |= {name: {"group_size": group_size, "bits": 8, "mode": "affine"} for name in sorted(int8)}
+        update_config(
+            folder,
+            empty_model(checkpoint.config, checkpoint.trust_remote_code),
+            **families.mlx_config(checkpoint.config, checkpoint.selection.tied),
+            quantization=quantization,
+            quantization_config=quantization,
+        )
+
+    def recognizes(self, folder: Path) -> bool:
+        """Return whether nybble wrote the folder in this format; other models have files of the same names."""
+        return written_by(folder) == self.name
+
+    def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
+        """Open the export in mlx-lm: in float32 if strict; see `Exporter.open_model`.
+
+        Returns:
+            An MLXModel.
+        """
+        from nybble.export.mlx.runtime import MLXModel
+
+        return MLXModel(folder, config, strict)
+
+    def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
+        """Read codes, scales and zero points; see `Exporter.read_codes`."""
+        quantization = read_json(folder / "config.json")["quantization"]
+        return LazyMapping(quantized_names(folder), lambda name: _read_layer(folder, name, quantization))
+
+    def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """Read the weights with mlx's own dequantization; see `Exporter.read_weights`.
+
+        4 bits in the dtype of the file, 8 bits in float32, as mlx would round them in float16.
+        """
+        quantization = read_json(folder / "config.json")["quantization"]
+        return LazyMapping(quantized_names(folder), lambda name: _dequantize(folder, name, quantization))
+
+
+def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
+    """The dtype in which mlx-lm computes: float16, if it holds the other tensors and activations."""
+    exact = all(
+        torch.equal(tensor.half().float(), tensor.float())
+        for tensor in checkpoint.others.values()
+        if tensor.is_floating_point()
+    )
+    return torch.float16 if exact and not families.overflows_in_float16(checkpoint.config) else torch.float32
+
+
+def _write_layer(writer: SafetensorsWriter, name: str, weight: QuantizedWeight, scales: TensorLayout) -> None:
+    """Write the tensors of a quantized module; the scale of an 8-bit row is repeated for each group."""
+    codes_OI = weight.codes_OI
+    words = nibbles_to_words(codes_OI) if weight.scheme.bits == 4 else codes_OI.contiguous()
+    writer.write(f"{name}.weight", words.view(torch.uint32))
+    bias_OG = -weight.scale_OG * weight.zero_point_OG
+    writer.write(f"{name}.scales", weight.scale_OG.expand(scales.shape).to(scales.dtype))
+    writer.write(f"{name}.biases", bias_OG.expand(scales.shape).to(scales.dtype))
+
+
+def _read_layer(folder: Path, name: str, quantization: dict[str, Any]) -> QuantizedWeight:
+    """Read the tensors of a quantized module; the inverse of `_write_layer`."""
+    words, scale_OG, bias_OG = _read_tensors(folder, name)
+    zero_point_OG = (-bias_OG.float() / scale_OG.float()).to(torch.uint8)
+    if name in quantization:
+        codes_OI = words.view(torch.uint8)
+        return QuantizedWeight(codes_OI, scale_OG[:, :1].float(), zero_point_OG[:, :1], INT8_PER_ROW)
+    symmetric = bool((zero_point_OG == QuantScheme().middle_code).all())
+    scheme = QuantScheme(4, quantization["group_size"], symmetric)
+    return QuantizedWeight(words_to_nibbles(words), scale_OG.float(), zero_point_OG, scheme)
+
+
+def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor:
+    """Dequantize a quantized module with mlx, float32 [O, I]."""
+    import mlx.core as mx
+
+    words, scale_OG, bias_OG = _read_tensors(folder, name)
+    bits = quantization.get(name, quantization)["bits"]
+    if bits == 8:
+        scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
+    weight_OI = torch.empty(len(words), words.shape[1] * 32 // bits)
+    for part in row_blocks(weight_OI.shape):  # mlx keeps memory that it has freed
+        block_OI = mx.dequantize(
+            mx.array(words[part].numpy()),
+            mx.array(scale_OG[part].numpy()),
+            mx.array(bias_OG[part].numpy()),
+            group_size=quantization["group_size"],
+            bits=bits,
+        )
+        weight_OI[part] = torch.from_numpy(np.array(block_OI.astype(mx.float32)))
+    return weight_OI
+
+
+def _read_tensors(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, scales and biases of a quantized module, as they are in the file."""
+    words, scales, biases = (read_tensor(folder, f"{name}.{leaf}") for leaf in ("weight", "scales", "biases"))
+    return words, scales, biases

@@ -1,0 +1,149 @@
+"""What the exports to folders in the format of transformers share: config.json, float16 weights, all other tensors.
+
+Linear layers are exact in float16, as they have at most 11 bits. The 8-bit embedding and head are rounded to float16:
+scale * (code - 128) has up to 14 bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError
+from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, read_metadata, weight_blocks
+from nybble.files import open_tensors, write_text
+from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+
+_QUANTIZED = "nybble.quantized"
+"""Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
+
+INT8_TOLERANCE = 2.0**-11
+"""Half the distance of neighbouring float16 numbers, relative to the larger one."""
+
+FLOAT16_OVERFLOWS = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+"""Model types whose activations exceed the largest float16 number, 65504. vLLM refuses float16 for the same types."""
+
+
+def check_code_in_transformers(config: Any, name: str) -> None:
+    """Check that the model's code is part of transformers.
+
+    Args:
+        config: transformers configuration of the model.
+        name: of the export format.
+
+    Raises:
+        ExportError: the code comes with the model.
+    """
+    if getattr(config, "auto_map", None):
+        raise ExportError(
+            f"an export to {name} needs a model whose code is in transformers; {config.model_type} comes with Python "
+            f"code of its own; remove {name} from --export"
+        )
+
+
+def float16_limits(config: Any) -> tuple[str, ...]:
+    """Say what to do where the activations of a model overflow in float16; see `Exporter.limits`."""
+    if config.model_type not in FLOAT16_OVERFLOWS:
+        return ()
+    return (
+        f"activations of {config.model_type} exceed the range of float16: compute in float32, as config.json of the "
+        "export says, or in bfloat16, which rounds the weights of linear layers from 11 to 8 bits",
+    )
+
+
+def update_config(folder: Path, model: Any, **fields: Any) -> None:
+    """Set fields of config.json: the class of the model, which vLLM needs, and the dtype that loaders take from there.
+
+    Args:
+        folder: with config.json.
+        model: transformers.PreTrainedModel; its weights are not read.
+        fields: name -> what JSON can hold.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = "float32" if config.get("model_type") in FLOAT16_OVERFLOWS else "float16"
+    config |= {"architectures": [type(model).__name__], "dtype": dtype} | fields
+    write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def other_layouts(checkpoint: QuantizedCheckpoint) -> dict[str, TensorLayout]:
+    """Return the layouts of all tensors that are not quantized, in their own dtype."""
+    return {name: TensorLayout.of(tensor) for name, tensor in checkpoint.others.items()}
+
+
+def write_others(writer: SafetensorsWriter, checkpoint: QuantizedCheckpoint) -> None:
+    """Write all tensors that are not quantized, one at a time."""
+    for name, tensor in checkpoint.others.items():
+        writer.write(name, tensor)
+
+
+def float16_blocks(weight: QuantizedWeight) -> Iterator[Tensor]:
+    """Yield the dequantized weight as consecutive blocks of rows, float16."""
+    return (block.dequantize().half() for block in weight_blocks(weight))
+
+
+def nibbles_to_words(codes_MN: Tensor) -> Tensor:
+    """Pack eight 4-bit codes into a word, the first in the lowest bits: uint8 [M, N] -> int32 [M, N / 8].
+
+    Bytes of two codes, low nibble first, are such words on little-endian machines.
+    """
+    packed = pack_nibbles(codes_MN).contiguous()
+    return packed.flatten().view(torch.int32).view(len(codes_MN), -1)  # a row of one byte has any stride
+
+
+def words_to_nibbles(words_MN: Tensor) -> Tensor:
+    """Unpack the result of `nibbles_to_words`: a 32-bit type [M, N / 8] -> uint8 [M, N]."""
+    packed = words_MN.contiguous().flatten().view(torch.uint8).view(len(words_MN), -1)
+    return unpack_nibbles(packed)
+
+
+def metadata(checkpoint: QuantizedCheckpoint, name: str) -> dict[str, str]:
+    """Return the texts for the header of model.safetensors.
+
+    Args:
+        checkpoint: the quantized model.
+        name: of the export format.
+    """
+    return {"format": "pt", "nybble": name, _QUANTIZED: " ".join(checkpoint.shapes)}
+
+
+def quantized_names(folder: Path) -> list[str]:
+    """Names of the modules that are quantized in the model of which FOLDER is an export, as `metadata` noted them."""
+    return read_metadata(folder).get(_QUANTIZED, "").split()
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """Read one tensor of FOLDER/model.safetensors. It is copied, so that the file is not kept mapped."""
+    with open_tensors(folder / MODEL_FILE) as file:
+        return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in FOLDER/model.safetensors."""
+    with open_tensors(folder / MODEL_FILE) as file:
+        return set(file.keys())
+
+
+def load_with_transformers(folder: Path, strict: bool) -> Any:
+    """Load a folder as users of transformers do; codes are dequantized at once, and not at the first call.
+
+    Args:
+        folder: the export.
+        strict: in float32, instead of the dtype in config.json.
+
+    Returns:
+        A transformers.PreTrainedModel on the CPU, in evaluation mode.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        config.quantization_config["dequantize"] = True
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32 if strict else "auto")
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,124 @@
+"""Folders with float16 weights: values, files, logits and generation of every family, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nybble.errors import ExportError
+from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.hf import HFExporter
+from nybble.quant.scheme import QuantScheme
+from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
+from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
+from tests.helpers.tiny import FAMILIES, make_config, save_model
+
+HF = EXPORTERS["hf"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """A model of each family, exported once."""
+    return export_tiny("hf", tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_the_file_holds_the_weights(exported: Export) -> None:
+    checkpoint, tensors = exported.checkpoint, load_file(exported.folder / "model.safetensors")
+    for name, weight in checkpoint.quantized.items():
+        stored = tensors.pop(f"{name}.weight")
+        assert stored.dtype == torch.float16
+        expected = slow_values(weight)
+        if name in checkpoint.selection.int4:
+            assert torch.equal(stored.double(), expected), name
+        else:
+            assert torch.equal(stored, expected.half())
+            largest = float((stored.double() - expected).abs().max())
+            assert exported.result.rounded[name] == pytest.approx(largest, rel=1e-6)
+    assert tensors.keys() == checkpoint.others.keys(), "and all other tensors; no head that is tied"
+    for name, tensor in checkpoint.others.items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_transformers_uses_every_tensor(exported: Export) -> None:
+    _, info = AutoModelForCausalLM.from_pretrained(exported.folder, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
+    ids = torch.randint(0, 256, (2, 20))
+    written = HF.read_weights(exported.folder)
+    reference = exported.checkpoint.build(lambda name: written[name])
+    opened = HF.open_model(exported.folder, exported.checkpoint.config, strict=True)
+    assert opened.dtype == torch.float32
+    expected = logits_of(reference, ids)
+    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    arguments: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
+
+
+def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:
+    config = exported.checkpoint.config
+    gemma = config.model_type.startswith("gemma")
+    dtype = torch.float32 if gemma else torch.float16
+    model = HF.open_model(exported.folder, config)
+    assert model.dtype == dtype
+    limits = HF.limits(config)
+    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert len(limits) == (1 if gemma else 0)
+    assert all("exceed the range of float16" in limit and "from 11 to 8 bits" in limit for limit in limits)
+
+
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(group_size=64), QuantScheme(group_size=128), QuantScheme(group_size=32, symmetric=True)]
+)
+def test_group_sizes_and_symmetric_schemes(tmp_path: Path, scheme: QuantScheme) -> None:
+    exported = export_tiny("hf", tmp_path, "qwen2", scheme, hidden_size=128, intermediate_size=256)
+    tensors = load_file(exported.folder / "model.safetensors")
+    for name in exported.checkpoint.selection.int4:
+        assert torch.equal(tensors[f"{name}.weight"].double(), slow_values(exported.checkpoint.quantized[name]))
+
+
+def test_a_changed_weight_is_found(tmp_path: Path) -> None:
+    exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
+    path = exported.folder / "model.safetensors"
+    tensors, name = load_file(path), exported.checkpoint.selection.int4[3]
+    tensors[f"{name}.weight"][2, 5] += 0.5
+    save_file(tensors, path, {"nybble": "hf", "nybble.quantized": " ".join(exported.checkpoint.shapes)})
+    with pytest.raises(ExportError, match=f"the values of {name} read back differently"):
+        HF.compare_weights(exported.checkpoint.quantized, exported.folder)
+
+
+def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
+    """A folder of a 16-bit model has files of the same names."""
+    exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
+    assert exporter_of(exported.folder) is HF
+    assert exporter_of(save_model(tmp_path / "other", "smollm", num_hidden_layers=1)) is None
+
+
+def test_code_that_comes_with_a_model_is_refused(tmp_path: Path) -> None:
+    exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
+    config, selection = exported.checkpoint.config, exported.checkpoint.selection
+    HF.check(config, selection, QuantScheme())
+    config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    with pytest.raises(ExportError, match="hf needs a model whose code is in transformers; llama .*; remove hf from"):
+        HF.check(config, selection, QuantScheme())
+
+
+def test_the_tested_families_are_those_of_this_file() -> None:
+    assert HFExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
+
+
+@pytest.mark.slow
+def test_the_real_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    exported = export_checkpoint("hf", smollm2_checkpoint(tmp_path_factory), tmp_path / "export")
+    assert exported.result.logit_difference is not None
+    assert list(exported.result.rounded) == ["model.embed_tokens"]
+    assert json.loads((exported.folder / "config.json").read_text())["dtype"] == "float16"
+    model, ids = HF.open_model(exported.folder, exported.checkpoint.config), chat_ids(exported.checkpoint.tokenizer)
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert ANSWER in exported.checkpoint.tokenizer.decode(answer)

@@ -1,0 +1,180 @@
+"""Folders of compressed-tensors: words, values, logits and generation of every family, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nybble.errors import ExportError, OptionError
+from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.safetensors_writer import read_metadata
+from nybble.export.vllm import VLLMExporter
+from nybble.quant.scheme import QuantScheme
+from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
+from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
+from tests.helpers.tiny import FAMILIES, make_config, save_model
+
+pytest.importorskip("compressed_tensors", reason="the extra vllm")
+VLLM = EXPORTERS["vllm"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """A model of each family, exported once."""
+    return export_tiny("vllm", tmp_path_factory.mktemp(request.param), request.param)
+
+
+def slow_unpack(words: Tensor) -> Tensor:
+    """int32 [M, N] -> 4-bit fields [M, 8 N], one field at a time."""
+    unsigned = words.to(torch.int64) % 2**32
+    fields = torch.empty(words.shape[0], 8 * words.shape[1], dtype=torch.int64)
+    for i in range(fields.shape[1]):
+        fields[:, i] = unsigned[:, i // 8] // 16 ** (i % 8) % 16
+    return fields
+
+
+def check_layers(exported: Export) -> dict[str, Tensor]:
+    """Compare the tensors of linear layers with slow loops; returns the others."""
+    tensors, checkpoint = load_file(exported.folder / "model.safetensors"), exported.checkpoint
+    for name in checkpoint.selection.int4:
+        weight = checkpoint.quantized[name]
+        packed, scale = tensors.pop(f"{name}.weight_packed"), tensors.pop(f"{name}.weight_scale")
+        assert (packed.dtype, scale.dtype) == (torch.int32, torch.float16)
+        assert torch.equal(slow_unpack(packed), weight.codes_OI.long())
+        assert torch.equal(scale.float(), weight.scale_OG)
+        assert tensors.pop(f"{name}.weight_shape").tolist() == list(weight.codes_OI.shape)
+        if not weight.scheme.symmetric:
+            zero_points = tensors.pop(f"{name}.weight_zero_point")
+            assert torch.equal(slow_unpack(zero_points.T).T, weight.zero_point_OG.long())
+    return tensors
+
+
+def test_the_file_holds_codes_scales_and_zero_points(exported: Export) -> None:
+    checkpoint, others = exported.checkpoint, check_layers(exported)
+    for name in checkpoint.selection.int8:
+        stored, expected = others.pop(f"{name}.weight"), slow_values(checkpoint.quantized[name])
+        assert torch.equal(stored, expected.half())
+        largest = float((stored.double() - expected).abs().max())
+        assert exported.result.rounded[name] == pytest.approx(largest, rel=1e-6)
+    assert others.keys() == checkpoint.others.keys(), "and all other tensors; no head that is tied"
+    assert all(
+        torch.equal(others[name], tensor) and others[name].dtype == tensor.dtype
+        for name, tensor in checkpoint.others.items()
+    )
+
+
+def test_compressed_tensors_reads_the_weights(exported: Export) -> None:
+    weights = VLLM.read_weights(exported.folder)
+    for name in exported.checkpoint.selection.int4:
+        assert torch.equal(weights[name].double(), slow_values(exported.checkpoint.quantized[name]))
+
+
+def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
+    ids = torch.randint(0, 256, (2, 20))
+    written = VLLM.read_weights(exported.folder)
+    reference = exported.checkpoint.build(lambda name: written[name])
+    opened = VLLM.open_model(exported.folder, exported.checkpoint.config, strict=True)
+    assert opened.dtype == torch.float32
+    expected = logits_of(reference, ids)
+    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    arguments: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("family", ["smollm", "phi3"])
+def test_plain_transformers_loads_the_folder(tmp_path: Path, family: str) -> None:
+    """Without nybble's settings, weights are dequantized at the first call; a tied head stays out of it."""
+    exported, ids = export_tiny("vllm", tmp_path, family), torch.randint(0, 256, (1, 20))
+    model, info = AutoModelForCausalLM.from_pretrained(exported.folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.float16
+    opened = VLLM.open_model(exported.folder, exported.checkpoint.config)
+    assert torch.equal(logits_of(model, ids), logits_of(opened, ids))
+    weight = exported.checkpoint.quantized[exported.checkpoint.selection.int4[0]]
+    assert torch.equal(model.get_submodule(exported.checkpoint.selection.int4[0]).weight.double(), slow_values(weight))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symmetric: bool) -> None:
+    scheme = QuantScheme(group_size=group_size, symmetric=symmetric)
+    exported = export_tiny(
+        "vllm", tmp_path, "qwen2", scheme, hidden_size=128, intermediate_size=256, num_hidden_layers=1
+    )
+    others = check_layers(exported)
+    assert not [name for name in others if "zero_point" in name], "a symmetric scheme stores no zero points"
+    codes = VLLM.read_codes(exported.folder)
+    assert {weight.scheme for weight in codes.values()} == {scheme}
+    VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
+
+
+def test_a_changed_code_is_found(tmp_path: Path) -> None:
+    exported = export_tiny("vllm", tmp_path, "smollm", num_hidden_layers=1)
+    path, name = exported.folder / "model.safetensors", exported.checkpoint.selection.int4[3]
+    for leaf, message in (("weight_packed", "codes"), ("weight_scale", "scales"), ("weight_zero_point", "zero points")):
+        tensors = load_file(path)
+        changed = tensors | {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] + 1}
+        save_file(changed, path, read_metadata(exported.folder))
+        with pytest.raises(ExportError, match=f"the {message} of {name} read back differently"):
+            VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
+        save_file(tensors, path, read_metadata(exported.folder))
+
+
+def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
+    exported = export_tiny("vllm", tmp_path, "smollm", num_hidden_layers=1)
+    assert exporter_of(exported.folder) is VLLM
+    assert exporter_of(save_model(tmp_path / "other", "smollm", num_hidden_layers=1)) is None
+
+
+def test_schemes_without_a_kernel_are_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "quantized", "smollm", num_hidden_layers=1)
+    config, selection = checkpoint.config, checkpoint.selection
+    for size in (32, 64, 128):
+        VLLM.check(config, selection, QuantScheme(group_size=size))
+    for size in (16, 96, 256, None):
+        with pytest.raises(OptionError, match=f"vLLM needs a --group_size of 32, 64, 128; got {size}; .*remove vllm"):
+            VLLM.check(config, selection, QuantScheme(group_size=size))
+    with pytest.raises(OptionError, match="an export to vLLM needs 4-bit codes; got uint8"):
+        VLLM.check(config, selection, QuantScheme(bits=8))
+    config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    with pytest.raises(ExportError, match="vllm needs a model whose code is in transformers; llama .*; remove vllm"):
+        VLLM.check(config, selection, QuantScheme())
+
+
+def test_rows_that_vllm_cannot_split_are_refused(tmp_path: Path) -> None:
+    """Four keys and values: less than a word of zero points. A symmetric scheme has none."""
+    odd = {"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 2, "num_hidden_layers": 1}
+    with pytest.raises(ExportError, match=r"rows in multiples of 8 .*; model.layers.0.self_attn.k_proj has 4; remove"):
+        export_tiny("vllm", tmp_path, "smollm", **odd)
+    exported = export_tiny("vllm", tmp_path / "symmetric", "smollm", QuantScheme(group_size=32, symmetric=True), **odd)
+    assert exported.result.logit_difference is not None
+
+
+def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:
+    config = exported.checkpoint.config
+    gemma = config.model_type.startswith("gemma")
+    model = VLLM.open_model(exported.folder, config)
+    assert model.dtype == (torch.float32 if gemma else torch.float16)
+    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert len(VLLM.limits(config)) == (1 if gemma else 0)
+
+
+def test_the_tested_families_are_those_of_this_file() -> None:
+    assert VLLMExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
+
+
+@pytest.mark.slow
+def test_the_real_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    exported = export_checkpoint("vllm", smollm2_checkpoint(tmp_path_factory), tmp_path / "export")
+    assert exported.result.logit_difference is not None
+    assert list(exported.result.rounded) == ["model.embed_tokens"]
+    assert json.loads((exported.folder / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+    model, ids = VLLM.open_model(exported.folder, exported.checkpoint.config), chat_ids(exported.checkpoint.tokenizer)
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert ANSWER in exported.checkpoint.tokenizer.decode(answer)
