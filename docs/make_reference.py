@@ -1,4 +1,5 @@
-"""Write the generated pages of the reference: docs/reference/cli.md and docs/reference/python.md.
+"""Write the generated pages of the reference, docs/reference/cli.md and docs/reference/python.md, and the table of
+families and formats in README.md.
 
     python docs/make_reference.py
 
@@ -17,6 +18,7 @@ from typing import Any
 import nybble
 from nybble import api
 from nybble.cli.help import USAGE, positional_option
+from nybble.export import EXPORTERS
 from nybble.options.base import NONE, Command, describe_type
 from nybble.options.commands import COMMANDS
 
@@ -110,6 +112,42 @@ def python_page() -> str:
     return "\n".join(parts)
 
 
+# Model type -> the name that people know, and what its tests cover.
+_FAMILIES = {
+    "llama": ("Llama 3.x, SmolLM2", "grouped heads, llama3 rope, tied heads; the real SmolLM2"),
+    "mistral": ("Mistral", "sliding window"),
+    "qwen2": ("Qwen2, Qwen2.5", "biases, sliding window"),
+    "qwen3": ("Qwen3", "q/k norms, separate head size"),
+    "gemma2": ("Gemma 2", "norm offset, soft-capped logits"),
+    "gemma3_text": ("Gemma 3 (text)", "q/k norms, two ropes"),
+    "phi3": ("Phi-3, Phi-3.5", "fused projections, longrope"),
+}
+README = Path(__file__).parents[1] / "README.md"
+_BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end of support -->"
+
+
+def support_table() -> str:
+    """Families and formats, from what the exporters' tests cover."""
+    formats = [EXPORTERS[name] for name in EXPORTERS]
+    unnamed = {kind for exporter in formats for kind in exporter.tested_families} - _FAMILIES.keys()
+    assert not unnamed, f"{unnamed} need a name in _FAMILIES"
+    lines = [
+        "|family|tested with|" + "|".join(exporter.name for exporter in formats) + "|",
+        "|---|---|" + ":---:|" * len(formats),
+    ]
+    for kind, (name, covered) in _FAMILIES.items():
+        marks = ("✓" if kind in exporter.tested_families else "–" for exporter in formats)
+        lines.append(f"|{name}|{covered}|{'|'.join(marks)}|")
+    return "\n".join(lines)
+
+
+def readme_with_table() -> str:
+    """README.md with the table as it is now."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n\n{support_table()}\n\n{_END}{after}"
+
+
 PAGES = {"cli.md": command_line_page, "python.md": python_page}
 
 if __name__ == "__main__":
@@ -117,3 +155,4 @@ if __name__ == "__main__":
     for file, page in PAGES.items():
         (FOLDER / file).write_text(page(), encoding="utf-8")
         print(FOLDER / file)
+    README.write_text(readme_with_table(), encoding="utf-8")

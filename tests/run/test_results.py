@@ -36,6 +36,7 @@ def full_results() -> RunResults:
         seed=3,
         dtype="float32",
         test_data="rows",
+        other_data="docs",
         limit=2,
         lora_rank=8,
         command_line="nybble tune",

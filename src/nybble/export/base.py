@@ -125,6 +125,13 @@ class Exporter(ABC):
         """
         return ()
 
+    def too_slow(self) -> str:
+        """Why measuring an export would take hours on this machine; "" where it would not.
+
+        A run then exports in this format without measuring; `nybble eval` measures all the same.
+        """
+        return ""
+
     def peak_memory(self, num_parameters: int, largest_tensor: int) -> int:
         """Estimate the peak memory of an export in bytes.
 

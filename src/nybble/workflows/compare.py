@@ -23,7 +23,7 @@ from nybble.callbacks import Callback
 from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
-from nybble.export.base import ALL
+from nybble.export.base import ALL, EXPORTERS
 from nybble.files import write_text
 from nybble.models.families import family_of
 from nybble.models.quantized_model import load_config
@@ -85,8 +85,7 @@ def _check(options: CompareOptions) -> None:
     """Raise now what would otherwise be raised after hours."""
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("compare", "the column BF16 + LoRA")
-    if ALL in options.evaluation.export:
-        raise OptionError(f"--export of nybble compare must name one format, which is measured; got {ALL}")
+    _check_measurable(options.evaluation.export)
     own = [task for task in options.task.tasks if not is_scored_by_lm_eval(task)]
     if own:
         raise OptionError(
@@ -108,6 +107,15 @@ def _check(options: CompareOptions) -> None:
             raise OptionError(
                 f"--tasks takes tasks that are scored by the share of right answers; {name} is scored by {metric}"
             )
+
+
+def _check_measurable(formats: Sequence[str]) -> None:
+    """Raise OptionError for formats whose measured row the table could not have."""
+    if ALL in formats:
+        raise OptionError(f"--export of nybble compare must name one format, which is measured; got {ALL}")
+    for name in formats:
+        if slow := EXPORTERS.get(name, "--export").too_slow():
+            raise OptionError(f"--export of nybble compare must name a format that can be measured; {slow}; got {name}")
 
 
 class _TaskComparison:

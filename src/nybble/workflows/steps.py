@@ -254,10 +254,14 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
         del model, shipped
     failed = []
     for name in dict.fromkeys((*run.results.exports, *context.formats)):
-        if name in run.results.models and run.is_complete(name):
+        slow = EXPORTERS[name].too_slow()
+        if (name in run.results.models or (slow and name in run.results.exports)) and run.is_complete(name):
             continue
         try:
             result = export_run(run, name, options.trust_remote_code)
+            if slow:
+                log.info("%s is not measured: %s; nybble eval %s measures it", name, slow, run.path / name)
+                continue
             exported = open_export(run, name, options.trust_remote_code)
         except ExportError as error:
             raise_if_interrupted()
