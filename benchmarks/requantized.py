@@ -3,7 +3,8 @@
     nybble distill --pretrained smollm2 --config recipes/quick.toml --export all --output_dir RUN --data TEXT
     python benchmarks/requantized.py RUN --teacher smollm2 --data TEXT [--sequences 32] [--seq_len 512] [--nncf PYTHON]
 
-Every row is measured in its own runtime: KL divergence to the 16-bit model and token perplexity on the test split.
+KL divergence to the 16-bit model and token perplexity on the test split. openvino, gguf and onnx are measured in their
+own runtime as deployed, vllm, mlx and hf in torch in float32 with the weights that the runtime's reader gives.
 Requantized are the 16-bit weights of RUN/hf, which hold the trained INT4 weights to the last bit:
 
     llama.cpp   llama_model_quantize to Q4_0, Q4_1 and Q4_K_M (embedding and head as the tool chooses)
@@ -32,6 +33,7 @@ from nybble.evaluation.perplexity import logits_from_states, measure_sequences, 
 from nybble.models.head import LMHead
 
 GROUP_SIZE = 64
+IN_TORCH = {"vllm", "mlx", "hf"}
 # llama_ftype of llama.h
 LLAMA_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}
 
@@ -44,7 +46,7 @@ class Measure:
 
         tensors = load_file(prepared)
         self.ids, head, states = tensors["ids"], tensors["head"], tensors["states"]
-        self.teacher = logits_from_states(LMHead(head, 1.0, None), states)
+        self.teacher = logits_from_states(LMHead(head, None, 1.0, None), states)
 
     def __call__(self, model: Any) -> dict[str, float]:
         with torch.no_grad():
@@ -177,6 +179,7 @@ def main() -> None:
         return
 
     from nybble.export import EXPORTERS
+    from nybble.models.checkpoint import open_checkpoint
     from nybble.models.quantized_model import load_config
 
     with tempfile.TemporaryDirectory(prefix="nybble-") as scratch:
@@ -189,7 +192,12 @@ def main() -> None:
             print(f"| {label:24} | {found['kl']:.4f} | {found['perplexity']:.3f} | {size:.1f} |", flush=True)
 
         def measured(label: str, folder: Path, name: str) -> None:
-            show(label, measure(EXPORTERS[name].open_model(folder, load_config(options.run / name, False))), folder)
+            exporter = EXPORTERS[name]
+            if name in IN_TORCH:
+                model = open_checkpoint(options.run / "quantized").build(exporter.read_weights(folder).__getitem__)
+            else:
+                model = exporter.open_model(folder, load_config(options.run / name, False))
+            show(label, measure(model), folder)
 
         print("| weights | KL to 16-bit | perplexity | MB |")
         for label, folder, name in exact_rows(options.run):

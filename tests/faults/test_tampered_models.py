@@ -16,8 +16,10 @@ from torch import Tensor
 
 from nybble.cli.main import main
 from nybble.errors import RunError
+from nybble.models.checkpoint import open_checkpoint
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_model import load_quantized, save_quantized
+from nybble.run.machine import peak_memory
 from tests.helpers.compress import compress_command
 from tests.helpers.rounding import round_model_to_nearest
 from tests.helpers.tiny import make_model, make_tokenizer, save_model
@@ -261,3 +263,15 @@ def test_a_tampered_run_is_no_start_of_another(tmp_path: Path, capsys: pytest.Ca
             assert said[-1].startswith("nybble: ")
             assert "fault of nybble" not in said[-1]
     assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 2**40), ("head_dim", 2**33), ("vocab_size", 2**31)])
+def test_a_configuration_of_a_huge_model_takes_no_memory(field: str, value: int, folder: Path) -> None:
+    """It would be built before a tensor is missed: an input of the fuzzer took 22 GB."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    before = peak_memory()["cpu"]
+    for read in (lambda: load_quantized(folder, torch.float32), lambda: open_checkpoint(folder)):
+        with pytest.raises(RunError, match="must hold the tensors of the model in its config.json"):
+            read()
+    assert peak_memory()["cpu"] - before < 300_000_000

@@ -2,8 +2,8 @@
 
     python -m tests.helpers.fuzz --minutes 60 --seed 0 [TARGET ...]
 
-prints, for each target, how many inputs were read and how many were refused. An input that ends in any other exception
-is kept in build/fuzz, and the exit code is 1.
+prints, for each target, how many inputs were read and how many were refused. An input that ends in any other exception,
+or takes more than a gigabyte of memory, is kept in build/fuzz, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from nybble.models.loading import load
 from nybble.models.quantized_model import load_quantized
 from nybble.options.commands import COMMANDS, DistillOptions
 from nybble.options.toml import recipe_values
+from nybble.run.machine import peak_memory
 from nybble.run.results import read_results
 from nybble.run.resume import saved_options
 from nybble.workflows.text import distill_request
@@ -42,6 +43,8 @@ from tests.helpers.gguf_files import write_model
 from tests.helpers.tiny import make_tokenizer, save_model
 
 KEPT = Path("build/fuzz")
+MOST_BYTES = 1_000_000_000
+_ADDRESS_SPACE = 16 << 30
 _VALUES: list[Any] = [
     None, True, -1, 0, 1e308, 2**63, -(2**70), "", "no", "\ud800", [], {}, [[]], {"a": 1}, float("nan"), "../../x",
 ]  # fmt: skip
@@ -203,14 +206,17 @@ def check(target: Target, name: str, seed: int, base: Path, scratch: Path) -> bo
     shutil.copytree(base, scratch)
     files = sorted(path for path in scratch.rglob("*") if path.is_file())
     _damage(random_.choice(files), random_)
+    before, read = peak_memory()["cpu"], True
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             target.read(scratch)
-        return True
     except (NybbleError, OSError) as error:
         if "\n" in str(error):
             raise ValueError("an error must be one line") from error
-        return False
+        read = False
+    if (grown := peak_memory()["cpu"] - before) > MOST_BYTES:
+        raise MemoryError(f"an input must not take more than {MOST_BYTES} bytes; it took {grown}")
+    return read
 
 
 def run(names: list[str], seconds: float, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
@@ -256,6 +262,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("targets", nargs="*", default=sorted(TARGETS))
     given = parser.parse_args()
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))  # an input must not stop the machine
     counts, failed = run(given.targets, given.minutes * 60, given.seed)
     for failure in failed:
         print(failure)

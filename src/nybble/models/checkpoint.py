@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nybble.errors import RunError
 from nybble.models.quantized_file import REMEDY, open_weights, read_layout
-from nybble.models.quantized_model import CONFIG, differing, explaining, load_config, load_tokenizer
+from nybble.models.quantized_model import CONFIG, check_layout, load_config, load_tokenizer
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -95,16 +95,7 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> QuantizedC
             code that is not trusted.
     """
     config, layout = load_config(folder, trust_remote_code), read_layout(folder)
-    with explaining(folder / CONFIG, "the configuration of a model"):
-        model = empty_model(config, trust_remote_code)
-    own = model.state_dict()
-    shapes = layout.others | {f"{name}.weight": layer.shape for name, layer in layout.quantized.items()}
-    state = {
-        name: torch.empty(shape, dtype=own[name].dtype if name in own else torch.float32, device="meta")
-        for name, shape in shapes.items()
-    }
-    if wrong := differing(model, state):
-        raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
+    model = check_layout(folder, config, layout, trust_remote_code)
     quantized, others = open_weights(folder)
     return QuantizedCheckpoint(
         folder=folder,

@@ -21,7 +21,7 @@ from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
 from nybble.models.loading import LoadedModel
-from nybble.models.quantized_file import REMEDY, load_weights, save_weights
+from nybble.models.quantized_file import REMEDY, WeightsLayout, load_weights, read_layout, save_weights
 from nybble.quant.weight import QuantizedWeight
 
 CONFIG = "config.json"
@@ -99,14 +99,15 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = load_config(folder, trust_remote_code)
+    config, layout = load_config(folder, trust_remote_code), read_layout(folder)
+    check_layout(folder, config, layout, trust_remote_code)
     quantized, others = load_weights(folder)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
     state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
-    if wrong := differing(model, state):
+    if wrong := _differing(model, state):  # types
         raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -116,7 +117,43 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     return QuantizedModel(model.requires_grad_(False).eval(), tokenizer, quantized)
 
 
-def differing(model: Any, state: Mapping[str, Tensor]) -> str:
+def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_code: bool) -> Any:
+    """Check that the tensors of a weights file fit a configuration, before memory is used for either.
+
+    Args:
+        folder: of both, for error messages.
+        config: transformers configuration.
+        layout: header of the weights file.
+        trust_remote_code: whether to run Python code that comes with the model.
+
+    Returns:
+        The model, a transformers.PreTrainedModel on the meta device.
+
+    Raises:
+        RunError: names or shapes differ, or the configuration is impossible.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    shapes = layout.others | {f"{name}.weight": layer.shape for name, layer in layout.quantized.items()}
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(shapes):  # they would be built before a tensor is missed
+        wrong = f"it has {len(shapes)} tensors for {layers} layers"
+        raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
+    with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    own = model.state_dict()
+    state = {
+        name: torch.empty(shape, dtype=own[name].dtype if name in own else torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
+    if wrong := _differing(model, state):
+        raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
+    return model
+
+
+def _differing(model: Any, state: Mapping[str, Tensor]) -> str:
     """How the tensors of a file differ from those of the model, in a few words; "" if they do not."""
     own = model.state_dict()
     absent, unknown = sorted(own.keys() - state.keys() - _tied_parameters(model)), sorted(state.keys() - own.keys())
