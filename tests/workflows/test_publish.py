@@ -62,6 +62,13 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     assert "base_model: org/model" in card
     assert "--data c.txt" in card
     assert "largest difference" not in card
+    results.test_data, results.other_data = "the test split of /a/b/own.txt (4 x 8 tokens)", "/c/d.txt (1 x 8 tokens)"
+    results.models = {"16bit": {"token_perplexity": 1.0, "other_token_perplexity": 1.0, "other_kl_to_teacher": 0.0}}
+    card = model_card(results, "plain", {})
+    assert "measured on the test split of own.txt" in card
+    assert "Another domain: d.txt" in card
+    assert "/a/" not in card
+    assert "/c/" not in card
     built_in = model_card(results, "plain", {"pretrained": "smollm2"})
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in built_in
     for local in ("/a/b", "./b", "models/a.gguf", "model"):

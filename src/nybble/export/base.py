@@ -73,12 +73,12 @@ class Exporter(ABC):
         usage: Markdown for the model card: the shortest way to run the export, from its folder.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
         weight_files: patterns of the files that hold the model, whose sizes are added up.
+        holds_codes: whether the format holds INT4 codes, not their values in 16 bits.
         int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row; 0
             where the format holds these weights exactly.
         logit_tolerance: largest allowed difference of logits, relative to the largest logit, between the runtime in its
             most exact mode and torch in float32.
-        most_parameters_compared: logits of larger models are not compared, as the runtime would need memory for all
-            weights. None: always compared.
+        most_parameters_compared: logits of larger models are not compared, as that takes memory. None: always compared.
     """
 
     name: ClassVar[str]
@@ -90,6 +90,7 @@ class Exporter(ABC):
     library: ClassVar[str] = ""
     usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
+    holds_codes: ClassVar[bool] = True
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4
     most_parameters_compared: ClassVar[int | None] = 150_000_000

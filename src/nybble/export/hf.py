@@ -61,6 +61,7 @@ class HFExporter(Exporter):
     library = "transformers"
     usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    holds_codes = False
     int8_tolerance = INT8_TOLERANCE
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -44,7 +45,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
         f"# {escape_markdown(results.model)}, INT4 ({escape_markdown(label)})",
         escape_markdown(summary(results)),
         as_markdown(*result_rows(results)),
-        escape_markdown(measured_on(results)),
+        escape_markdown(_without_paths(measured_on(results))),
         *_other_domain(results),
         *(f"**Limit:** {escape_markdown(limit)}" for limit in results.exports[name].get("limits", ())),
         "## Run it",
@@ -61,7 +62,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
 
 def _other_domain(results: RunResults) -> list[str]:
     cells = other_rows(results)
-    return [escape_markdown(f"{other_title(results)}:"), as_markdown(*cells)] if cells[1] else []
+    return [escape_markdown(_without_paths(f"{other_title(results)}:")), as_markdown(*cells)] if cells[1] else []
 
 
 def _front_matter(name: str, pretrained: str) -> str:
@@ -82,8 +83,9 @@ def _weights(results: RunResults, name: str, options: Mapping[str, Any]) -> list
     """What has how many bits, and what was compared after writing."""
     export, layers = results.exports[name], results.layers
     size = results.models.get(name, {}).get("bytes", export.get("bytes", 0))
+    codes = "codes" if name not in EXPORTERS or EXPORTERS[name].holds_codes else "values, kept in float16,"
     text = (
-        f"{export['int4_weights']} linear layers have INT4 codes in groups of {options.get('group_size')} weights, "
+        f"{export['int4_weights']} linear layers have INT4 {codes} in groups of {options.get('group_size')} weights, "
         f"each with a scale and a zero point. The embedding and the head{' (tied)' if layers and layers.tied else ''} "
         f"have 8-bit codes per row. Everything else is in 16 bits. Size: {size / 1e6:.1f} MB."
     )
@@ -112,6 +114,11 @@ def _recipe(results: RunResults) -> list[str]:
     if memory := memory_text(results):
         parts.append(f"Peak memory: {memory}.")
     return [" ".join(parts), "The command, with folders shortened to their last part:"]
+
+
+def _without_paths(text: str) -> str:
+    """Absolute paths in a text, shortened to their last part."""
+    return re.sub(r"(?<![^\s(])/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
 
 
 def _without_folders(command_line: str) -> str:

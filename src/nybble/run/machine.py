@@ -21,7 +21,8 @@ _STATUS = Path("/proc/self/status")
 
 _PACKAGES = (
     "nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers",
-    "openvino-genai", "lm-eval", "gguf",
+    "openvino-genai", "lm-eval", "gguf", "xllamacpp", "onnxruntime", "onnxruntime-genai",
+    "compressed-tensors", "mlx-lm",
 )  # fmt: skip
 
 

@@ -288,9 +288,9 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         run.note_files(name)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(checkpoint.config)}
     log.info(
-        "%s: %d weights in 4 bits and %d in 8 bits, %s; %s; %.1f MB",
-        exporter.label, result.int4_weights, result.int8_weights, _exactness(result), _logits_compared(result),
-        result.bytes / 1e6,
+        "%s: %d INT4 weights%s and %d INT8, %s; %s; %.1f MB",
+        exporter.label, result.int4_weights, "" if exporter.holds_codes else " (as values in 16 bits)",
+        result.int8_weights, _exactness(result), _logits_compared(result), result.bytes / 1e6,
     )  # fmt: skip
     return result
 
@@ -316,7 +316,7 @@ def open_export(run: RunFolder, name: str, trust_remote_code: bool) -> LoadedMod
 def _exactness(result: ExportResult) -> str:
     if not result.rounded:
         return "all read back equal"
-    return f"those in 4 bits read back equal, {', '.join(result.rounded)} within {max(result.rounded.values()):.1e}"
+    return f"INT4 weights read back equal, {', '.join(result.rounded)} within {max(result.rounded.values()):.1e}"
 
 
 def _logits_compared(result: ExportResult) -> str:
