@@ -1,7 +1,12 @@
-"""Decoding speed and size of an export against torch, on this machine: interleaved, medians.
+"""Speed and size of the exports of a run, in their own runtimes, against torch: interleaved, medians.
 
-python benchmarks/decode.py RUN [--tokens 64] [--repeats 5]
+    python benchmarks/decode.py RUN [--tokens 32] [--prompt 256] [--repeats 5]
+
+Prefill is the time until the first token after a prompt, decoding the time of the tokens after it, greedily. Formats
+that the run has no folder of are left out, and so is mlx where it has no Apple GPU.
 """
+
+from __future__ import annotations
 
 import argparse
 import statistics
@@ -9,79 +14,133 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import openvino_genai
 import torch
 from rich.table import Table
 
 from nybble.console import console
+from nybble.export import EXPORTERS
 from nybble.models import quantized_model
+from nybble.models.quantized_model import load_config, load_tokenizer
 
-PROMPT = "The nybble is half a byte. It was named"
+# Seconds until the first token, and of the others.
+Timed = Callable[[], tuple[float, float]]
+TEXT = "The nybble is half a byte. It was named by engineers who needed a word for four bits. "
 
 
-def torch_decoder(run: Path, dtype: torch.dtype, tokens: int) -> Callable[[], float]:
-    """Seconds for `tokens` greedy tokens after the prompt."""
-    model, tokenizer, _ = quantized_model.load_quantized(run / "quantized", dtype)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+def in_torch(run: Path, dtype: torch.dtype, ids: torch.Tensor, tokens: int) -> Timed:
+    model, _, _ = quantized_model.load_quantized(run / "quantized", dtype)
 
-    def decode() -> float:
+    @torch.no_grad()
+    def decode() -> tuple[float, float]:
         started = time.perf_counter()
-        made = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        assert made.shape[1] == ids.shape[1] + tokens
-        return time.perf_counter() - started
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        first = time.perf_counter()
+        for _ in range(tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return first - started, time.perf_counter() - first
 
     return decode
 
 
-def openvino_decoder(run: Path, tokens: int) -> Callable[[], float]:
-    pipeline = openvino_genai.LLMPipeline(str(run / "openvino"), "CPU")
+def in_openvino(folder: Path, ids: torch.Tensor, tokens: int) -> Timed:
+    import openvino
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU")
     config = openvino_genai.GenerationConfig(
-        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, apply_chat_template=False
+        max_new_tokens=tokens + 1, min_new_tokens=tokens + 1, do_sample=False, apply_chat_template=False
     )
 
-    def decode() -> float:
-        started = time.perf_counter()
-        result = pipeline.generate([PROMPT], config)
-        seconds = time.perf_counter() - started
-        assert result.perf_metrics.get_num_generated_tokens() == tokens
-        return seconds
+    def decode() -> tuple[float, float]:
+        result = pipeline.generate(openvino.Tensor(ids.numpy()), config)
+        metrics = result.perf_metrics
+        first = metrics.get_ttft().mean / 1e3
+        return first, metrics.get_tpot().mean / 1e3 * tokens
 
     return decode
+
+
+def in_onnx(folder: Path, ids: torch.Tensor, tokens: int) -> Timed:
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+
+    def decode() -> tuple[float, float]:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=ids.shape[1] + tokens + 1, do_sample=False)
+        generator = og.Generator(model, parameters)
+        started = time.perf_counter()
+        generator.append_tokens(ids.numpy())
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(tokens):
+            generator.generate_next_token()
+        return first - started, time.perf_counter() - first
+
+    return decode
+
+
+def in_runtime(folder: Path, name: str, ids: torch.Tensor, tokens: int) -> Timed:
+    """Through nybble's model of the runtime, which returns the logits of all tokens."""
+    model = EXPORTERS[name].open_model(folder, load_config(folder, False))
+
+    def decode() -> tuple[float, float]:
+        started = time.perf_counter()
+        logits = model.infer(ids, reset=True)
+        first = time.perf_counter()
+        for _ in range(tokens):
+            logits = model.infer(logits[:, -1:].argmax(-1), reset=False)
+        return first - started, time.perf_counter() - first
+
+    return decode
+
+
+def decoders(run: Path, ids: torch.Tensor, tokens: int) -> dict[str, Timed]:
+    """Runtime -> how long it takes."""
+    found = {
+        f"torch {name}": in_torch(run, dtype, ids, tokens)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    if (run / "openvino").is_dir():
+        found["openvino-genai"] = in_openvino(run / "openvino", ids, tokens)
+    if (run / "onnx").is_dir():
+        found["onnxruntime-genai"] = in_onnx(run / "onnx", ids, tokens)
+    for name, label in (("gguf", "llama.cpp"), ("mlx", "mlx-lm")):
+        if (run / name).is_dir() and not EXPORTERS[name].too_slow():
+            found[label] = in_runtime(run / name, name, ids, tokens)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    run, tokens = arguments.run, arguments.tokens
-    decoders = {
-        "torch float32": torch_decoder(run, torch.float32, tokens),
-        "torch bfloat16": torch_decoder(run, torch.bfloat16, tokens),
-        "OpenVINO 4 bit": openvino_decoder(run, tokens),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for repeat in range(arguments.repeats + 1):
-        for name, decode in decoders.items():
-            taken = decode()
-            if repeat:  # the first is a warm-up
-                seconds[name].append(taken)
-    table = Table("decoder", "tokens/s (median)", "slowest", "fastest")
-    for name, values in seconds.items():
+    options = parser.parse_args()
+    run, tokens = options.run, options.tokens
+    tokenizer = load_tokenizer(run / "quantized", False)
+    ids = tokenizer(TEXT * options.prompt, return_tensors="pt").input_ids[:, : options.prompt]
+    timed = decoders(run, ids, tokens)
+    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in timed}
+    for repeat in range(options.repeats + 1):
+        for label, decode in timed.items():
+            found = decode()
+            if repeat:  # the first one warms up
+                seconds[label].append(found)
+    table = Table("runtime", "prefill, tokens/s", "decode, tokens/s", "slowest to fastest decode")
+    for label, found in seconds.items():
+        prefill = ids.shape[1] / statistics.median(first for first, _ in found)
+        speeds = sorted(tokens / rest for _, rest in found)
         table.add_row(
-            name, *(f"{tokens / value:.1f}" for value in (statistics.median(values), max(values), min(values)))
+            label, f"{prefill:.0f}", f"{statistics.median(speeds):.1f}", f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
         )
     console.print(table)
-    parameters = sum(
-        p.numel() for p in quantized_model.load_quantized(run / "quantized", torch.float32)[0].parameters()
-    )
-    for part in ("openvino_model.bin", "openvino_model.xml"):
-        size = (run / "openvino" / part).stat().st_size
-        console.print(
-            f"{part}: {size / 1e6:.2f} MB = {size / parameters:.3f} bytes per parameter "
-            f"({parameters / 1e6:.1f} M parameters)"
-        )
+    for folder in sorted(path for path in run.iterdir() if path.name in EXPORTERS):
+        size = sum(file.stat().st_size for pattern in EXPORTERS[folder.name].weight_files
+                   for file in folder.glob(pattern))  # fmt: skip
+        console.print(f"{folder.name}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
