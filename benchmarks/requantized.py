@@ -7,7 +7,8 @@ KL divergence to the 16-bit model and token perplexity on the test split. openvi
 own runtime as deployed, vllm, mlx and hf in torch in float32 with the weights that the runtime's reader gives.
 Requantized are the 16-bit weights of RUN/hf, which hold the trained INT4 weights to the last bit:
 
-    llama.cpp   llama_model_quantize to Q4_0, Q4_1 and Q4_K_M (embedding and head as the tool chooses)
+    llama.cpp   Q4_0 and Q4_1, by the package gguf, which rounds as llama-quantize does. Q4_K_M needs rows of 256 weights;
+                SmolLM2's have 576, for which llama-quantize takes other types
     mlx-lm      mlx_lm.convert, 4 bits, groups of 64
     ONNX        onnxruntime-genai's builder, int4
     NNCF        compress_weights, INT4_ASYM, groups of 64, data-free; needs --nncf, the Python of its environment
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import shutil
 import subprocess
@@ -34,8 +34,7 @@ from nybble.models.head import LMHead
 
 GROUP_SIZE = 64
 IN_TORCH = {"vllm", "mlx", "hf"}
-# llama_ftype of llama.h
-LLAMA_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}
+LLAMA_TYPES = ("Q4_0", "Q4_1")
 
 
 class Measure:
@@ -73,49 +72,29 @@ def prepare(options: argparse.Namespace, path: Path) -> None:
 
 
 def llama_cpp(run: Path, work: Path, kind: str) -> Path:
-    """Quantize 16-bit weights with llama.cpp's own function."""
-    import xllamacpp
-
-    half = work / "f16.gguf"
-    if not half.exists():
-        write_half_gguf(run / "gguf" / "model.gguf", half)
-    library = ctypes.CDLL(str(Path(xllamacpp.__file__).parent / "xllamacpp.abi3.so"))
-    size = 256  # more than the struct has
-
-    class Parameters(ctypes.Structure):
-        _fields_ = (("nthread", ctypes.c_int32), ("ftype", ctypes.c_int32), ("others", ctypes.c_byte * size))
-
-    library.llama_model_quantize_default_params.restype = Parameters
-    parameters = library.llama_model_quantize_default_params()
-    parameters.nthread, parameters.ftype = 2, LLAMA_TYPES[kind]
-    folder = shutil.copytree(run / "gguf", work / kind, ignore=lambda _, names: {"model.gguf"} & set(names))
-    target = folder / "model.gguf"
-    library.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters))
-    if library.llama_model_quantize(str(half).encode(), str(target).encode(), ctypes.byref(parameters)):
-        raise SystemExit(f"llama.cpp could not quantize to {kind}")
-    return folder
-
-
-def write_half_gguf(source: Path, target: Path) -> None:
-    """Copy a GGUF file with its blocks dequantized to float16."""
+    """Quantize as llama-quantize does: linear layers to Q4_0 or Q4_1; the embedding stays Q8_0, which its rows allow."""
     import gguf
     import numpy as np
 
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    folder = shutil.copytree(run / "gguf", work / kind, ignore=lambda _, names: {"model.gguf"} & set(names))
+    reader = gguf.GGUFReader(run / "gguf" / "model.gguf")
+    writer = gguf.GGUFWriter(folder / "model.gguf", reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
             sub = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), field.types[0], sub)
+    wanted = gguf.GGMLQuantizationType[kind]
     for tensor in reader.tensors:
-        data = tensor.data
-        if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-            data = gguf.dequantize(data, tensor.tensor_type).astype(np.float16)
-        writer.add_tensor(tensor.name, data)
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1:
+            half = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float16)  # exact
+            writer.add_tensor(tensor.name, gguf.quantize(half.astype(np.float32), wanted), raw_dtype=wanted)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return folder
 
 
 def mlx(run: Path, work: Path) -> Path:
@@ -172,6 +151,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--nncf", help="Python of an environment with NNCF (make nncf)")
+    parser.add_argument("--requantized_only", action="store_true")
     parser.add_argument("--nncf-worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.nncf_worker:
@@ -200,7 +180,7 @@ def main() -> None:
             show(label, measure(model), folder)
 
         print("| weights | KL to 16-bit | perplexity | MB |")
-        for label, folder, name in exact_rows(options.run):
+        for label, folder, name in () if options.requantized_only else exact_rows(options.run):
             measured(label, folder, name)
         requantized: list[tuple[str, Callable[[], Path], str]] = [
             *((f"llama.cpp {kind}", lambda k=kind: llama_cpp(options.run, work, k), "gguf") for kind in LLAMA_TYPES),
