@@ -7,8 +7,8 @@ KL divergence to the 16-bit model and token perplexity on the test split. openvi
 own runtime as deployed, vllm, mlx and hf in torch in float32 with the weights that the runtime's reader gives.
 Requantized are the 16-bit weights of RUN/hf, which hold the trained INT4 weights to the last bit:
 
-    llama.cpp   Q4_0 and Q4_1, by the package gguf, which rounds as llama-quantize does. Q4_K_M needs rows of 256 weights;
-                SmolLM2's have 576, for which llama-quantize takes other types
+    llama.cpp   Q4_0 and Q4_1, by the package gguf, which rounds as llama-quantize does. Q4_K_M needs rows of 256
+                weights; SmolLM2's have 576, for which llama-quantize takes other types
     mlx-lm      mlx_lm.convert, 4 bits, groups of 64
     ONNX        onnxruntime-genai's builder, int4
     NNCF        compress_weights, INT4_ASYM, groups of 64, data-free; needs --nncf, the Python of its environment
@@ -72,7 +72,7 @@ def prepare(options: argparse.Namespace, path: Path) -> None:
 
 
 def llama_cpp(run: Path, work: Path, kind: str) -> Path:
-    """Quantize as llama-quantize does: linear layers to Q4_0 or Q4_1; the embedding stays Q8_0, which its rows allow."""
+    """Quantize linear layers as llama-quantize does to Q4_0 or Q4_1; the embedding stays Q8_0."""
     import gguf
     import numpy as np
 

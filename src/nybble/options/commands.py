@@ -177,7 +177,7 @@ class _ExportGroup(Group):
     TITLE: ClassVar[str] = "Export"
 
     run: str = option("", "Folder of a finished run.", required=True)
-    to: tuple[str, ...] = option(("openvino",), "Formats, or all.", basic=True)
+    to: tuple[str, ...] = option(("openvino",), "Formats: openvino, gguf, onnx, vllm, mlx, hf, or all.", basic=True)
     push_to_hub: str | None = option(None, "Upload the export to this repository of the Hugging Face hub.", basic=True)
     private: bool = option(False, "Make the repository private.", basic=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", basic=True)

@@ -21,7 +21,9 @@ class EvaluationOptions(Group):
     num_test_samples: int = option(0, "Sequences of the test split for token perplexity and KL divergence; 0: all.")
     eval_batch_size: int = option(0, "Requests per forward pass in lm-eval tasks; 0: chosen by length and vocabulary.")
     export: tuple[str, ...] = option(
-        ("openvino",), "Formats to export to, all, or none; each needs the extra of the same name.", basic=True
+        ("openvino",),
+        "openvino, gguf, onnx, vllm, mlx, hf, all, or none; each needs the extra of the same name.",
+        basic=True,
     )
 
     def check(self) -> None:
