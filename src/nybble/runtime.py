@@ -57,6 +57,7 @@ def interrupt_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _received = None  # what comes afterwards in this process was not interrupted
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -11,7 +11,7 @@ import torch
 
 from nybble.cli.main import main
 from nybble.models.checkpoint import open_checkpoint
-from nybble.runtime import interrupt_on_signals
+from nybble.runtime import interrupt_on_signals, raise_if_interrupted
 from nybble.workflows import chat as module
 from tests.helpers.chat import TEMPLATE
 from tests.helpers.checkpoints import save_checkpoint
@@ -136,6 +136,7 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_program(
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     with interrupt_on_signals():
         assert main(["chat", str(folder), *SHORT]) == code
+    raise_if_interrupted()  # what comes afterwards was not interrupted
     if code == 0:
         assert len(prompts) == 2
         assert "[2 tokens, " in capsys.readouterr().out
