@@ -106,6 +106,24 @@ def mlx(run: Path, work: Path) -> Path:
     return folder
 
 
+def mlx_values(folder: Path) -> Callable[[str], torch.Tensor]:
+    """Module name -> weight that mlx dequantizes, whatever its bits."""
+    import mlx.core as mx
+    import numpy as np
+
+    tensors: Any = mx.load(str(folder / "model.safetensors"))
+
+    def read(name: str) -> torch.Tensor:
+        codes, scales, biases = (tensors[f"{name}.{leaf}"] for leaf in ("weight", "scales", "biases"))
+        columns = scales.shape[1] * GROUP_SIZE
+        values = mx.dequantize(
+            codes, scales.astype(mx.float32), biases.astype(mx.float32), GROUP_SIZE, codes.shape[1] * 32 // columns
+        )
+        return torch.from_numpy(np.array(values))
+
+    return read
+
+
 def onnx(run: Path, work: Path) -> Path:
     """Quantize with onnxruntime-genai's builder."""
     from onnxruntime_genai.models.builder import create_model
@@ -173,7 +191,9 @@ def main() -> None:
 
         def measured(label: str, folder: Path, name: str) -> None:
             exporter = EXPORTERS[name]
-            if name in IN_TORCH:
+            if name == "mlx":
+                model = open_checkpoint(options.run / "quantized").build(mlx_values(folder))
+            elif name in IN_TORCH:
                 model = open_checkpoint(options.run / "quantized").build(exporter.read_weights(folder).__getitem__)
             else:
                 model = exporter.open_model(folder, load_config(options.run / name, False))
