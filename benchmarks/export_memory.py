@@ -62,12 +62,12 @@ def export_one(name: str, checkpoint: Path, folder: Path) -> None:
     from nybble.export import EXPORTERS
     from nybble.models.checkpoint import open_checkpoint
     from nybble.run.machine import peak_memory
-    from nybble.runtime import return_freed_memory
+    from nybble.runtime import returning_freed_memory
 
-    return_freed_memory()  # as `nybble export` does
     started = time.perf_counter()
-    opened = open_checkpoint(checkpoint)
-    result = EXPORTERS[name].export(opened, folder)
+    with returning_freed_memory():  # as `nybble export` does
+        opened = open_checkpoint(checkpoint)
+        result = EXPORTERS[name].export(opened, folder)
     facts = {"seconds": time.perf_counter() - started, "peak": peak_memory()["cpu"], "bytes": result.bytes}
     facts |= {"parameters": opened.num_parameters, "logit_difference": result.logit_difference}
     facts |= {"largest": max(rows * columns for rows, columns in opened.shapes.values())}

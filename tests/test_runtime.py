@@ -67,9 +67,15 @@ def test_allocator_settings_of_an_export(monkeypatch: pytest.MonkeyPatch) -> Non
     library = Recorder()
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    runtime.return_freed_memory()
-    # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
-    assert library.calls == [("mallopt", -4, 2**16), ("mallopt", -3, 2**16), ("mallopt", -1, 2**16), ("mallopt", -2, 0)]
+    returned = [("mallopt", -4, 2**16), ("mallopt", -3, 2**16), ("mallopt", -1, 2**16), ("mallopt", -2, 0)]
+    kept = [("mallopt", -4, 0), ("mallopt", -1, 2**31 - 1), ("mallopt", -2, 2**26)]
+    for keeps in (False, True):
+        monkeypatch.setattr(runtime, "_keeps_freed_memory", keeps)
+        library.calls.clear()
+        with runtime.returning_freed_memory():
+            # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
+            assert library.calls == returned
+        assert library.calls == returned + (kept if keeps else []), "a notebook keeps the allocator that it had"
 
 
 @glibc_only
@@ -87,8 +93,8 @@ def freed():
     return resident() - before
 runtime.keep_freed_memory()
 first = freed()
-runtime.return_freed_memory()
-print(first, freed())
+with runtime.returning_freed_memory():
+    print(first, freed())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, returned = map(int, done.stdout.split())

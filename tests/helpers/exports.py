@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from nybble.errors import OptionError
 from nybble.export.base import EXPORTERS, ExportResult
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.quant.scheme import QuantScheme
@@ -51,3 +53,70 @@ def logits_of(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     """Logits of a model in float32."""
     with torch.no_grad():
         return model(input_ids=ids, **arguments).logits.float()
+
+
+def record_lengths(runtime: Any) -> list[int]:
+    """Numbers of tokens of all calls of `infer` of a RuntimeModel from now on."""
+    lengths, original = [], runtime.infer
+
+    def infer(input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+        lengths.append(input_ids.shape[1])
+        return original(input_ids, *args, **kwargs)
+
+    runtime.infer = infer
+    return lengths
+
+
+def check_generation(model: Any, runtime: Any) -> None:
+    """Greedy tokens are those of torch, each is computed once, and a second call begins with an empty state."""
+    lengths, prompt = record_lengths(runtime), torch.randint(0, 256, (1, 9))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **arguments)
+    for _ in range(2):
+        assert torch.equal(runtime.generate(prompt, **arguments), expected)
+        assert lengths == [9, *[1] * 7]
+        lengths.clear()
+
+
+def check_padding_and_windows(model: Any, runtime: Any, tolerance: float = 1e-3) -> Tensor:
+    """Two left-padded sequences, longer than the sliding windows, are those that each one alone is in torch.
+
+    Args:
+        tolerance: float32 rounding through soft caps; a token too many or too few in a window changes logits by 0.1.
+
+    Returns:
+        The logits of the runtime. The first 7 of the second row are those of padding.
+    """
+    long, short = torch.randint(0, 256, (1, 20)), torch.randint(0, 256, (1, 13))
+    ids = torch.cat([long, torch.cat([torch.full((1, 7), 257), short], dim=1)])
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    logits: Tensor = runtime(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[:1], logits_of(model, long), rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits[1:, 7:], logits_of(model, short), rtol=0, atol=tolerance)
+    return logits
+
+
+def check_logits_and_greedy_tokens(exporter: Any, exported: Export) -> None:
+    """An export that transformers opens computes, in float32, what torch computes with the weights that it holds."""
+    ids, written = torch.randint(0, 256, (2, 20)), exporter.read_weights(exported.folder)
+    reference = exported.checkpoint.build(lambda name: written[name])
+    opened = exporter.open_model(exported.folder, exported.checkpoint.config, strict=True)
+    assert opened.dtype == torch.float32
+    expected = logits_of(reference, ids)
+    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    arguments: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
+
+
+def check_group_sizes(exporter: Any, checkpoint: QuantizedCheckpoint, name: str) -> None:
+    """Groups of 32, 64 and 128 and codes of 4 bits are taken, others refused. `name`: of the format in messages."""
+    config, selection = checkpoint.config, checkpoint.selection
+    for size in (32, 64, 128):
+        exporter.check(config, selection, QuantScheme(group_size=size))
+    for size in (16, 96, 256, None):
+        message = f"{name} needs a --group_size of 32, 64, 128; got {size}; .*remove {exporter.name}"
+        with pytest.raises(OptionError, match=message):
+            exporter.check(config, selection, QuantScheme(group_size=size))
+    with pytest.raises(OptionError, match=f"an export to {name} needs 4-bit codes; got uint8"):
+        exporter.check(config, selection, QuantScheme(bits=8))

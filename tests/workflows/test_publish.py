@@ -46,25 +46,33 @@ def test_every_export_of_a_run_has_a_card(run: Path) -> None:
     for row in ("16bit", "compressed", "plain"):
         assert f"| {results.models[row]['token_perplexity']:.3f} |" in card
     assert "7 linear layers have INT4 codes in groups of" in card
-    assert "are equal to those that were trained" in card
+    assert "are equal to those of the run" in card
+    assert "Training:" not in card
     assert str(run.parent) not in card, "the folders of this machine are nobody's business"
     assert "nybble" in card.split("## How it was made")[1]
     check_complete(run / "plain")
 
 
 def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
-    results = RunResults(model="m", layers=LayerCounts(7, 1, True), command_line="nybble distill --data /a/b/c.txt")
+    command = "nybble distill --data /a/b/c.txt self:/a/b/e.txt=0.5 '/a/b b/f.txt' --init_from=/a/run"
+    results = RunResults(model="m", layers=LayerCounts(7, 1, True), command_line=command, command="distill")
+    results.method, results.init_from = "awq+se", "/a/b/start"
     export = {"int4_weights": 7, "int8_weights": 1, "bytes": 10, "logit_difference": None, "limits": ["no dogs"]}
     results.exports = {"plain": export | {"rounded": {"model.embed_tokens": 1e-3}}}
     card = model_card(results, "plain", {"pretrained": "org/model", "group_size": 64})
     assert "rounds model.embed_tokens by at most 1.0e-03" in card.replace("\\", "")
     assert "**Limit:** no dogs" in card
     assert "base_model: org/model" in card
-    assert "--data c.txt" in card
+    assert "--data c.txt self:e.txt=0.5 f.txt --init_from=run" in card
+    assert "Training: scales and norms." in card
+    results.lora_rank = 8
+    assert "Training: LoRA adapters of rank 8, absorbed into the codes." in model_card(results, "plain", {})
     assert "largest difference" not in card
     results.test_data, results.other_data = "the test split of /a/b/own.txt (4 x 8 tokens)", "/c/d.txt (1 x 8 tokens)"
-    results.models = {"16bit": {"token_perplexity": 1.0, "other_token_perplexity": 1.0, "other_kl_to_teacher": 0.0}}
+    measured = {"token_perplexity": 1.0, "other_token_perplexity": 1.0, "other_kl_to_teacher": 0.0, "bytes": 1}
+    results.command, results.models = "compress", {"16bit": measured, "plain": measured}
     card = model_card(results, "plain", {})
+    assert "compressed to INT4 with awq+se from start" in card
     assert "measured on the test split of own.txt" in card
     assert "Another domain: d.txt" in card
     assert "/a/" not in card

@@ -264,7 +264,7 @@ class Exporter(ABC):
 
         Returns:
             Module name -> quantized weight, read at each access; empty for a format without codes. A format that holds
-            8-bit weights in 16 bits leaves them out.
+            INT8 weights in 16 bits leaves them out.
         """
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
@@ -297,9 +297,8 @@ def check_formats(formats: Sequence[str], option: str) -> None:
         OptionError: no exporter has this name.
         MissingExtraError: the modules that the exporter needs are not installed.
     """
-    for name in formats:
-        for exporter in (EXPORTERS[n] for n in EXPORTERS) if name == ALL else (EXPORTERS.get(name, option),):
-            exporter.check_installed()
+    for name in (*(n for n in formats if n != ALL), *(EXPORTERS if ALL in formats else ())):
+        EXPORTERS.get(name, option).check_installed()
 
 
 def check_exportable(

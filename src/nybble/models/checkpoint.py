@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.errors import RunError
-from nybble.models.quantized_file import REMEDY, open_weights, read_layout
-from nybble.models.quantized_model import CONFIG, check_layout, load_config, load_tokenizer
+from nybble.models.quantized_file import open_weights, read_layout
+from nybble.models.quantized_model import check_layout, load_config, load_tokenizer
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -60,20 +59,11 @@ class QuantizedCheckpoint:
         Returns:
             A transformers.PreTrainedModel on the CPU, in evaluation mode, frozen. Its quantized modules have no
             parameter; their attribute `weight` calls `weight_of`.
-
-        Raises:
-            RunError: the tensors do not fit the model.
         """
         model = empty_model(self.config, self.trust_remote_code)
-        own = model.state_dict()
-        others = {}
-        for name, tensor in self.others.items():
-            if tensor.is_floating_point() != own[name].is_floating_point():
-                raise RunError(
-                    f"{self.folder} must hold the tensors of the model in its {CONFIG}; {name} has the wrong type; "
-                    f"{REMEDY}"
-                )
-            others[name] = tensor.float() if tensor.is_floating_point() else tensor
+        others = {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in self.others.items()
+        }
         model.load_state_dict(others, strict=False, assign=True)
         read = weight_of or (lambda name: self.quantized[name].dequantize())
         for name in self.quantized:

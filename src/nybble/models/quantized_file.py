@@ -148,10 +148,12 @@ class WeightsLayout(NamedTuple):
     Attributes:
         quantized: module name -> its layout.
         others: name of every other tensor -> its shape.
+        integers: names of those whose elements are no floating-point numbers.
     """
 
     quantized: dict[str, LayerLayout]
     others: dict[str, tuple[int, ...]]
+    integers: frozenset[str]
 
 
 def read_layout(folder: Path) -> WeightsLayout:
@@ -177,7 +179,8 @@ def read_layout(folder: Path) -> WeightsLayout:
             raise SchemaError(f"{left[0]} has no scheme")
     except SchemaError as error:
         raise RunError(f"{file} must hold weights as nybble writes them; {error}; {REMEDY}") from error
-    return WeightsLayout(quantized, {name: shape for name, (_, shape) in headers.items()})
+    integers = frozenset(name for name, (dtype, _) in headers.items() if not dtype.startswith(("F", "BF")))
+    return WeightsLayout(quantized, {name: shape for name, (_, shape) in headers.items()}, integers)
 
 
 def _layer_shape(name: str, scheme: QuantScheme, headers: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:

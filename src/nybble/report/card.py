@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from nybble.export.base import EXPORTERS
-from nybble.report.labels import format_label, row_label
+from nybble.report.labels import format_label
 from nybble.report.run import (
     changes_text,
     measured_on,
@@ -43,7 +42,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
     parts = [
         _front_matter(name, str(options.get("pretrained", ""))),
         f"# {escape_markdown(results.model)}, INT4 ({escape_markdown(label)})",
-        escape_markdown(summary(results)),
+        escape_markdown(_without_paths(summary(results))),
         as_markdown(*result_rows(results)),
         escape_markdown(_without_paths(measured_on(results))),
         *_other_domain(results),
@@ -87,13 +86,13 @@ def _weights(results: RunResults, name: str, options: Mapping[str, Any]) -> list
     text = (
         f"{export['int4_weights']} linear layers have INT4 {codes} in groups of {options.get('group_size')} weights, "
         f"each with a scale and a zero point. The embedding and the head{' (tied)' if layers and layers.tied else ''} "
-        f"have 8-bit codes per row. Everything else is in 16 bits. Size: {size / 1e6:.1f} MB."
+        f"have INT8 weights with a scale per row. Everything else is not quantized. Size: {size / 1e6:.1f} MB."
     )
     rounded = export.get("rounded") or {}
-    exact = "All quantized weights were read back from these files and are equal to those that were trained."
+    exact = "All quantized weights were read back from these files and are equal to those of the run."
     if rounded:
         exact = (
-            "All INT4 weights were read back from these files and are equal to those that were trained. The format "
+            "All INT4 weights were read back from these files and are equal to those of the run. The format "
             f"rounds {', '.join(rounded)} by at most {max(rounded.values()):.1e}."
         )
     difference = export.get("logit_difference")
@@ -106,7 +105,8 @@ def _recipe(results: RunResults) -> list[str]:
     """Method, training, time and memory."""
     parts = [f"Compression: {results.method}."]
     if results.trains:
-        parts.append(f"Training: {row_label(results, 'tuned')}, adapters of rank {results.lora_rank} absorbed.")
+        adapters = f"LoRA adapters of rank {results.lora_rank}, absorbed into the codes"
+        parts.append(f"Training: {adapters if results.lora_rank else 'scales and norms'}.")
     if results.changes is not None:
         parts.append(f"{changes_text(results.changes)}.")
     minutes = sum(results.seconds.values()) / 60
@@ -117,11 +117,11 @@ def _recipe(results: RunResults) -> list[str]:
 
 
 def _without_paths(text: str) -> str:
-    """Absolute paths in a text, shortened to their last part."""
-    return re.sub(r"(?<![^\s(])/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
+    """Absolute paths in a text, shortened to their last part. They begin a word or follow one of (:=."""
+    return re.sub(r"(?<![^\s(:=])/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
 
 
 def _without_folders(command_line: str) -> str:
     """The command without the folders of the machine that it ran on."""
-    words = [PurePath(word).name if PurePath(word).is_absolute() else word for word in shlex.split(command_line)]
+    words = [re.sub(r"(^|[:=])/(?:[^/]*/)*", r"\1", word) for word in shlex.split(command_line)]
     return shlex.join(words)

@@ -46,7 +46,7 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
         formats = check_exportable(formats, checkpoint.config, checkpoint.selection, checkpoint.scheme)
         for name in formats:
             export_run(run, name, trust_remote_code)
-        write_cards(run)
+            write_cards(run)  # also of those before one that fails
     finally:
         run.close()
     return [path / name for name in formats]

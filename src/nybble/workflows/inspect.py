@@ -55,7 +55,7 @@ def _quantized_weights(path: Path) -> Mapping[str, QuantizedWeight]:
     exporter = exporter_of(path)
     if exporter is not None:
         check_formats([exporter.name], "TARGET")
-        if codes := exporter.read_codes(path):
-            return codes
+        if exporter.holds_codes:
+            return exporter.read_codes(path)
         raise RunError(f"{path} must hold codes; an export to {exporter.name} does not; name its run instead")
     raise RunError(f"{path} must be a finished run, or a folder quantized or an export inside one; it is neither")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,11 +36,12 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
-from nybble.runtime import keep_freed_memory, raise_if_interrupted, return_freed_memory
+from nybble.runtime import raise_if_interrupted, returning_freed_memory
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
 from nybble.workflows.plan import CompressionPlan, PlannedRun, pick_place
+from nybble.workflows.target import open_exported
 
 log = logging.getLogger("nybble")
 
@@ -254,15 +254,15 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
         del model, shipped
     failed = []
     for name in dict.fromkeys((*run.results.exports, *context.formats)):
-        slow = EXPORTERS[name].too_slow()
-        if (name in run.results.models or (slow and name in run.results.exports)) and run.is_complete(name):
+        measured = name in run.results.models
+        if run.is_complete(name) and (measured or (name in run.results.exports and EXPORTERS[name].too_slow())):
             continue
         try:
             result = export_run(run, name, options.trust_remote_code)
-            if slow:
+            if slow := EXPORTERS[name].too_slow():
                 log.info("%s is not measured: %s; nybble eval %s measures it", name, slow, run.path / name)
                 continue
-            exported = open_export(run, name, options.trust_remote_code)
+            exported = open_exported(run.path / name, EXPORTERS[name], "--export", options.trust_remote_code)
         except ExportError as error:
             raise_if_interrupted()
             failed.append(error)
@@ -278,7 +278,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         ExportError: the format cannot hold the model, or what was read back differs.
     """
     exporter, folder = EXPORTERS[name], run.path / name
-    with run.stage(f"export {name}"), _little_memory():
+    with run.stage(f"export {name}"), returning_freed_memory():
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
         log.info("exporting to %s", exporter.label)
@@ -293,24 +293,6 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         result.int8_weights, _exactness(result), _logits_compared(result), result.bytes / 1e6,
     )  # fmt: skip
     return result
-
-
-@contextmanager
-def _little_memory() -> Iterator[None]:
-    """Return freed memory to the system in the block, where tensors come one at a time; keep it afterwards."""
-    return_freed_memory()
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-
-
-def open_export(run: RunFolder, name: str, trust_remote_code: bool) -> LoadedModel:
-    """Open an export of a run in its runtime: a model that answers like a transformers model."""
-    folder = run.path / name
-    config = quantized_model.load_config(run.quantized, trust_remote_code)
-    tokenizer = quantized_model.load_tokenizer(run.quantized, trust_remote_code)
-    return LoadedModel(EXPORTERS[name].open_model(folder, config), tokenizer, str(folder))
 
 
 def _exactness(result: ExportResult) -> str:

@@ -46,7 +46,9 @@ def open_target(target: str, place: DeviceOptions, named: str, strict: bool = Fa
         raise ModelError(str(error).replace("--pretrained", named)) from error
 
 
-def open_exported(path: Path, exporter: Exporter, named: str, trust_remote_code: bool, strict: bool) -> LoadedModel:
+def open_exported(
+    path: Path, exporter: Exporter, named: str, trust_remote_code: bool, strict: bool = False
+) -> LoadedModel:
     """Open an export in its runtime; arguments and errors: see `open_target`."""
     check_formats([exporter.name], named)
     config = quantized_model.load_config(path, trust_remote_code)

@@ -19,6 +19,7 @@ from nybble.export.gguf import llama_cpp, runtime
 from nybble.export.gguf.file import GGUFContent, write_floats
 from tests.export.gguf.conftest import Exported
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.exports import check_generation, check_padding_and_windows
 from tests.helpers.tiny import make_model
 from tests.helpers.tokenizers import BYTE_LEVEL, byte_level_tokenizer
 
@@ -37,18 +38,9 @@ def opened(export: Callable[..., Exported]) -> Callable[[str], tuple[Any, Any]]:
 
 @pytest.mark.parametrize("family", ["smollm", "qwen3", "phi3", "gemma2", "gemma3"])
 def test_padding_and_sliding_windows(family: str, opened: Callable[[str], tuple[Any, Any]]) -> None:
-    """Two left-padded sequences, longer than the sliding windows of Gemma, compared with each one alone in torch."""
-    model, llama = opened(family)
-    long, short = torch.randint(0, 256, (1, 20)), torch.randint(0, 256, (1, 13))
-    ids = torch.cat([long, torch.cat([torch.full((1, 7), 257), short], dim=1)])
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    logits = llama(input_ids=ids, attention_mask=mask).logits
-    assert float(logits[1, :7].abs().max()) == 0
     tolerance = 0.02 if family.startswith("gemma") else 1e-4  # the table of GELU in float16
-    with torch.no_grad():
-        torch.testing.assert_close(logits[:1], model(long).logits, rtol=0, atol=tolerance)
-        torch.testing.assert_close(logits[1:, 7:], model(short).logits, rtol=0, atol=tolerance)
+    logits = check_padding_and_windows(*opened(family), tolerance)
+    assert float(logits[1, :7].abs().max()) == 0
 
 
 def test_a_sequence_of_padding_alone(opened: Callable[[str], tuple[Any, Any]]) -> None:
@@ -57,26 +49,8 @@ def test_a_sequence_of_padding_alone(opened: Callable[[str], tuple[Any, Any]]) -
     assert float(llama(torch.ones(2, 2, dtype=torch.int64), attention_mask=mask).logits[1].abs().max()) == 0
 
 
-def record_lengths(llama: Any) -> list[int]:
-    """Numbers of tokens of all calls of `infer` from now on."""
-    lengths, original = [], llama.infer
-
-    def infer(input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        lengths.append(input_ids.shape[1])
-        return original(input_ids, *args, **kwargs)
-
-    llama.infer = infer
-    return lengths
-
-
 def test_generation_computes_each_token_once(opened: Callable[[str], tuple[Any, Any]]) -> None:
-    model, llama = opened("llama")
-    lengths, prompt = record_lengths(llama), torch.randint(0, 256, (1, 9))
-    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(prompt, **arguments)
-    assert torch.equal(llama.generate(prompt, **arguments), expected)
-    assert lengths == [9, *[1] * 7]
-    assert torch.equal(llama.generate(prompt, **arguments), expected), "a second call starts with an empty state"
+    check_generation(*opened("llama"))
 
 
 def test_a_batch_with_padding_generates_what_each_sequence_does(opened: Callable[[str], tuple[Any, Any]]) -> None:

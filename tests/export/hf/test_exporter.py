@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,13 @@ from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.hf import HFExporter
 from nybble.quant.scheme import QuantScheme
-from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
+from tests.helpers.exports import (
+    Export,
+    check_logits_and_greedy_tokens,
+    export_checkpoint,
+    export_tiny,
+    slow_values,
+)
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
 from tests.helpers.tiny import FAMILIES, make_config, save_model
 
@@ -50,15 +55,7 @@ def test_transformers_uses_every_tensor(exported: Export) -> None:
 
 
 def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
-    ids = torch.randint(0, 256, (2, 20))
-    written = HF.read_weights(exported.folder)
-    reference = exported.checkpoint.build(lambda name: written[name])
-    opened = HF.open_model(exported.folder, exported.checkpoint.config, strict=True)
-    assert opened.dtype == torch.float32
-    expected = logits_of(reference, ids)
-    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    arguments: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
+    check_logits_and_greedy_tokens(HF, exported)
 
 
 def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:

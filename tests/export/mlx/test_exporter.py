@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nybble.errors import ExportError, OptionError
+from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.mlx.exporter import MLXExporter
 from nybble.export.safetensors_writer import read_metadata
 from nybble.models.quantized_model import load_config
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
+from tests.helpers.exports import Export, check_group_sizes, export_checkpoint, export_tiny, logits_of, slow_values
 from tests.helpers.smollm2 import ANSWER, CHAT, smollm2_checkpoint
 from tests.helpers.tiny import FAMILIES, make_config, save_model
 
@@ -136,15 +136,7 @@ def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
 
 
 def test_schemes_that_mlx_does_not_have_are_refused(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "quantized", "smollm", num_hidden_layers=1)
-    config, selection = checkpoint.config, checkpoint.selection
-    for size in (32, 64, 128):
-        MLX.check(config, selection, QuantScheme(group_size=size))
-    for size in (16, 96, 256, None):
-        with pytest.raises(OptionError, match=f"MLX needs a --group_size of 32, 64, 128; got {size}; .*remove mlx"):
-            MLX.check(config, selection, QuantScheme(group_size=size))
-    with pytest.raises(OptionError, match="an export to MLX needs 4-bit codes; got uint8"):
-        MLX.check(config, selection, QuantScheme(bits=8))
+    check_group_sizes(MLX, make_checkpoint(tmp_path / "quantized", "smollm", num_hidden_layers=1), "MLX")
 
 
 def test_embeddings_narrower_than_their_groups_are_refused(tmp_path: Path) -> None:

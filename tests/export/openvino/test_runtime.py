@@ -9,20 +9,8 @@ import torch
 from nybble.export.base import EXPORTERS
 from tests.export.openvino.conftest import Exported
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.exports import check_generation, check_padding_and_windows, record_lengths
 from tests.helpers.tiny import make_model
-
-
-def check_padding_and_windows(model: Any, runtime: Any) -> None:
-    """Compare two left-padded sequences, longer than the sliding window, with each one alone in torch."""
-    long, short = torch.randint(0, 256, (1, 20)), torch.randint(0, 256, (1, 13))
-    ids = torch.cat([long, torch.cat([torch.full((1, 7), 257), short], dim=1)])
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    logits = runtime(input_ids=ids, attention_mask=mask).logits
-    with torch.no_grad():
-        # 1e-3: float32 rounding through soft caps; a token too many or too few in a mask changes logits by 0.1.
-        torch.testing.assert_close(logits[:1], model(long).logits, rtol=0, atol=1e-3)
-        torch.testing.assert_close(logits[1:, 7:], model(short).logits, rtol=0, atol=1e-3)
 
 
 @pytest.fixture
@@ -45,27 +33,8 @@ def test_padding_and_sliding_windows_of_other_families(family: str, tmp_path: Pa
     check_padding_and_windows(model, exporter.open_model(tmp_path / "openvino", model.config, strict=True))
 
 
-def record_lengths(runtime: Any) -> list[int]:
-    """Numbers of tokens of all calls of `infer` from now on."""
-    lengths, original = [], runtime.infer
-
-    def infer(input_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        lengths.append(input_ids.shape[1])
-        return original(input_ids, *args, **kwargs)
-
-    runtime.infer = infer
-    return lengths
-
-
 def test_generation_computes_each_token_once(exported: Exported, runtime: Any) -> None:
-    lengths = record_lengths(runtime)
-    prompt = torch.randint(0, 256, (1, 9))
-    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    expected = exported.model.generate(prompt, **arguments)
-    assert torch.equal(runtime.generate(prompt, **arguments), expected)
-    assert lengths == [9, *[1] * 7]
-    assert torch.equal(runtime.generate(prompt, **arguments), expected), "a second call starts with an empty state"
-    assert lengths[8:] == lengths[:8]
+    check_generation(exported.model, runtime)
 
 
 def test_forward_outside_of_generation_does_not_use_the_state(exported: Exported, runtime: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,13 +9,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nybble.errors import ExportError, OptionError
+from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.safetensors_writer import read_metadata
 from nybble.export.vllm import VLLMExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.exports import Export, export_checkpoint, export_tiny, logits_of, slow_values
+from tests.helpers.exports import (
+    Export,
+    check_group_sizes,
+    check_logits_and_greedy_tokens,
+    export_checkpoint,
+    export_tiny,
+    logits_of,
+    slow_values,
+)
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
 from tests.helpers.tiny import FAMILIES, make_config, save_model
 
@@ -76,15 +83,7 @@ def test_compressed_tensors_reads_the_weights(exported: Export) -> None:
 
 
 def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
-    ids = torch.randint(0, 256, (2, 20))
-    written = VLLM.read_weights(exported.folder)
-    reference = exported.checkpoint.build(lambda name: written[name])
-    opened = VLLM.open_model(exported.folder, exported.checkpoint.config, strict=True)
-    assert opened.dtype == torch.float32
-    expected = logits_of(reference, ids)
-    torch.testing.assert_close(logits_of(opened, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    arguments: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
+    check_logits_and_greedy_tokens(VLLM, exported)
 
 
 @pytest.mark.parametrize("family", ["smollm", "phi3"])
@@ -134,14 +133,8 @@ def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
 
 def test_schemes_without_a_kernel_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "quantized", "smollm", num_hidden_layers=1)
+    check_group_sizes(VLLM, checkpoint, "vLLM")
     config, selection = checkpoint.config, checkpoint.selection
-    for size in (32, 64, 128):
-        VLLM.check(config, selection, QuantScheme(group_size=size))
-    for size in (16, 96, 256, None):
-        with pytest.raises(OptionError, match=f"vLLM needs a --group_size of 32, 64, 128; got {size}; .*remove vllm"):
-            VLLM.check(config, selection, QuantScheme(group_size=size))
-    with pytest.raises(OptionError, match="an export to vLLM needs 4-bit codes; got uint8"):
-        VLLM.check(config, selection, QuantScheme(bits=8))
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="vllm needs a model whose code is in transformers; llama .*; remove vllm"):
         VLLM.check(config, selection, QuantScheme())
