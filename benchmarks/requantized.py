@@ -126,13 +126,12 @@ def mlx_values(folder: Path) -> Callable[[str], torch.Tensor]:
 
 def onnx(run: Path, work: Path) -> Path:
     """Quantize with onnxruntime-genai's builder."""
-    from onnxruntime_genai.models.builder import create_model
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     folder = work / "onnx"
+    arguments = (None, str(run / "hf"), str(folder), "int4", "cpu", str(work / "cache"))
     with contextlib.redirect_stdout(sys.stderr):
-        create_model(
-            None, str(run / "hf"), str(folder), "int4", "cpu", str(work / "cache"), int4_block_size=str(GROUP_SIZE)
-        )
+        create_model(*arguments, **parse_extra_options(*arguments, [f"int4_block_size={GROUP_SIZE}"]))
     return folder
 
 
