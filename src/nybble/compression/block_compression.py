@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nybble.compression.base import RefinementMethod
-from nybble.compression.blocks import DecoderBlocks, InputStatistics, get_linear, set_weight
+from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, InputStatistics, get_linear, set_weight
 from nybble.compression.calibration import Calibration
 from nybble.compression.init import QuantizedInit
-from nybble.compression.layer_error import LayerError, OutputReference, layer_error
+from nybble.compression.layer_error import LayerError, OutputReference, layer_error, weight_error
 from nybble.compression.methods import MethodCombination
 from nybble.compression.rounding import round_layers
+from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.quant.scheme import QuantScheme
 
 # Called with the number of layers just finished, and a text about them.
@@ -86,7 +87,7 @@ class BlockCompressor:
 
     def _run_stages(self, i: int) -> CompressedBlock:
         block, prefix = self.blocks.modules[i], self.blocks.prefixes[i]
-        statistics = self.blocks.observe(i)
+        statistics = [shared for shared in self.blocks.observe(i) if shared.tokens >= MIN_TOKENS]
         references = {
             name: OutputReference.of(get_linear(block, name).weight, shared.gram_II, self.scheme)
             for shared in statistics
@@ -102,18 +103,37 @@ class BlockCompressor:
             for name in inits:
                 error = result.errors[name]
                 self.progress(1, f"{prefix}{name}: output error {error.rtn:.2%} -> {error.compressed:.2%}")
+        rest = [name for name in self.blocks.layers[i] if name not in result.inits]
+        self._round_to_nearest(i, rest, result)
         if result.inits:
             for refinement in self.methods.refinement:
                 self._refine(i, refinement, result)
                 for shared in statistics:
                     self._measure(i, shared, references, result)
+                self._measure_weights(i, rest, result)
         return result
+
+    def _round_to_nearest(self, i: int, names: Sequence[str], result: CompressedBlock) -> None:
+        """Compress layers without statistics: experts with too few tokens."""
+        for name in names:
+            linear = get_linear(self.blocks.modules[i], name)
+            rounder = RoundToNearest().make_rounder(name, None, MinMaxScales(), self.scheme, None)
+            result.inits |= round_layers({name: linear}, rounder, self.scheme)
+        self._measure_weights(i, names, result)
+        for name in names:
+            self.progress(1, f"{self.blocks.prefixes[i]}{name}: weight error {result.errors[name].weight:.2%}")
+
+    def _measure_weights(self, i: int, names: Sequence[str], result: CompressedBlock) -> None:
+        """Set the errors of layers without statistics."""
+        for name in names:
+            weight_OI = get_linear(self.blocks.modules[i], name).weight
+            result.errors[name] = weight_error(weight_OI, result.inits[name], self.scheme)
 
     def _round(self, i: int, shared: InputStatistics) -> dict[str, QuantizedInit]:
         """Round the layers that share an input."""
         rounder = self.methods.rounding.make_rounder(
             self.blocks.prefixes[i] + shared.layers[0],
-            shared.gram_II,
+            shared.shrunk_II(),
             self.methods.scales,
             self.scheme,
             self.calibration,

