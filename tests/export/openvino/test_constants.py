@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.openvino.constants import insert_codes, read_constants
+from nybble.export.openvino.experts import GraphWeight
 from nybble.export.openvino.trace import TracedModel
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -27,7 +28,8 @@ def traced_with(**weights: Tensor) -> TracedModel:
 
     parameters = {name: op.parameter(list(weight_OI.shape), ov.Type.f32) for name, weight_OI in weights.items()}
     results = [op.result(parameter) for parameter in parameters.values()]
-    return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters)
+    sources = {name: GraphWeight(tuple(weight.shape), (name,), (0, len(weight))) for name, weight in weights.items()}
+    return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters, sources)
 
 
 def quantize_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> QuantizedWeight:

@@ -43,7 +43,7 @@ def test_inputs_outputs_and_state_have_the_names_of_optimum_intel(exported: Expo
 @pytest.mark.usefixtures("needs_openvino")
 def test_attention_gets_float_masks(tmp_path: Path) -> None:
     """OpenVINO is slow with boolean masks."""
-    graph, weights = trace.trace_model(make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1))
+    graph, weights, _ = trace.trace_model(make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1))
     assert len(weights) == 9
     assert all(node.output(0).get_target_inputs() for node in weights.values())
     masks = [

@@ -5,6 +5,8 @@
     8 bits: u8 codes [O, I] -> f32,  minus u8 zero point [O, 1] -> f32,  times f32 scale [O, 1]
                                                                                    (embedding, lm_head)
 
+A stack of experts has one more axis in front: u4 codes [E, O, G, K].
+
 The CPU plugin of OpenVINO recognizes these patterns and runs compressed matrix products. For 4-bit codes,
 scale * (code - zero_point) has at most 11 significant bits, so the product is exact in f16.
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.openvino.experts import ANY_EXPERT, modules_of_stacks, stack_rows
 from nybble.export.openvino.trace import TracedModel
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -49,7 +52,8 @@ def insert_codes(traced: TracedModel, quantized: Mapping[str, QuantizedWeight]) 
             f"{len(traced.weights)} (first: {unused[0]}); this architecture cannot be exported to OpenVINO yet"
         )
     for name, node in traced.weights.items():
-        replacement = _dequantize_node(name, quantized[name])
+        source = traced.sources[name]
+        replacement = _dequantize_node(name, source.read(quantized), source.shape)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
         traced.graph.remove_parameter(node)
@@ -69,23 +73,32 @@ def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:
         name, _, leaf = node.get_friendly_name().rpartition(".")
         if node.get_type_name() == "Constant" and leaf in _LEAVES:
             nodes.setdefault(name, {})[leaf] = node
-    return LazyMapping(nodes, lambda name: _read_weight(nodes[name]))
+    stacks = {name: leaves["codes"].shape[0] for name, leaves in nodes.items() if ANY_EXPERT in name}
+    experts = modules_of_stacks(stacks)
+
+    def read(name: str) -> QuantizedWeight:
+        if name in experts:
+            return stack_rows([_read_weight(nodes[stack], i) for stack, i in experts[name]])
+        return _read_weight(nodes[name])
+
+    return LazyMapping([*(name for name in nodes if name not in stacks), *experts], read)
 
 
-def _read_weight(leaves: Mapping[str, Any]) -> QuantizedWeight:
-    codes_OI, scale_OG, zero_point_OG = (_read_rows(leaves[leaf]) for leaf in _LEAVES)
+def _read_weight(leaves: Mapping[str, Any], expert: int | None = None) -> QuantizedWeight:
+    """Read the constants of a weight, or of one expert of a stack."""
+    codes_OI, scale_OG, zero_point_OG = (_read_rows(leaves[leaf], expert) for leaf in _LEAVES)
     four_bits = leaves["codes"].get_element_type().get_type_name() == "u4"
     scheme = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four_bits else INT8_PER_ROW
     return QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
 
 
-def _dequantize_node(name: str, weight: QuantizedWeight) -> Any:
-    """Return the node that computes the float32 weight [O, I]; the patterns are at the top of this file."""
+def _dequantize_node(name: str, weight: QuantizedWeight, result: tuple[int, ...]) -> Any:
+    """Return the node that computes the float32 weight of shape `result`; the patterns are at the top of this file."""
     from openvino import opset13 as op
 
     four_bits = weight.scheme.bits == 4
-    (rows, columns), groups = weight.codes_OI.shape, weight.scale_OG.shape[1]
-    shape = [rows, groups, columns // groups] if four_bits else [rows, columns]
+    (*rows, columns), groups = result, weight.scale_OG.shape[1]
+    shape = [*rows, groups, columns // groups] if four_bits else [*rows, columns]
     per_group = [*shape[:-1], 1]
     compute_type, numpy_type = ("f16", "float16") if four_bits else ("f32", "float32")
 
@@ -98,7 +111,7 @@ def _dequantize_node(name: str, weight: QuantizedWeight) -> Any:
     product = op.multiply(op.subtract(codes, zero_point), scale)
     if not four_bits:
         return product
-    return op.convert(op.reshape(product, op.constant(np.array([rows, columns])), special_zero=False), "f32")
+    return op.convert(op.reshape(product, op.constant(np.array(result)), special_zero=False), "f32")
 
 
 def _integer_constant(name: str, values: Tensor, shape: list[int], four_bits: bool) -> Any:
@@ -119,10 +132,13 @@ def _constant_bytes(values: Tensor, four_bits: bool) -> np.ndarray:
     return np.ascontiguousarray(flat.numpy())
 
 
-def _read_rows(node: Any) -> Tensor:
-    """Return the values of a constant [O, ...] as [O, all other axes]."""
+def _read_rows(node: Any, expert: int | None) -> Tensor:
+    """Return the values of a constant [O, ...], or of one expert of a constant [E, O, ...], as [O, all other axes]."""
     shape = list(node.shape)
-    array = torch.from_numpy(np.array(node.data))
-    if node.get_element_type().get_type_name() == "u4":
-        array = unpack_nibbles(array.flatten().view(torch.uint8))[: int(np.prod(shape))]
-    return array.reshape(shape[0], -1)
+    count = int(np.prod(shape[1:] if expert is not None else shape))
+    first = count * (expert or 0)
+    values, rows = node.data.reshape(-1), shape[0 if expert is None else 1]
+    if node.get_element_type().get_type_name() != "u4":
+        return torch.from_numpy(values[first : first + count].copy()).reshape(rows, -1)
+    packed = values.view(np.uint8)[first // 2 : (first + count + 1) // 2].copy()
+    return unpack_nibbles(torch.from_numpy(packed))[first % 2 :][:count].reshape(rows, -1)

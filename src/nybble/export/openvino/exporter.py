@@ -54,7 +54,12 @@ class OpenVINOExporter(Exporter):
     extra = "openvino"
     library = "openvino"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
+            "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
+        }
+    )  # fmt: skip
     most_parameters_compared = None  # the runtime computes with the codes
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:

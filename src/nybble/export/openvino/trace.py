@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nybble.errors import ExportError, describe_error
+from nybble.export.openvino.experts import GraphWeight, graph_weights, trace_experts
 from nybble.models.checkpoint import QuantizedCheckpoint
 
 _INPUT_SHAPES = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
@@ -39,11 +40,13 @@ class TracedModel(NamedTuple):
     Attributes:
         graph: openvino.Model with the inputs input_ids [B, T] (i64), attention_mask [B, past + T] (i64), position_ids
             [B, T] (i64), beam_idx [B] (i32) and `weights`, and the output logits [B, T, V] (f32).
-        weights: module name -> Parameter of the graph for its weight [O, I] (f32).
+        weights: name -> Parameter of the graph for a weight (f32).
+        sources: name -> what the weight is made of.
     """
 
     graph: Any
     weights: dict[str, Any]
+    sources: dict[str, GraphWeight]
 
 
 def trace_model(checkpoint: QuantizedCheckpoint) -> TracedModel:
@@ -58,17 +61,15 @@ def trace_model(checkpoint: QuantizedCheckpoint) -> TracedModel:
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     heads, head_size = _heads(checkpoint.config)
-    graph = _convert(checkpoint, heads, head_size)
-    count = len(checkpoint.shapes)
-    first = len(_INPUT_SHAPES)
-    weights = {
-        name: port.get_node() for name, port in zip(checkpoint.shapes, graph.inputs[first : first + count], strict=True)
-    }
+    graph, sources = _convert(checkpoint, heads, head_size)
+    first, count = len(_INPUT_SHAPES), len(sources)
+    ports = graph.inputs[first : first + count]
+    weights = {name: port.get_node() for name, port in zip(sources, ports, strict=True)}
     state_names = _name_ports(graph, count, heads, head_size)
     graph.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(graph, state_names)
     _start_states_empty(graph, heads, head_size)
-    return TracedModel(graph, weights)
+    return TracedModel(graph, weights, sources)
 
 
 def _heads(config: Any) -> tuple[int, int]:
@@ -144,30 +145,37 @@ class _ModelWithPast:
         return sliding
 
 
-def _convert(checkpoint: QuantizedCheckpoint, heads: int, head_size: int) -> Any:
-    """Trace the wrapped model with example inputs. Raises ExportError where that fails."""
+def _convert(checkpoint: QuantizedCheckpoint, heads: int, head_size: int) -> tuple[Any, dict[str, GraphWeight]]:
+    """Trace the wrapped model with example inputs. Raises ExportError where that fails.
+
+    Returns:
+        openvino.Model, and the weights among its inputs.
+    """
     import openvino as ov
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     batch, queries, past = 2, 3, 2  # all above 1: the tracer would take a size of 1 for a constant
     config = checkpoint.config
+    wrapped = _ModelWithPast(config, ())
+    wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
+    trace_experts(wrapped.model, lambda name: wrapped.weights[name])
+    sources = graph_weights(wrapped.model, checkpoint.shapes)
+    wrapped.names = tuple(sources)
     example = (
         torch.ones(batch, queries, dtype=torch.int64),
         torch.ones(batch, past + queries, dtype=torch.int64),
         torch.arange(past, past + queries).expand(batch, -1),
         torch.arange(batch, dtype=torch.int32),
-        *(torch.zeros(1).expand(shape) for shape in checkpoint.shapes.values()),
+        *(torch.zeros(1).expand(weight.shape) for weight in sources.values()),
         *(torch.zeros(batch, heads, past, head_size) for _ in range(2 * config.num_hidden_layers)),
     )
-    wrapped = _ModelWithPast(config, tuple(checkpoint.shapes))
-    wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
     with torch.no_grad(), warnings.catch_warnings(), _fixed_rope(wrapped.model):
         # The tracer warns of every branch on a shape. Wrong branches show in the comparison of logits.
         warnings.simplefilter("ignore")
         try:
             traced = torch.jit.trace(wrapped.forward, example, strict=False, check_trace=False)
             decoder = TorchScriptPythonDecoder(traced, example_input=example)
-            return ov.convert_model(decoder, example_input=example)
+            return ov.convert_model(decoder, example_input=example), sources
         except Exception as error:  # errors of the tracer, of OpenVINO and of the model
             raise ExportError(
                 f"an export to OpenVINO traces the model with keys and values of past tokens; "
