@@ -134,6 +134,14 @@ _MIXTURES = {
     "olmoe": ("OLMoE", "q/k norms"),
     "ernie4_5_moe": ("ERNIE 4.5", "dense first layer, shared expert"),
     "phimoe": ("Phi-3.5 MoE", "sparse mixer"),
+    "llama4_text": ("Llama 4 (text)", "one expert for a token, scaled inputs, chunked attention"),
+    "deepseek_v2": ("DeepSeek V2", "latent attention, groups of experts, shared experts"),
+    "deepseek_v3": ("DeepSeek V3, R1, Kimi K2", "latent attention, sigmoid router, shared experts"),
+    "qwen3_next": ("Qwen3-Next", "linear attention, shared expert with a gate"),
+    "qwen3_5_moe_text": ("Qwen3.5 MoE (text)", "linear attention, shared expert with a gate"),
+    "lfm2_moe": ("LFM2 MoE", "short convolutions"),
+    "nemotron_h": ("Nemotron-H", "state space layers, experts without gates"),
+    "jetmoe": ("JetMoe", "experts in attention"),
 }
 README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end of support -->"

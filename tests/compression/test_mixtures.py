@@ -71,11 +71,17 @@ def test_statistics_of_an_expert_are_those_of_its_tokens() -> None:
 def test_shrinking_keeps_the_diagonal_and_weighs_the_rest_by_the_tokens() -> None:
     x = torch.randn(6, 10, dtype=torch.float64)
     gram = x.T @ x / 6
-    shrunk = InputStatistics(("a",), gram, tokens=6).shrunk_II()
+    shrunk = InputStatistics(("a",), gram, tokens=6).expected_II()
     diagonal = torch.diag(gram.diagonal())
     torch.testing.assert_close(shrunk, (6 * gram + 10 * diagonal) / 16)
     assert bool((torch.linalg.eigvalsh(shrunk) > 0).all())  # 6 tokens alone have rank 6
     assert int(torch.linalg.matrix_rank(gram)) == 6
+
+
+def test_second_moments_of_many_tokens_are_taken_as_they_are() -> None:
+    gram = torch.eye(10) + 0.5
+    assert InputStatistics(("a",), gram, tokens=160).expected_II() is gram
+    assert not torch.equal(InputStatistics(("a",), gram, tokens=159).expected_II(), gram)
 
 
 @pytest.mark.parametrize("tokens", [24, 48, 96])
@@ -94,7 +100,7 @@ def test_few_tokens_do_not_make_other_text_worse_than_rounding_to_nearest(tokens
 
 def error_on(weight: torch.Tensor, statistics: InputStatistics, other: torch.Tensor) -> float:
     methods = combine(("se", "gptq"))
-    rounder = methods.rounding.make_rounder("a", statistics.shrunk_II(), methods.scales, SCHEME, Calibration(IDS))
+    rounder = methods.rounding.make_rounder("a", statistics.expected_II(), methods.scales, SCHEME, Calibration(IDS))
     rounded = rounder(weight)
     scale, zero_point = rounded.scale_OG[..., None], rounded.zero_point_OG[..., None]
     values = ((rounded.codes_OI.view(64, 3, 32).double() - zero_point) * scale).view(64, 96) - weight

@@ -98,6 +98,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def model_type(family: str) -> str:
+    """`model_type` of the configuration of a family."""
+    return str(getattr(transformers, FAMILIES[family][0]).model_type)
+
+
 def make_mixture(family: str, seed: int = 0, **changes: Any) -> Any:
     """A frozen model in float32. All of its parameters are random, so that a forgotten one shows."""
     torch.manual_seed(seed)

@@ -133,7 +133,7 @@ class BlockCompressor:
         """Round the layers that share an input."""
         rounder = self.methods.rounding.make_rounder(
             self.blocks.prefixes[i] + shared.layers[0],
-            shared.shrunk_II(),
+            shared.expected_II(),
             self.methods.scales,
             self.scheme,
             self.calibration,

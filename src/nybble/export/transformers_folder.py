@@ -7,7 +7,6 @@ scale * (code - 128) has up to 14 bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, read_metadata, weight_blocks
+from nybble.export.safetensors_writer import MODEL_FILE, read_metadata
 from nybble.files import open_tensors, write_text
-from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.models.checkpoint import QuantizedCheckpoint, transformers_model
+from nybble.quant.weight import pack_nibbles, unpack_nibbles
 
 _QUANTIZED = "nybble.quantized"
 """Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
@@ -72,22 +71,6 @@ def update_config(folder: Path, model: Any, **fields: Any) -> None:
     write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def other_layouts(checkpoint: QuantizedCheckpoint) -> dict[str, TensorLayout]:
-    """Return the layouts of all tensors that are not quantized, in their own dtype."""
-    return {name: TensorLayout.of(tensor) for name, tensor in checkpoint.others.items()}
-
-
-def write_others(writer: SafetensorsWriter, checkpoint: QuantizedCheckpoint) -> None:
-    """Write all tensors that are not quantized, one at a time."""
-    for name, tensor in checkpoint.others.items():
-        writer.write(name, tensor)
-
-
-def float16_blocks(weight: QuantizedWeight) -> Iterator[Tensor]:
-    """Yield the dequantized weight as consecutive blocks of rows, float16."""
-    return (block.dequantize().half() for block in weight_blocks(weight))
-
-
 def nibbles_to_words(codes_MN: Tensor) -> Tensor:
     """Pack eight 4-bit codes into a word, the first in the lowest bits: uint8 [M, N] -> int32 [M, N / 8].
 
@@ -130,12 +113,13 @@ def tensor_names(folder: Path) -> set[str]:
         return set(file.keys())
 
 
-def load_with_transformers(folder: Path, strict: bool) -> Any:
+def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] | None = None) -> Any:
     """Load a folder as users of transformers do; codes are dequantized at once, and not at the first call.
 
     Args:
         folder: the export.
         strict: in float32, instead of the dtype in config.json.
+        state: published name -> tensor, without codes, in place of those in the folder.
 
     Returns:
         A transformers.PreTrainedModel on the CPU, in evaluation mode.
@@ -143,7 +127,13 @@ def load_with_transformers(folder: Path, strict: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
+    dtype = torch.float32 if strict else config.dtype
+    if state is not None:
+        del config.quantization_config
+        kind = type(transformers_model(config, trust_remote_code=False))
+        model = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=state)
+        return model.requires_grad_(False).eval()
     if getattr(config, "quantization_config", None) is not None:
         config.quantization_config["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32 if strict else "auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     return model.requires_grad_(False).eval()

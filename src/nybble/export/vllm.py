@@ -8,8 +8,8 @@ model.safetensors holds for every linear layer NAME with O rows, I columns and G
     NAME.weight_shape         int64 [2]             O, I
 
 for the embedding and the head `NAME.weight`, float16 [rows, I], rounded; and all other tensors under their own names in
-their own dtype. A head that is tied to the embedding is not stored. `quantization_config` in config.json describes the
-linear layers, and leaves out the head by its name.
+their own dtype. Names are those of models on the hub (published.py). A head that is tied to the embedding is not
+stored. `quantization_config` in config.json describes the linear layers, and names those that have no codes.
 
 Refused (OptionError): widths other than 4 bits, and group sizes that vLLM's kernel for GPUs (Marlin) does not have.
 Refused (ExportError): models that come with Python code of their own, and rows that are no multiple of 8 in asymmetric
@@ -20,7 +20,7 @@ https://github.com/vllm-project/compressed-tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ from torch import Tensor
 
 from nybble.errors import ExportError, OptionError
 from nybble.export.base import Exporter
+from nybble.export.published import (
+    Location,
+    Piece,
+    PublishedTensor,
+    float16_blocks,
+    locate_modules,
+    published_layout,
+    rows_of,
+    tensor_layout,
+)
 from nybble.export.safetensors_writer import (
     MODEL_FILE,
     SafetensorsWriter,
@@ -39,20 +49,18 @@ from nybble.export.safetensors_writer import (
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
-    float16_blocks,
     float16_limits,
     load_with_transformers,
     metadata,
     nibbles_to_words,
-    other_layouts,
     quantized_names,
     read_tensor,
     tensor_names,
     update_config,
     words_to_nibbles,
-    write_others,
 )
-from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
+from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
+from nybble.models.experts import find_stacks
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -90,7 +98,13 @@ class VLLMExporter(Exporter):
     extra = "vllm"
     library = "vllm"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
+            "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "olmoe", "lfm2_moe",
+            "qwen3_next", "ernie4_5_moe", "phimoe",
+        }
+    )  # fmt: skip
     int8_tolerance = INT8_TOLERANCE
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
@@ -110,8 +124,14 @@ class VLLMExporter(Exporter):
             )
 
     def limits(self, config: Any) -> tuple[str, ...]:
-        """Name the dtype for models that overflow in float16; see `Exporter.limits`."""
-        return float16_limits(config)
+        """Name the dtype for models that overflow in float16, and what mixtures need; see `Exporter.limits`."""
+        if not find_stacks(transformers_model(config, trust_remote_code=False)):
+            return float16_limits(config)
+        return (
+            *float16_limits(config),
+            "experts with zero points run in vLLM since its change of May 2026 (#44025), on GPUs that its Marlin "
+            "kernel supports; transformers 5.23 does not load them",
+        )
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`.
@@ -120,26 +140,21 @@ class VLLMExporter(Exporter):
             ExportError: a layer has a number of rows that vLLM cannot split.
         """
         int4, scheme = set(checkpoint.selection.int4), checkpoint.scheme
-        layouts = other_layouts(checkpoint)
-        for name, shape in checkpoint.shapes.items():
-            if name not in int4:
-                layouts[f"{name}.weight"] = TensorLayout(torch.float16, shape)
-                continue
-            if shape[0] % _WORD and not scheme.symmetric:
-                raise ExportError(
-                    f"an export to vLLM needs rows in multiples of {_WORD} for packed zero points; {name} has "
-                    f"{shape[0]}; remove {self.name} from --export"
-                )
-            layouts |= _layer_layouts(name, shape, scheme)
+        tensors = published_layout(checkpoint.config, checkpoint.shapes)
+        packed = {name: _single_piece(name, t) for name, t in tensors.items() if t.matrices[0][0].module in int4}
+        layouts = {name: tensor_layout(checkpoint, t) for name, t in tensors.items() if name not in packed}
+        dense = [name for name, layout in layouts.items() if len(layout.shape) == 2]
+        for name, piece in packed.items():
+            layouts |= _layer_layouts(_module(name), (len(piece), checkpoint.shapes[piece.module][1]), scheme)
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
-            write_others(writer, checkpoint)
-            for name, weight in checkpoint.quantized.items():
-                if name in int4:
-                    _write_layer(writer, name, weight)
+            for name, tensor in tensors.items():
+                if name in packed:
+                    _write_layer(writer, _module(name), rows_of(checkpoint.quantized, packed[name]))
                 else:
-                    writer.write_blocks(f"{name}.weight", float16_blocks(weight))
+                    writer.write_blocks(name, float16_blocks(checkpoint, tensor))
         model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
-        update_config(folder, model, quantization_config=_quantization_config(scheme, _name_of_head(model)))
+        ignored = sorted({_name_of_head(model), *(_module(name) for name in dense if name.endswith(".weight"))})
+        update_config(folder, model, quantization_config=_quantization_config(scheme, ignored))
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""
@@ -156,29 +171,75 @@ class VLLMExporter(Exporter):
         Returns:
             A transformers.PreTrainedModel on the CPU. vLLM computes with the codes; it is not used here.
         """
-        return load_with_transformers(folder, strict)
+        if not find_stacks(transformers_model(config, trust_remote_code=False)):
+            return load_with_transformers(folder, strict)
+        # transformers 5.23 forgets the zero points of experts when it stacks them.
+        state = {f"{name}.weight": _decompress(folder, name) for name in _packed_modules(folder)}
+        state |= {name: read_tensor(folder, name) for name in tensor_names(folder) if not _belongs_to_codes(name)}
+        return load_with_transformers(folder, strict, state)
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read the codes of the linear layers; see `Exporter.read_codes`."""
         settings = _read_settings(folder)["weights"]
         scheme = QuantScheme(4, settings["group_size"], settings["symmetric"])
-        dense = _dense_modules(folder)
-        names = [name for name in quantized_names(folder) if name not in dense]
-        return LazyMapping(names, lambda name: _read_layer(folder, name, scheme))
+        dense, locations = _dense_modules(folder), locate_modules(folder)
+        names = [name for name in quantized_names(folder) if _module(locations[name][0].tensor) not in dense]
+        return LazyMapping(names, lambda name: _read_module(folder, locations[name], scheme))
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights with compressed-tensors' own decompression, in float32; see `Exporter.read_weights`."""
-        dense = _dense_modules(folder)
+        dense, locations = _dense_modules(folder), locate_modules(folder)
 
         def read(name: str) -> Tensor:
-            return read_tensor(folder, f"{name}.weight").float() if name in dense else _decompress(folder, name)
+            if _module(locations[name][0].tensor) in dense:
+                return read_tensor(folder, locations[name][0].tensor).float()
+            parts = [_decompress(folder, _module(location.tensor)) for location in locations[name]]
+            return _in_memory(parts, locations[name])
 
         return LazyMapping(quantized_names(folder), read)
 
 
+def _module(name: str) -> str:
+    """Published name of the module of a weight."""
+    return name.removesuffix(".weight")
+
+
+def _single_piece(name: str, tensor: PublishedTensor) -> Piece:
+    """The rows of a published tensor that holds a matrix of one layer. ExportError for others."""
+    if tensor.is_stack or tensor.transposed or len(tensor.matrices[0]) > 1:
+        raise ExportError(
+            f"an export to vLLM needs models that are published with one matrix for each layer and expert; {name} "
+            "holds several; remove vllm from --export"
+        )
+    return tensor.matrices[0][0]
+
+
+def _in_memory(parts: Sequence[Tensor], locations: Sequence[Location]) -> Tensor:
+    """Put the rows of published layers [rows, ...] where they are in memory [O, ...]."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for part, location in zip(parts, locations, strict=True):
+        whole[location.piece.rows] = part
+    return whole
+
+
+def _read_module(folder: Path, locations: Sequence[Location], scheme: QuantScheme) -> QuantizedWeight:
+    """Read the published layers that make a layer in memory."""
+    layers = [_read_layer(folder, _module(location.tensor), scheme) for location in locations]
+    codes_OI, scale_OG, zero_point_OG = (
+        _in_memory([getattr(layer, leaf) for layer in layers], locations)
+        for leaf in ("codes_OI", "scale_OG", "zero_point_OG")
+    )
+    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
+
+
 def _layer_layouts(name: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, TensorLayout]:
-    """Layouts of the tensors of a linear layer."""
+    """Layouts of the tensors of a linear layer. ExportError for rows that vLLM cannot split."""
     rows, columns = shape
+    if rows % _WORD and not scheme.symmetric:
+        raise ExportError(
+            f"an export to vLLM needs rows in multiples of {_WORD} for packed zero points; {name} has {rows}; remove "
+            "vllm from --export"
+        )
     groups = scheme.num_groups(columns)
     layouts = {
         name + _PACKED: TensorLayout(torch.int32, (rows, columns // _WORD)),
@@ -221,6 +282,16 @@ def _decompress(folder: Path, name: str) -> Tensor:
     return PackedQuantizationCompressor.decompress(state, scheme)["weight"]  # type: ignore[no-any-return]
 
 
+def _belongs_to_codes(name: str) -> bool:
+    """Whether a tensor is one of those that make a linear layer."""
+    return name.endswith((_PACKED, _SCALE, _ZERO_POINT, _SHAPE))
+
+
+def _packed_modules(folder: Path) -> list[str]:
+    """Published names of all modules with codes."""
+    return [name.removesuffix(_PACKED) for name in tensor_names(folder) if name.endswith(_PACKED)]
+
+
 def _dense_modules(folder: Path) -> set[str]:
     """Names of all modules with a plain weight. Of those that the checkpoint quantizes: embedding and head."""
     return {name.removesuffix(".weight") for name in tensor_names(folder) if name.endswith(".weight")}
@@ -232,8 +303,8 @@ def _name_of_head(model: Any) -> str:
     return str(next(name for name, module in model.named_modules() if module is head))
 
 
-def _quantization_config(scheme: QuantScheme, head: str) -> dict[str, Any]:
-    """Entry of config.json by which readers find the layers with codes: every nn.Linear that is not the head."""
+def _quantization_config(scheme: QuantScheme, ignored: Sequence[str]) -> dict[str, Any]:
+    """Entry of config.json by which readers find the layers with codes: every linear layer that is not ignored."""
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -247,7 +318,7 @@ def _quantization_config(scheme: QuantScheme, head: str) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": [head],
+        "ignore": list(ignored),
     }
 
 

@@ -110,15 +110,22 @@ def empty_model(config: Any, trust_remote_code: bool) -> Any:
         trust_remote_code: whether to run Python code that comes with the model.
 
     Returns:
-        A transformers.PreTrainedModel; float32.
+        A transformers.PreTrainedModel after `linearize`; float32.
     """
+    model = transformers_model(config, trust_remote_code)
+    linearize(model)
+    model.tie_weights()
+    return model
+
+
+def transformers_model(config: Any, trust_remote_code: bool) -> Any:
+    """Build the same model as transformers has it, with stacked experts; see `empty_model`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    linearize(model)
     model.tie_weights()
     return model
 

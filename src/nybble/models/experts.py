@@ -17,6 +17,7 @@ have identity experts beside the routed ones, and those that get their inputs so
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,9 +145,60 @@ def split_experts(model: nn.Module) -> None:
             _split(module, kind)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A parameter that holds a projection, or its biases, of all experts of a layer, before the split.
+
+    Attributes:
+        path: of the module that the experts are in.
+        leaf: name of the projection in an expert; "" where an expert is one linear layer.
+        count: number of experts, E. The parameter may have more entries, which are not used.
+        shape: of the projection of one expert in memory after the split: [O, I], or [O] of biases.
+        transposed: each entry is [I, O].
+    """
+
+    path: str
+    leaf: str
+    count: int
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def module(self, i: int) -> str:
+        """Name of the linear layer of expert i after the split."""
+        return f"{self.path}.{i}.{self.leaf}".removesuffix(".")
+
+
+def find_stacks(model: nn.Module) -> dict[str, Stack]:
+    """Return the stacked parameters of a model that is not split yet: name of the parameter -> what it holds."""
+    found = {}
+    for path, module in model.named_modules():
+        kind = _kind_of(module)
+        if kind is not None:
+            stacked = _stacked(module)
+            transposed = _is_transposed(module, kind)
+            count = min(len(parameter) for parameter in stacked.values())
+            for name, parameter in stacked.items():
+                shape = tuple(parameter.shape[1:])
+                leaf = "" if kind is SortedExperts else name
+                found[f"{path}.{name}"] = Stack(path, leaf, count, shape[::-1] if transposed else shape, transposed)
+                bias = module._parameters.get(f"{name}_bias")
+                if bias is not None:
+                    found[f"{path}.{name}_bias"] = Stack(path, leaf, count, tuple(bias.shape[1:]), False)
+    return found
+
+
+def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module with three axes."""
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+
+
+def _is_transposed(module: nn.Module, kind: type[SplitExperts]) -> bool:
+    return kind is DenseExperts or bool(getattr(module, "is_transposed", False))
+
+
 def _kind_of(module: nn.Module) -> type[SplitExperts] | None:
     """The class that `module` becomes; None if it is no mixture with 3-D parameters that is known here."""
-    stacked = {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+    stacked = _stacked(module).keys()
     if stacked in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
         if hasattr(module, "is_transposed"):  # set by transformers' experts interface
             return RoutedExperts
@@ -158,9 +210,9 @@ def _kind_of(module: nn.Module) -> type[SplitExperts] | None:
 
 def _split(module: nn.Module, kind: type[SplitExperts]) -> None:
     """Replace the 3-D parameters of one module, and give it the class `kind` beside its own."""
-    stacked = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    stacked = _stacked(module)
     count = min(len(parameter) for parameter in stacked.values())  # LongCat's gate_up_proj also has identity experts
-    transposed = kind is DenseExperts or getattr(module, "is_transposed", False)
+    transposed = _is_transposed(module, kind)
     biases = {name: module._parameters.pop(f"{name}_bias", None) for name in stacked}
     for name in stacked:
         del module._parameters[name]

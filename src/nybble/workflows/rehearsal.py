@@ -76,7 +76,8 @@ def rehearse(
                 checkpoint = open_checkpoint(folder, trust_remote_code)
                 checkpoint.build()
             (Path(scratch) / name).mkdir()
-            EXPORTERS[name].export(checkpoint, Path(scratch) / name)
+            with _step(f"exported to {name}", twin):
+                EXPORTERS[name].export(checkpoint, Path(scratch) / name)
 
 
 def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS, exporter_of
-from nybble.export.hf import HFExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.exports import (
     Export,
@@ -20,7 +19,7 @@ from tests.helpers.exports import (
     slow_values,
 )
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
-from tests.helpers.tiny import FAMILIES, make_config, save_model
+from tests.helpers.tiny import FAMILIES, save_model
 
 HF = EXPORTERS["hf"]
 
@@ -104,10 +103,6 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path: Path) -> None:
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="hf needs a model whose code is in transformers; llama .*; remove hf from"):
         HF.check(config, selection, QuantScheme())
-
-
-def test_the_tested_families_are_those_of_this_file() -> None:
-    assert HFExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS, exporter_of
 from nybble.export.safetensors_writer import read_metadata
-from nybble.export.vllm import VLLMExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.exports import (
@@ -25,7 +24,7 @@ from tests.helpers.exports import (
     slow_values,
 )
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
-from tests.helpers.tiny import FAMILIES, make_config, save_model
+from tests.helpers.tiny import FAMILIES, save_model
 
 pytest.importorskip("compressed_tensors", reason="the extra vllm")
 VLLM = EXPORTERS["vllm"]
@@ -156,10 +155,6 @@ def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Exp
     assert model.dtype == (torch.float32 if gemma else torch.float16)
     assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert len(VLLM.limits(config)) == (1 if gemma else 0)
-
-
-def test_the_tested_families_are_those_of_this_file() -> None:
-    assert VLLMExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
 
 
 @pytest.mark.slow
