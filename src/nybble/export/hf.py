@@ -4,8 +4,9 @@ model.safetensors holds for every quantized module NAME with O rows and I column
 
     NAME.weight    float16 [O, I]    linear layers exactly; embedding and head rounded to float16
 
-and all other tensors under their own names in their own dtype. A head that is tied to the embedding is not stored.
-config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16.
+and all other tensors under their own names in their own dtype. Conv1D layers (GPT-2) have [I, O], as in transformers.
+A head that is tied to the embedding is not stored. config.json has `"dtype": "float16"`, or "float32" where
+activations overflow in float16.
 
 Refused: models that come with Python code of their own (ExportError).
 """
@@ -20,7 +21,13 @@ import torch
 from torch import Tensor
 
 from nybble.export.base import Exporter
-from nybble.export.safetensors_writer import MODEL_FILE, TensorLayout, safetensors_writer, written_by
+from nybble.export.safetensors_writer import (
+    MODEL_FILE,
+    TensorLayout,
+    read_metadata,
+    safetensors_writer,
+    written_by,
+)
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
@@ -35,10 +42,14 @@ from nybble.export.transformers_folder import (
     write_others,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
+from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
+
+_TRANSPOSED = "nybble.transposed"
+"""Key in the header of model.safetensors: names of the layers whose weight is [I, O]."""
 
 USAGE = """
 ```python
@@ -63,6 +74,7 @@ class HFExporter(Exporter):
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     holds_codes = False
     int8_tolerance = INT8_TOLERANCE
+    decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
         """Refuse models with Python code of their own; see `Exporter.check`."""
@@ -74,13 +86,17 @@ class HFExporter(Exporter):
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors; see `Exporter.write`."""
-        layouts = other_layouts(checkpoint)
-        layouts |= {f"{name}.weight": TensorLayout(torch.float16, shape) for name, shape in checkpoint.shapes.items()}
-        with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
+        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        transposed, layouts = transposed_layers(model), other_layouts(checkpoint)
+        for name, shape in checkpoint.shapes.items():
+            layouts[f"{name}.weight"] = TensorLayout(torch.float16, shape[::-1] if name in transposed else shape)
+        texts = metadata(checkpoint, self.name) | {_TRANSPOSED: " ".join(sorted(transposed))}
+        with safetensors_writer(folder / MODEL_FILE, layouts, texts) as writer:
             write_others(writer, checkpoint)
             for name, weight in checkpoint.quantized.items():
-                writer.write_blocks(f"{name}.weight", float16_blocks(weight))
-        update_config(folder, empty_model(checkpoint.config, checkpoint.trust_remote_code))
+                blocks = float16_blocks(weight)
+                writer.write_blocks(f"{name}.weight", [torch.cat([*blocks]).T] if name in transposed else blocks)
+        update_config(folder, model)
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""
@@ -96,4 +112,10 @@ class HFExporter(Exporter):
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights of the modules that were quantized; see `Exporter.read_weights`."""
-        return LazyMapping(quantized_names(folder), lambda name: read_tensor(folder, f"{name}.weight").float())
+        transposed = read_metadata(folder).get(_TRANSPOSED, "").split()
+
+        def read(name: str) -> Tensor:
+            weight = read_tensor(folder, f"{name}.weight").float()
+            return weight.T.contiguous() if name in transposed else weight
+
+        return LazyMapping(quantized_names(folder), read)

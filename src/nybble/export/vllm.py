@@ -12,8 +12,8 @@ their own dtype. A head that is tied to the embedding is not stored. `quantizati
 linear layers, and leaves out the head by its name.
 
 Refused (OptionError): widths other than 4 bits, and group sizes that vLLM's kernel for GPUs (Marlin) does not have.
-Refused (ExportError): models that come with Python code of their own, and rows that are no multiple of 8 in asymmetric
-schemes: vLLM splits zero points at words.
+Refused (ExportError): models that come with Python code of their own, models with Conv1D layers (GPT-2), and rows that
+are no multiple of 8 in asymmetric schemes: vLLM splits zero points at words.
 
 https://github.com/vllm-project/compressed-tensors
 """
@@ -53,6 +53,7 @@ from nybble.export.transformers_folder import (
     write_others,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
+from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -92,6 +93,7 @@ class VLLMExporter(Exporter):
     usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
     int8_tolerance = INT8_TOLERANCE
+    decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
         """Refuse schemes that vLLM has no kernel for, and models with code of their own; see `Exporter.check`.
@@ -117,8 +119,14 @@ class VLLMExporter(Exporter):
         """Write model.safetensors and config.json; see `Exporter.write`.
 
         Raises:
-            ExportError: a layer has a number of rows that vLLM cannot split.
+            ExportError: a layer has a number of rows that vLLM cannot split, or is a Conv1D in the model's own class.
         """
+        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        if transposed_layers(model):
+            raise ExportError(
+                f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
+                f"Conv1D layers; remove {self.name} from --export"
+            )
         int4, scheme = set(checkpoint.selection.int4), checkpoint.scheme
         layouts = other_layouts(checkpoint)
         for name, shape in checkpoint.shapes.items():
@@ -138,7 +146,6 @@ class VLLMExporter(Exporter):
                     _write_layer(writer, name, weight)
                 else:
                     writer.write_blocks(f"{name}.weight", float16_blocks(weight))
-        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
         update_config(folder, model, quantization_config=_quantization_config(scheme, _name_of_head(model)))
 
     def recognizes(self, folder: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.models.linearize import linearize
 from nybble.models.quantized_file import open_weights, read_layout
 from nybble.models.quantized_model import check_layout, load_config, load_tokenizer
 from nybble.models.selection import LayerSelection, select_layers
@@ -117,7 +118,7 @@ def empty_model(config: Any, trust_remote_code: bool) -> Any:
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    linearize(model).tie_weights()
     return model
 
 

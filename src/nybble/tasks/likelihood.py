@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from nybble.models.head import LMHead
+from nybble.models.head import LMHead, last_hidden_states
 from nybble.tasks.encoding import EncodedAnswer, pad_batch, shared_prefix_length
 from nybble.training.losses import cross_entropy
 
@@ -181,13 +181,14 @@ def _ending_losses(
     """
     batch, device = pad_batch(endings), model.device
     mask_BT = torch.ones_like(batch.loss_mask)  # padding on the right needs no mask
-    hidden_BTD = model.base_model(
-        input_ids=batch.ids.to(device),
+    hidden_BTD = last_hidden_states(
+        model,
+        batch.ids.to(device),
         attention_mask=torch.cat([cache.mask_QP[question_B], mask_BT], 1).long().to(device),
         position_ids=(cache.length_Q1[question_B] + torch.arange(batch.ids.shape[1])).to(device),
         past_key_values=_select_rows(cache.key_values, question_B.to(device)),
         use_cache=True,
-    ).last_hidden_state
+    )
     loss_mask, targets_BT = batch.loss_mask.to(device), batch.ids.roll(-1, 1).to(device)
     return batch.sum_by_text(cross_entropy(hidden_BTD[loss_mask], targets_BT[loss_mask], head))
 
