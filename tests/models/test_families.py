@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble.models.families import DEFAULT, FAMILIES, AWQMapping, ModelFamily, family_of, logit_transform
-from nybble.models.head import LMHead
+from nybble.models.families import DEFAULT, FAMILIES, AWQMapping, ModelFamily, family_of
 from tests.helpers.tiny import FAMILIES as TINY
 from tests.helpers.tiny import make_config, make_model
 
@@ -71,31 +70,18 @@ def test_awq_mappings_name_the_source_of_every_linear_layer(family: str) -> None
     assert sorted(mapped) == sorted(linears)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (LlamaConfig(), (1.0, None)),
-        (GraniteConfig(logits_scaling=8.0), (0.125, None)),
-        (CohereConfig(logit_scale=0.25), (0.25, None)),
-        (make_config("gemma2"), (1.0, 5.0)),
-    ],
-)
-def test_logit_transform(config: object, expected: tuple[float, float | None]) -> None:
-    assert logit_transform(config) == expected
-
-
 def test_an_unregistered_model_type_gets_the_default() -> None:
     config = make_config("llama")
     config.model_type = "no_such_family"
     assert family_of(config) is DEFAULT
-    assert ModelFamily(None, None, None, (), 0.0) == DEFAULT
+    assert ModelFamily((), 0.0) == DEFAULT
 
 
 @pytest.fixture
 def toy_family() -> Iterator[str]:
-    """A family as another package would add it: Llama, but with logits divided by a field of the configuration."""
+    """A family as another package would add it."""
     facts = ModelFamily(
-        logit_divisor="toy_divisor",
+        norm_offset=0.5,
         awq_mappings=(AWQMapping("input_layernorm", tuple(f"self_attn.{name}_proj" for name in "qkv")),),
     )
     FAMILIES.register("toy_llama", facts)
@@ -104,11 +90,7 @@ def toy_family() -> Iterator[str]:
 
 
 def test_a_family_can_be_registered_from_outside(toy_family: str) -> None:
-    model = make_model("llama")
-    model.config.model_type, model.config.toy_divisor = toy_family, 4.0
-    ids = torch.arange(8).view(1, 8)
-    plain = model(input_ids=ids).logits
-    head = LMHead.of(model)
-    hidden = model.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(head.logits(hidden), plain / 4.0)
-    assert [mapping.source for mapping in family_of(model.config).awq_mappings] == ["input_layernorm"]
+    config = make_config("llama")
+    config.model_type = toy_family
+    assert family_of(config).norm_offset == 0.5
+    assert [mapping.source for mapping in family_of(config).awq_mappings] == ["input_layernorm"]

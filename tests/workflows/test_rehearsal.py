@@ -16,6 +16,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.workflows import rehearsal
 from nybble.workflows.rehearsal import make_twin, rehearse
 from tests.helpers import mixtures
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.compress import compress_command
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
@@ -102,6 +103,14 @@ def test_a_model_without_a_twin_is_not_tried(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: 1 / 0)
     rehearse(model, SCHEME, ["openvino"], True, False)
     assert "llama has no small twin; training and export are not tried beforehand" in caplog.text
+
+
+def test_an_optional_format_that_cannot_hold_the_model_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    gpt2 = LoadedModel(linearize(tiny_model("gpt2")), make_tokenizer(), "gpt2")
+    assert rehearse(gpt2, SCHEME, ["hf", "vllm"], False, False, ["vllm"]) == ("hf",)
+    assert "there is no export to vLLM (compressed-tensors): an export to vLLM needs nn.Linear layers" in caplog.text
+    with pytest.raises(ExportError, match="GPT2LMHeadModel has Conv1D layers; remove vllm from --export"):
+        rehearse(gpt2, SCHEME, ["hf", "vllm"], False, False, ["hf"])
 
 
 @pytest.mark.usefixtures("needs_openvino")

@@ -26,6 +26,7 @@ from nybble import files
 from nybble.data.packing import begin_tokens, token_fingerprint
 from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError
+from nybble.models.configuration import config_value
 from nybble.schema import SchemaError, check_tensors, from_json
 
 if TYPE_CHECKING:
@@ -289,8 +290,9 @@ def generation_batch(config: Any, length: int, itemsize: int, gpu_memory: int = 
         gpu_memory: bytes of memory of the GPU, in total; 0 for a CPU. Not its free memory: the text depends on the
             batch size.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config_value(config, "num_attention_heads") or 1  # none: a recurrent model, whose state is small
+    heads = config_value(config, "num_key_value_heads") or queries
+    head_dim = config_value(config, "head_dim") or config.hidden_size // queries
     bytes_per_sequence = 2 * config.num_hidden_layers * heads * head_dim * length * itemsize
     available, largest = (gpu_memory // 4, 1024) if gpu_memory else (1 << 30, 128)
     return max(1, min(largest, int(available // bytes_per_sequence)))

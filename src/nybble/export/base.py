@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError, MissingExtraError, OptionError
-from nybble.export.read_back import compare_weights
+from nybble.export.read_back import compare_weights, decode_logits
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -78,6 +78,7 @@ class Exporter(ABC):
             where the format holds these weights exactly.
         logit_tolerance: largest allowed difference of logits, relative to the largest logit, between the runtime in its
             most exact mode and torch in float32.
+        decodes: whether decoding with past tokens is compared too; not where transformers runs the export.
         most_parameters_compared: logits of larger models are not compared, as that takes memory. None: always compared.
     """
 
@@ -93,6 +94,7 @@ class Exporter(ABC):
     holds_codes: ClassVar[bool] = True
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4
+    decodes: ClassVar[bool] = True
     most_parameters_compared: ClassVar[int | None] = 150_000_000
 
     def check_installed(self) -> None:
@@ -197,7 +199,7 @@ class Exporter(ABC):
         return compare_weights(written, self.read_codes(folder), weights, self.int8_tolerance, folder)
 
     def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
-        """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
+        """Compare logits with torch in float32 on fixed pseudo-random tokens: whole, or a prompt and decoding steps.
 
         torch computes with the weights that the export holds, so that only the runtime can cause a difference.
 
@@ -221,14 +223,11 @@ class Exporter(ABC):
         with torch.no_grad():
             expected_1TV = checkpoint.build(weight_of)(input_ids=ids_1T, use_cache=False).logits
             exported = self.open_model(folder, checkpoint.config, strict=True)
-            output = exported(input_ids=ids_1T[:, :_PROMPT_LENGTH], use_cache=True)
-            parts = [output.logits]
-            for i in range(_PROMPT_LENGTH, length):
-                output = exported(
-                    input_ids=ids_1T[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True
-                )
-                parts.append(output.logits)
-        difference = float((torch.cat(parts, dim=1).float() - expected_1TV).abs().max())
+            if self.decodes:
+                logits_1TV = decode_logits(exported, ids_1T, _PROMPT_LENGTH)
+            else:
+                logits_1TV = exported(input_ids=ids_1T, use_cache=False).logits
+        difference = float((logits_1TV.float() - expected_1TV).abs().max())
         largest = float(expected_1TV.abs().max())
         tolerance = self.tolerance(checkpoint.config)
         if not difference <= tolerance * largest:  # also true for NaN

@@ -35,6 +35,9 @@ from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
+_TRANSPOSED = "nybble.transposed"
+"""Key in the header of model.safetensors: names of the layers whose weight is [I, O]."""
+
 USAGE = """
 ```python
 # pip install transformers
@@ -65,6 +68,7 @@ class HFExporter(Exporter):
     )  # fmt: skip
     holds_codes = False
     int8_tolerance = INT8_TOLERANCE
+    decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
         """Refuse models with Python code of their own; see `Exporter.check`."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError, describe_error
 from nybble.export.safetensors_writer import TensorLayout, weight_blocks
@@ -205,10 +206,14 @@ def _numbered_state(
     own = dict(model.named_parameters()).keys()
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
     state = {}
-    for name in model.state_dict().keys() - tied:
+    for name in model.state_dict():
+        if name in tied:
+            continue
         if name not in stacks:
             module = name.removesuffix(".weight")
             state[name] = _numbered(module, shapes[module][0], rows) if module in shapes else _numbered(name, 1, rows)
+            if module in shapes and isinstance(model.get_submodule(module), Conv1D):
+                state[name] = state[name].T
             continue
         stack = stacks[name]
         modules = [stack.module(i) for i in range(stack.count)]

@@ -1,9 +1,10 @@
-"""Compare the weights of an export with those that were given to it."""
+"""Read back what an export holds: its weights, compared with those that were given to it, and its logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +86,19 @@ def _difference(written: QuantizedWeight, read_OI: Tensor, int8_tolerance: float
             return None
         largest = max(largest, float(difference_OI.max()))
     return largest
+
+
+def decode_logits(exported: Any, ids_1T: Tensor, prompt_length: int) -> Tensor:
+    """Compute the logits [1, T, V] of a prompt at once, and then of one token after the other.
+
+    Args:
+        exported: an export with the interface of transformers.
+        ids_1T: token ids, int64.
+        prompt_length: tokens of the prompt.
+    """
+    output = exported(input_ids=ids_1T[:, :prompt_length], use_cache=True)
+    parts = [output.logits]
+    for i in range(prompt_length, ids_1T.shape[1]):
+        output = exported(input_ids=ids_1T[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)

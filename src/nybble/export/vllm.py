@@ -12,8 +12,8 @@ their own dtype. Names are those of models on the hub (published.py). A head tha
 stored. `quantization_config` in config.json describes the linear layers, and names those that have no codes.
 
 Refused (OptionError): widths other than 4 bits, and group sizes that vLLM's kernel for GPUs (Marlin) does not have.
-Refused (ExportError): models that come with Python code of their own, and rows that are no multiple of 8 in asymmetric
-schemes: vLLM splits zero points at words.
+Refused (ExportError): models that come with Python code of their own, models with Conv1D layers (GPT-2), and rows that
+are no multiple of 8 in asymmetric schemes: vLLM splits zero points at words.
 
 https://github.com/vllm-project/compressed-tensors
 """
@@ -61,6 +61,7 @@ from nybble.export.transformers_folder import (
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
 from nybble.models.experts import find_stacks
+from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -106,6 +107,7 @@ class VLLMExporter(Exporter):
         }
     )  # fmt: skip
     int8_tolerance = INT8_TOLERANCE
+    decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
         """Refuse schemes that vLLM has no kernel for, and models with code of their own; see `Exporter.check`.
@@ -137,8 +139,14 @@ class VLLMExporter(Exporter):
         """Write model.safetensors and config.json; see `Exporter.write`.
 
         Raises:
-            ExportError: a layer has a number of rows that vLLM cannot split.
+            ExportError: a layer has a number of rows that vLLM cannot split, or is a Conv1D in the model's own class.
         """
+        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        if transposed_layers(model):
+            raise ExportError(
+                f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
+                f"Conv1D layers; remove {self.name} from --export"
+            )
         int4, scheme = set(checkpoint.selection.int4), checkpoint.scheme
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
         packed = {name: _single_piece(name, t) for name, t in tensors.items() if t.matrices[0][0].module in int4}
@@ -152,7 +160,6 @@ class VLLMExporter(Exporter):
                     _write_layer(writer, _module(name), rows_of(checkpoint.quantized, packed[name]))
                 else:
                     writer.write_blocks(name, float16_blocks(checkpoint, tensor))
-        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
         ignored = sorted({_name_of_head(model), *(_module(name) for name in dense if name.endswith(".weight"))})
         update_config(folder, model, quantization_config=_quantization_config(scheme, ignored))
 

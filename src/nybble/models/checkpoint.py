@@ -112,8 +112,7 @@ def empty_model(config: Any, trust_remote_code: bool) -> Any:
     Returns:
         A transformers.PreTrainedModel after `linearize`; float32.
     """
-    model = transformers_model(config, trust_remote_code)
-    linearize(model)
+    model = linearize(transformers_model(config, trust_remote_code))
     model.tie_weights()
     return model
 

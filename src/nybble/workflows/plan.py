@@ -255,9 +255,10 @@ def check_fit(
     _check_export_memory(loaded, formats, options.folder)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
-    if not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
+    optional = [name for name in formats if name not in evaluation.export]
+    if optional or not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
         trains = isinstance(options, TrainCommand)
-        rehearse(loaded, scheme, formats, trains, options.model.trust_remote_code)
+        formats = rehearse(loaded, scheme, formats, trains, options.model.trust_remote_code, optional)
     return PlannedRun(loaded, selection, compression, text, head, formats)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nybble.compression.init import QuantizedInit
-from nybble.errors import ModelError, NybbleError, describe_error
+from nybble.errors import ExportError, ModelError, NybbleError, describe_error
 from nybble.export.base import EXPORTERS
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.head import last_hidden_states
@@ -46,8 +46,13 @@ _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 
 def rehearse(
-    loaded: LoadedModel, scheme: QuantScheme, formats: Sequence[str], trains: bool, trust_remote_code: bool
-) -> None:
+    loaded: LoadedModel,
+    scheme: QuantScheme,
+    formats: Sequence[str],
+    trains: bool,
+    trust_remote_code: bool,
+    optional: Collection[str] = (),
+) -> tuple[str, ...]:
     """Take a twin of the model through the steps of a run.
 
     Args:
@@ -56,16 +61,21 @@ def rehearse(
         formats: names of the exports that are asked for.
         trains: whether adapters are trained.
         trust_remote_code: whether to run Python code that comes with the model.
+        optional: formats that are left out, with a warning, where they cannot hold the model.
+
+    Returns:
+        The formats without those that are left out.
 
     Raises:
         ModelError: the architecture does not allow a step.
-        ExportError: a format cannot hold the model.
+        ExportError: a format that is not optional cannot hold the model.
     """
+    kept = []
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="nybble-") as scratch:
         twin = make_twin(loaded, scheme)
         if twin is None:
             log.info("%s has no small twin; training and export are not tried beforehand", loaded.name)
-            return
+            return tuple(formats)
         folder = Path(scratch) / "quantized"
         with _step("compressed", twin):
             weights = _compress(twin, scheme, trains)
@@ -76,8 +86,16 @@ def rehearse(
                 checkpoint = open_checkpoint(folder, trust_remote_code)
                 checkpoint.build()
             (Path(scratch) / name).mkdir()
-            with _step(f"exported to {name}", twin):
-                EXPORTERS[name].export(checkpoint, Path(scratch) / name)
+            try:
+                with _step(f"exported to {name}", twin):
+                    EXPORTERS[name].export(checkpoint, Path(scratch) / name)
+            except ExportError as error:
+                if name not in optional:
+                    raise
+                log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+            else:
+                kept.append(name)
+    return tuple(kept)
 
 
 def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
@@ -104,8 +122,7 @@ def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
         for key, most in _largest(config, 2 * (scheme.group_size or 32)).items():
             if isinstance(getattr(config, key, None), int) and getattr(config, key) > most:
                 setattr(config, key, most)
-        model = type(loaded.model)(config).to(loaded.model.dtype).to(loaded.model.device)
-        linearize(model)
+        model = linearize(type(loaded.model)(config)).to(loaded.model.dtype).to(loaded.model.device)
         finite = bool(model(input_ids=_token_ids(model), use_cache=False).logits.isfinite().all())
     except Exception as error:  # a configuration has rules of its own for what goes together
         log.debug("no twin: %s", describe_error(error))
