@@ -9,6 +9,7 @@ import torch
 
 from nybble.compression.blocks import MIN_TOKENS, InputStatistics
 from nybble.compression.calibration import Calibration
+from nybble.compression.checks import check_model
 from nybble.compression.methods import combine
 from nybble.compression.pipeline import CompressionResult, compress
 from nybble.compression.store import BlockStore
@@ -125,6 +126,11 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_counted(
     if method == "se+gptq":
         for name in few:
             assert torch.equal(result.inits[name].scale_OG, plain.inits[name].scale_OG)
+
+
+def test_a_mixture_in_which_few_tokens_reach_few_experts_is_not_refused() -> None:
+    model = linear_mixture("mixtral", num_local_experts=64)
+    check_model(model, select_layers(model).int4, IDS[:2, :8], ("se", "gptq"))
 
 
 def test_blocks_with_idle_experts_are_restored(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nybble.compression.chain import check_chain
 from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
+from nybble.models.experts import SplitExperts
 from nybble.models.head import last_hidden_states
 from nybble.models.selection import select_layers
 from nybble.quant.grid import below_grid
@@ -155,9 +156,11 @@ def _check_causal(model: Any, input_ids: Tensor) -> None:
 
 
 def _is_unchosen(model: Any, name: str, called: Collection[str]) -> bool:
-    """Whether the outermost module around a layer that is not called is one of several in a list, as experts are."""
+    """Whether a layer that is not called is part of an expert, one of several in a list or in a mixture."""
     parts = name.split(".")
     paths = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    if any(isinstance(model.get_submodule(path), SplitExperts) for path in paths):
+        return True
     lists = {path for path in paths if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)}
     outermost = next(path for path in paths if path not in called and path not in lists)
     parent = outermost.rpartition(".")[0]

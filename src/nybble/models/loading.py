@@ -25,13 +25,14 @@ from torch import nn
 from nybble.errors import ModelError, NybbleError, first_line
 from nybble.models.companions import companion_files
 from nybble.models.configuration import check_config, check_config_file, explain_folder
+from nybble.models.experts import SplitExperts
 from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.gguf_file import read_gguf
 from nybble.models.linearize import linearize
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.weights import check_complete, check_finite
-from nybble.runtime import disable_cudnn_attention
+from nybble.runtime import disable_cudnn_attention, hand_back_freed_memory, returning_freed_memory
 
 log = logging.getLogger("nybble")
 
@@ -88,8 +89,10 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         file = read_gguf(Path(source))
         model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
     else:
-        model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
+        with returning_freed_memory():  # stacking experts leaves holes as large as the model
+            model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
     linearize(model)
+    _copy_mapped_tensors(model)
     check_supported(model, name)
     check_finite(model, name)
     _correct_tying(model)
@@ -264,6 +267,20 @@ def _check_architecture(pretrained: str, config: Any) -> None:
             f"{pretrained} must be a 16-bit model; it is already quantized by {method or 'an unnamed method'}; "
             "name the model from which it was made"
         )
+
+
+def _copy_mapped_tensors(model: nn.Module) -> None:
+    """Copy what may be mapped from the checkpoint, where most weights are copies already: those of stacked experts.
+
+    The mapped file, which is as large as the model, then leaves the memory of the process.
+    """
+    experts = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    copied = {id(parameter) for module in experts for parameter in module.parameters()}
+    if experts:
+        for parameter in model.parameters():
+            if id(parameter) not in copied and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
+        hand_back_freed_memory()
 
 
 def _correct_tying(model: Any) -> None:

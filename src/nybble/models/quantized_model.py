@@ -22,8 +22,9 @@ from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
-from nybble.models.quantized_file import REMEDY, WeightsLayout, load_weights, read_layout, save_weights
+from nybble.models.quantized_file import REMEDY, WeightsLayout, open_weights, read_layout, save_weights
 from nybble.quant.weight import QuantizedWeight
+from nybble.runtime import hand_back_freed_memory, returning_freed_memory
 
 CONFIG = "config.json"
 
@@ -34,12 +35,12 @@ class QuantizedModel(NamedTuple):
     Attributes:
         model: transformers.PreTrainedModel with dequantized weights, on the CPU, in evaluation mode, frozen.
         tokenizer: transformers.PreTrainedTokenizerBase.
-        quantized: module name -> quantized weight.
+        quantized: module name -> quantized weight, read at each access.
     """
 
     model: Any
     tokenizer: Any
-    quantized: dict[str, QuantizedWeight]
+    quantized: Mapping[str, QuantizedWeight]
 
 
 def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
@@ -62,13 +63,16 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
+def save_quantized(
+    folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight], release: bool = False
+) -> None:
     """Write a quantized model atomically. An earlier folder of the same name is replaced.
 
     Args:
         folder: where to write.
         loaded: the model, of which the weights of quantized modules are not read, and its tokenizer and files.
         quantized: module name -> quantized weight.
+        release: free the memory of the model first; it is then on the meta device.
 
     Raises:
         RunError: the disk is full.
@@ -76,8 +80,12 @@ def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, Qu
     from transformers.dynamic_module_utils import custom_object_save
 
     model = loaded.model
+    others = unquantized_tensors(model, quantized)
+    if release:
+        model.to("meta")
+        hand_back_freed_memory()
     with atomic_folder(folder) as temporary:
-        save_weights(temporary, quantized, unquantized_tensors(model, quantized))
+        save_weights(temporary, quantized, others)
         if model._auto_class is not None:  # the model came with Python code
             custom_object_save(model, temporary, config=model.config)
         model.config.save_pretrained(temporary)
@@ -107,9 +115,10 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
 
     config, layout = load_config(folder, trust_remote_code), read_layout(folder)
     check_layout(folder, config, layout, trust_remote_code)
-    quantized, others = load_weights(folder)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
-    state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
+    quantized, others = open_weights(folder)
+    with returning_freed_memory():
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
+        state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     linearize(model).tie_weights()

@@ -36,7 +36,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
-from nybble.runtime import raise_if_interrupted, returning_freed_memory
+from nybble.runtime import hand_back_freed_memory, raise_if_interrupted, returning_freed_memory
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
@@ -173,6 +173,7 @@ def compress_model(context: RunContext) -> CompressedModel:
     log.info("%s: %d linear layers quantized to 4 bits, %s to 8 bits", method, len(result.inits), ", ".join(rows))
     for line in _error_lines(result):
         log.info(line)
+    hand_back_freed_memory()
     weights = {name: weight.to("cpu") for name, weight in rows.items()}
     weights |= {name: init.quantized(context.scheme).to("cpu") for name, init in result.inits.items()}
     return CompressedModel(result.inits, weights)
