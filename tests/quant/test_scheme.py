@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.errors import OptionError
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme, check_group_size
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme, check_group_size, fallback_group_size
 
 
 def test_codes_of_a_scheme() -> None:
@@ -73,3 +73,28 @@ def test_rows_of_odd_length_are_refused() -> None:
     """Two codes share a byte, and a byte belongs to one row."""
     with pytest.raises(OptionError, match="must be even, as two codes share a byte: layer up has in_features=63; choo"):
         check_group_size("up", 63, 21)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "expected"),
+    [
+        (576, 128, 64),  # a power of two, though 96 divides as well: runtimes have kernels for powers of two
+        (1536, 1024, 512),
+        (4872, 64, 56),  # no power of two from 16 on; a multiple of 8
+        (80, 64, 16),
+        (100, 64, None),
+        (4, 64, None),
+        (24, 7, None),
+    ],
+)
+def test_a_group_size_that_does_not_divide_falls_back(in_features: int, group_size: int, expected: int | None) -> None:
+    assert fallback_group_size(in_features, group_size) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(eighth=st.integers(1, 2000), group_size=st.integers(8, 300))
+def test_a_fallback_divides_and_is_no_larger(eighth: int, group_size: int) -> None:
+    size = fallback_group_size(8 * eighth, group_size)
+    assert size is not None
+    assert size <= group_size
+    assert 8 * eighth % size == 0

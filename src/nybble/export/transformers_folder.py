@@ -18,7 +18,7 @@ from nybble.errors import ExportError
 from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, read_metadata, weight_blocks
 from nybble.files import open_tensors, write_text
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 _QUANTIZED = "nybble.quantized"
 """Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
@@ -93,14 +93,14 @@ def nibbles_to_words(codes_MN: Tensor) -> Tensor:
 
     Bytes of two codes, low nibble first, are such words on little-endian machines.
     """
-    packed = pack_nibbles(codes_MN).contiguous()
+    packed = pack_codes(codes_MN, 4).contiguous()
     return packed.flatten().view(torch.int32).view(len(codes_MN), -1)  # a row of one byte has any stride
 
 
 def words_to_nibbles(words_MN: Tensor) -> Tensor:
     """Unpack the result of `nibbles_to_words`: a 32-bit type [M, N / 8] -> uint8 [M, N]."""
     packed = words_MN.contiguous().flatten().view(torch.uint8).view(len(words_MN), -1)
-    return unpack_nibbles(packed)
+    return unpack_codes(packed, 4)
 
 
 def metadata(checkpoint: QuantizedCheckpoint, name: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""QuantScheme: bits, group size and symmetry of a quantized weight, and the check of the group size."""
+"""QuantScheme: bits, group size and symmetry of a quantized weight, and which schemes a row of weights can have."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ class QuantScheme:
     """How a weight matrix [O, I] is quantized.
 
     Attributes:
-        bits: width of a code in bits: 4 or 8.
+        bits: width of a code in bits: 2, 3, 4 or 8.
         group_size: number of weights along the input axis that share a scale; None means the whole row.
-        symmetric: True fixes the zero point at the middle code (8 or 128); False chooses it per group.
+        symmetric: True fixes the zero point at the middle code (2, 4, 8 or 128); False chooses it per group. 8 bits
+            are symmetric: scale * (code - 128) has at most 14 significant bits, and rounding it to bfloat16 keeps the
+            code, which it would not with another zero point.
     """
 
     bits: int = 4
@@ -40,10 +42,29 @@ class QuantScheme:
         return f"uint{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {grouping}"
 
 
-# Scheme of the embedding and of lm_head.
+# Scheme of the embedding and of lm_head, unless another one is asked for.
 INT8_PER_ROW = QuantScheme(bits=8, group_size=None, symmetric=True)
 
+BITS = (2, 3, 4, 8)
+
+# Bits -> weights that fill whole bytes: a row has a multiple of them.
+CODES_PER_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}
+
 _COMMON_GROUP_SIZES = (16, 32, 64, 128, 256)
+# Group sizes that every runtime computes are powers of two. Smaller groups than this cost more than they gain.
+_SMALLEST_FALLBACK = 16
+
+
+def fallback_group_size(in_features: int, group_size: int) -> int | None:
+    """Return the group size of a layer whose rows `group_size` does not divide.
+
+    Returns:
+        The largest power of two from 16 to group_size that divides in_features; else the largest multiple of 8 up to
+        group_size that does; else None, the whole row.
+    """
+    fitting = [size for size in range(8, group_size + 1, 8) if in_features % size == 0]
+    powers = [size for size in fitting if size >= _SMALLEST_FALLBACK and size & (size - 1) == 0]
+    return max(powers or fitting, default=None)
 
 
 def check_group_size(layer_name: str, in_features: int, group_size: int) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Block sizes of MatMulNBits."""
@@ -95,14 +95,14 @@ def lazy_initializers(
 
     def codes() -> np.ndarray:
         codes_OI = read().codes_OI[part.begin : part.end]
-        return (pack_nibbles(codes_OI) if scheme.bits == 4 else codes_OI).reshape(rows, blocks, -1).numpy()
+        return pack_codes(codes_OI, scheme.bits).reshape(rows, blocks, -1).numpy()
 
     def scales() -> np.ndarray:
         return read().scale_OG[part.begin : part.end].float().expand(rows, blocks).contiguous().numpy()
 
     def zero_points() -> np.ndarray:
         zero_point_OG = read().zero_point_OG[part.begin : part.end]
-        return pack_nibbles(torch.nn.functional.pad(zero_point_OG, (0, blocks % 2))).numpy()
+        return pack_codes(torch.nn.functional.pad(zero_point_OG, (0, blocks % 2)), 4).numpy()
 
     def lazy(leaf: str, values: Callable[[], np.ndarray], dtype: Any, *shape: int) -> Any:
         return ir.LazyTensor(lambda: ir.Tensor(values()), dtype, ir.Shape([rows, *shape]), name=part.prefix + leaf)
@@ -189,10 +189,10 @@ def _join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 def _unpack(leaves: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
     packed, scale_OG = leaves[CODES].flatten(1), leaves[SCALES]
-    codes_OI = unpack_nibbles(packed) if bits == 4 else packed
+    codes_OI = unpack_codes(packed, bits)
     blocks = scale_OG.shape[1]
     if ZERO_POINTS in leaves:
-        zero_point_OG = unpack_nibbles(leaves[ZERO_POINTS])[:, :blocks]
+        zero_point_OG = unpack_codes(leaves[ZERO_POINTS], 4)[:, :blocks]
     else:
         zero_point_OG = torch.full(scale_OG.shape, 1 << (bits - 1), dtype=torch.uint8)
     if bits == 4:

@@ -27,7 +27,7 @@ from nybble.errors import ExportError
 from nybble.export.openvino.trace import TracedModel
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 _LEAVES = ("codes", "scale", "zero_point")
 
@@ -115,7 +115,7 @@ def _constant_bytes(values: Tensor, four_bits: bool) -> np.ndarray:
     """Return the bytes of a constant: uint8 values in row-major order, two per byte for 4 bits."""
     flat = values.cpu().flatten()
     if four_bits:
-        flat = pack_nibbles(torch.cat([flat, flat.new_zeros(len(flat) % 2)]))
+        flat = pack_codes(torch.cat([flat, flat.new_zeros(len(flat) % 2)]), 4)
     return np.ascontiguousarray(flat.numpy())
 
 
@@ -124,5 +124,5 @@ def _read_rows(node: Any) -> Tensor:
     shape = list(node.shape)
     array = torch.from_numpy(np.array(node.data))
     if node.get_element_type().get_type_name() == "u4":
-        array = unpack_nibbles(array.flatten().view(torch.uint8))[: int(np.prod(shape))]
+        array = unpack_codes(array.flatten().view(torch.uint8), 4)[: int(np.prod(shape))]
     return array.reshape(shape[0], -1)
