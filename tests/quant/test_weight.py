@@ -49,9 +49,8 @@ def test_packing_round_trips_for_any_shape(bits: int, leading: list[int], units:
     packed = pack_codes(codes, bits)
     assert (packed.dtype, packed.shape) == (torch.uint8, (*leading, width * bits // 8))
     assert torch.equal(unpack_codes(packed, bits), codes)
-    for row, row_bytes in zip(
-        codes.reshape(-1, width or 1), packed.reshape(-1, max(1, width * bits // 8)), strict=True
-    ):
+    by_row = codes.reshape(-1, width or 1), packed.reshape(-1, max(1, width * bits // 8))
+    for row, row_bytes in zip(*by_row, strict=True):
         assert row_bytes.tolist() == slow_bytes(row.tolist(), bits)
 
 

@@ -10,13 +10,13 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from nybble.cli.main import main
 from nybble.errors import ExportError, ModelError
 from nybble.models.loading import LoadedModel
-from nybble.quant.scheme import QuantScheme
+from nybble.options.scheme import SchemeOptions
 from nybble.workflows import rehearsal
 from nybble.workflows.rehearsal import make_twin, rehearse
 from tests.helpers.compress import compress_command
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
-SCHEME = QuantScheme(group_size=16)
+SCHEME = SchemeOptions(group_size=16)
 
 
 def loaded(family: str, **changes: Any) -> LoadedModel:

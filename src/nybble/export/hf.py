@@ -2,7 +2,7 @@
 
 model.safetensors holds for every quantized module NAME with O rows and I columns
 
-    NAME.weight    float16 [O, I]    linear layers exactly; embedding and head rounded to float16
+    NAME.weight    float16 [O, I]    up to 4 bits exactly; 8 bits (embedding and head) rounded to float16
 
 and all other tensors under their own names in their own dtype. A head that is tied to the embedding is not stored.
 config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16.
@@ -64,9 +64,13 @@ class HFExporter(Exporter):
     holds_codes = False
     int8_tolerance = INT8_TOLERANCE
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         """Refuse models with Python code of their own; see `Exporter.check`."""
         check_code_in_transformers(config, self.name)
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme:
+        """Return the scheme itself: values of all schemes are held; see `Exporter.container`."""
+        return scheme
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Name the dtype for models that overflow in float16; see `Exporter.limits`."""

@@ -34,8 +34,13 @@ class QuantScheme:
         return 1 << (self.bits - 1)
 
     def num_groups(self, in_features: int) -> int:
-        """Number of groups in a row of `in_features` weights, which group_size must divide (`check_group_size`)."""
+        """Number of groups in a row of `in_features` weights, which group_size must divide (`check_scheme`)."""
         return 1 if self.group_size is None else in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits of a weight as exported, with its share of a scale and, unless it is fixed, of a zero point."""
+        of_group = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + of_group * self.num_groups(in_features) / in_features
 
     def __str__(self) -> str:
         grouping = "per row" if self.group_size is None else f"group {self.group_size}"
@@ -67,27 +72,28 @@ def fallback_group_size(in_features: int, group_size: int) -> int | None:
     return max(powers or fitting, default=None)
 
 
-def check_group_size(layer_name: str, in_features: int, group_size: int) -> None:
-    """Check that group_size divides the rows of a layer.
+def check_scheme(layer_name: str, in_features: int, scheme: QuantScheme) -> None:
+    """Check that a scheme fits the rows of a layer.
 
     Args:
         layer_name: name of the layer, for the error message.
         in_features: weights per row of the layer.
-        group_size: weights per scale.
+        scheme: bits and group size.
 
     Raises:
-        OptionError: in_features is odd; or group_size is not a positive divisor of it. The message lists the common
-            sizes that are divisors or, if there are none, the five largest even divisors up to 256.
+        OptionError: the codes of a row do not fill whole bytes; or the group size does not divide a row. The message
+            lists the common sizes that are divisors or, if there are none, the five largest even divisors up to 256.
     """
-    if in_features % 2:
+    unit, group_size = CODES_PER_UNIT[scheme.bits], scheme.group_size
+    if in_features % unit:
         raise OptionError(
-            f"in_features must be even, as two codes share a byte: layer {layer_name} has in_features={in_features}; "
-            "choose another model"
+            f"in_features must be a multiple of {unit}, as {unit} codes of {scheme.bits} bits fill whole bytes: layer "
+            f"{layer_name} has in_features={in_features}; remove --strict_group_size, which leaves it in 16 bits"
         )
-    if group_size <= 0 or in_features % group_size:
+    if group_size is not None and in_features % group_size:
         common = [size for size in _COMMON_GROUP_SIZES if in_features % size == 0]
         choices = common or [size for size in range(2, min(in_features, 256) + 1, 2) if in_features % size == 0][-5:]
         raise OptionError(
             f"in_features must be a multiple of group_size: layer {layer_name} has in_features={in_features}, "
-            f"got group_size={group_size}; choose {', '.join(map(str, choices))}"
+            f"got group_size={group_size}; choose {', '.join(map(str, choices))}, or remove --strict_group_size"
         )

@@ -63,12 +63,14 @@ class QuantizedWeight:
             return self
         scale_OG, zero_point_OG = (part.repeat_interleave(repeats, 1) for part in (self.scale_OG, self.zero_point_OG))
         if not scheme.symmetric:
-            assert not self.scheme.symmetric and scheme.bits >= self.scheme.bits, f"{scheme} must hold {self.scheme}"
+            fits = scheme.bits >= self.scheme.bits and not self.scheme.symmetric
+            assert fits, f"{scheme} must hold {self.scheme}"
             return QuantizedWeight(self.codes_OI, scale_OG, zero_point_OG, scheme)
         codes_OGK = to_groups(self.codes_OI, scale_OG.shape[1]).short()
         codes_OI = (codes_OGK - zero_point_OG[..., None].short()).add_(scheme.middle_code).flatten(-2)
         low, high = codes_OI.aminmax()
-        assert 0 <= int(low) and int(high) <= scheme.max_code, f"{scheme} must hold {self.scheme}"
+        fits = int(low) >= 0 and int(high) <= scheme.max_code
+        assert fits, f"{scheme} must hold {self.scheme}"
         middle_OG = torch.full_like(zero_point_OG, scheme.middle_code)
         return QuantizedWeight(codes_OI.to(torch.uint8), scale_OG, middle_OG, scheme)
 

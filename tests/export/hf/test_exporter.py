@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError
-from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.export.hf import HFExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.exports import (
@@ -100,10 +101,10 @@ def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
 def test_code_that_comes_with_a_model_is_refused(tmp_path: Path) -> None:
     exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
     config, selection = exported.checkpoint.config, exported.checkpoint.selection
-    HF.check(config, selection, QuantScheme())
+    HF.check(config, selection)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="hf needs a model whose code is in transformers; llama .*; remove hf from"):
-        HF.check(config, selection, QuantScheme())
+        HF.check(config, selection)
 
 
 def test_the_tested_families_are_those_of_this_file() -> None:
