@@ -254,7 +254,8 @@ def schemes_text(results: RunResults) -> str:
     if layers is None or layers.bits_per_weight is None:
         return ""
     counts = ", ".join(f"{count} x {scheme}" for scheme, count in layers.schemes.items())
-    return f"Schemes: {counts}. Average: {layers.bits_per_weight:.2f} bits a weight, with scales and zero points."
+    text = f"Schemes: {counts}. Average: {layers.bits_per_weight:.2f} bits a weight, with scales and zero points."
+    return text + (f" {layers.in_16_bits} layers stay in 16 bits." if layers.in_16_bits else "")
 
 
 def memory_text(results: RunResults) -> str:

@@ -79,6 +79,7 @@ class LayerCounts:
         precision: of the linear layers, for headings: INT4, or INT3/INT4 where they differ.
         schemes: scheme in words -> number of layers.
         bits_per_weight: average over the quantized weights, with scales and zero points; None in older results.
+        in_16_bits: number of layers that could be quantized and are not.
         notes: sentences on layers that have another scheme than was asked for.
     """
 
@@ -88,6 +89,7 @@ class LayerCounts:
     precision: str = "INT4"
     schemes: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    in_16_bits: int = 0
     notes: list[str] = field(default_factory=list)
 
 

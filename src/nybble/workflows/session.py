@@ -15,7 +15,7 @@ from nybble.files import write_text
 from nybble.models.loading import model_fingerprint
 from nybble.models.quantized_file import weights_fingerprint
 from nybble.models.schemes import average_bits, weight_shapes
-from nybble.models.selection import LayerSelection
+from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.commands import RunCommand
 from nybble.report.markdown import run_markdown
 from nybble.report.run import result_rows, summary
@@ -87,6 +87,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
 
 
 def _layer_counts(selection: LayerSelection, model: Any) -> LayerCounts:
+    everything = select_layers(model)
     bits = sorted({selection.schemes[name].bits for name in selection.int4})
     return LayerCounts(
         int4=len(selection.int4),
@@ -95,6 +96,7 @@ def _layer_counts(selection: LayerSelection, model: Any) -> LayerCounts:
         precision="/".join(f"INT{width}" for width in bits),
         schemes=dict(Counter(str(scheme) for scheme in selection.schemes.values())),
         bits_per_weight=average_bits(selection.schemes, weight_shapes(model, selection)),
+        in_16_bits=len(everything.int4) + len(everything.int8) - len(selection.schemes),
         notes=list(selection.notes),
     )
 
