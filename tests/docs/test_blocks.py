@@ -37,7 +37,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "| 16-bit |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 8), INT8_PER_ROW], ids=str)
+@pytest.mark.parametrize("scheme", [QuantScheme(2, 8), QuantScheme(3, 24), QuantScheme(4, 8), INT8_PER_ROW], ids=str)
 def test_the_reader_in_formats_reads_what_is_described_there(scheme: QuantScheme, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
