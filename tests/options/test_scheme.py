@@ -74,6 +74,12 @@ def test_values_outside_of_their_range_are_refused(values: dict[str, Any], messa
         SchemeOptions(**values).check()
 
 
+def test_compare_has_4_bits() -> None:
+    for flags in (["--bits", "3"], ["--layer", "a:bits=3"]):
+        with pytest.raises(OptionError, match="nybble compare must compare models in 4 bits"):
+            parse(["compare", "--pretrained", "m", "--tasks", "arc_easy", *flags]).check()
+
+
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(OptionError, match="target must be one of any, npu; got 'tpu'"):
         parsed("--target", "tpu")

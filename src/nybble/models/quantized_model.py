@@ -46,14 +46,16 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         model: transformers.PreTrainedModel.
-        names: modules whose weights are quantized. A head that is tied to one of them is left out too.
+        names: modules whose weights are quantized.
 
     Returns:
-        Name in the state dict -> tensor, shared with the model.
+        Name in the state dict -> tensor, shared with the model. A head that is tied to the embedding is left out.
     """
     state = model.state_dict()
     quantized = {state[f"{name}.weight"].data_ptr() for name in names}
-    return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
+    embedding = model.get_input_embeddings().weight.data_ptr()
+    tied = [name for name, tensor in state.items() if tensor.data_ptr() == embedding][1:]
+    return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized and name not in tied}
 
 
 def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
