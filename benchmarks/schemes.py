@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nybble.run.results import RunResults, read_results
 
 QUICK = Path(__file__).parents[1] / "recipes" / "quick.toml"
 SYMMETRIES = {"no": (False,), "yes": (True,), "both": (False, True)}
+_SIGNALS = 128
 HEADINGS = [
     "bits", "group", "symmetric", "recipe", "model", "bits a weight", "MB", "token perplexity", "KL to 16 bit",
     "seconds", "remark",
@@ -74,7 +76,9 @@ def make_rows(out: Path, key: dict[str, Any], more: Sequence[str]) -> list[dict[
     scheme = ["--bits", str(key["bits"]), "--group_size", str(group), *(["--symmetric"] if key["symmetric"] else [])]
     if not read_results(folder).finished:
         command = [*command_of(key["recipe"], scheme, more), "--output_dir", str(folder), "--resume"]
-        if nybble(command):
+        if code := nybble(command):
+            if code > _SIGNALS:  # interrupted: the table continues where it is started again
+                sys.exit(code)
             return []
         for leftover in ("teacher", "checkpoints"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
