@@ -7,6 +7,7 @@ import torch
 
 from nybble.compression import awq
 from nybble.compression.awq import AWQ, ValueHeads
+from nybble.compression.blocks import DecoderBlocks
 from nybble.errors import OptionError
 from nybble.models.families import family_of
 from nybble.quant.scheme import QuantScheme
@@ -14,6 +15,10 @@ from tests.helpers.compression import decoder_blocks, round_to_nearest
 from tests.helpers.tiny import FAMILIES, make_config, make_model
 
 SCHEME = QuantScheme(group_size=32)
+
+
+def schemes(blocks: DecoderBlocks) -> dict[str, QuantScheme]:
+    return dict.fromkeys(blocks.layers[0], SCHEME)
 
 
 @pytest.fixture
@@ -33,10 +38,10 @@ def test_folding_keeps_the_function_of_the_model(
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     # Factors far from 1, whatever the search would find.
     monkeypatch.setattr(
-        awq, "search", lambda weight, gram, scheme, heads: awq.factors(gram + torch.eye(len(gram)), 3.0, heads)
+        awq, "search", lambda weights, gram, heads: awq.factors(gram + torch.eye(len(gram)), 3.0, heads)
     )
     for i, block in enumerate(blocks.modules):
-        awq.fold(block, blocks.observe(i), model.config, SCHEME)
+        awq.fold(block, blocks.observe(i), model.config, schemes(blocks))
     assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-11)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, weights[name])}
     for mapping in family_of(model.config).awq_mappings:
@@ -50,7 +55,7 @@ def test_statistics_fit_the_folded_block(ids: torch.Tensor) -> None:
     blocks = decoder_blocks(model, ids)
     statistics = blocks.observe(0)
     original = [shared.gram_II.clone() for shared in statistics]
-    assert awq.fold(blocks.modules[0], statistics, model.config, SCHEME) == 4
+    assert awq.fold(blocks.modules[0], statistics, model.config, schemes(blocks)) == 4
     assert any(not torch.allclose(old, new.gram_II) for old, new in zip(original, statistics, strict=True))
     measured = decoder_blocks(model, ids).observe(0)
     for folded, again in zip(statistics, measured, strict=True):
@@ -60,12 +65,12 @@ def test_statistics_fit_the_folded_block(ids: torch.Tensor) -> None:
 def test_a_block_that_no_mapping_fits_is_reported(ids: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("llama")
     with caplog.at_level(logging.WARNING, "nybble"):
-        AWQ().fold_block("model.layers.0", model.model.layers[0], [], model.config, SCHEME)
+        AWQ().fold_block("model.layers.0", model.model.layers[0], [], model.config, {})
     assert "model.layers.0: awq folded nothing" in caplog.text
     caplog.clear()
     blocks = decoder_blocks(model, ids)
     with caplog.at_level(logging.WARNING, "nybble"):
-        AWQ().fold_block("model.layers.0", blocks.modules[0], blocks.observe(0), model.config, SCHEME)
+        AWQ().fold_block("model.layers.0", blocks.modules[0], blocks.observe(0), model.config, schemes(blocks))
     assert not caplog.text
 
 
@@ -77,14 +82,14 @@ def test_search_returns_the_factors_with_the_least_weighed_error() -> None:
         difference = (round_to_nearest(weight * s, SCHEME) - weight * s) / s
         return float((difference.square() * gram.diagonal()).sum())
 
-    best = awq.search(weight, gram, SCHEME)
+    best = awq.search({SCHEME: weight}, gram)
     assert error(best) == min(error(awq.factors(gram, alpha)) for alpha in awq.ALPHAS)
     assert error(best) < 0.9 * error(torch.ones(64))
     assert float(best.log().mean()) == pytest.approx(0, abs=1e-5)
 
 
 def test_equal_inputs_get_factors_of_one() -> None:
-    assert torch.allclose(awq.search(torch.randn(16, 64), torch.eye(64), SCHEME), torch.ones(64))
+    assert torch.allclose(awq.search({SCHEME: torch.randn(16, 64)}, torch.eye(64)), torch.ones(64))
 
 
 def test_query_heads_that_share_values_get_equal_factors() -> None:
@@ -113,7 +118,7 @@ def test_columns_are_multiplied_by_what_a_16_bit_norm_was_really_divided_by(ids:
     blocks = decoder_blocks(model, ids)
     statistics = blocks.observe(0)
     before = statistics[0].gram_II.clone()
-    awq.fold(blocks.modules[0], statistics, model.config, SCHEME)
+    awq.fold(blocks.modules[0], statistics, model.config, schemes(blocks))
     block, original_block = model.model.layers[0], original.model.layers[0]
     used = original_block.input_layernorm.weight.float() / block.input_layernorm.weight.float()
     assert not torch.equal(used, torch.ones(64)), "the search must find factors, or this test shows nothing"

@@ -47,7 +47,7 @@ def with_idle_expert(model: Any) -> Any:
 
 def compress_all(model: torch.nn.Module, method: str, **settings: object) -> CompressionResult:
     names = select_layers(model).int4
-    return compress(model, names, SCHEME, method, Calibration(IDS, **settings))  # type: ignore[arg-type]
+    return compress(model, dict.fromkeys(names, SCHEME), method, Calibration(IDS, **settings))  # type: ignore[arg-type]
 
 
 def test_statistics_of_an_expert_are_those_of_its_tokens() -> None:

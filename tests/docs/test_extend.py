@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nybble.compression.methods import METHODS, combine, parse_method
-from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.models.families import FAMILIES, family_of
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import QuantScheme

@@ -61,7 +61,7 @@ def test_experts_of_mixtral_have_the_names_of_the_hub(tmp_path: Path) -> None:
 
 def export(name: str, checkpoint: QuantizedCheckpoint, folder: Path) -> Any:
     folder.mkdir()
-    EXPORTERS[name].check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
+    EXPORTERS[name].check(checkpoint.config, checkpoint.selection)
     return EXPORTERS[name].export(checkpoint, folder)
 
 

@@ -12,7 +12,7 @@ from nybble.errors import ExportError, ModelError
 from nybble.models.experts import SplitExperts
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
-from nybble.quant.scheme import QuantScheme
+from nybble.options.scheme import SchemeOptions
 from nybble.workflows import rehearsal
 from nybble.workflows.rehearsal import make_twin, rehearse
 from tests.helpers import mixtures
@@ -20,7 +20,7 @@ from tests.helpers.causal_types import tiny_model
 from tests.helpers.compress import compress_command
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
-SCHEME = QuantScheme(group_size=16)
+SCHEME = SchemeOptions(group_size=16)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -107,10 +107,11 @@ def test_a_model_without_a_twin_is_not_tried(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_an_optional_format_that_cannot_hold_the_model_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     gpt2 = LoadedModel(linearize(tiny_model("gpt2")), make_tokenizer(), "gpt2")
-    assert rehearse(gpt2, SCHEME, ["hf", "vllm"], False, False, ["vllm"]) == ("hf",)
+    groups_of_32 = SchemeOptions(group_size=32)
+    assert rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["vllm"]) == ("hf",)
     assert "there is no export to vLLM (compressed-tensors): an export to vLLM needs nn.Linear layers" in caplog.text
     with pytest.raises(ExportError, match="GPT2LMHeadModel has Conv1D layers; remove vllm from --export"):
-        rehearse(gpt2, SCHEME, ["hf", "vllm"], False, False, ["hf"])
+        rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["hf"])
 
 
 @pytest.mark.usefixtures("needs_openvino")

@@ -11,7 +11,7 @@ round-to-nearest, with the error of each channel weighed by r^2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +62,22 @@ class AWQ(FoldingMethod):
             )
 
     def fold_block(
-        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], config: Any, scheme: QuantScheme
+        self,
+        name: str,
+        block: nn.Module,
+        statistics: Sequence[InputStatistics],
+        config: Any,
+        schemes: Mapping[str, QuantScheme],
     ) -> None:
         """See FoldingMethod.fold_block; a warning says when no mapping applies to the block."""
-        if not fold(block, statistics, config, scheme):
+        if not fold(block, statistics, config, schemes):
             log.warning("%s: awq folded nothing, because no AWQ mapping of models/families.py fits its layers", name)
 
 
 @torch.no_grad()
-def fold(block: nn.Module, statistics: Sequence[InputStatistics], config: Any, scheme: QuantScheme) -> int:
+def fold(
+    block: nn.Module, statistics: Sequence[InputStatistics], config: Any, schemes: Mapping[str, QuantScheme]
+) -> int:
     """Apply all AWQ mappings of the family to a block, in place; the statistics are changed to fit.
 
     A mapping is skipped if one of its layers is absent or shares its input with a layer outside of the mapping.
@@ -79,7 +86,7 @@ def fold(block: nn.Module, statistics: Sequence[InputStatistics], config: Any, s
         block: the 16-bit decoder block.
         statistics: of the inputs of its layers.
         config: configuration of the transformers model.
-        scheme: bits and group size.
+        schemes: layer name within the block -> scheme.
 
     Returns:
         The number of mappings that were applied.
@@ -88,19 +95,22 @@ def fold(block: nn.Module, statistics: Sequence[InputStatistics], config: Any, s
     for mapping in family_of(config).awq_mappings:
         inputs = next((s for s in statistics if set(s.layers) == set(mapping.layers)), None)
         if inputs is not None:
-            _fold_mapping(block, mapping, inputs, config, scheme)
+            _fold_mapping(block, mapping, inputs, config, schemes)
             applied += 1
     return applied
 
 
 def _fold_mapping(
-    block: nn.Module, mapping: AWQMapping, inputs: InputStatistics, config: Any, scheme: QuantScheme
+    block: nn.Module, mapping: AWQMapping, inputs: InputStatistics, config: Any, schemes: Mapping[str, QuantScheme]
 ) -> None:
     """Search the factors of one mapping, and apply them to source, layers and statistics in place."""
     layers = [get_linear(block, name) for name in mapping.layers]
     heads = _value_heads(config) if mapping.value_projection else None
-    weight_OI = torch.cat([at_least_float32(layer.weight) for layer in layers])
-    s_I = search(weight_OI, inputs.gram_II, scheme, heads)
+    stacks: dict[QuantScheme, list[Tensor]] = {}
+    for name, layer in zip(mapping.layers, layers, strict=True):
+        stacks.setdefault(schemes[name], []).append(at_least_float32(layer.weight))
+    weights = {scheme: torch.cat(rows) for scheme, rows in stacks.items()}
+    s_I = search(weights, inputs.gram_II, heads)
     s_I = divide_source(get_linear(block, mapping.source), s_I, family_of(config).norm_offset, heads)
     for layer in layers:
         layer.weight.copy_(at_least_float32(layer.weight) * s_I)
@@ -112,25 +122,27 @@ def _value_heads(config: Any) -> ValueHeads:
     return ValueHeads(config.num_key_value_heads, size)
 
 
-def search(weight_OI: Tensor, gram_II: Tensor, scheme: QuantScheme, heads: ValueHeads | None = None) -> Tensor:
+def search(weights: Mapping[QuantScheme, Tensor], gram_II: Tensor, heads: ValueHeads | None = None) -> Tensor:
     """The best factors over ALPHAS.
 
     Args:
-        weight_OI: the stacked rows of all layers that read the same input; at least float32.
+        weights: scheme -> the stacked rows [O, I] of the layers with this scheme; all of them read the same input. At
+            least float32.
         gram_II: mean of x x^T over the inputs x, in the same dtype.
-        scheme: bits and group size.
         heads: see `factors`.
 
     Returns:
         s [I], in the same dtype.
     """
-    importance_I, least_error, best_I = gram_II.diagonal(), torch.inf, torch.ones_like(weight_OI[0])
+    importance_I, least_error, best_I = gram_II.diagonal(), torch.inf, torch.ones_like(gram_II[0])
     for alpha in ALPHAS:
         s_I = factors(gram_II, alpha, heads)
-        scaled_OI = weight_OI * s_I
-        scale_OG, zero_point_OG = min_max_qparams(scaled_OI, scheme)
-        difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_point_OG, scheme).sub_(scaled_OI)
-        error = float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
+        error = 0.0
+        for scheme, weight_OI in weights.items():
+            scaled_OI = weight_OI * s_I
+            scale_OG, zero_point_OG = min_max_qparams(scaled_OI, scheme)
+            difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_point_OG, scheme).sub_(scaled_OI)
+            error += float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
         if error < least_error:
             least_error, best_I = error, s_I
     return best_I

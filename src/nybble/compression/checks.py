@@ -14,9 +14,8 @@ from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
 from nybble.models.experts import SplitExperts
 from nybble.models.head import last_hidden_states
-from nybble.models.selection import select_layers
 from nybble.quant.grid import below_grid
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 
 log = logging.getLogger("nybble")
 
@@ -51,18 +50,16 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
     combination.check(model.config)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
-    embeddings = select_layers(model).int8
-    warn_of_small_weights({name: model.get_submodule(name).weight for name in embeddings}, INT8_PER_ROW)
 
 
-def warn_of_small_weights(weights: Mapping[str, Tensor], scheme: QuantScheme) -> None:
+def warn_of_small_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, QuantScheme]) -> None:
     """Warn of layers whose weights are too small for the scale grid: they lose most of their accuracy.
 
     Args:
         weights: layer path -> weight [O, I].
-        scheme: how they will be quantized.
+        schemes: layer path -> how it will be quantized.
     """
-    layers = {name: below_grid(weight.detach(), scheme) for name, weight in weights.items()}
+    layers = {name: below_grid(weight.detach(), schemes[name]) for name, weight in weights.items()}
     counts = {name: int(small_OG.sum()) for name, small_OG in layers.items()}
     small = [name for name, count in counts.items() if count > _FEW_GROUPS * layers[name].numel()]
     if small:

@@ -1,8 +1,8 @@
 """Write the dequantized weights as a folder for everything that reads folders of transformers.
 
-model.safetensors holds the weights of all quantized modules in float16, linear layers exactly, embedding and head
-rounded, and all other tensors in their own dtype. Names and shapes are those of models on the hub (published.py). A
-head that is tied to the embedding is not stored.
+model.safetensors holds the weights of all quantized modules in float16, up to 4 bits exactly, 8 bits (embedding and
+head) rounded, and all other tensors in their own dtype. Names and shapes are those of models on the hub (published.py).
+A head that is tied to the embedding is not stored.
 config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16.
 
 Refused: models that come with Python code of their own (ExportError).
@@ -70,9 +70,13 @@ class HFExporter(Exporter):
     int8_tolerance = INT8_TOLERANCE
     decodes = False  # transformers opens it
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         """Refuse models with Python code of their own; see `Exporter.check`."""
         check_code_in_transformers(config, self.name)
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme:
+        """Return the scheme itself: values of all schemes are held; see `Exporter.container`."""
+        return scheme
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Name the dtype for models that overflow in float16; see `Exporter.limits`."""

@@ -1,7 +1,7 @@
 """What the exports to folders in the format of transformers share: config.json, float16 weights, all other tensors.
 
-Linear layers are exact in float16, as they have at most 11 bits. The 8-bit embedding and head are rounded to float16:
-scale * (code - 128) has up to 14 bits.
+Weights with codes of up to 4 bits are exact in float16, as they have at most 11 bits. Weights with 8-bit codes, such as
+embedding and head, are rounded to float16: scale * (code - 128) has up to 14 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nybble.errors import ExportError
 from nybble.export.safetensors_writer import MODEL_FILE, read_metadata
 from nybble.files import open_tensors, write_text
 from nybble.models.checkpoint import QuantizedCheckpoint, transformers_model
-from nybble.quant.weight import pack_nibbles, unpack_nibbles
+from nybble.quant.weight import pack_codes, unpack_codes
 
 _QUANTIZED = "nybble.quantized"
 """Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
@@ -71,19 +71,19 @@ def update_config(folder: Path, model: Any, **fields: Any) -> None:
     write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def nibbles_to_words(codes_MN: Tensor) -> Tensor:
-    """Pack eight 4-bit codes into a word, the first in the lowest bits: uint8 [M, N] -> int32 [M, N / 8].
+def codes_to_words(codes_MN: Tensor, bits: int) -> Tensor:
+    """Pack codes into words, the first in the lowest bits: uint8 [M, N] -> int32 [M, N * bits / 32].
 
-    Bytes of two codes, low nibble first, are such words on little-endian machines.
+    Packed bytes are such words on little-endian machines. Codes of 3 bits cross words.
     """
-    packed = pack_nibbles(codes_MN).contiguous()
+    packed = pack_codes(codes_MN, bits).contiguous()
     return packed.flatten().view(torch.int32).view(len(codes_MN), -1)  # a row of one byte has any stride
 
 
-def words_to_nibbles(words_MN: Tensor) -> Tensor:
-    """Unpack the result of `nibbles_to_words`: a 32-bit type [M, N / 8] -> uint8 [M, N]."""
+def words_to_codes(words_MN: Tensor, bits: int) -> Tensor:
+    """Unpack the result of `codes_to_words`: a 32-bit type [M, N * bits / 32] -> uint8 [M, N]."""
     packed = words_MN.contiguous().flatten().view(torch.uint8).view(len(words_MN), -1)
-    return unpack_nibbles(packed)
+    return unpack_codes(packed, bits)
 
 
 def metadata(checkpoint: QuantizedCheckpoint, name: str) -> dict[str, str]:
@@ -114,7 +114,10 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] | None = None) -> Any:
-    """Load a folder as users of transformers do; codes are dequantized at once, and not at the first call.
+    """Load a folder as users of transformers do.
+
+    Codes of one scheme are dequantized at once, not at the first call. transformers 5.23 would read codes of several
+    schemes with the first of them; these are dequantized at the first call.
 
     Args:
         folder: the export.
@@ -133,7 +136,8 @@ def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] 
         kind = type(transformers_model(config, trust_remote_code=False))
         model = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=state)
         return model.requires_grad_(False).eval()
-    if getattr(config, "quantization_config", None) is not None:
-        config.quantization_config["dequantize"] = True
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        quantization["dequantize"] = len(quantization["config_groups"]) == 1
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     return model.requires_grad_(False).eval()

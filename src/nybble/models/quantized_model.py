@@ -48,14 +48,17 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         model: transformers.PreTrainedModel.
-        names: modules whose weights are quantized. A head that is tied to one of them is left out too.
+        names: modules whose weights are quantized.
 
     Returns:
-        Name in the state dict -> tensor, shared with the model, but with no other tensor.
+        Name in the state dict -> tensor, shared with the model, but with no other tensor. A head that is tied to the
+        embedding is left out.
     """
     state = model.state_dict()
     quantized = {state[f"{name}.weight"].data_ptr() for name in names}
-    kept = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
+    embedding = model.get_input_embeddings().weight.data_ptr()
+    tied = [name for name, tensor in state.items() if tensor.data_ptr() == embedding][1:]
+    kept = {n: tensor for n, tensor in state.items() if tensor.data_ptr() not in quantized and n not in tied}
     first = {tensor.data_ptr(): name for name, tensor in reversed(kept.items()) if tensor.numel()}
     # A file holds no tensor twice under two names: a bias that a head shares with the module around it is copied.
     return {

@@ -1,14 +1,16 @@
-"""LayerSelection: which layers of a model get 4-bit codes and which get 8-bit codes."""
+"""LayerSelection: which layers of a model are quantized, and how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from nybble.errors import ModelError
 from nybble.models.experts import SplitExperts
+from nybble.quant.scheme import QuantScheme
 
 _ROUTERS = {"router", "gate"}
 """Names of modules beside experts that choose among them."""
@@ -16,17 +18,23 @@ _ROUTERS = {"router", "gate"}
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Names of the modules to quantize, by width.
+    """Names of the modules to quantize, and their schemes.
 
     Attributes:
-        int4: linear layers of the decoder, without those that route tokens to experts.
-        int8: the embedding, and the language-model head unless it is tied to the embedding.
+        int4: linear layers of the decoder, without those that route tokens to experts: 4 bits unless
+            options give them another scheme.
+        int8: the embedding, and the language-model head unless it is tied to the embedding: 8 bits unless options give
+            them another scheme.
         tied: whether the head and the embedding are one weight.
+        schemes: name -> scheme (schemes.py); empty until schemes are assigned.
+        notes: sentences on layers that have another scheme than was asked for.
     """
 
     int4: tuple[str, ...]
     int8: tuple[str, ...]
     tied: bool
+    schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def select_layers(model: Any) -> LayerSelection:

@@ -87,7 +87,7 @@ class TrainingSetup:
     Attributes:
         shapes: sizes of the model.
         rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
-        group_size: weights that share a scale.
+        num_scales: scales of the linear layers that are trained.
         chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
         weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
             backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
@@ -96,7 +96,7 @@ class TrainingSetup:
 
     shapes: ModelShapes
     rank: int
-    group_size: int
+    num_scales: int
     chunk_tokens: int
     weight_copies: int
     logits_bytes: int
@@ -104,7 +104,7 @@ class TrainingSetup:
     @property
     def trained_parameters(self) -> int:
         """Numbers in adapters and scales, at most."""
-        return self.shapes.int4_features * self.rank + self.shapes.int4_weights // self.group_size
+        return self.shapes.int4_features * self.rank + self.num_scales
 
 
 @dataclass(frozen=True)

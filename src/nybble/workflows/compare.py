@@ -23,7 +23,8 @@ from nybble.callbacks import Callback
 from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
-from nybble.export.base import ALL, EXPORTERS
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import ALL
 from nybble.files import write_text
 from nybble.models.families import family_of
 from nybble.models.quantized_model import load_config

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError
-from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.models.linearize import linearize
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.causal_types import tiny_model
@@ -115,10 +116,10 @@ def test_conv1d_layers_are_written_as_transformers_has_them(tmp_path: Path) -> N
 def test_code_that_comes_with_a_model_is_refused(tmp_path: Path) -> None:
     exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
     config, selection = exported.checkpoint.config, exported.checkpoint.selection
-    HF.check(config, selection, QuantScheme())
+    HF.check(config, selection)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="hf needs a model whose code is in transformers; llama .*; remove hf from"):
-        HF.check(config, selection, QuantScheme())
+        HF.check(config, selection)
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import ExportError, OptionError, describe_error
+from nybble.errors import ExportError, describe_error
 from nybble.export.base import OVERHEAD_BYTES, Exporter
+from nybble.export.containers import four_or_eight_bits
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -60,14 +61,14 @@ class OpenVINOExporter(Exporter):
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
         }
     )  # fmt: skip
+    scheme_requirement = "an even number of weights in a group"
     most_parameters_compared = None  # the runtime computes with the codes
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse attention types without a mask, widths other than 4 bits and odd groups; see `Exporter.check`.
+    def check(self, config: Any, selection: LayerSelection) -> None:
+        """Refuse attention types without a mask; see `Exporter.check`.
 
         Raises:
             ExportError: a layer of the model has another type than full or sliding-window attention.
-            OptionError: the codes do not have 4 bits, or a group has an odd number of them.
         """
         other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
         if not other and getattr(config, "num_attention_heads", None) is None:
@@ -77,15 +78,14 @@ class OpenVINOExporter(Exporter):
                 f"an export to OpenVINO needs layers with full or sliding-window attention; {config.model_type} has "
                 f"{', '.join(other)}; remove {self.name} from --export"
             )
-        if scheme.group_size is not None and scheme.group_size % 2:
-            raise OptionError(
-                f"an export to OpenVINO needs an even --group_size; got {scheme.group_size}; choose an even one, or "
-                f"remove {self.name} from --export"
-            )
-        if scheme.bits != 4:
-            raise OptionError(
-                f"an export to OpenVINO needs 4-bit codes; got {scheme}; remove {self.name} from --export"
-            )
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return a scheme of 4 or 8 bits, with even groups of 4-bit codes; see `Exporter.container`.
+
+        The CPU plugin reads 2-bit constants too, but fails on them with the 8-bit activations of its defaults.
+        """
+        held = four_or_eight_bits(scheme)
+        return held if held.bits == 8 or (held.group_size or columns) % 2 == 0 else None
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say up to which length rotary embeddings are right that depend on the length; see `Exporter.limits`."""
@@ -113,7 +113,7 @@ class OpenVINOExporter(Exporter):
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
-        insert_codes(traced, checkpoint.quantized)
+        insert_codes(traced, checkpoint.quantized, checkpoint.selection.int8)
         _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)
 
