@@ -4,7 +4,7 @@ Files: openvino_model.xml and .bin, openvino_tokenizer.*, openvino_detokenizer.*
 files of transformers; a run adds the files that came with the model. Names of inputs and outputs, their shapes and the
 state are those of optimum-intel's exports, so a tool that accepts those accepts these.
 
-Refused (ExportError): a layer type whose attention mask is not known here, a model or tokenizer that OpenVINO cannot
+Refused (ExportError): a layer that keeps something that is not known here, a model or tokenizer that OpenVINO cannot
 convert, and a weight that the traced graph does not use.
 """
 
@@ -36,9 +36,6 @@ print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
 ```
 """
 
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-"""Entries of `config.layer_types` for which trace.py makes a mask."""
-
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Types of rotary embeddings whose frequencies depend on the length of the context."""
 
@@ -58,20 +55,15 @@ class OpenVINOExporter(Exporter):
     most_parameters_compared = None  # the runtime computes with the codes
 
     def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse attention types without a mask, widths other than 4 bits and odd groups; see `Exporter.check`.
+        """Refuse layers with unknown states, widths other than 4 bits and odd groups; see `Exporter.check`.
 
         Raises:
-            ExportError: a layer of the model has another type than full or sliding-window attention.
+            ExportError: a layer of the model keeps something that states.py does not know.
             OptionError: the codes do not have 4 bits, or a group has an odd number of them.
         """
-        other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
-        if not other and getattr(config, "num_attention_heads", None) is None:
-            other = ["no attention heads"]
-        if other:
-            raise ExportError(
-                f"an export to OpenVINO needs layers with full or sliding-window attention; {config.model_type} has "
-                f"{', '.join(other)}; remove {self.name} from --export"
-            )
+        from nybble.export.openvino.states import check_cache
+
+        check_cache(config)
         if scheme.group_size is not None and scheme.group_size % 2:
             raise OptionError(
                 f"an export to OpenVINO needs an even --group_size; got {scheme.group_size}; choose an even one, or "
