@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from nybble.errors import ExportError, OptionError
 from nybble.export.openvino import exporter as module
@@ -77,9 +78,20 @@ def test_check_accepts_the_tested_families(family: str) -> None:
     EXPORTER.check(make_config(family), SELECTION, QuantScheme())
 
 
-def test_check_refuses_layers_without_a_known_mask() -> None:
-    config = SimpleNamespace(model_type="hybrid", layer_types=["full_attention", "mamba", "linear_attention"])
-    with pytest.raises(ExportError, match=r"; hybrid has linear_attention, mamba; remove openvino from --export"):
+def test_check_refuses_layers_that_keep_something_else() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2, layer_types=["full_attention", "indexed_attention"])
+    with pytest.raises(
+        ExportError, match=r"convolution states or recurrent states; llama has DynamicIndexedLayer; rem"
+    ):
+        EXPORTER.check(config, SELECTION, QuantScheme())
+
+
+def test_check_refuses_models_without_a_cache() -> None:
+    config = CONFIG_MAPPING["llama"]()
+    config.layer_types = ["unknown"]
+    with pytest.raises(
+        ExportError, match=r"transformers makes none for llama \(KeyError: 'unknown'\); remove openvino"
+    ):
         EXPORTER.check(config, SELECTION, QuantScheme())
 
 
@@ -92,12 +104,6 @@ def test_check_refuses_codes_that_do_not_have_4_bits() -> None:
 def test_check_refuses_odd_groups(group_size: int) -> None:
     with pytest.raises(OptionError, match=rf"needs an even --group_size; got {group_size}; choose an even one"):
         EXPORTER.check(make_config("llama"), SELECTION, QuantScheme(group_size=group_size))
-
-
-def test_check_refuses_models_without_attention() -> None:
-    config = SimpleNamespace(model_type="mamba")
-    with pytest.raises(ExportError, match="sliding-window attention; mamba has no attention heads; remove openvino"):
-        EXPORTER.check(config, SELECTION, QuantScheme(group_size=32))
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,9 @@ class GatedDeltaRule(Recurrence):
     values = 2
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Compute in torch what `step` describes."""
+        query, key, value, g, beta, state = inputs
         outputs, g = [], g[..., None] if g.ndim == 3 else g
         for i in range(query.shape[TOKENS]):
             state = state * g[:, :, i, :, None].exp()
@@ -102,10 +101,9 @@ class SelectiveScan(Recurrence):
     constants = 1
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Compute in torch what `step` describes."""
+        x, dt, b, c, a, state = inputs
         outputs = []
         for i in range(x.shape[TOKENS]):
             state = state * (a * dt[:, :, i, :, None]).exp() + x[:, :, i, :, None] * b[:, :, i, None, :]
@@ -129,7 +127,11 @@ def _loop(recurrence: type[Recurrence], inputs: Sequence[Any], state: Any) -> li
     import openvino as ov
     from openvino import opset13 as op
 
-    true, axis, zero = op.constant(np.array([True])), op.constant(np.int32(TOKENS)), op.constant(np.int32([0]))
+    true, axis, zero = (
+        op.constant(np.array([True])),
+        op.constant(np.int32(TOKENS)),
+        op.constant(np.array([0], np.int32)),
+    )
     index, buffer, before = op.parameter([], ov.Type.i32), _parameter(4), _parameter(4)
     sliced = len(inputs) - recurrence.constants
     parts = [_parameter(source.get_partial_shape().rank.get_length(), i < sliced) for i, source in enumerate(inputs)]
@@ -137,7 +139,7 @@ def _loop(recurrence: type[Recurrence], inputs: Sequence[Any], state: Any) -> li
     stacked = op.scatter_update(buffer, op.unsqueeze(index, zero), output, axis)
 
     shape = op.shape_of(inputs[recurrence.values])
-    tokens = op.convert(op.gather(shape, op.constant(np.int64([TOKENS])), op.constant(np.int64(0))), "i32")
+    tokens = op.convert(op.gather(shape, op.constant(np.array([TOKENS])), op.constant(np.int64(0))), "i32")
     loop = op.loop(tokens.output(0), true.output(0))
     body = ov.Model([op.constant(np.array([True])), after, stacked], [index, *parts, before, buffer], "token")
     for i, node in enumerate(body.get_ordered_ops()):

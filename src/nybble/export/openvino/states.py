@@ -26,7 +26,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from nybble.errors import ExportError
+from nybble.errors import ExportError, describe_error
 
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
@@ -64,9 +64,16 @@ def check_cache(config: Any) -> None:
         config: transformers configuration.
 
     Raises:
-        ExportError: a layer keeps something else.
+        ExportError: a layer keeps something else, or transformers has no cache for the model.
     """
-    other = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in _KNOWN}
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # a configuration without what transformers needs for a cache
+        raise ExportError(
+            "an export to OpenVINO needs a model with a cache of transformers; transformers makes none for "
+            f"{config.model_type} ({describe_error(error)}); remove openvino from --export"
+        ) from error
+    other = {type(layer).__name__ for layer in layers if type(layer) not in _KNOWN}
     if other:
         raise ExportError(
             "an export to OpenVINO needs layers that keep keys and values, convolution states or recurrent states; "
@@ -102,9 +109,9 @@ def find_states(model: Any, cache_argument: str) -> tuple[State, ...]:
     return tuple(states)
 
 
-def _tensors(i: int, layer: Any) -> list[tuple[int, str, int, Tensor]]:
+def _tensors(i: int, layer: Any) -> list[tuple[int, str, int, Any]]:
     """Layer, kind, index and tensor of all that a layer of a cache keeps."""
-    kept = []
+    kept: list[tuple[int, str, int, Any]] = []
     if isinstance(layer, LinearAttentionLayer):
         for kind, tensors in (("conv", layer.conv_states), ("ssm", layer.recurrent_states)):
             kept += [(i, kind, index, tensor) for index, tensor in tensors.items() if tensor is not None]
@@ -135,7 +142,7 @@ class TracedCache(DynamicCache):
         self.last_read = super().get_recurrent_state(layer_idx, state_idx)
         return self.last_read
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Any]:
         """Return the values of the states."""
         return [_get(self.layers[state.layer], state) for state in self.states]
 
@@ -145,7 +152,7 @@ class _Linear(LinearAttentionLayer):
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, *_: Any, **__: Any) -> Tensor:
         """Return the past and the new inputs of a convolution [B, D, kernel + T]."""
-        past = self.conv_states[state_idx]
+        past: Any = self.conv_states[state_idx]
         full = torch.cat([past, conv_states], dim=-1)
         self.conv_states[state_idx] = full[..., -past.shape[-1] :]
         return full
@@ -156,8 +163,8 @@ class _Linear(LinearAttentionLayer):
         return recurrent_states
 
 
-class _Hybrid(_Linear, LinearAttentionAndFullAttentionLayer):
-    pass
+class _Hybrid(_Linear, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """The states of both kinds of layers."""
 
 
 def _traced(layer: Any) -> Any:
@@ -181,7 +188,7 @@ def _put(layer: Any, state: State, tensor: Tensor) -> None:
         layer.is_initialized = True
 
 
-def _get(layer: Any, state: State) -> Tensor:
+def _get(layer: Any, state: State) -> Any:
     if state.kind in ("conv", "ssm"):
         return (layer.conv_states if state.kind == "conv" else layer.recurrent_states)[state.index]
     return getattr(layer, f"{state.kind}s")

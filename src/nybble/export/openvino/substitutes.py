@@ -1,13 +1,14 @@
 """Functions of transformers that cannot be traced, and what stands for them while a model is traced.
 
-Masks of attention are float32 [B, 1, T, S]: OpenVINO accepts boolean masks too, but its attention is three times as slow
-with them on a prompt of 1024 tokens. Loops over tokens are those of recurrence.py.
+Masks of attention are float32 [B, 1, T, S]: OpenVINO accepts boolean masks too, but its attention is three times as
+slow with them on a prompt of 1024 tokens. Loops over tokens are those of recurrence.py.
 
 Side effect: `substituted` replaces functions in the modules of a model while it is traced.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nybble.errors import ExportError
-from nybble.export.openvino.recurrence import GatedDeltaRule, SelectiveScan
+
+LOWEST = torch.finfo(torch.float32).min
 
 _OWN_MODULES = re.compile(r"torch\.|transformers\.(?!models\.)")
 """Modules of libraries that define no models."""
@@ -44,6 +46,10 @@ def substituted(model: Any, read_state: Callable[[], Tensor]) -> Iterator[frozen
     names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
     modules = [sys.modules[name] for name in sorted(names) if not _OWN_MODULES.match(name)]
     found = [(module, name) for module in modules for name in substitutes if name in vars(module)]
+    if getattr(model.config, "alibi", False) or getattr(model.config, "attention_chunk_size", None):
+        # The paged attention of openvino-genai ignores masks that it does not know. It takes fused attention only.
+        substitutes["scaled_dot_product_attention"] = _plain_attention
+        found.append((F, "scaled_dot_product_attention"))
     originals = [getattr(module, name) for module, name in found]
     try:
         for module, name in found:
@@ -65,17 +71,20 @@ def attention_mask(mask_BS: Tensor, queries: Any, window: int | None = None, chu
     """
     keys = mask_BS.shape[1]
     key_S = torch.arange(keys)
-    query_T1 = (torch.arange(queries) + (keys - queries))[:, None]
+    query_T1 = (torch.arange(queries) + (keys - queries))[None, None, :, None]
+    causal_TS = key_S <= query_T1
     # A padded token may attend to itself: a row without any key would be NaN, and NaN spreads through the values.
-    itself_TS = key_S == query_T1
-    seen_BTS = (key_S <= query_T1) & mask_BS.bool()[:, None, :]
-    seen = (seen_BTS | itself_TS)[:, None]
+    real_BTS = mask_BS.bool()[:, None, None, :] | (key_S == query_T1)
     if window is not None:
-        seen = seen & (key_S > query_T1 - window)
+        # The paged attention of openvino-genai ignores masks. It finds a window by these operations in this order,
+        # with the window as a constant; what they repeat changes nothing.
+        seen_BTS = (causal_TS & (causal_TS & (key_S > query_T1 + -window) & causal_TS)) & real_BTS
+        return torch.where(seen_BTS.expand(mask_BS.shape[0], 1, -1, -1), 0.0, LOWEST)[:, :, :, :keys]
+    seen_BTS = causal_TS & real_BTS
     if chunk is not None:
-        padding_B111 = (mask_BS.cumsum(-1) == 0).sum(-1)[:, None, None, None]
-        seen = seen & ((key_S - padding_B111) // chunk == (query_T1 - padding_B111) // chunk)
-    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
+        padding_B = (mask_BS.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+        seen_BTS = seen_BTS & ((key_S - padding_B) // chunk == (query_T1 - padding_B) // chunk)
+    return torch.zeros_like(seen_BTS, dtype=torch.float32).masked_fill(~seen_BTS, LOWEST)
 
 
 def _causal(config: Any, inputs_embeds: Tensor, attention_mask: Tensor, *_: Any, **options: Any) -> Tensor:
@@ -98,74 +107,67 @@ def _mask(inputs_embeds: Tensor, mask: Tensor, options: dict[str, Any], **limits
     return mask if mask.ndim == 4 else attention_mask(mask, inputs_embeds.shape[1], **limits)
 
 
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+    """The function scaled_dot_product_attention, in single operations."""
+    scale = options.get("scale") or query.shape[-1] ** -0.5
+    if options.get("enable_gqa"):
+        groups = int(query.shape[1]) // int(key.shape[1])
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return torch.softmax(query @ key.transpose(-1, -2) * scale + attn_mask, dim=-1) @ value
+
+
 def _gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    initial_state: Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    **_: Any,
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The functions torch_chunk_gated_delta_rule and chunk_kimi_delta_attention; tensors have tokens before heads."""
+    from nybble.export.openvino.recurrence import GatedDeltaRule
+
     heads, scale = int(value.shape[2]), float(query.shape[-1]) ** 0.5
-    if use_qk_l2norm_in_kernel:
+    if options.get("use_qk_l2norm_in_kernel"):
         query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
     query, key = (_repeated(x, heads) for x in (query, key))
     query, key, value, g, beta = (x.transpose(1, 2) for x in (query, key, value, g, beta))
-    output, state = GatedDeltaRule.apply(query / scale, key, value, g, beta, initial_state)
+    output, state = GatedDeltaRule.apply(query / scale, key, value, g, beta, options["initial_state"])
     return output.transpose(1, 2).contiguous(), state
 
 
 def _mamba2_scan(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    initial_states: Tensor,
-    **_: Any,
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The function mamba2_chunk_scan: hidden_states [B, T, H, V], dt [B, T, H], A [H], B and C [B, T, groups, K]."""
-    dt = dt if dt_bias is None else dt + dt_bias
-    dt = (F.softplus(dt) if dt_softplus else dt).clamp(min=dt_limit[0])
-    dt = (dt if dt_limit[1] == float("inf") else dt.clamp(max=dt_limit[1]))[..., None]
+    from nybble.export.openvino.recurrence import SelectiveScan
+
+    skip, (least, most) = options.get("D"), options.get("dt_limit", (0.0, math.inf))
+    dt = _time_steps(dt, options.get("dt_bias"), options.get("dt_softplus", False)).clamp(min=least)
+    dt = (dt if most == math.inf else dt.clamp(max=most))[..., None]
     b, c = (_repeated(x, int(hidden_states.shape[2])) for x in (B, C))
     x, dt, b, c = (tensor.transpose(1, 2) for tensor in (hidden_states * dt, dt, b, c))
-    output, state = SelectiveScan.apply(x, dt, b, c, A[None, :, None, None], initial_states)
+    output, state = SelectiveScan.apply(x, dt, b, c, A[None, :, None, None], options["initial_states"])
     output = output.transpose(1, 2).contiguous()
-    return output if D is None else output + D[:, None] * hidden_states, state
+    return output if skip is None else output + skip[:, None] * hidden_states, state
 
 
 def _mamba_scan(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    state: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    **_: Any,
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The function mamba_selective_scan: hidden_states, dt and z [B, V, T], A [V, K], B and C [B, K, T]."""
-    dt = dt if delta_bias is None else dt + delta_bias[:, None]
-    dt = F.softplus(dt) if delta_softplus else dt
-    x, dt_BTV, b, c = (x.transpose(1, 2)[:, None] for x in (hidden_states * dt, dt, B, C))
-    output, state = SelectiveScan.apply(x, dt_BTV, b, c, A[None, None], state[:, None])
+    """The function mamba_selective_scan: hidden_states, dt and z [B, V, T], A [V, K], B and C [B, K, T].
+
+    The option `state` is not one of that function.
+    """
+    from nybble.export.openvino.recurrence import SelectiveScan
+
+    bias, skip, gate = options.get("delta_bias"), options.get("D"), options.get("z")
+    dt = _time_steps(dt, None if bias is None else bias[:, None], options.get("delta_softplus", False))
+    x, dt, b, c = (tensor.transpose(1, 2)[:, None] for tensor in (hidden_states * dt, dt, B, C))
+    output, state = SelectiveScan.apply(x, dt, b, c, A[None, None], options["state"][:, None])
     output = output[:, 0].transpose(1, 2)
-    output = output if D is None else output + hidden_states * D[:, None]
-    return output if z is None else output * F.silu(z), state[:, 0]
+    output = output if skip is None else output + hidden_states * skip[:, None]
+    return output if gate is None else output * F.silu(gate), state[:, 0]
+
+
+def _time_steps(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = dt if bias is None else dt + bias
+    return F.softplus(dt) if softplus else dt
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:

@@ -137,9 +137,6 @@ def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, tuple[State, ...]]:
     weights = [torch.zeros(1).expand(shape) for shape in checkpoint.shapes.values()]
     wrapped = _ModelWithPast(checkpoint.config, tuple(checkpoint.shapes))
     wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
-    if getattr(checkpoint.config, "alibi", False):
-        # openvino-genai's paged attention finds the slopes of ALiBi in a fused attention, but not their scale (Falcon).
-        wrapped.model.set_attn_implementation("eager")
     wrapped.weights = dict(zip(checkpoint.shapes, weights, strict=True))
     with torch.no_grad(), warnings.catch_warnings(), _fixed_rope(wrapped.model):
         # The tracer warns of every branch on a shape. Wrong branches show in the comparison of logits.
