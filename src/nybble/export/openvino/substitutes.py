@@ -122,10 +122,11 @@ def _gated_delta_rule(
     """The functions torch_chunk_gated_delta_rule and chunk_kimi_delta_attention; tensors have tokens before heads."""
     from nybble.export.openvino.recurrence import GatedDeltaRule
 
-    heads, scale = int(value.shape[2]), float(query.shape[-1]) ** 0.5
+    heads = int(value.shape[2])
+    scale = torch.as_tensor(query.shape[-1]).float().pow(0.5)  # OpenVINO's kernel needs it computed from the shape
     if options.get("use_qk_l2norm_in_kernel"):
         query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
-    query, key = (_repeated(x, heads) for x in (query, key))
+    query, key, value = (_repeated(x, heads) for x in (query, key, value))
     query, key, value, g, beta = (x.transpose(1, 2) for x in (query, key, value, g, beta))
     output, state = GatedDeltaRule.apply(query / scale, key, value, g, beta, options["initial_state"])
     return output.transpose(1, 2).contiguous(), state
