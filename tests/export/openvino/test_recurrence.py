@@ -86,14 +86,13 @@ def test_openvino_has_a_kernel_for_the_gated_delta_rule() -> None:
         options = {"initial_state": state, "use_qk_l2norm_in_kernel": True}
         return _gated_delta_rule(query, key, value, g, beta, **options)
 
-    *heads_first, state = delta_inputs(3)
-    example = (*(x.transpose(1, 2) for x in heads_first), state)
+    channels = [torch.randn(2, 3, H, 16) for _ in range(3)]
+    example = (*channels, -torch.rand(2, 3, H), torch.rand(2, 3, H), torch.randn(2, H, 16, 16))
     traced = torch.jit.trace(rule, example, check_trace=False)
     graph = ov.convert_model(TorchScriptPythonDecoder(traced, example_input=example), example_input=example)
-    for port in graph.inputs[:5]:
-        shape = port.get_partial_shape()
-        shape[1] = -1
-        port.get_node().set_partial_shape(shape)
+    for i, (port, tensor) in enumerate(zip(graph.inputs, example, strict=True)):
+        sizes = tensor.shape[1:] if i == 5 else (-1, *tensor.shape[2:])
+        port.get_node().set_partial_shape(ov.PartialShape([-1, *sizes]))
     graph.validate_nodes_and_infer_types()
     compiled = ov.Core().compile_model(graph, "CPU", {})
     kinds = {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
