@@ -11,6 +11,7 @@ pytest.importorskip("openvino", reason="the extra openvino")
 from nybble.export.openvino.recurrence import GatedDeltaRule, Recurrence, SelectiveScan
 from nybble.export.openvino.substitutes import _gated_delta_rule
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated and warns of sizes
 H, K, V = 2, 4, 6
 
 

@@ -158,7 +158,7 @@ def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, tuple[State, ...]]:
             return ov.convert_model(decoder, example_input=example), wrapped.states
         except Exception as error:  # errors of the tracer, of OpenVINO and of the model
             raise ExportError(
-                f"an export to OpenVINO traces the model with keys and values of past tokens; "
+                f"an export to OpenVINO traces the model with its past states; "
                 f"{type(wrapped.model).__name__} cannot be traced ({describe_error(error)}); remove openvino from "
                 "--export"
             ) from error
