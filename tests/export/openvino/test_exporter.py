@@ -48,13 +48,13 @@ def test_equal_models_have_equal_files(exported: Exported, tmp_path: Path) -> No
 def test_a_strict_model_computes_in_float32_and_a_deployed_one_as_openvino_decides(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino, properties = pytest.importorskip("openvino"), []
+    properties: list[Any] = []
     core = SimpleNamespace(
         compile_model=lambda path, device, options: (
             properties.append((device, options)) or SimpleNamespace(create_infer_request=lambda: None)
         )
     )
-    monkeypatch.setattr(openvino, "Core", lambda: core)
+    monkeypatch.setattr("nybble.export.openvino.runtime.core", lambda: core)
     for strict in (True, False):
         EXPORTER.open_model(exported.folder, exported.model.config, strict)
     float32 = {

@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nybble.export.base import EXPORTERS
+from nybble.export.openvino.runtime import core
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.exports import check_padding_and_windows, logits_of
 from tests.helpers.tiny import VOCABULARY, make_model
@@ -110,7 +111,7 @@ def test_an_export_computes_what_torch_does(kind: str, tmp_path: Path) -> None:
 def check_genai(model: Any, folder: Path) -> None:
     """openvino-genai's pipeline, with the attention that it chooses, generates the tokens of torch.
 
-    In a process of its own: a timer signal after a pipeline has ended can crash the process.
+    In a process of its own, because the pipeline has an openvino.Core of its own; see `core`.
     """
     pytest.importorskip("openvino_genai")
     prompts = [torch.randint(1, 256, (1, length)) for length in (37, 11)]
@@ -128,11 +129,11 @@ def sliding_windows(folder: Path) -> list[int]:
     import openvino as ov
     from openvino._offline_transformations import paged_attention_transformation
 
-    graph = ov.Core().read_model(folder / "openvino_model.xml")
+    graph = core().read_model(folder / "openvino_model.xml")
     paged_attention_transformation(graph)
     nodes = [node for node in graph.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
     windows = [ov.Model([node.input_value(10)], [], "window") for node in nodes]
-    return [int(ov.Core().compile_model(window, "CPU")({})[0]) for window in windows]
+    return [int(core().compile_model(window, "CPU")({})[0]) for window in windows]
 
 
 def test_paged_attention_has_the_sliding_windows(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("openvino", reason="the extra openvino")
 from nybble.export.openvino.recurrence import GatedDeltaRule, Recurrence, SelectiveScan
+from nybble.export.openvino.runtime import core
 from nybble.export.openvino.substitutes import _gated_delta_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated and warns of sizes
@@ -67,7 +68,7 @@ def test_a_loop_is_right_for_any_number_of_tokens(kind: str) -> None:
         shape[2] = -1
         port.get_node().set_partial_shape(shape)
     graph.validate_nodes_and_infer_types()
-    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for tokens in (1, 3, 40):
         inputs = inputs_of(tokens, by_channel)
         expected = slow(*(tensor.double() for tensor in inputs))
@@ -95,7 +96,7 @@ def test_openvino_has_a_kernel_for_the_gated_delta_rule() -> None:
         sizes = tensor.shape[1:] if i == 5 else (-1, *tensor.shape[2:])
         port.get_node().set_partial_shape(ov.PartialShape([-1, *sizes]))
     graph.validate_nodes_and_infer_types()
-    compiled = ov.Core().compile_model(graph, "CPU", {})
+    compiled = core().compile_model(graph, "CPU", {})
     kinds = {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
     assert "GatedDeltaNet" in kinds
     assert "TensorIterator" not in kinds

@@ -122,11 +122,10 @@ class OpenVINOExporter(Exporter):
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read codes, scales and zero points from the constants of the saved graph; see `Exporter.read_codes`."""
-        import openvino as ov
-
         from nybble.export.openvino.constants import read_constants
+        from nybble.export.openvino.runtime import core
 
-        return read_constants(ov.Core().read_model(folder / MODEL_XML))
+        return read_constants(core().read_model(folder / MODEL_XML))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
