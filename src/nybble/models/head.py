@@ -75,7 +75,7 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits: hidden states [..., D] -> float32 [..., V]."""
-        logits = F.linear(hidden, self.weight_VD, self.bias_V).float()
+        logits = F.linear(hidden.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()  # mamba: fp32 residuals
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nybble.errors import ExportError
 from nybble.export.openvino.constants import insert_codes, read_constants
 from nybble.export.openvino.experts import GraphWeight
+from nybble.export.openvino.runtime import core
 from nybble.export.openvino.trace import TracedModel
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -114,7 +115,6 @@ def test_8_bit_weights_round_trip_and_have_their_values(rows: int, columns: int,
 
 def check_round_trip(weight_OI: Tensor, scheme: QuantScheme, embeddings: Sequence[str] = ("a",)) -> Any:
     """Read the codes back, and let OpenVINO compute the dequantized weight, which must be equal to the bit."""
-    import openvino as ov
 
     quantized = {"a": quantize_to_nearest(weight_OI, scheme)}
     traced = traced_with(a=weight_OI)
@@ -124,18 +124,17 @@ def check_round_trip(weight_OI: Tensor, scheme: QuantScheme, embeddings: Sequenc
     for field in fields(QuantizedWeight):
         written_field, read_field = (getattr(weight, field.name) for weight in (quantized["a"], read["a"]))
         assert torch.equal(written_field, read_field) if field.name != "scheme" else written_field == read_field
-    outputs = ov.Core().compile_model(traced.graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
+    outputs = core().compile_model(traced.graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
     assert torch.equal(torch.from_numpy(outputs[0]), quantized["a"].dequantize())
     return traced.graph
 
 
 def test_the_graph_of_a_model_has_compressed_types(exported: Exported) -> None:
     """OpenVINO runs compressed matrix products on constants of these types and shapes."""
-    import openvino as ov
 
     nodes = {
         node.get_friendly_name(): (node.get_element_type().get_type_name(), list(node.shape))
-        for node in ov.Core().read_model(exported.folder / "openvino_model.xml").get_ops()
+        for node in core().read_model(exported.folder / "openvino_model.xml").get_ops()
         if node.get_type_name() == "Constant"
     }
     name = "model.layers.1.mlp.down_proj"

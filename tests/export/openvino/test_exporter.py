@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from nybble.errors import ExportError
 from nybble.export.openvino import exporter as module
@@ -47,13 +48,13 @@ def test_equal_models_have_equal_files(exported: Exported, tmp_path: Path) -> No
 def test_a_strict_model_computes_in_float32_and_a_deployed_one_as_openvino_decides(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino, properties = pytest.importorskip("openvino"), []
+    properties: list[Any] = []
     core = SimpleNamespace(
         compile_model=lambda path, device, options: (
             properties.append((device, options)) or SimpleNamespace(create_infer_request=lambda: None)
         )
     )
-    monkeypatch.setattr(openvino, "Core", lambda: core)
+    monkeypatch.setattr("nybble.export.openvino.runtime.core", lambda: core)
     for strict in (True, False):
         EXPORTER.open_model(exported.folder, exported.model.config, strict)
     float32 = {
@@ -77,9 +78,20 @@ def test_check_accepts_the_tested_families(family: str) -> None:
     EXPORTER.check(make_config(family), SELECTION)
 
 
-def test_check_refuses_layers_without_a_known_mask() -> None:
-    config = SimpleNamespace(model_type="hybrid", layer_types=["full_attention", "mamba", "linear_attention"])
-    with pytest.raises(ExportError, match=r"; hybrid has linear_attention, mamba; remove openvino from --export"):
+def test_check_refuses_layers_that_keep_something_else() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2, layer_types=["full_attention", "indexed_attention"])
+    with pytest.raises(
+        ExportError, match=r"convolution states or recurrent states; llama has DynamicIndexedLayer; rem"
+    ):
+        EXPORTER.check(config, SELECTION)
+
+
+def test_check_refuses_models_without_a_cache() -> None:
+    config = CONFIG_MAPPING["llama"]()
+    config.layer_types = ["unknown"]
+    with pytest.raises(
+        ExportError, match=r"transformers makes none for llama \(KeyError: 'unknown'\); remove openvino"
+    ):
         EXPORTER.check(config, SELECTION)
 
 
@@ -98,12 +110,6 @@ def test_check_refuses_layers_without_a_known_mask() -> None:
 )
 def test_codes_have_4_or_8_bits_and_4_bit_groups_are_even(scheme: QuantScheme, container: QuantScheme | None) -> None:
     assert EXPORTER.container(scheme, 66, embedding=False) == container
-
-
-def test_check_refuses_models_without_attention() -> None:
-    config = SimpleNamespace(model_type="mamba")
-    with pytest.raises(ExportError, match="sliding-window attention; mamba has no attention heads; remove openvino"):
-        EXPORTER.check(config, SELECTION)
 
 
 @pytest.mark.parametrize(

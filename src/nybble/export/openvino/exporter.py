@@ -4,7 +4,7 @@ Files: openvino_model.xml and .bin, openvino_tokenizer.*, openvino_detokenizer.*
 files of transformers; a run adds the files that came with the model. Names of inputs and outputs, their shapes and the
 state are those of optimum-intel's exports, so a tool that accepts those accepts these.
 
-Refused (ExportError): a layer type whose attention mask is not known here, a model or tokenizer that OpenVINO cannot
+Refused (ExportError): a layer that keeps something that is not known here, a model or tokenizer that OpenVINO cannot
 convert, and a weight that the traced graph does not use.
 """
 
@@ -37,9 +37,6 @@ print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
 ```
 """
 
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-"""Entries of `config.layer_types` for which trace.py makes a mask."""
-
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Types of rotary embeddings whose frequencies depend on the length of the context."""
 
@@ -65,19 +62,14 @@ class OpenVINOExporter(Exporter):
     most_parameters_compared = None  # the runtime computes with the codes
 
     def check(self, config: Any, selection: LayerSelection) -> None:
-        """Refuse attention types without a mask; see `Exporter.check`.
+        """Refuse layers with unknown states; see `Exporter.check`.
 
         Raises:
-            ExportError: a layer of the model has another type than full or sliding-window attention.
+            ExportError: a layer of the model keeps something that states.py does not know.
         """
-        other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
-        if not other and getattr(config, "num_attention_heads", None) is None:
-            other = ["no attention heads"]
-        if other:
-            raise ExportError(
-                f"an export to OpenVINO needs layers with full or sliding-window attention; {config.model_type} has "
-                f"{', '.join(other)}; remove {self.name} from --export"
-            )
+        from nybble.export.openvino.states import check_cache
+
+        check_cache(config)
 
     def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
         """Return a scheme of 4 or 8 bits, with even groups of 4-bit codes; see `Exporter.container`.
@@ -135,11 +127,10 @@ class OpenVINOExporter(Exporter):
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read codes, scales and zero points from the constants of the saved graph; see `Exporter.read_codes`."""
-        import openvino as ov
-
         from nybble.export.openvino.constants import read_constants
+        from nybble.export.openvino.runtime import core
 
-        return read_constants(ov.Core().read_model(folder / MODEL_XML))
+        return read_constants(core().read_model(folder / MODEL_XML))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
