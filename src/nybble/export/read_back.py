@@ -120,7 +120,7 @@ def runtime_errors(label: str, name: str) -> Iterator[None]:
         yield
     except (NybbleError, OSError, AssertionError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a runtime raises whatever its code leads to
+    except (Exception, SystemExit) as error:  # a runtime raises whatever its code leads to; mlx-lm calls exit
         raise ExportError(
             f"the runtime of {label} must be able to compute with the model; it fails ({describe_error(error)}); "
             f"remove {name} from --export"
