@@ -17,6 +17,7 @@ from nybble.cli.main import main
 from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export import checks
 from nybble.export.base import EXPORTERS, Exporter
+from nybble.export.read_back import runtime_errors
 from nybble.models import quantized_file
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
@@ -249,3 +250,20 @@ def test_importing_the_package_imports_no_runtime() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {"openvino", "openvino_tokenizers", "transformers"} & {n.split(".")[0] for n in names}, file
+
+
+@pytest.mark.parametrize("raised", [TypeError("no\nargument"), SystemExit(1), KeyError("layer")])
+def test_what_a_runtime_raises_is_one_line(raised: BaseException) -> None:
+    message = (
+        r"the runtime of Toy must be able to compute with the model; it fails \(\w+: .*\); remove toy from --export"
+    )
+    with pytest.raises(ExportError, match=message) as error, runtime_errors("Toy", "toy"):
+        raise raised
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("raised", [ExportError("a"), OSError("b"), AssertionError("c"), KeyboardInterrupt()])
+def test_other_errors_stay(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as error, runtime_errors("Toy", "toy"):
+        raise raised
+    assert error.value is raised

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export.containers import as_held, four_or_eight_bits, widened
-from nybble.export.read_back import compare_weights, decode_logits
+from nybble.export.read_back import compare_weights, decode_logits, runtime_errors
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -175,20 +175,21 @@ class Exporter(ABC):
             What was written.
 
         Raises:
-            ExportError: the format cannot hold the model, or what was read back differs.
+            ExportError: the format or its runtime cannot take the model, or what was read back differs.
         """
         schemes, checkpoint = checkpoint.selection.schemes, self.held(checkpoint)
         checkpoint.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
-        self.write(checkpoint, folder)
-        return ExportResult(
-            int4_weights=len(checkpoint.selection.int4),
-            int8_weights=len(checkpoint.selection.int8),
-            bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
-            rounded=self.compare_weights(checkpoint.quantized, folder),
-            logit_difference=self.compare_logits(checkpoint, folder),
-            widened=widened(schemes, checkpoint.selection.schemes) if self.holds_codes else {},
-        )
+        with runtime_errors(self.label, self.name):
+            self.write(checkpoint, folder)
+            return ExportResult(
+                int4_weights=len(checkpoint.selection.int4),
+                int8_weights=len(checkpoint.selection.int8),
+                bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
+                rounded=self.compare_weights(checkpoint.quantized, folder),
+                logit_difference=self.compare_logits(checkpoint, folder),
+                widened=widened(schemes, checkpoint.selection.schemes) if self.holds_codes else {},
+            )
 
     def held(self, checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
         """Return the model with its weights in the schemes that the format has for them: what `write` gets.

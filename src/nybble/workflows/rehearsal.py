@@ -78,7 +78,7 @@ def rehearse(
             log.info("%s has no small twin; training and export are not tried beforehand", loaded.name)
             return tuple(formats)
         folder = Path(scratch) / "quantized"
-        with _step("compressed", twin):
+        with _step("trained" if trains else "compressed", twin):
             weights = _compress(twin, options, trains)
         with _step("saved", twin):
             save_quantized(folder, twin, weights)
@@ -116,19 +116,19 @@ def make_twin(loaded: LoadedModel, options: SchemeOptions) -> LoadedModel | None
     try:
         for key, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == layers:
-                setattr(config, key, value[:kept])
+                setattr(config, key, type(getattr(config, key))(value[:kept]))  # a list, or a tuple
             elif key.endswith("_token_id") and isinstance(value, int):
                 setattr(config, key, value % _VOCABULARY)
         config.num_hidden_layers, config.vocab_size = kept, min(config.vocab_size, _VOCABULARY)
         for key, most in _largest(config, 2 * (linear_scheme(options).group_size or 32)).items():
             if isinstance(getattr(config, key, None), int) and getattr(config, key) > most:
                 setattr(config, key, most)
-        model = linearize(type(loaded.model)(config)).to(loaded.model.dtype).to(loaded.model.device)
+        model = linearize(type(loaded.model)(config)).to(loaded.model.dtype).to(loaded.model.device).eval()
         finite = bool(model(input_ids=_token_ids(model), use_cache=False).logits.isfinite().all())
     except Exception as error:  # a configuration has rules of its own for what goes together
         log.debug("no twin: %s", describe_error(error))
         return None
-    return replace(loaded, model=model.requires_grad_(False).eval()) if finite else None
+    return replace(loaded, model=model.requires_grad_(False)) if finite else None
 
 
 def _largest(config: Any, width: int) -> dict[str, int]:

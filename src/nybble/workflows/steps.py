@@ -19,8 +19,9 @@ from nybble.console import bar
 from nybble.data.generate import GENERATED_FILE, generate_pending, generation_batch
 from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import TextData
-from nybble.errors import DataError, ExportError, NybbleError, describe_error
+from nybble.errors import DataError, ExportError
 from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.read_back import runtime_errors
 from nybble.files import atomic_folder
 from nybble.models import quantized_model
 from nybble.models.checkpoint import open_checkpoint
@@ -263,26 +264,12 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
                 log.info("%s is not measured: %s; nybble eval %s measures it", name, slow, run.path / name)
                 continue
             exported = open_exported(run.path / name, EXPORTERS[name], "--export", options.trust_remote_code)
-            _measure_export(run, evaluator, name, exported, result)
+            with runtime_errors(EXPORTERS[name].label, name):
+                measure_row(run, evaluator, name, exported, result.bytes)
         except ExportError as error:
             raise_if_interrupted()
             failed.append(error)
     return failed
-
-
-def _measure_export(
-    run: RunFolder, evaluator: Evaluator, name: str, exported: LoadedModel, result: ExportResult
-) -> None:
-    """Measure an export. Raises ExportError for what its runtime raises."""
-    try:
-        measure_row(run, evaluator, name, exported, result.bytes)
-    except (NybbleError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a runtime raises whatever its code leads to
-        raise ExportError(
-            f"the export to {EXPORTERS[name].label} must compute logits of the test text; its runtime fails "
-            f"({describe_error(error)}); use another format"
-        ) from error
 
 
 def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResult:
