@@ -53,7 +53,7 @@ class BlockCompressor:
 
     Attributes:
         blocks: the blocks. They must be compressed in turn, from the first, because each advances the streams.
-        methods: what to do.
+        methods: what to do; its folding methods have been prepared.
         scheme: bits and group size.
         calibration: text and settings.
         progress: called after each layer and each step.
@@ -94,7 +94,7 @@ class BlockCompressor:
         }
         result = CompressedBlock()
         for folding in self.methods.folding:
-            folding.fold_block(prefix[:-1], block, statistics, self.blocks.model.config, self.scheme)
+            folding.fold_block(prefix[:-1], block, statistics, self.scheme)
         for shared in statistics:
             inits = self._round(i, shared)
             result.inits.update(inits)

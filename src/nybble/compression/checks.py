@@ -35,15 +35,15 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
         methods: names from `parse_method`.
 
     Raises:
-        OptionError: a method does not know this family.
+        OptionError: a method cannot compress this model.
         ModelError: the model uses the weight of a layer without calling the layer; or a method needs calibration text,
             and the decoder blocks are no chain.
     """
     names, combination = list(names), combine(methods)
     _check_layers_are_called(model, names, input_ids)
-    combination.check(model.config)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
+    combination.check(model, names)
     embeddings = select_layers(model).int8
     warn_of_small_weights({name: model.get_submodule(name).weight for name in embeddings}, INT8_PER_ROW)
 
