@@ -1,6 +1,7 @@
 """What awq finds in each dense decoder of transformers, and in blocks with experts, clamps and second readers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nybble.compression.awq_mappings import AWQMapping, find_mappings, has_mappi
 from nybble.compression.block_trial import BlockTrial
 from nybble.errors import ModelError
 from nybble.models.selection import select_layers
+from tests.helpers.compression import break_chain
 from tests.helpers.dense import DENSE, make_dense
 from tests.helpers.tiny import FAMILIES, make_model
 
@@ -252,9 +254,49 @@ def test_experts_read_rows_of_the_norm_and_the_router_follows() -> None:
     assert sorted(pairs) == [f"mlp.experts.{i}.gate_up -> mlp.experts.{i}.down" for i in range(4)]
 
 
+class Sharing(nn.Module):
+    """A block that leaves its values to later blocks, which no mapping may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.out = linear(), linear()
+
+    def forward(self, hidden: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        shared["values"] = self.values(hidden)
+        return hidden + self.out(shared["values"])
+
+
+def test_what_later_blocks_may_read_is_an_output_too() -> None:
+    trial = BlockTrial(Sharing(), ((), {"shared": {}}), torch.zeros(1, 32, 16))
+    assert awq_mappings._Finder(trial, ("values", "out")).find() == ()
+    alone = Chained(lambda block, x: block.out(block.values(x)), values=linear(), out=linear())
+    assert mappings_of(alone, ("values", "out")) == ["norm -> values", "values -> out"]
+
+
+def test_layers_of_a_sequence_are_not_alike() -> None:
+    block = Chained(lambda block, x: block.mlp(x), mlp=nn.Sequential(linear(), nn.ReLU(), linear()))
+    assert mappings_of(block, ("mlp.0", "mlp.2")) == ["norm -> mlp.0", "mlp.0 -> mlp.2"]
+
+
+def test_blocks_whose_code_fails_in_float32_are_an_error() -> None:
+    def refuse(module: nn.Module, args: Any) -> None:
+        if args[0].dtype == torch.float32:
+            raise RuntimeError("no kernel for float32")
+
+    model = make_model("llama", dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(refuse)
+    message = (
+        r"awq needs decoder blocks that run in float32 with other weights; those of llama do not \(.*no kernel for "
+        r"float32\); use a method without awq, for example se\+gptq"
+    )
+    for find in (find_mappings, has_mapping):
+        with pytest.raises(ModelError, match=message):
+            find(model, select_layers(model).int4)
+
+
 def test_a_model_whose_blocks_are_no_chain_is_an_error() -> None:
     model = make_dense("llama")
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
-    model.model.layers[1].forward = lambda *args, **kwargs: torch.zeros(())
+    break_chain(model)
     with pytest.raises(ModelError, match="must be a chain"):
         find_mappings(model, select_layers(model).int4)

@@ -6,8 +6,8 @@ module's output multiplied by different factors. A layer whose every input is th
 channel, for all tokens alike, reads these channels: q_proj reads the norm, o_proj reads v_proj through the attention,
 down_proj reads up_proj through the product with the gate. o_proj does not read q_proj in this sense.
 
-    1. `_whole`: all channels of the source at once. Modules that are called with the very output of the source undo the
-       factors, so that what comes after them does not change (a router chooses the same experts).
+    1. `_candidates`: all channels of the source at once. Modules that are called with the very output of the source
+       undo the factors, so that what comes after them does not change (a router chooses the same experts).
     2. `_fused`: the last channels only, for a source of which one part is read through a nonlinear function (fused
        query, key and value; fused gate and up).
     3. `_keeps_output`: the mapping is applied to the copy as AWQ applies it, and the output of the block must stay the
@@ -20,23 +20,21 @@ the trial reaches are covered too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nybble.compression.block_trial import BlockTrial, Scaling
+from nybble.compression.block_trial import OTHERWISE, SAME, BlockTrial
 from nybble.compression.chain import Arguments, find_block_list, record_blocks
+from nybble.errors import ModelError, describe_error
 from nybble.models.norms import norm_offset
 
 # Of a trial, where a model has as many positions. In a block with random weights no ReLU is then off for all of them.
 _TOKENS = 32
-# Smallest and largest factor of a trial.
-_FACTORS = (1.5, 4.0)
-# An input is multiplied by one factor for all tokens if what remains is below this part of it; float32 leaves 1e-6.
-_MAX_REMAINDER = 1e-4
 # Largest change of the block's output by a mapping, relative. The factors of the proof are powers of two, so only norms
 # with an offset round at all.
 _MAX_CHANGE = 1e-5
@@ -44,6 +42,8 @@ _MAX_CHANGE = 1e-5
 _GAIN = 64.0
 # Channels of a fused source that are tried together at least.
 _FEWEST_CHANNELS = 8
+# Parts that a fused source is divided into at most: 64 heads with query, key and value are 192.
+_MOST_PARTS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +78,14 @@ def find_mappings(model: Any, names: Sequence[str]) -> dict[str, tuple[AWQMappin
         Path of each block -> its mappings, in the order in which the layers are called.
 
     Raises:
-        ModelError: the blocks are no chain.
+        ModelError: the blocks are no chain, or their code does not run with other weights.
     """
     by_kind: dict[_Kind, tuple[AWQMapping, ...]] = {}
     result = {}
     for block in _blocks(model, names):
         if block.kind not in by_kind:
-            by_kind[block.kind] = _Finder(block.trial(), block.layers).find()
+            with _failing_blocks(model):
+                by_kind[block.kind] = _Finder(block.trial(), block.layers).find()
         result[block.path] = by_kind[block.kind]
     return result
 
@@ -93,10 +94,25 @@ def has_mapping(model: Any, names: Sequence[str]) -> bool:
     """Whether any block has a mapping; faster than to find them all. See `find_mappings`."""
     tried: set[_Kind] = set()
     for block in _blocks(model, names):
-        if block.kind not in tried and any(_Finder(block.trial(), block.layers).proven()):
-            return True
+        with _failing_blocks(model):
+            if block.kind not in tried and any(_Finder(block.trial(), block.layers).proven()):
+                return True
         tried.add(block.kind)
     return False
+
+
+@contextmanager
+def _failing_blocks(model: Any) -> Iterator[None]:
+    """Turn an error of the model's own code into a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ModelError(
+            f"awq needs decoder blocks that run in float32 with other weights; those of {model.config.model_type} do "
+            f"not ({describe_error(error)}); use a method without awq, for example se+gptq"
+        ) from error
 
 
 _Kind = tuple[str, tuple[str, ...]]
@@ -154,6 +170,7 @@ class _Finder:
         self.trial, self.layers = trial, frozenset(layers)
         self.before = trial.run()
         self.order = list(self.before.inputs)
+        self.patterns = {name: trial.pattern(name) for name in trial.modules}
         self.readers = [
             name for name in self.order if tuple(trial.weights[name].shape[1:]) == self.before.inputs[name].shape[1:]
         ]
@@ -179,16 +196,21 @@ class _Finder:
         """Of the modules with the same name up to indices, the one with the most inputs; in the order of the calls."""
         chosen: dict[str, str] = {}
         for name in self.order:
-            rival = chosen.setdefault(_pattern(name), name)
+            rival = chosen.setdefault(self.patterns[name], name)
             if len(self.before.inputs[name]) > len(self.before.inputs[rival]):
-                chosen[_pattern(name)] = name
+                chosen[self.patterns[name]] = name
         return [name for name in self.order if name in chosen.values()]
 
     def _candidates(self, source: str) -> Iterator[AWQMapping]:
         """What reads the channels of a source; readers of the same channels together."""
         weight, module = self.trial.weights[source], self.trial.modules[source]
         offset = norm_offset(module) if weight.ndim == 1 else 0.0
-        channels = self._whole(source) or self._fused(source)
+        if self.before.width(source) != len(weight):
+            return
+        read = self._try(source, 0, len(weight))
+        channels = {name: channel_I for name, channel_I in read.items() if bool((channel_I >= 0).all())}
+        if not channels and weight.ndim == 2:
+            channels = self._fused(source, read)
         while channels:
             channel_I = next(iter(channels.values()))
             names = tuple(name for name, other_I in channels.items() if torch.equal(channel_I, other_I))
@@ -197,74 +219,66 @@ class _Finder:
             yield AWQMapping(source, layers, followers, channel_I, offset)
             channels = {name: other_I for name, other_I in channels.items() if name not in names}
 
-    def _whole(self, source: str) -> dict[str, Tensor]:
-        """Reader -> channel of each of its inputs, for all readers that read nothing but this source."""
-        read = self._try(source, 0, len(self.trial.weights[source]))
-        return {name: channel_I for name, channel_I in read.items() if bool((channel_I >= 0).all())}
+    def _fused(self, source: str, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reader -> channels, for the first reader with fewer inputs than the source has channels.
 
-    def _fused(self, source: str) -> dict[str, Tensor]:
-        """The same for the first reader with fewer inputs than the source has channels, from the last channels on."""
+        The last channels are tried first, and nothing else if none of them is read linearly.
+
+        Args:
+            source: a linear layer.
+            read: result of `_try` for all channels.
+        """
         count = len(self.trial.weights[source])
-        read = self._try(source, 0, count)
-        reader = next((name for name, channel_I in read.items() if bool((channel_I != _SAME).any())), None)
-        if reader is None or self.trial.weights[source].ndim == 1 or len(read[reader]) >= count:
+        reader = next((name for name, channel_I in read.items() if bool((channel_I != SAME).any())), None)
+        if reader is None or len(read[reader]) >= count:
             return {}
-        found_I = torch.full_like(read[reader], _SAME)
+        found_I = torch.full_like(read[reader], SAME)
         size = math.gcd(count, len(found_I))
         # Parts still to be tried, the last one on top; a part that does not come out clean is divided.
         parts = [(start, start + size) for start in range(0, count, size)]
-        smallest = _FEWEST_CHANNELS
-        while parts and bool((found_I == _SAME).any()):
+        smallest = max(_FEWEST_CHANNELS, count // _MOST_PARTS)
+        while parts and bool((found_I == SAME).any()):
             start, end = parts.pop()
-            if end <= count - size and bool((found_I == _SAME).all()):
-                return {}  # the last part has nothing that is read linearly
+            if end <= count - size and bool((found_I == SAME).all()):
+                return {}
             channel_I = self._try(source, start, end)[reader]
-            if not bool((channel_I == _OTHERWISE).any()):
-                if bool((channel_I >= 0).any()):
-                    smallest = max(smallest, (end - start) // 4)
+            if not bool((channel_I == OTHERWISE).any()):
                 found_I = torch.where(channel_I >= 0, channel_I, found_I)
+                if bool((channel_I >= 0).any()):  # the rest of the source is probably made of parts of this size
+                    smallest = max(smallest, (end - start) // 4)
             elif (part := (end - start) // _largest_prime_factor(end - start)) >= smallest:
                 parts += [(first, first + part) for first in range(start, end, part)]
         return {reader: found_I} if bool((found_I >= 0).all()) else {}
 
     def _try(self, source: str, start: int, end: int) -> dict[str, Tensor]:
-        """Multiply the channels from `start` to `end` of a source by different factors.
-
-        Returns:
-            Reader called after the source -> for each of its inputs the channel whose factor it has, _SAME or
-            _OTHERWISE.
-        """
-        count = len(self.trial.weights[source])
-        low, high = map(math.log, _FACTORS)
-        steps_K = (self.trial.permutation(end - start) + 0.5) / (end - start)
-        factor_R = torch.ones(count, device=steps_K.device)
-        factor_R[start:end] = (low + steps_K * (high - low)).exp()
+        """Reader -> for each of its inputs the channel from `start` to `end` of the source, SAME or OTHERWISE."""
         direct = frozenset(name for name in self.readers if self.before.reads_output(name, source))
-        run = self.trial.run(scaling=Scaling(source, factor_R, direct))
-        return {
-            name: _channels(self.before.inputs[name], run.inputs[name], factor_R, start, end)
-            for name in self.readers
-            if name in run.inputs and name != source
-        }
+        read = self.trial.channels_read(source, start, end, direct, self.before)
+        return {name: read[name] for name in self.readers if name in read and name != source}
 
     def _for_all_alike(self, mapping: AWQMapping) -> list[AWQMapping]:
         """The mapping of all sources that differ in their indices only, with layers that no token has reached."""
         by_pattern: dict[str, list[str]] = {}
-        for name in self.trial.modules:
-            by_pattern.setdefault(_pattern(name), []).append(name)
+        for name, pattern in self.patterns.items():
+            by_pattern.setdefault(pattern, []).append(name)
         mappings = []
-        for source in by_pattern[_pattern(mapping.source)]:
+        for source in by_pattern[self.patterns[mapping.source]]:
             layers, followers = (
                 tuple(
                     name
-                    for pattern in dict.fromkeys(map(_pattern, names))
+                    for pattern in dict.fromkeys(self.patterns[name] for name in names)
                     for name in by_pattern[pattern]
-                    if _indices(name)[: len(_indices(source))] == _indices(source)
+                    if self._indices(name)[: len(self._indices(source))] == self._indices(source)
                 )
                 for names in (mapping.layers, mapping.followers)
             )
             mappings.append(AWQMapping(source, layers, followers, mapping.channel_I, mapping.norm_offset))
         return mappings
+
+    def _indices(self, name: str) -> list[str]:
+        """The indices of a module in lists: ["3"] in mlp.experts.3.up_proj."""
+        parts = zip(name.split("."), self.patterns[name].split("."), strict=True)
+        return [part for part, pattern in parts if pattern == "*"]
 
     def _keeps_output(self, mappings: Sequence[AWQMapping]) -> bool:
         """Whether the block computes the same with these mappings applied."""
@@ -273,11 +287,10 @@ class _Finder:
             plain: dict[str, Tensor] = {}
             folded: dict[str, Tensor] = {}
             for mapping in mappings:
-                before, after = self._parameters(mapping, gain)
-                plain, folded = plain | before, folded | after
-            expected_ND = self.trial.run(plain).output_ND
-            difference_ND = self.trial.run(folded).output_ND - expected_ND
-            if not bool(difference_ND.norm() <= _MAX_CHANGE * expected_ND.norm()):
+                original, changed = self._parameters(mapping, gain)
+                plain, folded = plain | original, folded | changed
+            before, after = self.trial.run(plain).outputs, self.trial.run(folded).outputs
+            if len(before) != len(after) or not all(map(_alike, before, after)):
                 return False
         return True
 
@@ -299,26 +312,13 @@ class _Finder:
         return plain, folded
 
 
-# An input that does not change in a trial, and one that changes by no factor of a channel.
-_SAME, _OTHERWISE = -1, -2
-
-
-def _channels(before_NI: Tensor, after_NI: Tensor, factor_R: Tensor, start: int, end: int) -> Tensor:
-    """For each input the channel between `start` and `end` whose factor it has for all tokens, _SAME or _OTHERWISE."""
-    if before_NI.shape != after_NI.shape or not len(before_NI):  # tokens went elsewhere
-        return torch.full(before_NI.shape[1:], _OTHERWISE, device=before_NI.device)
-    square_I = before_NI.square().sum(0)
-    ratio_I = (before_NI * after_NI).sum(0) / square_I
-    remainder_I = (after_NI - ratio_I * before_NI).square().sum(0) / square_I
-    constant_I = remainder_I <= _MAX_REMAINDER**2
-    sorted_K, order_K = factor_R[start:end].sort()
-    gap = (_FACTORS[1] / _FACTORS[0]) ** (1 / (end - start)) - 1
-    place_I = torch.bucketize(ratio_I, ((sorted_K[1:] + sorted_K[:-1]) / 2))
-    near_I = (ratio_I / sorted_K[place_I] - 1).abs() <= gap / 4
-    same_I = (ratio_I - 1).abs() <= _MAX_REMAINDER
-    other = torch.full_like(order_K[place_I], _OTHERWISE)
-    channel_I = torch.where(near_I, start + order_K[place_I], torch.where(same_I, _SAME, other))
-    return torch.where(constant_I, channel_I, _OTHERWISE)
+def _alike(before: Tensor, after: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding; masks hold infinities."""
+    if before.shape != after.shape:
+        return False
+    finite = before.isfinite()
+    difference = torch.where(finite, after - before, 0.0).norm()
+    return bool(difference <= _MAX_CHANGE * torch.where(finite, before, 0.0).norm())
 
 
 def _largest_prime_factor(number: int) -> int:
@@ -330,13 +330,3 @@ def _largest_prime_factor(number: int) -> int:
         else:
             factor += 1
     return number
-
-
-def _indices(name: str) -> tuple[str, ...]:
-    """The indices in a module name: ("3",) in mlp.experts.3.up_proj."""
-    return tuple(part for part in name.split(".") if part.isdigit())
-
-
-def _pattern(name: str) -> str:
-    """A module name without its indices: mlp.experts.*.up_proj."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -7,7 +7,8 @@ weights, and random weights have no dead channels and no outliers that would hid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nybble.compression.chain import Arguments, first_output
+from nybble.compression.chain import Arguments
 from nybble.models.norms import own_weight
 
 _SEED = 0
+# Smallest and largest factor of a trial.
+_FACTORS = (1.5, 4.0)
+# An input is multiplied by one factor for all tokens if what remains is below this part of it; float32 leaves 1e-6.
+_MAX_REMAINDER = 1e-4
+# An input that does not change in a trial, and one that changes by no factor of a channel.
+SAME, OTHERWISE = -1, -2
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,20 @@ class TrialRun:
     """What one run of a block passes through its modules that have a weight of one or two axes.
 
     Attributes:
-        output_ND: the block's output.
+        outputs: all that the block returns, and the tensors in its arguments, which may have changed.
         inputs: module name -> its inputs [N, I] in all calls, in the order of the first calls.
     """
 
     def __init__(self) -> None:
-        self.output_ND = torch.empty(0)
+        self.outputs: list[Tensor] = []
         self.inputs: dict[str, Tensor] = {}
         # All tensors are kept, so that no address is used twice.
         self._read: dict[str, list[Tensor]] = {}
         self._written: dict[str, Tensor] = {}
+
+    def width(self, source: str) -> int:
+        """Number of channels in the output of a module; 0 if it has no single output."""
+        return self._written[source].shape[-1] if source in self._written else 0
 
     def reads_output(self, reader: str, source: str) -> bool:
         """Whether a module was called with the very tensor that another one returned."""
@@ -98,9 +109,18 @@ class BlockTrial:
             if isinstance(bias := getattr(module, "bias", None), nn.Parameter)
         }
         self._randomize()
-        self._args, self._kwargs = _to_float32(arguments)
+        self._arguments = arguments
         # Large beside biases and attention outputs, which all tokens share: then no ReLU is off for all tokens.
         self._hidden_BTD = 4 * self.normal(*hidden_BTD.shape)
+
+    def pattern(self, name: str) -> str:
+        """A module name without indices, mlp.experts.*.up_proj; those of an nn.Sequential stay, whose layers differ."""
+        parts = name.split(".")
+        parents = (self._block.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+        return ".".join(
+            "*" if part.isdigit() and not isinstance(parent, nn.Sequential) else part
+            for part, parent in zip(parts, parents, strict=True)
+        )
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers."""
@@ -123,13 +143,39 @@ class BlockTrial:
             handles.append(module.register_forward_pre_hook(_before(run, name, scaling), with_kwargs=True))
             handles.append(module.register_forward_hook(_after(run, name, scaling)))
         try:
-            inputs = (self._hidden_BTD.clone(), *self._args)
-            output = functional_call(self._block, dict(changed or {}), inputs, self._kwargs)
-            run.output_ND = first_output(output).flatten(0, -2)
+            # New containers for each run, because blocks may leave keys and values for later blocks in them.
+            args, kwargs = _to_float32(self._arguments)
+            output = functional_call(self._block, dict(changed or {}), (self._hidden_BTD.clone(), *args), kwargs)
+            run.outputs = list(_tensors((output, args, kwargs)))
         finally:
             for handle in handles:
                 handle.remove()
         return run
+
+    def channels_read(
+        self, source: str, start: int, end: int, undone_in: frozenset[str], before: TrialRun
+    ) -> dict[str, Tensor]:
+        """Multiply channels of a source by different factors, and look for the factors in the inputs of all modules.
+
+        Args:
+            source: name of the module.
+            start, end: its channels from `start` to before `end` are multiplied.
+            undone_in: see Scaling.
+            before: a run without factors.
+
+        Returns:
+            Module name -> for each of its inputs the channel whose factor it has for all tokens, SAME or OTHERWISE.
+        """
+        low, high = map(math.log, _FACTORS)
+        steps_K = (self.permutation(end - start) + 0.5) / (end - start)
+        factor_R = torch.ones(len(self.weights[source]), device=steps_K.device)
+        factor_R[start:end] = (low + steps_K * (high - low)).exp()
+        after = self.run(scaling=Scaling(source, factor_R, undone_in))
+        return {
+            name: _channels(x_NI, after.inputs[name], factor_R, start, end)
+            for name, x_NI in before.inputs.items()
+            if name in after.inputs
+        }
 
     @torch.no_grad()
     def _randomize(self) -> None:
@@ -142,6 +188,24 @@ class BlockTrial:
                 weight.copy_(torch.rand(weight.shape, generator=self._generator, device=weight.device) + 0.5)
         for bias in self.biases.values():
             bias.copy_(self.normal(*bias.shape) / 16)
+
+
+def _channels(before_NI: Tensor, after_NI: Tensor, factor_R: Tensor, start: int, end: int) -> Tensor:
+    """For each input the channel between `start` and `end` whose factor it has for all tokens, SAME or OTHERWISE."""
+    if before_NI.shape != after_NI.shape or not len(before_NI):  # tokens went elsewhere
+        return torch.full(before_NI.shape[1:], OTHERWISE, device=before_NI.device)
+    square_I = before_NI.square().sum(0)
+    ratio_I = (before_NI * after_NI).sum(0) / square_I
+    remainder_I = (after_NI - ratio_I * before_NI).square().sum(0) / square_I
+    constant_I = remainder_I <= _MAX_REMAINDER**2
+    sorted_K, order_K = factor_R[start:end].sort()
+    gap = (_FACTORS[1] / _FACTORS[0]) ** (1 / (end - start)) - 1
+    place_I = torch.bucketize(ratio_I, ((sorted_K[1:] + sorted_K[:-1]) / 2))
+    near_I = (ratio_I / sorted_K[place_I] - 1).abs() <= gap / 4
+    same_I = (ratio_I - 1).abs() <= _MAX_REMAINDER
+    other = torch.full_like(order_K[place_I], OTHERWISE)
+    channel_I = torch.where(near_I, start + order_K[place_I], torch.where(same_I, SAME, other))
+    return torch.where(constant_I, channel_I, OTHERWISE)
 
 
 def _before(run: TrialRun, name: str, scaling: Scaling | None) -> Callable[[nn.Module, Any, Any], Any]:
@@ -170,6 +234,15 @@ def _after(run: TrialRun, name: str, scaling: Scaling | None) -> Callable[[nn.Mo
         return result
 
     return hook
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _to_float32(value: Any) -> Any:
