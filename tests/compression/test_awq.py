@@ -5,14 +5,17 @@ import logging
 import pytest
 import torch
 
-from nybble.compression import awq
+from nybble.compression import awq, awq_mappings
 from nybble.compression.awq import AWQ
 from nybble.compression.awq_mappings import find_mappings
+from nybble.compression.block_trial import BlockTrial
+from nybble.compression.blocks import InputStatistics
 from nybble.errors import OptionError
 from nybble.models.selection import select_layers
 from nybble.quant.scheme import QuantScheme
+from tests.helpers.blocks import Chained, Experts
 from tests.helpers.compression import decoder_blocks, round_to_nearest
-from tests.helpers.dense import DENSE, make_dense
+from tests.helpers.dense import DENSE_CASES, make_dense
 from tests.helpers.tiny import make_model
 
 SCHEME = QuantScheme(group_size=32)
@@ -23,7 +26,7 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 255, (4, 16))
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", DENSE_CASES)
 def test_folding_keeps_the_function_of_the_model(name: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_dense(name, dtype=torch.float64)
     found = find_mappings(model, select_layers(model).int4)
@@ -158,16 +161,49 @@ def test_the_bias_of_a_norm_is_divided_by_the_factors_that_are_used() -> None:
 
 
 def test_experts_share_the_factors_of_their_norm() -> None:
-    """The error of each expert counts with its own inputs; one of them has inputs that no other has."""
-    weights = [torch.randn(16, 64) for _ in range(2)]
-    grams = [torch.diag(torch.logspace(-3, 3, 64)[torch.randperm(64)]) for _ in range(2)]
+    """The error of each expert counts with its own inputs. Alone, the first would choose larger factors."""
+    weights = [torch.randn(16, 64), torch.randn(16, 64) * torch.logspace(-1, 1, 64)]
+    grams = [torch.diag(torch.logspace(-3, 3, 64)), 2 * torch.eye(64)]
     parts = list(zip(weights, grams, strict=True))
 
     def error(s: torch.Tensor) -> float:
         differences = ((round_to_nearest(weight * s, SCHEME) - weight * s) / s for weight in weights)
         return float(sum((d.square() * gram.diagonal()).sum() for d, gram in zip(differences, grams, strict=True)))
 
-    assert error(awq.search(parts, SCHEME)) == min(error(awq.factors(sum(grams), alpha)) for alpha in awq.ALPHAS)
+    trials = [awq.factors(sum(grams), alpha) for alpha in awq.ALPHAS]
+    best = awq.search(parts, SCHEME)
+    assert torch.equal(best, min(trials, key=error))
+    first = min(trials, key=lambda s: awq._rounding_error(*(weights[0], grams[0].diagonal()), s, SCHEME))
+    assert not torch.equal(best, first)
+
+
+def test_folding_into_experts_keeps_routing_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Chained(lambda block, x: block.mlp(x), mlp=Experts(3, reached=3)).double().requires_grad_(False)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    layers = tuple(f"mlp.experts.{i}.{name}" for i in range(3) for name in ("gate_up", "down"))
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.setdefault(name, []).append(args[0])
+        )
+        for name in layers
+    ]
+    hidden = torch.randn(1, 64, 16, dtype=torch.float64)
+    before = block(hidden)
+    for handle in handles:
+        handle.remove()
+    statistics = [InputStatistics((name,), x.T @ x / 64) for name, (x,) in inputs.items()]
+    mappings = awq_mappings._Finder(BlockTrial(block, ((), {}), hidden), layers).find()
+    assert [mapping.followers for mapping in mappings if mapping.source == "norm"] == [("mlp.gate",)]
+    monkeypatch.setattr(awq, "search", lambda parts, scheme, channel: torch.linspace(0.2, 5, len(parts[0][1])).double())
+    original = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    awq.fold(block, mappings, statistics, QuantScheme(group_size=8))
+    assert torch.allclose(block(hidden), before, rtol=0, atol=1e-12)
+    assert sum(not torch.equal(original[name], parameter) for name, parameter in block.named_parameters()) == 11
+    for shared in statistics:
+        x = inputs[shared.layers[0]][0]
+        s = block.get_submodule(shared.layers[0]).weight / original[f"{shared.layers[0]}.weight"]
+        if shared.layers[0].endswith("gate_up"):
+            assert torch.allclose(shared.gram_II.diagonal(), (x.square().mean(0) * len(x) / 64) / s[0] ** 2)
 
 
 def test_a_model_with_nothing_to_fold_is_refused() -> None:

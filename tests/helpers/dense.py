@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -68,6 +69,12 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2Config", {}),
     "vaultgemma": ("VaultGemmaConfig", {"head_dim": 32, "sliding_window": 8}),
 }
+
+
+# Norms before, after and on both sides of a layer, parallel attention, three kinds of fused projections, ReLU, biases.
+_FAST = {"bitnet", "cohere", "falcon", "falcon-40b", "gemma2", "gpt_neox", "llama", "nemotron", "olmo2", "opt", "phi3"}
+DENSE_CASES = [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
+"""All names, for pytest.mark.parametrize; those that resemble another one are slow tests."""
 
 
 def make_dense(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -34,6 +34,14 @@ def test_norm_offset(kind: Callable[[int], nn.Module], offset: float, dtype: tor
     assert all(torch.equal(weights[name], parameter) for name, parameter in norm.named_parameters())
 
 
+def test_a_gated_norm_is_called_with_a_gate() -> None:
+    class Gated(Gemma3RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * gate.sigmoid()
+
+    assert norm_offset(Gated(8)) == 1
+
+
 def test_a_norm_that_needs_more_arguments_counts_as_one_without_an_offset() -> None:
     class Strange(nn.RMSNorm):
         def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
