@@ -14,6 +14,7 @@ from nybble.compression.calibration import BlockwiseConfig, Calibration
 from nybble.compression.init import QuantizedInit
 from nybble.compression.methods import MethodCombination, combine
 from nybble.compression.store import BlockStore
+from nybble.models.selection import select_layers
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.compression import decoder_blocks
@@ -34,7 +35,7 @@ class Marker(FoldingMethod):
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
-    def fold_block(self, name, block, statistics, config, schemes):  # type: ignore[no-untyped-def]
+    def fold_block(self, name, block, statistics, schemes):  # type: ignore[no-untyped-def]
         """Record the call."""
         self.events.append(f"fold {name} {len(statistics)}")
 
@@ -59,7 +60,10 @@ def compressor(
 ) -> BlockCompressor:
     calibration = Calibration(IDS, blockwise=BlockwiseConfig(epochs=0.5), store=store)
     blocks = decoder_blocks(make_model(family), IDS, 8, **options)
-    return BlockCompressor(blocks, methods or combine(ALL), schemes(blocks), calibration, lambda layers, text: None)
+    methods = methods or combine(ALL)
+    for folding in methods.folding:
+        folding.prepare(blocks.model, select_layers(blocks.model).int4)
+    return BlockCompressor(blocks, methods, schemes(blocks), calibration, lambda layers, text: None)
 
 
 def test_stages_run_in_order_and_report_their_progress() -> None:

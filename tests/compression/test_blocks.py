@@ -10,6 +10,7 @@ from nybble.compression.blocks import get_linear, set_weight
 from nybble.errors import ModelError, RunError
 from nybble.models.head import last_hidden_states
 from tests.helpers.compression import IDS, decoder_blocks
+from tests.helpers.dense import DENSE_CASES, make_dense
 from tests.helpers.tiny import FAMILIES, make_model
 
 
@@ -45,6 +46,27 @@ def test_statistics_are_means_over_all_tokens() -> None:
     for shared in statistics:
         x = inputs[shared.layers[0]]
         assert torch.allclose(shared.gram_II, x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("name", DENSE_CASES)
+def test_statistics_are_those_of_the_inputs_in_the_model(name: str) -> None:
+    # The layers of olmo2, olmo3 and exaone4 read the hidden states without a norm before them.
+    model = make_dense(name)
+    blocks = decoder_blocks(model, batch=1)  # bloom's blocks take single sequences only
+    inputs = {}
+    handles = [
+        get_linear(blocks.modules[0], layer).register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs.update({layer: args[0].flatten(0, -2).clone()})
+        )
+        for layer in blocks.layers[0]
+    ]
+    model(IDS)
+    for handle in handles:
+        handle.remove()
+    for shared in blocks.observe(0):
+        for layer in shared.layers:
+            x = inputs[layer]
+            assert torch.allclose(shared.gram_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_observing_a_block_advances_the_full_stream_only() -> None:

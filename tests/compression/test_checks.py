@@ -9,19 +9,9 @@ from nybble.compression.checks import check_model
 from nybble.errors import ModelError, OptionError
 from nybble.models.selection import select_layers
 from tests.helpers.causal_types import tiny_model
-from tests.helpers.compression import IDS
+from tests.helpers.compression import IDS, break_chain
+from tests.helpers.dense import make_dense
 from tests.helpers.tiny import make_model
-
-
-def break_chain(model: torch.nn.Module) -> None:
-    """Let block 1 give something else in each forward."""
-    calls = [0]
-
-    def drift(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        return output * calls[0]
-
-    model.model.layers[1].register_forward_hook(drift)
 
 
 def test_a_layer_whose_weight_is_used_without_a_call_is_refused() -> None:
@@ -87,12 +77,12 @@ def test_a_model_that_changes_its_weights_is_refused() -> None:
         check_model(model, select_layers(model).int4, IDS[:2], ())
 
 
-def test_methods_check_the_family() -> None:
-    model = make_model("llama")
-    model.config.model_type = "granite"
-    with pytest.raises(OptionError, match="no AWQ mappings for granite"):
-        check_model(model, select_layers(model).int4, IDS[:2], ("awq", "se"))
-    check_model(model, select_layers(model).int4, IDS[:2], ("se",))
+def test_methods_check_the_model() -> None:
+    model = make_dense("gpt_neo")
+    behind_gelu = [name for name in select_layers(model).int4 if name.endswith("c_proj")]
+    with pytest.raises(OptionError, match="gpt_neo has none"):
+        check_model(model, behind_gelu, IDS[:2], ("awq", "se"))
+    check_model(model, behind_gelu, IDS[:2], ("se",))
 
 
 def test_only_methods_that_need_calibration_text_need_a_chain_of_blocks() -> None:

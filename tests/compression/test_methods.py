@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,8 @@ from nybble.errors import OptionError
 from nybble.models.selection import select_layers
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
-from tests.helpers.compression import IDS, ShrunkRange
+from tests.helpers.compression import IDS, ShrunkRange, break_chain
+from tests.helpers.dense import make_dense
 from tests.helpers.tiny import make_model
 
 SCHEME = QuantScheme(group_size=32)
@@ -97,17 +97,27 @@ def test_every_method_but_rtn_needs_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "adapters", "expected"),
+    ("folds", "adapters", "expected"),
     [
-        ("llama", False, "awq+se+blockwise"),
-        ("llama", True, "awq+se+gptq"),
-        ("unknown", False, "se+blockwise"),
-        ("unknown", True, "se+gptq"),
+        (True, False, "awq+se+blockwise"),
+        (True, True, "awq+se+gptq"),
+        (False, False, "se+blockwise"),
+        (False, True, "se+gptq"),
     ],
 )
-def test_the_automatic_method_depends_on_adapters_and_family(model_type: str, adapters: bool, expected: str) -> None:
-    assert automatic_method(SimpleNamespace(model_type=model_type), adapters) == expected
+def test_the_automatic_method_depends_on_adapters_and_on_what_awq_finds(
+    folds: bool, adapters: bool, expected: str
+) -> None:
+    model = make_dense("gpt_neo")
+    names = [name for name in select_layers(model).int4 if folds or name.endswith("c_proj")]  # behind a GELU
+    assert automatic_method(model, names, adapters) == expected
     assert "+".join(parse_method(expected)) == expected
+
+
+def test_the_automatic_method_of_blocks_that_are_no_chain_has_no_awq() -> None:
+    model = make_model("llama")
+    break_chain(model)
+    assert automatic_method(model, select_layers(model).int4, adapters=True) == "se+gptq"
 
 
 def test_a_registered_method_compresses_a_model(shrunk: str) -> None:

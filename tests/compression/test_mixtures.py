@@ -143,7 +143,20 @@ def test_blocks_with_idle_experts_are_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mixture_gets_closer_on_its_text_than_by_rounding_to_nearest(family: str) -> None:
-    result = compress_all(linear_mixture(family), "se+gptq")
+    result = compress_all(linear_mixture(family), "awq+se+gptq")
     experts = [error for name, error in result.errors.items() if "expert" in name and error.compressed is not None]
     assert experts
     assert sum(error.compressed for error in experts) < sum(error.rtn for error in experts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_folds_into_every_mixture_and_keeps_its_function(family: str) -> None:
+    model = linear_mixture(family)
+    ids = IDS[:2]
+    before = model(input_ids=ids, use_cache=False).logits
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    compress_all(model, "awq")  # the layers then hold the folded weights, not rounded
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(weights[name], parameter)]
+    assert any(".experts." in name or "_linear." in name for name in changed)
+    difference = (model(input_ids=ids, use_cache=False).logits - before).abs()
+    assert float(difference.mean()) < 1e-4 * float(before.abs().max()), "routing may differ where two experts tie"

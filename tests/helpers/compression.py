@@ -1,7 +1,7 @@
 """Random layers, calibrated blocks and toy methods for the tests of nybble.compress."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.compression.base import ScaleMethod
 from nybble.compression.blocks import DecoderBlocks
@@ -37,6 +37,17 @@ def round_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 def decoder_blocks(model: object, ids: Tensor = IDS, batch: int = 2, **options: object) -> DecoderBlocks:
     """The blocks of a tiny model, all of whose decoder layers get 4 bits."""
     return DecoderBlocks(model, select_layers(model).int4, ids, batch, **options)  # type: ignore[arg-type]
+
+
+def break_chain(model: nn.Module) -> None:
+    """Let block 1 give something else in each forward."""
+    calls = [0]
+
+    def drift(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        calls[0] += 1
+        return output * calls[0]
+
+    model.model.layers[1].register_forward_hook(drift)
 
 
 class ShrunkRange(ScaleMethod):

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForCausalLM
 
 from nybble.cli.main import main
-from nybble.compression import blockwise
-from nybble.models import families, quantized_file, quantized_model
+from nybble.compression import awq, blockwise, methods
+from nybble.models import quantized_file, quantized_model
 from nybble.options.commands import CompressOptions
 from nybble.run.results import read_results
 from nybble.run.resume import saved_options
@@ -206,7 +206,7 @@ def test_the_automatic_method_needs_no_facts_about_the_family(
 ) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     if not known:
-        monkeypatch.setitem(families.FAMILIES._known, "llama", families.ModelFamily())
+        monkeypatch.setattr(methods, "has_mapping", lambda model, names: False)
     settings = {"method": "auto", "num_calibration_samples": 8, "group_size": 32, "lora_rank": rank}
     distill(distill_options(model, run, **settings))
     assert saved_options(run)["method"] == read_results(run).method == expected
@@ -319,13 +319,13 @@ def test_bad_input_leaves_nothing_behind(
     assert not run.exists()
 
 
-def test_awq_on_an_unknown_family_is_refused_before_there_is_a_run(
+def test_awq_is_refused_before_there_is_a_run_where_it_can_fold_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
-    monkeypatch.setitem(families.FAMILIES._known, "llama", families.ModelFamily())
+    monkeypatch.setattr(awq, "has_mapping", lambda model, names: False)
     assert main(command("compress", model, run, "--method", "awq+se")) == 2
-    assert "models/families.py has no AWQ mappings for llama" in " ".join(capsys.readouterr().err.split())
+    assert "whose outputs it can rescale; llama has none" in " ".join(capsys.readouterr().err.split())
     assert not run.exists()
     assert main(command("compress", model, run, "--method", "se")) == 0
 

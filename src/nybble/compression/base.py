@@ -65,11 +65,12 @@ class CompressionMethod:
     stage: ClassVar[Stage]
     needs_calibration: ClassVar[bool] = True
 
-    def check(self, config: Any) -> None:
+    def check(self, model: Any, names: Sequence[str]) -> None:
         """Refuse a model that the method cannot compress. It is called before the expensive part of a run.
 
         Args:
-            config: configuration of the transformers model.
+            model: the transformers model; it must not change.
+            names: paths of the layers that are to be compressed.
 
         Raises:
             OptionError: the method cannot compress this model.
@@ -81,22 +82,23 @@ class FoldingMethod(CompressionMethod, ABC):
 
     stage = Stage.FOLD
 
+    def prepare(self, model: Any, names: Sequence[str]) -> None:
+        """See the whole 16-bit model before its first block is compressed; the arguments are those of `check`.
+
+        Raises:
+            ModelError: the method cannot compress this model.
+        """
+
     @abstractmethod
     def fold_block(
-        self,
-        name: str,
-        block: nn.Module,
-        statistics: Sequence[InputStatistics],
-        config: Any,
-        schemes: Mapping[str, QuantScheme],
+        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], schemes: Mapping[str, QuantScheme]
     ) -> None:
         """Change the weights of a block and the statistics of its inputs, both in place.
 
         Args:
-            name: path of the block in the model, for log messages.
+            name: path of the block in the model.
             block: the 16-bit decoder block.
             statistics: of the inputs of all layers that get 4 bits. They must fit the folded block afterwards.
-            config: configuration of the transformers model.
             schemes: layer name within the block -> how the layer will be quantized.
         """
 

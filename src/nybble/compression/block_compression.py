@@ -54,7 +54,7 @@ class BlockCompressor:
 
     Attributes:
         blocks: the blocks. They must be compressed in turn, from the first, because each advances the streams.
-        methods: what to do.
+        methods: what to do; its folding methods have been prepared.
         schemes: layer path in the model -> scheme.
         calibration: text and settings.
         progress: called after each layer and each step.
@@ -99,7 +99,7 @@ class BlockCompressor:
         }
         result = CompressedBlock()
         for folding in self.methods.folding:
-            folding.fold_block(prefix[:-1], block, statistics, self.blocks.model.config, schemes)
+            folding.fold_block(prefix[:-1], block, statistics, schemes)
         for shared in statistics:
             inits = self._round(i, shared)
             result.inits.update(inits)

@@ -172,13 +172,15 @@ class DecoderBlocks:
         tokens = self.full.shape[0] * self.full.shape[1]
         for part in self.batches():
             with self._recorded_inputs(i) as inputs:
-                self.full[part] = self.run(i, self.full[part].to(self.device)).cpu()
+                output_BTD = self.run(i, self.full[part].to(self.device))
             for layers, x_NI in _group_by_tensor(inputs).items():
                 x_NI = at_least_float32(x_NI)
                 if layers not in grams:
                     grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
                 _add_lower(grams[layers], x_NI, 1 / tokens)
                 seen[layers] += len(x_NI)
+            # Only now: a block without a norm at its beginning (olmo2) records views of the stream.
+            self.full[part] = output_BTD.cpu()
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
                 raise ModelError(

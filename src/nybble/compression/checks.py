@@ -39,7 +39,7 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
         methods: names from `parse_method`.
 
     Raises:
-        OptionError: a method does not know this family.
+        OptionError: a method cannot compress this model.
         ModelError: the model is not causal; it changes its weights, uses the weight of a layer without calling the
             layer, or has layers that text does not reach; or a method needs calibration text, and the decoder blocks
             are no chain.
@@ -47,9 +47,9 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
     names, combination = list(names), combine(methods)
     _check_layers(model, names, input_ids)
     _check_causal(model, input_ids)
-    combination.check(model.config)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
+    combination.check(model, names)
 
 
 def warn_of_small_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, QuantScheme]) -> None:

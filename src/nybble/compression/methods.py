@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble.compression.awq import AWQ
+from nybble.compression.awq_mappings import has_mapping
 from nybble.compression.base import (
     CompressionMethod,
     FoldingMethod,
@@ -23,8 +24,7 @@ from nybble.compression.blockwise import BlockwiseReconstruction
 from nybble.compression.gptq import GPTQ
 from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.compression.scale_estimation import ScaleEstimation
-from nybble.errors import OptionError
-from nybble.models.families import family_of
+from nybble.errors import ModelError, OptionError
 from nybble.registry import Registry
 
 # Name -> class, or a function without arguments that returns a method.
@@ -59,17 +59,14 @@ class MethodCombination:
         by_block = bool(self.folding or self.refinement)
         return by_block or self.scales.needs_calibration or self.rounding.needs_calibration
 
-    def check(self, config: Any) -> None:
-        """Refuse a model that one of the methods cannot compress.
-
-        Args:
-            config: configuration of the transformers model.
+    def check(self, model: Any, names: Sequence[str]) -> None:
+        """Refuse a model that one of the methods cannot compress; the arguments are those of CompressionMethod.check.
 
         Raises:
             OptionError: see CompressionMethod.check.
         """
         for method in (*self.folding, self.scales, self.rounding, *self.refinement):
-            method.check(config)
+            method.check(model, names)
 
 
 def parse_method(text: str, option: str = "--method") -> tuple[str, ...]:
@@ -125,20 +122,34 @@ def needs_calibration(names: Sequence[str]) -> bool:
     return combine(names).needs_calibration
 
 
-def automatic_method(config: Any, adapters: bool) -> str:
+def automatic_method(model: Any, names: Sequence[str], adapters: bool) -> str:
     """The combination that training starts from if the user names none.
 
     Without adapters, training changes scales and norms only. blockwise then gives the lowest KL divergence, both
     before and after training. With adapters, training moves weights from one code to another, so the weights should
     keep their positions between the codes. gptq keeps them, and it takes about a third of the time of blockwise. awq
-    is added for the families whose AWQ mappings are known.
+    is added where it can fold something.
 
     Args:
-        config: configuration of the transformers model.
+        model: a transformers model; it runs once on a few tokens.
+        names: paths of the layers that are to be compressed.
         adapters: whether adapters that change the codes are trained.
     """
     method = "se+gptq" if adapters else "se+blockwise"
-    return f"awq+{method}" if family_of(config).awq_mappings else method
+    return f"awq+{method}" if can_fold(model, names) else method
+
+
+def can_fold(model: Any, names: Sequence[str]) -> bool:
+    """Whether awq can fold something; False also for a model whose blocks are no chain, which `check_model` refuses.
+
+    Args:
+        model: a transformers model.
+        names: paths of the layers that are to be compressed.
+    """
+    try:
+        return has_mapping(model, names)
+    except ModelError:
+        return False
 
 
 def _create(name: str) -> CompressionMethod:

@@ -87,6 +87,8 @@ def _compress_blocks(
     """Compress the layers inside the decoder blocks, as many blocks as `calibration` says."""
     device = model.device
     batch = max(1, TOKENS_PER_FORWARD // calibration.input_ids.shape[1])
+    for folding in methods.folding:
+        folding.prepare(model, list(schemes))
     refines = bool(methods.refinement)
     blocks = DecoderBlocks(model, list(schemes), calibration.input_ids, batch, refines, calibration.folder)
     compressor = BlockCompressor(blocks, methods, schemes, calibration, progress)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nybble.models.families import family_of
+from nybble.models.norms import norm_offset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ class RelativeShift(nn.Module):
 
     Args:
         weight_D: initial weight of the norm.
-        offset: what the norm adds to its weight before multiplying (`ModelFamily.norm_offset`).
+        offset: what the norm adds to its weight before multiplying (models/norms.py).
 
     Attributes:
         shift: the trained parameter [D], float32 whatever the dtype of the model is, starting at zero.
@@ -60,10 +60,10 @@ def make_norms_trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     Returns:
         Parameter name -> trainable shift, in the order of the modules.
     """
-    offset, shifts = family_of(model.config).norm_offset, {}
+    shifts = {}
     for name, norm in _norm_modules(model).items():
         weight_D = norm.get_parameter("weight").requires_grad_(False)
-        relative_shift = RelativeShift(weight_D.detach(), offset)
+        relative_shift = RelativeShift(weight_D.detach(), norm_offset(norm))
         parametrize.register_parametrization(norm, "weight", relative_shift)
         shifts[f"{name}.shift"] = relative_shift.shift
     return shifts

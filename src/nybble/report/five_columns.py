@@ -32,9 +32,6 @@ from nybble.run.results import has_results, read_results
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
-# The third column's method, whatever --method is: the best one that trains nothing, and the same for model families
-# that AWQ does not know.
-PTWC, PTWC_WITHOUT_AWQ = "awq+se+gptq", "se+gptq"
 # Run folders of the last column, of the column before it, and of the third one.
 NLS_RUN, LORA_RUN, PTWC_RUN = "qat-nls", "qat-lora", "ptwc"
 # Options that name places or change speed, and those that are no part of what was compared.

@@ -16,30 +16,31 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nybble.callbacks import Callback
+from nybble.compression.methods import automatic_method
 from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import ALL
 from nybble.files import write_text
-from nybble.models.families import family_of
-from nybble.models.quantized_model import load_config
+from nybble.models.selection import select_layers
 from nybble.nls.ranks import parse_rank_space
 from nybble.options.commands import CompareOptions, CompressOptions, RunCommand, TuneOptions
 from nybble.report import five_columns, html
 from nybble.report.combine import combine
 from nybble.report.figures import Figure
-from nybble.report.five_columns import LORA_RUN, NLS_RUN, PTWC, PTWC_RUN, PTWC_WITHOUT_AWQ, ColumnComparison
+from nybble.report.five_columns import LORA_RUN, NLS_RUN, PTWC_RUN, ColumnComparison
 from nybble.report.tables import as_table
 from nybble.run.folder import MERGED, TEXTS
-from nybble.run.results import read_results
+from nybble.run.results import has_results, read_results
 from nybble.run.resume import check_same_options, saved_options
 from nybble.tasks.sources import is_scored_by_lm_eval
-from nybble.workflows import lora
+from nybble.workflows import lora, plan
 from nybble.workflows.compress import compress
 from nybble.workflows.task_run import with_task
 from nybble.workflows.tune import tune
@@ -166,18 +167,24 @@ class _TaskComparison:
         results = read_results(tuned)
         assert results.task is not None, "the run of 16-bit LoRA has results of its task"
         merged = (tuned / MERGED).resolve()
-        config = load_config(merged, self.options.model.trust_remote_code)
         values |= {
             "pretrained": str(merged),
             "data": (str((tuned / TEXTS).resolve()),),
             "seq_len": results.task.text_length,
-            "method": PTWC if family_of(config).awq_mappings else PTWC_WITHOUT_AWQ,
+            "method": self._untrained_method(merged),
             "eval_tasks": (self.task,),
         }
         measured = results.models["lora16"]
         columns = ("task:", "documents:", "right:")
         known_figures = {column: value for column, value in measured.items() if column.startswith(columns)}
         return CompressOptions.of(**values | self._place(PTWC_RUN)), known_figures
+
+    def _untrained_method(self, merged: Path) -> str:
+        """The best method that trains nothing, whatever --method is."""
+        if not self.options.run.overwrite and has_results(self.folder / PTWC_RUN):
+            return str(saved_options(self.folder / PTWC_RUN)["method"])
+        model = plan.load_model(replace(self.options.model, pretrained=str(merged))).model
+        return automatic_method(model, select_layers(model).int4, adapters=True)
 
     def _unless_done(self, options: RunCommand, last: str, make: Callable[[], Path]) -> None:
         """Make a run unless its last row is measured; RunError if it was made with other options."""

@@ -215,7 +215,7 @@ def plan_compression(
     else:
         method = compression.method
         if method == AUTO:
-            method = automatic_method(loaded.model.config, adapters=trains_adapters)
+            method = automatic_method(loaded.model, selection.int4, adapters=trains_adapters)
         plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
     _warn_of_unused(compression, plan)
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable
 from nybble.export.gguf import architectures, file, tensors
+from nybble.export.gguf.architectures import MODEL_TYPES
 from nybble.export.gguf.exporter import GGUFExporter
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -202,7 +204,7 @@ def _other_field(key: str, value: Any) -> Callable[..., Any]:
         ("smollm", "tensors.to_neighbours", lambda rows, heads: rows),
         ("llama", "exporter.plan_tensors", _without("rope_freqs.weight")),
         ("phi3", "exporter.plan_tensors", _without("rope_factors_short.weight")),
-        ("gemma3", "tensors.family_of", lambda config: SimpleNamespace(norm_offset=0.0)),
+        ("gemma3", "tensors.MODEL_TYPES", {"gemma3_text": replace(MODEL_TYPES["gemma3_text"], norm_offset=0.0)}),
         ("gemma2", "exporter.metadata", _other_field("attention.sliding_window", 9)),
         ("gemma2", "exporter.metadata", _other_field("attention.sliding_window_pattern", 3)),
         ("gemma2", "exporter.metadata", _other_field("attn_logit_softcapping", 3.5)),

@@ -41,6 +41,7 @@ class Architecture:
         query_norm: there are norms of queries, which can take up another scale.
         softcaps: it caps attention scores and logits.
         biases: it reads biases of all linear layers. (Those of qwen2 are no choice.)
+        norm_offset: transformers adds it to the weights of norms, and the file holds the sums.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Architecture:
     query_norm: bool = False
     softcaps: bool = False
     biases: bool = False
+    norm_offset: float = 0.0
 
 
 _LLAMA = Architecture("llama", interleaved_rope=True, rope_freqs=True, biases=True)
@@ -70,9 +72,11 @@ MODEL_TYPES: dict[str, Architecture] = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", query_norm=True),
     "gemma2": Architecture(
-        "gemma2", activation=_GELU, sliding_period=2, own_head=False, scale_from_hidden=46, softcaps=True
+        "gemma2", activation=_GELU, sliding_period=2, own_head=False, scale_from_hidden=46, softcaps=True, norm_offset=1
     ),
-    "gemma3_text": Architecture("gemma3", activation=_GELU, sliding_period=6, scale_from_hidden=62, query_norm=True),
+    "gemma3_text": Architecture(
+        "gemma3", activation=_GELU, sliding_period=6, scale_from_hidden=62, query_norm=True, norm_offset=1
+    ),
     "phi3": Architecture(
         "phi3",
         linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),

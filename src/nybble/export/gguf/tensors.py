@@ -20,7 +20,6 @@ from nybble.export.gguf.blocks import block_type, to_blocks
 from nybble.export.gguf.file import TensorPlan, rope_heads, tensor_names
 from nybble.export.gguf.rope import RopeFields, rope_fields
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.models.families import family_of
 from nybble.quant.weight import QuantizedWeight
 
 
@@ -87,7 +86,8 @@ def _reading_blocks(checkpoint: QuantizedCheckpoint, module: str, order: int | N
 
 
 def _reading_floats(checkpoint: QuantizedCheckpoint, parameter: str, order: int | None) -> Callable[[], NDArray[Any]]:
-    offset = family_of(checkpoint.config).norm_offset if parameter.endswith("norm.weight") else 0.0
+    architecture = MODEL_TYPES[checkpoint.config.model_type]
+    offset = architecture.norm_offset if parameter.endswith("norm.weight") else 0.0
     factor = query_factor(checkpoint.config) if parameter.endswith("q_norm.weight") else 1.0
 
     def read() -> NDArray[Any]:
