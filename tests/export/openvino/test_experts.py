@@ -12,7 +12,7 @@ from nybble.export.openvino.exporter import MODEL_XML, OpenVINOExporter
 from nybble.models.linearize import linearize
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.checkpoints import save_checkpoint, save_uneven_mixture
 from tests.helpers.mixtures import EXPERTS, FAMILIES, make_mixture
 
 openvino = pytest.importorskip("openvino")
@@ -64,15 +64,31 @@ def test_the_traced_forward_computes_what_the_experts_do(family: str) -> None:
     ids = torch.arange(24)[None]
     expected = model(input_ids=ids, use_cache=False).logits
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if is_linear(module)}
-    stacks = graph_weights(model, shapes)
+    stacks = graph_weights(model, shapes, dict.fromkeys(shapes, QuantScheme()))
     linears = dict(model.named_modules())
 
     def weight_of(name: str) -> torch.Tensor:
         rows = slice(*stacks[name].rows)
         return torch.stack([linears[module].weight[rows] for module in stacks[name].modules])
 
-    trace_experts(model, weight_of)
+    trace_experts(model, weight_of, stacks)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_experts_with_different_schemes_or_none_have_the_logits_of_torch(family: str, tmp_path: Path) -> None:
+    checkpoint = save_uneven_mixture(tmp_path / "quantized", linear_mixture(family))
+    assert len({checkpoint.selection.schemes.get(name) for name in expert_layers(family, "down_proj")}) == 3
+    folder = tmp_path / "openvino"
+    folder.mkdir()
+    result = OpenVINOExporter().export(checkpoint, folder)  # compares codes, and logits of a prompt and of decoding
+    assert result.rounded == {}
+
+
+def expert_layers(family: str, leaf: str) -> list[str]:
+    """The experts of the last decoder layer."""
+    mixture = "feed_forward" if family == "llama4" else "mlp"
+    return [f"model.layers.1.{mixture}.experts.{i}.{leaf}" for i in range(EXPERTS)]
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -82,7 +98,7 @@ def is_linear(module: torch.nn.Module) -> bool:
 def test_gates_and_the_rows_behind_them_are_weights_of_their_own() -> None:
     model = linear_mixture("qwen3_moe")
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if is_linear(module)}
-    weights = graph_weights(model, shapes)
+    weights = graph_weights(model, shapes, dict.fromkeys(shapes, QuantScheme()))
     path = "model.layers.0.mlp.experts"
     modules = tuple(f"{path}.{i}.gate_up_proj" for i in range(EXPERTS))
     assert weights[f"{path}.*.gate_up_proj.0"] == GraphWeight((EXPERTS, 32, 64), modules, (0, 32))

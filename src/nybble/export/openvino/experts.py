@@ -10,12 +10,13 @@ OpenVINO's CPU and GPU plugins know this pattern, with gate and up as two produc
 computes the chosen experts only. Mixtures with an activation of their own get the same numbers by the dense products.
 
 A weight of the graph is a stack of some rows of all experts: PATH.*.gate_up_proj.0 are the gates, .1 the rows behind
-them.
+them. A projection whose experts have different schemes, or stay in 16 bits, is no stack: each expert computes its own
+product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from nybble.models.experts import DenseExperts, RoutedAndIdentityExperts, RoutedExperts, SplitExperts
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 ANY_EXPERT = ".*."
@@ -58,20 +60,25 @@ def stack_rows(weights: Sequence[QuantizedWeight], rows: slice = slice(None)) ->
     return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, weights[0].scheme)
 
 
-def graph_weights(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, GraphWeight]:
+def graph_weights(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]
+) -> dict[str, GraphWeight]:
     """Return the weights of the graph of a model.
 
     Args:
         model: transformers.PreTrainedModel after `linearize`.
         shapes: name of every quantized module -> [O, I].
+        schemes: name of every quantized module -> scheme.
 
     Returns:
-        Name in the graph -> weight. Modules outside of mixtures keep their names.
+        Name in the graph -> weight. Modules that are in no stack keep their names.
     """
     weights = {name: GraphWeight(shape, (name,), (0, shape[0])) for name, shape in shapes.items()}
     for path, experts in _mixtures(model):
         for leaf in dict(experts.get_submodule("0").named_children()):
             modules = tuple(f"{path}.{i}.{leaf}" for i in range(experts.split_count))
+            if len({schemes.get(name) for name in modules}) > 1 or modules[0] not in schemes:
+                continue
             rows, columns = shapes[modules[0]]
             for name in modules:
                 del weights[name]
@@ -83,15 +90,16 @@ def graph_weights(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> di
     return weights
 
 
-def trace_experts(model: nn.Module, weight_of: Callable[[str], Tensor]) -> None:
+def trace_experts(model: nn.Module, weight_of: Callable[[str], Tensor], names: Collection[str]) -> None:
     """Let the mixtures of a model compute as the top of this file says, in place.
 
     Args:
         model: transformers.PreTrainedModel after `linearize`.
         weight_of: name of a graph weight -> its values [E, O, I].
+        names: of all graph weights.
     """
     for path, experts in _mixtures(model):
-        experts.forward = _TracedExperts(path, experts, weight_of).forward  # type: ignore[method-assign]
+        experts.forward = _TracedExperts(path, experts, weight_of, names).forward  # type: ignore[method-assign]
 
 
 def modules_of_stacks(counts: Mapping[str, int]) -> dict[str, list[tuple[str, int]]]:
@@ -126,8 +134,8 @@ def _has_plain_gate(experts: SplitExperts) -> bool:
 class _TracedExperts:
     """Forward of one mixture; see the top of this file."""
 
-    def __init__(self, path: str, experts: Any, weight_of: Callable[[str], Tensor]) -> None:
-        self.experts, self.path, self.weight_of = experts, path, weight_of
+    def __init__(self, path: str, experts: Any, weight_of: Callable[[str], Tensor], names: Collection[str]) -> None:
+        self.experts, self.path, self.weight_of, self.names = experts, path, weight_of, names
 
     def forward(self, hidden: Tensor, index_NK: Tensor | None = None, weight_NK: Tensor | None = None) -> Tensor:
         """See RoutedExperts.forward, and DenseExperts.forward where there is no index."""
@@ -148,20 +156,27 @@ class _TracedExperts:
     def _outputs(self, hidden_END: Tensor) -> Tensor:
         """Outputs [E, N, D] of all experts."""
         experts = self.experts
-        if hasattr(experts.get_submodule("0"), "gate_up_proj"):
-            if _has_plain_gate(experts):
-                inner = experts.act_fn(self._product(hidden_END, "gate_up_proj.0"))
-                inner = inner * self._product(hidden_END, "gate_up_proj.1")
-            else:
-                inner = experts._apply_gate(self._product(hidden_END, "gate_up_proj.0"))
+        if not hasattr(experts.get_submodule("0"), "gate_up_proj"):
+            inner = experts.act_fn(*self._products(hidden_END, "up_proj"))
+        elif _has_plain_gate(experts):
+            gate, up = self._products(hidden_END, "gate_up_proj", parts=2)
+            inner = experts.act_fn(gate) * up
         else:
-            inner = experts.act_fn(self._product(hidden_END, "up_proj.0"))
-        output = self._product(inner, "down_proj.0")
+            inner = experts._apply_gate(*self._products(hidden_END, "gate_up_proj"))
+        (output,) = self._products(inner, "down_proj")
         return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[no-any-return]
 
-    def _product(self, hidden_ENI: Tensor, name: str) -> Tensor:
-        """Product with one stack, plus the experts' biases if they have any."""
-        output = torch.matmul(hidden_ENI, self.weight_of(f"{self.path}{ANY_EXPERT}{name}").transpose(1, 2))
-        projection = name.rpartition(".")[0]
-        biases = [expert.get_submodule(projection).bias for expert in self.experts.experts()]
-        return output if biases[0] is None else output + torch.stack(biases)[:, None]
+    def _products(self, hidden_ENI: Tensor, projection: str, parts: int = 1) -> list[Tensor]:
+        """Products of all experts with a projection, plus their biases if they have any: `parts` of the rows each."""
+        layers = [expert.get_submodule(projection) for expert in self.experts.experts()]
+        stack = f"{self.path}{ANY_EXPERT}{projection}"
+        if f"{stack}.0" not in self.names:
+            outputs_ENO = torch.stack([layer(hidden_ENI[i]) for i, layer in enumerate(layers)])
+            return list(outputs_ENO.chunk(parts, dim=-1))
+        products = [
+            torch.matmul(hidden_ENI, self.weight_of(f"{stack}.{part}").transpose(1, 2)) for part in range(parts)
+        ]
+        if layers[0].bias is None:
+            return products
+        biases = torch.stack([layer.bias for layer in layers])[:, None].chunk(parts, dim=-1)  # type: ignore[misc]
+        return [product + bias for product, bias in zip(products, biases, strict=True)]

@@ -141,8 +141,8 @@ def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, dict[str, GraphWeigh
     batch, queries, past = 2, 3, 2  # all above 1: the tracer would take a size of 1 for a constant
     wrapped = _ModelWithPast(checkpoint.config, ())
     wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
-    trace_experts(wrapped.model, lambda name: wrapped.weights[name])
-    sources = graph_weights(wrapped.model, checkpoint.shapes)
+    sources = graph_weights(wrapped.model, checkpoint.shapes, checkpoint.selection.schemes)
+    trace_experts(wrapped.model, lambda name: wrapped.weights[name], sources)
     weights = [torch.zeros(1).expand(weight.shape) for weight in sources.values()]
     wrapped.names = tuple(sources)
     wrapped.weights = dict(zip(sources, weights, strict=True))
