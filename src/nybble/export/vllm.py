@@ -64,7 +64,7 @@ from nybble.export.transformers_folder import (
     update_config,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
-from nybble.models.experts import find_stacks
+from nybble.models.experts import SplitExperts, find_stacks
 from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -132,8 +132,8 @@ class VLLMExporter(Exporter):
             return float16_limits(config)
         return (
             *float16_limits(config),
-            "experts with zero points run in vLLM since its change of May 2026 (#44025), on GPUs that its Marlin "
-            "kernel supports; transformers 5.23 does not load them",
+            "experts with zero points (without --symmetric) run in vLLM since its change of May 2026 (#44025), on GPUs "
+            "that its Marlin kernel supports; transformers 5.23 does not load them",
         )
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
@@ -249,13 +249,25 @@ def _name_of_head(model: Any) -> str:
 
 
 def _check_fused(model: Any, schemes: Mapping[str, QuantScheme]) -> None:
-    """Raise OptionError where linear layers that vLLM fuses into one have different schemes, or one has none."""
+    """Raise OptionError where linear layers that vLLM fuses into one have different schemes, or one has none.
+
+    It fuses all projections of all experts of a layer.
+    """
     for parent, module in model.named_modules():
-        for leaves in _FUSED:
-            names = [f"{parent}.{leaf}" for leaf in leaves if isinstance(getattr(module, leaf, None), torch.nn.Linear)]
+        fused = [[f"{parent}.{leaf}" for leaf in leaves if _is_linear(module, leaf)] for leaves in _FUSED]
+        if isinstance(module, SplitExperts):
+            fused = [[f"{parent}.{name}" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]]
+        for names in fused:
             if len({schemes.get(name) for name in names}) > 1:
-                found = ", ".join(f"{name} {schemes.get(name, 'in 16 bits')}" for name in names)
+                first: dict[QuantScheme | None, str] = {}
+                for name in names:
+                    first.setdefault(schemes.get(name), name)
+                found = ", ".join(f"{name} {scheme or 'in 16 bits'}" for scheme, name in first.items())
                 raise OptionError(
                     f"an export to vLLM needs one scheme for layers that it fuses; got {found}; change --layer or "
                     "--ignore, or remove vllm from --export"
                 )
+
+
+def _is_linear(module: torch.nn.Module, leaf: str) -> bool:
+    return isinstance(getattr(module, leaf, None), torch.nn.Linear)
