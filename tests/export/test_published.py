@@ -9,14 +9,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nybble.errors import ExportError
+from nybble.errors import ExportError, OptionError
 from nybble.export import EXPORTERS
 from nybble.export.published import Piece, published_layout
-from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.linearize import linearize
+from nybble.models.loading import LoadedModel
+from nybble.models.quantized_model import save_quantized
+from nybble.models.schemes import assign_schemes
+from nybble.models.selection import select_layers
+from nybble.options.scheme import SchemeOptions
 from tests.helpers import mixtures
-from tests.helpers.checkpoints import make_checkpoint, save_checkpoint
-from tests.helpers.tiny import FAMILIES, make_config
+from tests.helpers.causal_types import tiny_model
+from tests.helpers.checkpoints import make_checkpoint, save_checkpoint, save_uneven_mixture
+from tests.helpers.rounding import round_model_to_nearest
+from tests.helpers.tiny import FAMILIES, make_config, make_tokenizer
 
 MIXTURES = sorted(set(mixtures.FAMILIES) - {"longcat_flash"})
 STACKED = {"gpt_oss", "llama4", "granitemoe", "jetmoe"}  # also on the hub
@@ -90,6 +97,45 @@ def test_the_vllm_export_of_a_mixture_has_a_packed_matrix_for_each_expert(family
     assert experts
     config = EXPORTERS["vllm"].open_model(tmp_path / "vllm", checkpoint.config).config
     assert not hasattr(config, "quantization_config")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "granitemoe"])
+def test_experts_in_16_bits_are_exported_with_the_others(family: str, tmp_path: Path) -> None:
+    model = mixtures.make_mixture(family)
+    linearize(model)
+    checkpoint = save_uneven_mixture(tmp_path / "quantized", model)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    assert EXPORTERS["hf"].export(checkpoint, folder).logit_difference is not None  # compares weights and logits
+    for name in [name for name in model.state_dict() if ".experts.0." in name]:
+        assert torch.equal(checkpoint.others[name], model.state_dict()[name])
+
+
+def test_a_conv1d_in_16_bits_is_exported_as_gpt2_has_it(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    linearize(model)
+    schemes = assign_schemes(select_layers(model), model, SchemeOptions(group_size=32, ignore=("*.1.*c_attn",))).schemes
+    quantized = round_model_to_nearest(model, schemes=schemes)
+    save_quantized(tmp_path / "quantized", LoadedModel(model, make_tokenizer(), "tiny"), quantized)
+    checkpoint = open_checkpoint(tmp_path / "quantized")
+    (tmp_path / "hf").mkdir()
+    assert EXPORTERS["hf"].export(checkpoint, tmp_path / "hf").logit_difference is not None
+    stored = load_file(tmp_path / "hf" / "model.safetensors")["transformer.h.1.attn.c_attn.weight"]
+    assert torch.equal(stored, checkpoint.others["transformer.h.1.attn.c_attn.weight"].T)
+
+
+def test_experts_of_different_schemes_are_refused_for_vllm(tmp_path: Path) -> None:
+    model = mixtures.make_mixture("mixtral")
+    linearize(model)
+    checkpoint = save_uneven_mixture(tmp_path / "quantized", model)
+    message = (
+        "an export to vLLM needs one scheme for layers that it fuses; got model.layers.0.mlp.experts.0.gate_up_proj in "
+        "16 bits, model.layers.0.mlp.experts.1.gate_up_proj uint8 symmetric group 32, "
+        "model.layers.0.mlp.experts.2.gate_up_proj uint4 asymmetric group 32; change --layer or --ignore"
+    )
+    (tmp_path / "vllm").mkdir()
+    with pytest.raises(OptionError, match=message):
+        EXPORTERS["vllm"].export(checkpoint, tmp_path / "vllm")
 
 
 def test_layers_in_16_bits_are_named_for_vllm(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Piece:
     """Rows of one weight in memory that follow each other in a published tensor.
 
     Attributes:
-        module: the module in memory, or the name of a tensor that is no weight of a linear layer.
+        module: the module in memory that is quantized, an expert or a Conv1D, or the name of any other tensor.
         start, stop, step: which of its rows.
     """
 
@@ -96,7 +97,8 @@ def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict
         shapes: name of every quantized module in memory -> [O, I].
 
     Returns:
-        Published name -> tensor. Tensors that are no weights of quantized modules have one piece with one row.
+        Published name -> tensor. Tensors that are no weights of such modules have one piece with one
+        row.
 
     Raises:
         ExportError: transformers cannot undo what it does when it loads the model, or it mixes columns.
@@ -139,29 +141,52 @@ def locate_modules(folder: Path) -> dict[str, list[Location]]:
 
 
 def tensor_layout(checkpoint: QuantizedCheckpoint, tensor: PublishedTensor) -> TensorLayout:
-    """Dtype and shape of a published tensor: float16 where it holds quantized weights, else that of the model."""
-    pieces = tensor.matrices[0]
-    if pieces[0].module not in checkpoint.shapes:
-        other = checkpoint.others[pieces[0].module]
+    """Dtype and shape of a published tensor.
+
+    The dtype is float16 where it holds quantized weights, that of the model where it holds none, and one that holds
+    both exactly where experts in 16 bits are stacked with quantized ones.
+    """
+    first = tensor.matrices[0][0]
+    if first.module in checkpoint.others:
+        other = checkpoint.others[first.module]
+        pieces = tensor.matrices[0]
         return TensorLayout(other.dtype, (len(pieces), *other.shape) if len(pieces) > 1 else tuple(other.shape))
-    rows, columns = sum(map(len, pieces)), checkpoint.shapes[pieces[0].module][1]
-    matrix = (columns, rows) if tensor.transposed else (rows, columns)
-    return TensorLayout(torch.float16, (len(tensor.matrices), *matrix) if tensor.is_stack else matrix)
+    modules = {piece.module for pieces in tensor.matrices for piece in pieces}
+    dtypes = [
+        torch.float16 if module in checkpoint.shapes else _weight_in_16_bits(checkpoint, module).dtype
+        for module in modules
+    ]
+    shapes = checkpoint.shapes
+    columns = shapes[first.module] if first.module in shapes else _weight_in_16_bits(checkpoint, first.module).shape
+    rows = sum(map(len, tensor.matrices[0]))
+    matrix = (columns[1], rows) if tensor.transposed else (rows, columns[1])
+    dtype = reduce(torch.promote_types, dtypes)
+    return TensorLayout(dtype, (len(tensor.matrices), *matrix) if tensor.is_stack else matrix)
 
 
 def float16_blocks(checkpoint: QuantizedCheckpoint, tensor: PublishedTensor) -> Iterator[Tensor]:
     """Yield the values of a published tensor as consecutive blocks, in the dtype of `tensor_layout`."""
+    dtype = tensor_layout(checkpoint, tensor).dtype
     for pieces in tensor.matrices:
         for piece in pieces:
-            if piece.module not in checkpoint.shapes:
+            if piece.module in checkpoint.others:
                 yield checkpoint.others[piece.module]
                 continue
-            blocks = (block.dequantize().half() for block in weight_blocks(rows_of(checkpoint.quantized, piece)))
+            if piece.module in checkpoint.shapes:
+                values = weight_blocks(rows_of(checkpoint.quantized, piece))
+                blocks = (block.dequantize().half().to(dtype) for block in values)
+            else:
+                blocks = (part.to(dtype) for part in [_weight_in_16_bits(checkpoint, piece.module)[piece.rows]])
             if tensor.transposed:
                 assert len(pieces) == 1, "a transposed matrix is one module"
                 yield torch.cat(list(blocks)).T
             else:
                 yield from blocks
+
+
+def _weight_in_16_bits(checkpoint: QuantizedCheckpoint, module: str) -> Tensor:
+    """The weight [O, I] of an expert or of a Conv1D that is not quantized."""
+    return checkpoint.others[f"{module}.weight"]
 
 
 def rows_of(quantized: Mapping[str, QuantizedWeight], piece: Piece) -> QuantizedWeight:
@@ -211,9 +236,11 @@ def _numbered_state(
             continue
         if name not in stacks:
             module = name.removesuffix(".weight")
-            state[name] = _numbered(module, shapes[module][0], rows) if module in shapes else _numbered(name, 1, rows)
-            if module in shapes and isinstance(model.get_submodule(module), Conv1D):
-                state[name] = state[name].T
+            if module != name and isinstance(model.get_submodule(module), Conv1D):
+                state[name] = _numbered(module, model.get_parameter(name).shape[1], rows).T
+            else:
+                count = shapes[module][0] if module in shapes else 1
+                state[name] = _numbered(module if module in shapes else name, count, rows)
             continue
         stack = stacks[name]
         modules = [stack.module(i) for i in range(stack.count)]
