@@ -34,14 +34,16 @@ def calibration(tokens: torch.Tensor, seed: int, samples: int, length: int) -> t
 def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[Any, float]:
     from nybble.compression import pipeline
     from nybble.qat import insert
-    from nybble.quant.scheme import QuantScheme
+    from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
     from nybble.runtime import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     started = time.perf_counter()
     plan, scheme = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
-    result = pipeline.compress(model, plan.int4, scheme, method, compress_calibration.Calibration(ids, seed))
-    insert.quantize_embeddings(model, plan.int8)
+    result = pipeline.compress(
+        model, dict.fromkeys(plan.int4, scheme), method, compress_calibration.Calibration(ids, seed)
+    )
+    insert.quantize_embeddings(model, dict.fromkeys(plan.int8, INT8_PER_ROW))
     with torch.no_grad():
         for name, init in result.inits.items():
             model.get_submodule(name).weight.copy_(init.quantized(scheme).dequantize())

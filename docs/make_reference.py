@@ -1,11 +1,12 @@
-"""Write the generated pages of the reference, docs/reference/cli.md and docs/reference/python.md, and the table of
-families and formats in README.md.
+"""Write the generated pages of the reference, docs/reference/cli.md, python.md and models.md, and the table of families
+and formats in README.md.
 
     python docs/make_reference.py
 
 cli.md lists every option of every command, from the option classes in src/nybble/options. python.md names the public
-objects of the package, which mkdocstrings describes from their docstrings when the site is built. Both pages are
-committed; a test compares them with what this script writes.
+objects of the package, which mkdocstrings describes from their docstrings when the site is built. models.md has the
+families that the tests of the exporters cover. The pages are committed; a test compares them with what this script
+writes.
 """
 
 from __future__ import annotations
@@ -122,23 +123,70 @@ _FAMILIES = {
     "gemma3_text": ("Gemma 3 (text)", "q/k norms, two ropes"),
     "phi3": ("Phi-3, Phi-3.5", "fused projections, longrope"),
 }
+# The same for mixtures of experts.
+_MIXTURES = {
+    "mixtral": ("Mixtral", "two of the experts for a token"),
+    "qwen2_moe": ("Qwen2 MoE", "shared expert with a gate"),
+    "qwen3_moe": ("Qwen3 MoE", "layers with and without experts"),
+    "gpt_oss": ("gpt-oss", "transposed experts with biases, interleaved gates, attention sinks"),
+    "glm4_moe": ("GLM-4.5", "dense first layer, groups of experts, shared expert"),
+    "granitemoe": ("Granite MoE", "scaled residuals and logits"),
+    "olmoe": ("OLMoE", "q/k norms"),
+    "ernie4_5_moe": ("ERNIE 4.5", "dense first layer, shared expert"),
+    "phimoe": ("Phi-3.5 MoE", "sparse mixer"),
+    "llama4_text": ("Llama 4 (text)", "one expert for a token, scaled inputs, chunked attention"),
+    "deepseek_v2": ("DeepSeek V2", "latent attention, groups of experts, shared experts"),
+    "deepseek_v3": ("DeepSeek V3, R1, Kimi K2", "latent attention, sigmoid router, shared experts"),
+    "qwen3_next": ("Qwen3-Next", "linear attention, shared expert with a gate"),
+    "qwen3_5_moe_text": ("Qwen3.5 MoE (text)", "linear attention, shared expert with a gate"),
+    "lfm2_moe": ("LFM2 MoE", "short convolutions"),
+    "nemotron_h": ("Nemotron-H", "state space layers, experts without gates"),
+    "jetmoe": ("JetMoe", "experts in attention"),
+}
 README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end of support -->"
 
 
-def support_table() -> str:
+def support_table(families: dict[str, tuple[str, str]] = _FAMILIES) -> str:
     """Families and formats, from what the exporters' tests cover."""
     formats = [EXPORTERS[name] for name in EXPORTERS]
-    unnamed = {kind for exporter in formats for kind in exporter.tested_families} - _FAMILIES.keys()
-    assert not unnamed, f"{unnamed} need a name in _FAMILIES"
+    unnamed = {kind for exporter in formats for kind in exporter.tested_families} - (_FAMILIES | _MIXTURES).keys()
+    assert not unnamed, f"{unnamed} need a name in _FAMILIES or _MIXTURES"
     lines = [
         "|family|tested with|" + "|".join(exporter.name for exporter in formats) + "|",
         "|---|---|" + ":---:|" * len(formats),
     ]
-    for kind, (name, covered) in _FAMILIES.items():
+    for kind, (name, covered) in families.items():
         marks = ("✓" if kind in exporter.tested_families else "–" for exporter in formats)
         lines.append(f"|{name}|{covered}|{'|'.join(marks)}|")
     return "\n".join(lines)
+
+
+def models_page() -> str:
+    """The page of all families and formats."""
+    return f"""{GENERATED}# Models
+
+Tests take each of these families through compression, distillation, tuning and every export that is marked, and compare
+the export with torch: weights to the bit, logits of a prompt and of decoding.
+
+## Dense
+
+{support_table(_FAMILIES)}
+
+## Mixtures of experts
+
+Experts get 4 bits. What chooses among them or weighs them stays in 16 bits. Each expert is compressed with the
+calibration tokens that the router sends to it; one that gets fewer than 16 is rounded to nearest, which is said.
+
+{support_table(_MIXTURES)}
+
+In OpenVINO only the experts that a token needs are computed.
+
+## Others
+
+Other Llama-like models usually work: their logits are checked before training, and a small twin of the model goes
+through the whole run first. What cannot work is refused there, with the reason.
+"""
 
 
 def readme_with_table() -> str:
@@ -148,7 +196,7 @@ def readme_with_table() -> str:
     return f"{before}{_BEGIN}\n\n{support_table()}\n\n{_END}{after}"
 
 
-PAGES = {"cli.md": command_line_page, "python.md": python_page}
+PAGES = {"cli.md": command_line_page, "python.md": python_page, "models.md": models_page}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

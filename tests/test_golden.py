@@ -22,7 +22,7 @@ from nybble.models.loading import LoadedModel
 from nybble.models.selection import select_layers
 from nybble.qat.insert import quantize_embeddings
 from nybble.quant.grid import min_max_qparams
-from nybble.quant.scheme import QuantScheme
+from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.helpers.tiny import make_model, make_tokenizer
 
@@ -44,7 +44,7 @@ def integer_model() -> Any:
 def quantized(model: Any) -> dict[str, QuantizedWeight]:
     """Round-to-nearest in every 4-bit layer, 8 bits per row in the embedding."""
     selection = select_layers(model)
-    weights = quantize_embeddings(model, selection.int8)
+    weights = quantize_embeddings(model, dict.fromkeys(selection.int8, INT8_PER_ROW))
     for name in selection.int4:
         weight_OI = model.get_submodule(name).weight.detach()
         weights[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, SCHEME)).quantized(SCHEME)

@@ -51,7 +51,8 @@ def test_only_quant_rounds_or_clamps_weights() -> None:
     rounding = {
         "round", "round_", "clamp", "clamp_", "clip", "floor", "ceil", "trunc", "fake_quantize_per_tensor_affine",
     }  # fmt: skip
-    allowed = {("export/runtime_model.py", "clamp")}  # position ids, not weights
+    # Not weights: position ids, and the time steps of a scan.
+    allowed = {("export/runtime_model.py", "clamp"), ("export/openvino/substitutes.py", "clamp")}
     found = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -20,7 +20,13 @@ class CompressKeywords(TypedDict, total=False):
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
     other_data: str | Sequence[str]
-    group_size: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    layer: str | Sequence[str]
+    ignore: str | Sequence[str]
+    strict_group_size: bool
+    target: Literal["any", "npu"]
     method: str
     num_calibration_samples: int
     gptq_damping: float
@@ -52,7 +58,13 @@ class DistillKeywords(TypedDict, total=False):
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
     other_data: str | Sequence[str]
-    group_size: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    layer: str | Sequence[str]
+    ignore: str | Sequence[str]
+    strict_group_size: bool
+    target: Literal["any", "npu"]
     method: str
     num_calibration_samples: int
     gptq_damping: float
@@ -102,7 +114,13 @@ class TuneKeywords(TypedDict, total=False):
     objective: Literal["auto", "choices", "answer", "all"]
     task: str
     teacher: str | None
-    group_size: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    layer: str | Sequence[str]
+    ignore: str | Sequence[str]
+    strict_group_size: bool
+    target: Literal["any", "npu"]
     method: str
     num_calibration_samples: int
     gptq_damping: float
@@ -157,7 +175,13 @@ class CompareKeywords(TypedDict, total=False):
     num_train_samples: int
     objective: Literal["auto", "choices", "answer", "all"]
     tasks: str | Sequence[str]
-    group_size: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    layer: str | Sequence[str]
+    ignore: str | Sequence[str]
+    strict_group_size: bool
+    target: Literal["any", "npu"]
     method: str
     num_calibration_samples: int
     gptq_damping: float

@@ -27,7 +27,7 @@ METHODS = ("se", "gptq", "awq+se", "se+gptq", "awq+se+gptq")
 def compressed(model: Any, method: str, ids: Tensor) -> tuple[float, dict[str, float]]:
     """KL divergence on `ids`, and the error of each layer relative to that of rtn."""
     copied = copy.deepcopy(model)
-    result = compress(copied, select_layers(copied).int4, SCHEME, method, Calibration(ids))
+    result = compress(copied, dict.fromkeys(select_layers(copied).int4, SCHEME), method, Calibration(ids))
     for name, init in result.inits.items():
         copied.get_submodule(name).weight.copy_(init.quantized(SCHEME).dequantize())
     logits, wanted = copied(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1)

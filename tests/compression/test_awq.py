@@ -1,6 +1,7 @@
 """AWQ: folding keeps the function for every family, and the search lowers the error after rounding."""
 
 import logging
+from collections import defaultdict
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.helpers.dense import DENSE_CASES, make_dense
 from tests.helpers.tiny import make_model
 
 SCHEME = QuantScheme(group_size=32)
+EVERYWHERE: dict[str, QuantScheme] = defaultdict(lambda: SCHEME)
 
 
 @pytest.fixture
@@ -42,11 +44,11 @@ def test_folding_keeps_the_function_of_the_model(name: str, ids: torch.Tensor, m
     monkeypatch.setattr(
         awq,
         "search",
-        lambda parts, scheme, channel: awq.factors(parts[0][1] + torch.eye(len(parts[0][1])), 3.0, channel),
+        lambda parts, channel: awq.factors(parts[0][1] + torch.eye(len(parts[0][1])), 3.0, channel),
     )
     blocks = decoder_blocks(model, ids, batch=1)  # bloom's blocks take single sequences only
     for i, block in enumerate(blocks.modules):
-        awq.fold(block, found[blocks.prefixes[i][:-1]], blocks.observe(i), SCHEME)
+        awq.fold(block, found[blocks.prefixes[i][:-1]], blocks.observe(i), EVERYWHERE)
     assert torch.allclose(model(ids).logits, before, rtol=0, atol=1e-11)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, weights[name])}
     for path, mappings in found.items():
@@ -62,7 +64,7 @@ def test_statistics_fit_the_folded_block(ids: torch.Tensor) -> None:
     original = [shared.gram_II.clone() for shared in statistics]
     mappings = find_mappings(model, select_layers(model).int4)["model.layers.0"]
     assert len(mappings) == 4
-    awq.fold(blocks.modules[0], mappings, statistics, SCHEME)
+    awq.fold(blocks.modules[0], mappings, statistics, EVERYWHERE)
     assert any(not torch.allclose(old, new.gram_II) for old, new in zip(original, statistics, strict=True))
     measured = decoder_blocks(model, ids).observe(0)
     for folded, again in zip(statistics, measured, strict=True):
@@ -87,14 +89,14 @@ def test_search_returns_the_factors_with_the_least_weighed_error() -> None:
         difference = (round_to_nearest(weight * s, SCHEME) - weight * s) / s
         return float((difference.square() * gram.diagonal()).sum())
 
-    best = awq.search([(weight, gram)], SCHEME)
+    best = awq.search([awq.Part(weight, gram, SCHEME)])
     assert error(best) == min(error(awq.factors(gram, alpha)) for alpha in awq.ALPHAS)
     assert error(best) < 0.9 * error(torch.ones(64))
     assert float(best.log().mean()) == pytest.approx(0, abs=1e-5)
 
 
 def test_equal_inputs_get_factors_of_one() -> None:
-    assert torch.allclose(awq.search([(torch.randn(16, 64), torch.eye(64))], SCHEME), torch.ones(64))
+    assert torch.allclose(awq.search([awq.Part(torch.randn(16, 64), torch.eye(64), SCHEME)]), torch.ones(64))
 
 
 def test_query_heads_that_share_values_get_equal_factors() -> None:
@@ -124,7 +126,9 @@ def test_columns_are_multiplied_by_what_a_16_bit_norm_was_really_divided_by(ids:
     blocks = decoder_blocks(model, ids)
     statistics = blocks.observe(0)
     before = statistics[0].gram_II.clone()
-    awq.fold(blocks.modules[0], find_mappings(model, select_layers(model).int4)["model.layers.0"], statistics, SCHEME)
+    awq.fold(
+        blocks.modules[0], find_mappings(model, select_layers(model).int4)["model.layers.0"], statistics, EVERYWHERE
+    )
     block, original_block = model.model.layers[0], original.model.layers[0]
     used = original_block.input_layernorm.weight.float() / block.input_layernorm.weight.float()
     assert not torch.equal(used, torch.ones(64)), "the search must find factors, or this test shows nothing"
@@ -164,16 +168,16 @@ def test_experts_share_the_factors_of_their_norm() -> None:
     """The error of each expert counts with its own inputs. Alone, the first would choose larger factors."""
     weights = [torch.randn(16, 64), torch.randn(16, 64) * torch.logspace(-1, 1, 64)]
     grams = [torch.diag(torch.logspace(-3, 3, 64)), 2 * torch.eye(64)]
-    parts = list(zip(weights, grams, strict=True))
+    parts = [awq.Part(weight, gram, SCHEME) for weight, gram in zip(weights, grams, strict=True)]
 
     def error(s: torch.Tensor) -> float:
         differences = ((round_to_nearest(weight * s, SCHEME) - weight * s) / s for weight in weights)
         return float(sum((d.square() * gram.diagonal()).sum() for d, gram in zip(differences, grams, strict=True)))
 
     trials = [awq.factors(sum(grams), alpha) for alpha in awq.ALPHAS]
-    best = awq.search(parts, SCHEME)
+    best = awq.search(parts)
     assert torch.equal(best, min(trials, key=error))
-    first = min(trials, key=lambda s: awq._rounding_error(*(weights[0], grams[0].diagonal()), s, SCHEME))
+    first = min(trials, key=lambda s: awq._rounding_error(parts[0], s))
     assert not torch.equal(best, first)
 
 
@@ -191,12 +195,12 @@ def test_folding_into_experts_keeps_routing_and_outputs(monkeypatch: pytest.Monk
     before = block(hidden)
     for handle in handles:
         handle.remove()
-    statistics = [InputStatistics((name,), x.T @ x / 64) for name, (x,) in inputs.items()]
+    statistics = [InputStatistics((name,), x.T @ x / 64, len(x)) for name, (x,) in inputs.items()]
     mappings = awq_mappings._Finder(BlockTrial(block, ((), {}), hidden), layers).find()
     assert [mapping.followers for mapping in mappings if mapping.source == "norm"] == [("mlp.gate",)]
-    monkeypatch.setattr(awq, "search", lambda parts, scheme, channel: torch.linspace(0.2, 5, len(parts[0][1])).double())
+    monkeypatch.setattr(awq, "search", lambda parts, channel: torch.linspace(0.2, 5, len(parts[0][1])).double())
     original = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    awq.fold(block, mappings, statistics, QuantScheme(group_size=8))
+    awq.fold(block, mappings, statistics, dict.fromkeys(layers, QuantScheme(group_size=8)))
     assert torch.allclose(block(hidden), before, rtol=0, atol=1e-12)
     assert sum(not torch.equal(original[name], parameter) for name, parameter in block.named_parameters()) == 11
     for shared in statistics:

@@ -25,13 +25,17 @@ IDS = torch.randint(0, 255, (16, 16), generator=torch.Generator().manual_seed(0)
 ALL = ("awq", "se", "gptq", "blockwise")
 
 
+def schemes(blocks: DecoderBlocks) -> dict[str, QuantScheme]:
+    return {prefix + name: SCHEME for i, prefix in enumerate(blocks.prefixes) for name in blocks.layers[i]}
+
+
 class Marker(FoldingMethod):
     """Changes nothing; records when it ran."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
-    def fold_block(self, name, block, statistics, scheme):  # type: ignore[no-untyped-def]
+    def fold_block(self, name, block, statistics, schemes):  # type: ignore[no-untyped-def]
         """Record the call."""
         self.events.append(f"fold {name} {len(statistics)}")
 
@@ -43,7 +47,7 @@ class HalfLoss(RefinementMethod):
         self.events, self.loss = events, loss
 
     def refine_block(  # type: ignore[no-untyped-def]
-        self, blocks: DecoderBlocks, i: int, inits: dict[str, QuantizedInit], scheme, calibration, progress: Callable
+        self, blocks: DecoderBlocks, i: int, inits: dict[str, QuantizedInit], schemes, calibration, progress: Callable
     ) -> RefinedBlock:
         """Record the call."""
         self.events.append(f"refine {i} {len(inits)}")
@@ -59,7 +63,7 @@ def compressor(
     methods = methods or combine(ALL)
     for folding in methods.folding:
         folding.prepare(blocks.model, select_layers(blocks.model).int4)
-    return BlockCompressor(blocks, methods, SCHEME, calibration, lambda layers, text: None)
+    return BlockCompressor(blocks, methods, schemes(blocks), calibration, lambda layers, text: None)
 
 
 def test_stages_run_in_order_and_report_their_progress() -> None:
@@ -78,7 +82,7 @@ def test_stages_run_in_order_and_report_their_progress() -> None:
 
 def test_refined_states_are_measured_again() -> None:
     class Spoiler(RefinementMethod):
-        def refine_block(self, blocks, i, inits, scheme, calibration, progress):  # type: ignore[no-untyped-def]
+        def refine_block(self, blocks, i, inits, schemes, calibration, progress):  # type: ignore[no-untyped-def]
             return RefinedBlock({name: replace(init, scale_OG=2 * init.scale_OG) for name, init in inits.items()}, 1, 2)
 
     plain = compressor(methods=combine(())).compress_block(0)
@@ -141,7 +145,7 @@ def test_a_block_without_4_bit_layers_is_not_refined() -> None:
     model = make_model("llama")
     names = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
     blocks = DecoderBlocks(model, names, IDS, 8)
-    one = BlockCompressor(blocks, combine(ALL[1:]), SCHEME, Calibration(IDS), lambda layers, text: None)
+    one = BlockCompressor(blocks, combine(ALL[1:]), schemes(blocks), Calibration(IDS), lambda layers, text: None)
     before = blocks.full.clone()
     result = one.compress_block(0)
     assert asdict(result) == {"inits": {}, "errors": {}, "losses": None}

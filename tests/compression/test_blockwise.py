@@ -52,7 +52,7 @@ def block_error(blocks: DecoderBlocks, inits: dict[str, QuantizedInit]) -> float
 )
 def test_the_losses_are_those_of_the_states_before_and_after(family: str, dtype: torch.dtype) -> None:
     blocks, inits = rounded_block(family, dtype)
-    refined = train(blocks, 0, inits, SCHEME, calibration(epochs=4, tokens=64))
+    refined = train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(epochs=4, tokens=64))
     # Batches of other sizes are summed in another order, which shows in bfloat16.
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     assert refined.loss_before == pytest.approx(block_error(blocks, inits), rel=tolerance)
@@ -64,7 +64,7 @@ def test_the_losses_are_those_of_the_states_before_and_after(family: str, dtype:
 def test_the_block_gets_its_own_layers_back() -> None:
     blocks, inits = rounded_block()
     original = {name: blocks.modules[0].get_submodule(name) for name in inits}
-    train(blocks, 0, inits, SCHEME, calibration(epochs=0.1))
+    train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(epochs=0.1))
     assert all(blocks.modules[0].get_submodule(name) is layer for name, layer in original.items())
 
 
@@ -99,7 +99,7 @@ def test_gradients_reach_offsets_and_scales() -> None:
 
 def test_a_block_that_would_get_worse_keeps_its_init() -> None:
     blocks, inits = rounded_block()
-    refined = train(blocks, 0, inits, SCHEME, calibration(epochs=1, offset_lr=50.0, scale_lr=3.0))
+    refined = train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(epochs=1, offset_lr=50.0, scale_lr=3.0))
     assert refined.loss_after == refined.loss_before
     assert refined.inits is inits
 
@@ -110,7 +110,7 @@ def test_few_sequences_are_all_trained_on_and_all_measured() -> None:
     weight = blocks.modules[0].mlp.up_proj.weight.detach()
     inits = {"mlp.up_proj": QuantizedInit(weight, *min_max_qparams(weight, SCHEME))}
     texts: list[str] = []
-    train(blocks, 0, inits, SCHEME, calibration(epochs=2, tokens=16), texts.append)
+    train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(epochs=2, tokens=16), texts.append)
     assert len(texts) == 14
     assert all(text.startswith("loss ") for text in texts)
 
@@ -119,7 +119,7 @@ def test_the_seed_decides_the_order_of_the_sequences() -> None:
     codes = []
     for seed in (0, 0, 1):
         blocks, inits = rounded_block()
-        refined = train(blocks, 0, inits, SCHEME, calibration(seed, epochs=2, tokens=64))
+        refined = train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(seed, epochs=2, tokens=64))
         codes.append(torch.cat([init.quantized(SCHEME).codes_OI.flatten() for init in refined.inits.values()]))
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
@@ -130,14 +130,16 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_layers_come_back() -> Non
     blocks.quantized[3] = torch.inf
     message = r"the loss of block 0 must stay finite; it became nan; the model's weights or this text are broken"
     with pytest.raises(ModelError, match=message):
-        train(blocks, 0, inits, SCHEME, calibration(epochs=0.3))
+        train(blocks, 0, inits, dict.fromkeys(inits, SCHEME), calibration(epochs=0.3))
     assert isinstance(blocks.modules[0].mlp.up_proj, torch.nn.Linear)
 
 
 def test_the_method_trains_the_block() -> None:
     blocks, inits = rounded_block()
     settings = calibration(epochs=0.5, tokens=64)
-    refined = BlockwiseReconstruction().refine_block(blocks, 0, inits, SCHEME, settings, lambda text: None)
+    refined = BlockwiseReconstruction().refine_block(
+        blocks, 0, inits, dict.fromkeys(inits, SCHEME), settings, lambda text: None
+    )
     again, inits = rounded_block()
-    expected = train(again, 0, inits, SCHEME, settings)
+    expected = train(again, 0, inits, dict.fromkeys(inits, SCHEME), settings)
     assert (refined.loss_before, refined.loss_after) == (expected.loss_before, expected.loss_after)

@@ -125,7 +125,7 @@ def test_a_registered_method_compresses_a_model(shrunk: str) -> None:
     names = select_layers(model).int4
     check_model(model, names, IDS[:2], parse_method(shrunk))
     weights = {name: model.get_submodule(name).weight.clone() for name in names}
-    result = compress(model, names, SCHEME, shrunk)
+    result = compress(model, dict.fromkeys(names, SCHEME), shrunk)
     for name, init in result.inits.items():
         scale, zero_point = min_max_qparams(0.9 * weights[name], SCHEME)
         assert torch.equal(init.weight_OI, weights[name])
@@ -167,7 +167,7 @@ def test_a_method_from_an_installed_package_is_found_through_its_entry_point(
     assert parse_method("awq+halved") == ("awq", "halved")
     model = make_model("llama")
     weight = model.model.layers[0].mlp.up_proj.weight.clone()
-    result = compress(model, ["model.layers.0.mlp.up_proj"], SCHEME, "halved")
+    result = compress(model, dict.fromkeys(["model.layers.0.mlp.up_proj"], SCHEME), "halved")
     expected, _ = min_max_qparams(0.5 * weight, SCHEME)
     assert torch.equal(result.inits["model.layers.0.mlp.up_proj"].scale_OG, expected)
 

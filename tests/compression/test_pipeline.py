@@ -20,7 +20,7 @@ IDS = torch.randint(0, 255, (24, 16), generator=torch.Generator().manual_seed(0)
 
 def compress_all(model: torch.nn.Module, method: str, ids: torch.Tensor = IDS, **settings: object) -> CompressionResult:
     calibration = None if method == "rtn" else Calibration(ids, **settings)  # type: ignore[arg-type]
-    return compress(model, select_layers(model).int4, SCHEME, method, calibration)
+    return compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), method, calibration)
 
 
 def with_strong_channels(model: torch.nn.Module) -> torch.nn.Module:
@@ -70,14 +70,14 @@ def test_limit_blocks_leaves_the_other_blocks_to_rtn() -> None:
 def test_results_are_in_the_order_of_the_names() -> None:
     model = make_model("llama")
     names = list(reversed(select_layers(model).int4))
-    result = compress(model, names, SCHEME, "se", Calibration(IDS))
+    result = compress(model, dict.fromkeys(names, SCHEME), "se", Calibration(IDS))
     assert list(result.inits) == list(result.errors) == names
 
 
 def test_a_block_without_4_bit_layers_is_passed_through() -> None:
     model = make_model("llama")
     names = [name for name in select_layers(model).int4 if ".1." in name]
-    result = compress(model, names, SCHEME, "blockwise", Calibration(IDS))
+    result = compress(model, dict.fromkeys(names, SCHEME), "blockwise", Calibration(IDS))
     assert list(result.inits) == names
     assert list(result.blocks) == ["model.layers.1"]
 
@@ -149,16 +149,16 @@ def test_progress_counts_every_layer_once(method: str) -> None:
     model, counts = make_model("llama"), []
     names = select_layers(model).int4
     calibration = Calibration(IDS, blockwise=BlockwiseConfig(epochs=0.2))
-    compress(model, names, SCHEME, method, calibration, lambda layers, text: counts.append(layers))
+    compress(model, dict.fromkeys(names, SCHEME), method, calibration, lambda layers, text: counts.append(layers))
     assert sum(counts) == len(names)
 
 
 def test_a_method_that_needs_text_gets_none() -> None:
     model = make_model("llama")
     with pytest.raises(AssertionError, match="se needs calibration text"):
-        compress(model, select_layers(model).int4, SCHEME, "se")
+        compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "se")
     with pytest.raises(OptionError, match="got best"):
-        compress(model, select_layers(model).int4, SCHEME, "best")
+        compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "best")
 
 
 class RoundDown(RoundingMethod):
@@ -180,7 +180,7 @@ class RoundDown(RoundingMethod):
 def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS, "_known", METHODS._known | {"down": RoundDown})
     model, original = make_model("llama"), make_model("llama")
-    result = compress(model, select_layers(model).int4, SCHEME, "down")
+    result = compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "down")
     for name, init in result.inits.items():
         quantized = init.quantized(SCHEME)
         rounded = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_point_OG.float())
@@ -189,3 +189,25 @@ def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.Mon
         assert (rounded <= weight + 1e-5)[above_lowest_code].all()
         assert torch.equal(model.get_submodule(name).weight, init.weight_OI)
         assert not torch.equal(init.weight_OI, weight)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq+se+gptq", "se+blockwise"])
+def test_layers_of_other_schemes_are_rounded_by_their_own(method: str) -> None:
+    """Query, key and value share their input but not their scheme; each scheme is rounded as if it were alone."""
+    model = make_model("llama")
+    names = select_layers(model).int4
+    schemes = {name: QuantScheme(3, 32, symmetric=True) if "k_proj" in name else SCHEME for name in names}
+    schemes |= {name: QuantScheme(2, None) for name in names if "down_proj" in name}
+    result = compress(model, schemes, method, Calibration(IDS, blockwise=BlockwiseConfig(epochs=0.5)))
+    assert list(result.inits) == list(names)
+    for name, init in result.inits.items():
+        quantized = init.quantized(schemes[name])
+        assert int(quantized.codes_OI.max()) <= schemes[name].max_code
+        assert quantized.scale_OG.shape[1] == schemes[name].num_groups(quantized.codes_OI.shape[1])
+        assert (result.errors[name].compressed or 0) <= 1.05 * (result.errors[name].rtn or 1)
+    if method == "rtn":
+        for kind in set(schemes.values()):
+            same = [name for name in names if schemes[name] == kind]
+            alone = compress(make_model("llama"), dict.fromkeys(same, kind), method)
+            for name in same:
+                assert torch.equal(alone.inits[name].scale_OG, result.inits[name].scale_OG)

@@ -6,8 +6,22 @@ import pytest
 import torch
 
 from nybble.compression.output_error import RoundingTarget, output_error
-from nybble.compression.scale_estimation import RANGE_FRACTIONS, ScaleEstimation, ScaleQuadratic, estimate, search
-from nybble.quant.grid import dequantize, min_max_qparams, qparams_from_range, quantize, quantize_dequantize
+from nybble.compression.scale_estimation import (
+    RANGE_FRACTIONS,
+    SYMMETRIC_FRACTIONS,
+    ScaleEstimation,
+    ScaleQuadratic,
+    estimate,
+    search,
+)
+from nybble.quant.grid import (
+    dequantize,
+    min_max_qparams,
+    qparams_from_range,
+    quantize,
+    quantize_dequantize,
+    round_scale,
+)
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.compression import random_layer
 
@@ -33,9 +47,32 @@ def test_search_keeps_the_best_range_of_each_group() -> None:
         assert (float(scale[o, g]), float(zero_point[o, g])) == min(errors)[1:]
 
 
-def test_search_refuses_a_symmetric_scheme() -> None:
-    with pytest.raises(AssertionError, match="needs an asymmetric scheme"):
-        search(torch.ones(1, 8), torch.ones(8), QuantScheme(group_size=8, symmetric=True))
+def test_search_keeps_the_best_scale_of_each_symmetric_group() -> None:
+    weight, gram = random_layer(4, 32)
+    importance, scheme = gram.diagonal(), QuantScheme(3, 8, symmetric=True)
+    scale, zero_point = search(weight, importance, scheme)
+    assert (zero_point == 4).all()
+    for o, g in itertools.product(range(4), range(4)):
+        group, errors = weight[o, 8 * g : 8 * g + 8], []
+        for fraction in SYMMETRIC_FRACTIONS:
+            s = round_scale(round_scale(group.abs().max() / 3) * fraction)
+            rounded = (group / s).round().clamp(-4, 3) * s
+            errors.append((float(((rounded - group).square() * importance[8 * g : 8 * g + 8]).sum()), float(s)))
+        assert float(scale[o, g]) == min(errors)[1]
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.6), (3, 0.85), (4, 0.95)])
+def test_symmetric_search_is_better_than_round_to_nearest(bits: int, share: float) -> None:
+    """Round-to-nearest leaves the lowest code unused: of 2 bits it uses three codes."""
+    weight, gram = random_layer(64, 32)
+    scheme = QuantScheme(bits, 8, symmetric=True)
+
+    def error_of(scale: torch.Tensor, zero_point: torch.Tensor) -> float:
+        rounded = quantize_dequantize(weight, scale, zero_point, scheme)
+        return float(output_error(rounded - weight, gram).sum())
+
+    estimated = error_of(*estimate(weight, gram, scheme))
+    assert estimated < share * error_of(*min_max_qparams(weight, scheme))
 
 
 def test_the_quadratic_form_is_the_output_error() -> None:

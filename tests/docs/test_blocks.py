@@ -10,7 +10,7 @@ import torch
 
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles
+from nybble.quant.weight import QuantizedWeight, pack_codes
 from tests.helpers.pages import DOCS, PAGES, README, ROOT, code_blocks
 
 
@@ -37,14 +37,14 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "| 16-bit |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 8), INT8_PER_ROW], ids=str)
+@pytest.mark.parametrize("scheme", [QuantScheme(2, 8), QuantScheme(3, 24), QuantScheme(4, 8), INT8_PER_ROW], ids=str)
 def test_the_reader_in_formats_reads_what_is_described_there(scheme: QuantScheme, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     weight_OI = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
     codes_OI = quantize(weight_OI, scale_OG, zero_point_OG, scheme)
-    stored = pack_nibbles(codes_OI) if scheme.bits == 4 else codes_OI
+    stored = pack_codes(codes_OI, scheme.bits)
     tensors = {"a.weight.codes": stored, "a.weight.scale": scale_OG.half(),
                "a.weight.zero_point": zero_point_OG.to(torch.uint8)}  # fmt: skip
     note = {"format": "nybble-2", "schemes": {"a": {"bits": scheme.bits}}}
@@ -58,4 +58,4 @@ def test_the_reader_in_formats_reads_what_is_described_there(scheme: QuantScheme
 
 def test_the_example_of_packing_in_formats_is_right() -> None:
     assert "So the codes 1, 2, 15, 0 are the bytes 0x21, 0x0F." in (DOCS / "reference" / "formats.md").read_text()
-    assert pack_nibbles(torch.tensor([1, 2, 15, 0], dtype=torch.uint8)).tolist() == [0x21, 0x0F]
+    assert pack_codes(torch.tensor([1, 2, 15, 0], dtype=torch.uint8), 4).tolist() == [0x21, 0x0F]

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nybble.compression.methods import METHODS, combine, parse_method
-from nybble.export.base import EXPORTERS, exporter_of
-from nybble.models.families import FAMILIES, family_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import QuantScheme
 from nybble.tasks.dataset import TaskRequest
@@ -17,7 +16,7 @@ from nybble.tasks.sources import TASK_SOURCES, load_task
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.pages import DOCS, code_blocks
 
-REGISTERED = {"shrunk": METHODS, "plain": EXPORTERS, "my_llama": FAMILIES, "sums": TASK_SOURCES}
+REGISTERED = {"shrunk": METHODS, "plain": EXPORTERS, "sums": TASK_SOURCES}
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +57,6 @@ def test_the_exporter_writes_what_it_reads(tmp_path: Path) -> None:
     assert (result.int4_weights, result.int8_weights, result.rounded) == (14, 1, {})
     assert result.logit_difference is not None
     assert result.logit_difference <= 1e-4  # torch decodes the last tokens one by one
-
-
-def test_the_family_is_found_by_its_model_type() -> None:
-    family = family_of(SimpleNamespace(model_type="my_llama"))
-    assert family.softcap == "final_logit_softcapping"
 
 
 def test_the_task_has_right_labels() -> None:

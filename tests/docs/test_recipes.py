@@ -28,7 +28,7 @@ def test_recipes_are_valid_and_survive_the_run_folder(recipe: Path, tmp_path: Pa
 
 def test_the_standard_recipe_is_the_defaults_written_down() -> None:
     (recipe,) = (path for path in RECIPES if path.stem == "standard")
-    assert options_of(recipe, ["distill"]) == DistillOptions.of(pretrained="m", method="awq+se+gptq")
+    assert options_of(recipe, ["distill"]) == DistillOptions.of(pretrained="m", method="awq+se+gptq", group_size=64)
 
 
 def test_every_recipe_has_a_section() -> None:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from nybble.cli.main import main
 from nybble.errors import ExportError, MissingExtraError, OptionError
-from nybble.export import base
+from nybble.export import checks
 from nybble.export.base import EXPORTERS, Exporter
+from nybble.export.read_back import runtime_errors
 from nybble.models import quantized_file
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
@@ -38,7 +39,7 @@ class ToyExporter(Exporter):
     weight_files = ("toy.safetensors",)
     tested_families = frozenset({"llama"})
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         if config.model_type == "gemma2":
             raise ExportError("the toy format cannot hold gemma2")
 
@@ -118,29 +119,29 @@ def test_openvino_is_registered() -> None:
 
 def test_an_unknown_format_is_refused(toy: ToyExporter) -> None:
     with pytest.raises(OptionError, match=r"--to must name a known export format \(.*toy\); got tflite"):
-        base.check_formats(["toy", "tflite"], "--to")
+        checks.check_formats(["toy", "tflite"], "--to")
 
 
 def test_a_format_whose_modules_are_missing_is_refused(toy: ToyExporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    base.check_formats(["toy"], "--export")
+    checks.check_formats(["toy"], "--export")
     monkeypatch.setattr(ToyExporter, "modules", ("json", "no_such_module"))
     monkeypatch.setattr(ToyExporter, "extra", "toys")
     with pytest.raises(MissingExtraError, match='the extra "toys" is needed for exporting to toy'):
-        base.check_formats(["toy"], "--export")
+        checks.check_formats(["toy"], "--export")
 
 
 def test_a_family_without_tests_causes_a_warning(toy: ToyExporter, caplog: pytest.LogCaptureFixture) -> None:
-    base.check_exportable(["toy"], make_config("llama"), SELECTION, QuantScheme())
+    checks.check_exportable(["toy"], make_config("llama"), SELECTION, {})
     assert caplog.text == ""
-    base.check_exportable(["toy"], make_config("mistral"), SELECTION, QuantScheme())
+    checks.check_exportable(["toy"], make_config("mistral"), SELECTION, {})
     assert "export of mistral models to Toy is not tested" in caplog.text
 
 
 def test_a_folder_is_recognized_by_its_model_file(toy: ToyExporter, tmp_path: Path) -> None:
-    assert base.exporter_of(tmp_path) is None
+    assert checks.exporter_of(tmp_path) is None
     (tmp_path / "toy.safetensors").touch()
-    assert base.exporter_of(tmp_path) is toy
-    assert base.exporter_of(tmp_path / "toy.safetensors") is None
+    assert checks.exporter_of(tmp_path) is toy
+    assert checks.exporter_of(tmp_path / "toy.safetensors") is None
 
 
 SCHEME = QuantScheme(group_size=4)
@@ -243,9 +244,26 @@ def test_logits_of_large_models_are_not_compared(tmp_path: Path, monkeypatch: py
 
 
 def test_importing_the_package_imports_no_runtime() -> None:
-    package = Path(base.__file__).parent
+    package = Path(checks.__file__).parent
     for file in (package / "__init__.py", package / "base.py", *package.glob("*/exporter.py")):
         for node in ast.parse(file.read_text()).body:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {"openvino", "openvino_tokenizers", "transformers"} & {n.split(".")[0] for n in names}, file
+
+
+@pytest.mark.parametrize("raised", [TypeError("no\nargument"), SystemExit(1), KeyError("layer")])
+def test_what_a_runtime_raises_is_one_line(raised: BaseException) -> None:
+    message = (
+        r"the runtime of Toy must be able to compute with the model; it fails \(\w+: .*\); remove toy from --export"
+    )
+    with pytest.raises(ExportError, match=message) as error, runtime_errors("Toy", "toy"):
+        raise raised
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("raised", [ExportError("a"), OSError("b"), AssertionError("c"), KeyboardInterrupt()])
+def test_other_errors_stay(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as error, runtime_errors("Toy", "toy"):
+        raise raised
+    assert error.value is raised

@@ -23,7 +23,7 @@ def make_elastic_model(rank: int, trained: bool = True) -> tuple[Any, dict[str, 
     for name in select_layers(model).int4:
         weight_OI = model.get_submodule(name).weight.detach()
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, scheme))
-    layers = insert.insert_fake_quant_layers(model, inits, scheme, rank, 0)
+    layers = insert.insert_fake_quant_layers(model, inits, dict.fromkeys(inits, scheme), rank, 0)
     if trained:
         generator = torch.Generator().manual_seed(0)
         for layer in layers.values():

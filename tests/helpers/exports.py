@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import OptionError
-from nybble.export.base import EXPORTERS, ExportResult
+from nybble.export.base import EXPORTERS, Exporter, ExportResult, check_schemes
 from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.helpers.checkpoints import make_checkpoint
@@ -109,14 +111,37 @@ def check_logits_and_greedy_tokens(exporter: Any, exported: Export) -> None:
     assert torch.equal(opened.generate(ids, **arguments), reference.generate(ids, **arguments))
 
 
-def check_group_sizes(exporter: Any, checkpoint: QuantizedCheckpoint, name: str) -> None:
-    """Groups of 32, 64 and 128 and codes of 4 bits are taken, others refused. `name`: of the format in messages."""
-    config, selection = checkpoint.config, checkpoint.selection
+def check_codes(exporter: Exporter, exported: Export) -> None:
+    """The files hold the codes, scales and zero points of the model, in the schemes that the format has for them."""
+    checkpoint, read = exported.checkpoint, exporter.read_codes(exported.folder)
+    assert read.keys() == checkpoint.quantized.keys()
+    for name, weight in checkpoint.quantized.items():
+        embedding = name in checkpoint.selection.int8
+        container = exporter.container(weight.scheme, weight.codes_OI.shape[1], embedding)
+        expected = weight.recoded(container)
+        assert read[name].scheme == container, name
+        assert torch.equal(read[name].codes_OI, expected.codes_OI), name
+        assert torch.equal(read[name].scale_OG, expected.scale_OG), name
+        assert torch.equal(read[name].zero_point_OG, expected.zero_point_OG), name
+
+
+def check_group_sizes(exporter: Exporter, name: str) -> None:
+    """Groups of 32, 64 and 128 are taken as they are, multiples are split, others refused. `name`: in messages."""
+    selection = LayerSelection(("a",), (), tied=True)
+
+    def container(scheme: QuantScheme, columns: int = 1536) -> QuantScheme:
+        return check_schemes(exporter, replace(selection, schemes={"a": scheme}), {"a": columns})["a"]
+
     for size in (32, 64, 128):
-        exporter.check(config, selection, QuantScheme(group_size=size))
-    for size in (16, 96, 256, None):
-        message = f"{name} needs a --group_size of 32, 64, 128; got {size}; .*remove {exporter.name}"
+        assert container(QuantScheme(group_size=size)) == QuantScheme(group_size=size)
+    for size, split in ((96, 32), (256, 128), (None, 128)):
+        assert container(QuantScheme(group_size=size)) == QuantScheme(group_size=split)
+    assert container(QuantScheme(8, 64, symmetric=True)) == QuantScheme(8, 64, symmetric=True)
+    for size, columns in ((16, 64), (48, 96), (None, 80)):
+        scheme = QuantScheme(group_size=size)
+        message = re.escape(
+            f"an export to {name} needs groups, or whole rows, of a multiple of 32 weights; a has {scheme} in rows of "
+            f"{columns}; change --bits, --group_size or --layer, or remove {exporter.name} from --export"
+        )
         with pytest.raises(OptionError, match=message):
-            exporter.check(config, selection, QuantScheme(group_size=size))
-    with pytest.raises(OptionError, match=f"an export to {name} needs 4-bit codes; got uint8"):
-        exporter.check(config, selection, QuantScheme(bits=8))
+            container(scheme, columns)

@@ -55,7 +55,7 @@ def train(model: Any, rank: int, weight_copies: int, sequences: int, length: int
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, SCHEME))
     layers: dict[str, Any] = {}
     if rank:
-        layers |= insert_fake_quant_layers(model, inits, SCHEME, rank, 0)
+        layers |= insert_fake_quant_layers(model, inits, dict.fromkeys(inits, SCHEME), rank, 0)
     else:
         layers |= insert_fixed_codes_layers(model, {name: init.quantized(SCHEME) for name, init in inits.items()}, 0)
     del inits, weight_OI
@@ -84,7 +84,9 @@ def compress_blocks(model: Any, method: str, sequences: int, length: int) -> int
     """Compress the whole model; returns the estimate."""
     names = select_layers(model).int4
     shapes = memory.ModelShapes.of(model, names)
-    compress(model, names, SCHEME, method, Calibration(torch.randint(0, VOCABULARY, (sequences, length))))
+    compress(
+        model, dict.fromkeys(names, SCHEME), method, Calibration(torch.randint(0, VOCABULARY, (sequences, length)))
+    )
     return memory.compression_memory(shapes, sequences, length, on_gpu=False)
 
 

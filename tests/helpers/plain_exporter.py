@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from nybble.export.base import Exporter
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
-from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 
@@ -24,7 +23,7 @@ class PlainExporter(Exporter):
     model_file = "plain.safetensors"
     weight_files = ("plain.safetensors",)
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         pass
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Round all layers of a model to nearest, as the simplest quantized model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +13,24 @@ from nybble.quant.weight import QuantizedWeight
 GROUPS_OF_32 = QuantScheme(group_size=32)
 
 
-def round_model_to_nearest(model: Any, scheme: QuantScheme = GROUPS_OF_32) -> dict[str, QuantizedWeight]:
+def round_model_to_nearest(
+    model: Any, scheme: QuantScheme = GROUPS_OF_32, schemes: Mapping[str, QuantScheme] | None = None
+) -> dict[str, QuantizedWeight]:
     """Quantize embedding, head and linear layers, and put the dequantized weights into the model.
+
+    Args:
+        model: changed in place.
+        scheme: of the linear layers; embedding and head have 8 bits per row.
+        schemes: name -> scheme of all layers that are quantized, instead of that.
 
     Returns:
         Module name -> quantized weight.
     """
     selection, quantized = select_layers(model), {}
-    for name in (*selection.int8, *selection.int4):
+    if schemes is None:
+        schemes = dict.fromkeys(selection.int8, INT8_PER_ROW) | dict.fromkeys(selection.int4, scheme)
+    for name, of_layer in schemes.items():
         weight = model.get_submodule(name).weight
-        of_layer = scheme if name in selection.int4 else INT8_PER_ROW
         scale_OG, zero_point_OG = min_max_qparams(weight.float(), of_layer)
         codes_OI = quantize(weight.float(), scale_OG, zero_point_OG, of_layer)
         quantized[name] = QuantizedWeight(codes_OI, scale_OG, zero_point_OG.byte(), of_layer)

@@ -1,15 +1,17 @@
 """LMHead compared with the logits of transformers models."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from nybble.errors import ModelError
 from nybble.models.head import LMHead, last_hidden_states
+from tests.helpers.causal_types import tiny_config, tiny_model
 from tests.helpers.tiny import FAMILIES, make_model
 
 IDS = torch.arange(12).view(2, 6)
@@ -59,7 +61,7 @@ def test_a_head_that_differs_is_refused(family: str, change: dict[str, Any]) -> 
     model = make_model(family)
     with pytest.raises(
         ModelError,
-        match=rf"the logits of {family} must be head\(hidden states\).*this family needs a row in families.py",
+        match=rf"the logits of {family} must be head\(hidden states\) with a multiplier and a soft cap; they differ by",
     ):
         replace(LMHead.of(model), **change).verify(model, IDS)
 
@@ -83,17 +85,70 @@ def test_a_nan_that_only_the_head_computes_is_refused() -> None:
         head.verify(model, IDS)
 
 
-def test_last_hidden_states_come_after_the_final_norm() -> None:
-    states = torch.randn(1, 2, 3)
-    calls = []
-
-    def base_model(**arguments: Any) -> SimpleNamespace:
-        calls.append(arguments)
-        return SimpleNamespace(last_hidden_state=states)
-
-    assert last_hidden_states(SimpleNamespace(base_model=base_model), IDS) is states
-    assert calls == [{"input_ids": IDS, "use_cache": False}]
+def test_last_hidden_states_are_those_of_the_decoder() -> None:
     model = make_model("llama")
     with torch.no_grad():
-        every_layer = model.base_model(input_ids=IDS, output_hidden_states=True).hidden_states
-        assert torch.equal(last_hidden_states(model, IDS), every_layer[-1])
+        expected = model.base_model(input_ids=IDS, output_hidden_states=True)
+        found = last_hidden_states(model, IDS)
+    assert torch.equal(found, expected.last_hidden_state)
+    assert torch.equal(found, expected.hidden_states[-1])
+    assert found.data_ptr() != expected.last_hidden_state.data_ptr()
+
+
+def test_the_forward_stops_before_the_head() -> None:
+    model = make_model("llama")
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    last_hidden_states(model, IDS)
+    assert not calls
+    model(IDS)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("granite", {"logits_scaling": 13.0}, (1 / 13, None)),
+        ("cohere", {"logit_scale": 0.0625}, (0.0625, None)),
+        ("falcon_h1", {"lm_head_multiplier": 0.3}, (0.3, None)),
+        ("gemma2", {"final_logit_softcapping": 5.3}, (1.0, 5.3)),
+        ("gemma2", {"final_logit_softcapping": None}, (1.0, None)),
+        ("nanochat", {}, (1.0, 15.0)),
+        ("xlstm", {"output_logit_soft_cap": 30.0}, (1.0, 30.0)),
+        ("minicpm3", {}, (1.0, None)),
+    ],
+)
+def test_multiplier_and_cap_are_measured(
+    model_type: str, fields: dict[str, Any], expected: tuple[float, float | None], dtype: torch.dtype
+) -> None:
+    """They are the numbers of the configuration, to the last bit of float32."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields), dtype=dtype).eval()
+    head = LMHead.of(model)
+    for found, number in zip((head.multiplier, head.cap), expected, strict=True):
+        assert number == found or torch.equal(torch.tensor(found), torch.tensor(number))
+
+
+@pytest.mark.parametrize("model_type", ["electra", "rembert", "modernbert-decoder", "minicpm3", "opt"])
+def test_layers_before_the_head_belong_to_the_hidden_states(model_type: str) -> None:
+    model = tiny_model(model_type)
+    LMHead.of(model).verify(model, IDS)
+
+
+def test_a_head_that_is_not_called_is_refused() -> None:
+    model = make_model("llama")
+    weight = model.lm_head.weight
+    model.lm_head.forward = None
+    model.forward = lambda **_: CausalLMOutput(logits=torch.zeros(1, 8, len(weight)))
+    for compute in (LMHead.of, lambda model: last_hidden_states(model, IDS)):
+        with pytest.raises(ModelError, match="LlamaForCausalLM must call its language-model head"):
+            compute(model)
+
+
+def test_a_head_that_is_called_with_other_states_is_refused() -> None:
+    model = make_model("llama")
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: forward(hidden.squeeze(1))
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0][:, None])
+    with pytest.raises(ModelError, match=r"one state for each token; for \[2, 6\] tokens .* \[2, 1, 6, 64\]"):
+        LMHead.of(model).verify(model, IDS)

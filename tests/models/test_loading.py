@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
     LlamaConfig,
     MixtralConfig,
     T5Config,
@@ -23,6 +22,7 @@ from transformers import (
 
 from nybble.errors import ModelError
 from nybble.models import loading
+from tests.helpers.causal_types import save_tiny
 from tests.helpers.tiny import make_config, make_model, make_tokenizer, save_model
 
 CPU = torch.device("cpu")
@@ -192,17 +192,17 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
-def gpt2(tmp_path: Path) -> Path:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    return tmp_path / "gpt2"
+def xlnet(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "xlnet", "xlnet")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (mixtral, r"stores 2 mixture-of-experts weights as 3-D tensors \(first: model.layers.0.mlp.experts.*supported"),
-        (gpt2, "gpt2 must have nn.Linear layers to quantize; GPT2LMHeadModel has none"),
+        (
+            xlnet,
+            r"xlnet must have most weights in nn.Linear layers; .* has 41,280 numbers in 3-D par.* 32,768 in nn.Lin",
+        ),
     ],
 )
 def test_models_without_a_matrix_per_linear_layer_are_refused(
@@ -211,6 +211,14 @@ def test_models_without_a_matrix_per_linear_layer_are_refused(
     folder = make(tmp_path)
     make_tokenizer().save_pretrained(folder)
     with pytest.raises(ModelError, match=message):
+        load(folder)
+
+
+def test_experts_of_an_unknown_kind_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mixtral(tmp_path)
+    make_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(loading, "linearize", lambda model: None)
+    with pytest.raises(ModelError, match=r"has 2 3-D tensors of another kind \(first: model.layers.0.mlp.experts"):
         load(folder)
 
 

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from nybble.errors import RunError
 from nybble.models import quantized_file, quantized_model
+from nybble.models.checkpoint import open_checkpoint
 from nybble.models.loading import LoadedModel
+from nybble.models.selection import select_layers
+from nybble.quant.scheme import INT8_PER_ROW
 from nybble.quant.weight import QuantizedWeight
-from tests.helpers.rounding import round_model_to_nearest
+from tests.helpers.rounding import GROUPS_OF_32, round_model_to_nearest
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer
 
 
@@ -46,6 +49,23 @@ def test_a_saved_model_is_loaded_to_the_bit(family: str, dtype: torch.dtype, tmp
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert tokenizer("abc").input_ids == make_tokenizer()("abc").input_ids
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama"])
+@pytest.mark.parametrize("kept", ["model.embed_tokens", "q_proj"])
+def test_layers_that_stay_in_16_bits_are_saved_once(family: str, kept: str, tmp_path: Path) -> None:
+    """A tied head that is not quantized shares its weight with the embedding."""
+    model = make_model(family, num_hidden_layers=1)
+    selection = select_layers(model)
+    schemes = dict.fromkeys(selection.int8, INT8_PER_ROW) | dict.fromkeys(selection.int4, GROUPS_OF_32)
+    schemes = {name: scheme for name, scheme in schemes.items() if not name.endswith(kept)}
+    quantized = round_model_to_nearest(model, schemes=schemes)
+    quantized_model.save_quantized(tmp_path / "quantized", LoadedModel(model, make_tokenizer(), "tiny"), quantized)
+    loaded, ids = quantized_model.load_quantized(tmp_path / "quantized", torch.float32).model, torch.arange(16)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    checkpoint = open_checkpoint(tmp_path / "quantized")
+    assert dict(checkpoint.selection.schemes) == schemes
+    assert torch.allclose(checkpoint.build()(ids).logits, model(ids).logits, atol=1e-5)
 
 
 def test_the_dtype_of_loading_need_not_be_that_of_saving(saved: tuple[Path, Any, dict[str, QuantizedWeight]]) -> None:

@@ -56,8 +56,13 @@ def test_decoder_layers_are_indexed_in_the_order_of_their_numbers() -> None:
     assert ranks.decoder_layer_indices(names) == dict(zip(names, (1, 0, 0), strict=True))
     assert ranks.count_decoder_layers(names) == 2
     assert ranks.count_decoder_layers([]) == 0
-    with pytest.raises(ModelError, match="the model has others: model.decoder.project_in; use nybble distill"):
-        ranks.decoder_layer_indices(["model.decoder.layers.0.fc1", "model.decoder.project_in"])
+    with pytest.raises(ModelError, match=r"the model has none \(first layer: model.mlp\); use nybble distill"):
+        ranks.decoder_layer_indices(["model.mlp", "model.decoder"])
+
+
+def test_layers_outside_of_the_decoder_layers_share_a_rank_with_the_first_or_last() -> None:
+    names = ["embed.project_in", "model.layers.3.fc", "model.layers.4.fc", "model.layers.5.fc", "head.dense"]
+    assert ranks.decoder_layer_indices(names) == dict(zip(names, (0, 0, 1, 2, 2), strict=True))
 
 
 @settings(max_examples=40, deadline=None)

@@ -25,7 +25,7 @@ def rtn_inits(model: nn.Module) -> dict[str, QuantizedInit]:
 
 
 def insert_fake_quant(model: nn.Module, inits: dict[str, QuantizedInit], seed: int) -> dict[str, nn.Module]:
-    return dict(insert.insert_fake_quant_layers(model, inits, SCHEME, 4, seed))
+    return dict(insert.insert_fake_quant_layers(model, inits, dict.fromkeys(inits, SCHEME), 4, seed))
 
 
 def insert_fixed_codes(model: nn.Module, inits: dict[str, QuantizedInit], seed: int) -> dict[str, nn.Module]:
@@ -90,7 +90,7 @@ def test_an_embedding_is_rounded_to_8_bits_per_row() -> None:
     model = make_model("smollm", num_hidden_layers=1)
     weight = model.model.embed_tokens.weight
     expected = QuantizedInit(weight.clone(), *min_max_qparams(weight, INT8_PER_ROW)).quantized(INT8_PER_ROW)
-    (quantized,) = insert.quantize_embeddings(model, ["model.embed_tokens"]).values()
+    (quantized,) = insert.quantize_embeddings(model, dict.fromkeys(["model.embed_tokens"], INT8_PER_ROW)).values()
     assert torch.equal(quantized.codes_OI, expected.codes_OI)
     assert torch.equal(quantized.scale_OG, expected.scale_OG)
     assert quantized.zero_point_OG.dtype == torch.uint8
@@ -103,7 +103,7 @@ def test_an_embedding_is_rounded_to_8_bits_per_row() -> None:
 def test_an_untied_head_is_rounded_by_itself() -> None:
     model = make_model("llama", num_hidden_layers=1)
     names = select_layers(model).int8
-    quantized = insert.quantize_embeddings(model, names)
+    quantized = insert.quantize_embeddings(model, dict.fromkeys(names, INT8_PER_ROW))
     assert list(quantized) == list(names) == ["model.embed_tokens", "lm_head"]
     for name, weight in quantized.items():
         assert torch.equal(model.get_submodule(name).weight, weight.dequantize())
@@ -112,9 +112,9 @@ def test_an_untied_head_is_rounded_by_itself() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_in_chunks_equals_rounding_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [make_model("smollm", dtype=dtype, num_hidden_layers=1) for _ in range(2)]
-    (whole,) = insert.quantize_embeddings(models[0], ["model.embed_tokens"]).values()
+    (whole,) = insert.quantize_embeddings(models[0], dict.fromkeys(["model.embed_tokens"], INT8_PER_ROW)).values()
     monkeypatch.setattr(insert, "_ROWS_PER_CHUNK", 7)
-    (chunks,) = insert.quantize_embeddings(models[1], ["model.embed_tokens"]).values()
+    (chunks,) = insert.quantize_embeddings(models[1], dict.fromkeys(["model.embed_tokens"], INT8_PER_ROW)).values()
     assert torch.equal(chunks.codes_OI, whole.codes_OI)
     assert torch.equal(chunks.scale_OG, whole.scale_OG)
     assert torch.equal(chunks.zero_point_OG, whole.zero_point_OG)

@@ -26,6 +26,11 @@ SCHEMES = [
     QuantScheme(group_size=None),
     QuantScheme(symmetric=True, group_size=32),
     INT8_PER_ROW,
+    QuantScheme(2, 32),
+    QuantScheme(2, 32, symmetric=True),
+    QuantScheme(3, 64),
+    QuantScheme(3, None, symmetric=True),
+    QuantScheme(8, 32, symmetric=True),
 ]
 
 
@@ -92,6 +97,19 @@ def test_products_of_every_mantissa_are_exact_in_fp16() -> None:
     assert torch.equal(round_scale(scales), scales)
     products = scales[:, None] * torch.arange(-15, 16, dtype=torch.float64)
     assert torch.equal(products.half().double(), products)
+
+
+def test_products_of_8_bits_are_exact_in_float32_and_keep_their_codes_in_bfloat16() -> None:
+    """Training and --init_from hold weights in 16 bits; a code that rounding moved would not be that of the run."""
+    codes = torch.arange(256)
+    for mantissa in range(64, 128):
+        scale = torch.tensor([[mantissa / 2**12]], dtype=torch.float64)
+        zero_point = torch.full_like(scale, 128)
+        products = dequantize(codes[None].to(torch.uint8), scale, zero_point)
+        assert torch.equal(products.float().double(), products)
+        for dtype in (torch.bfloat16, torch.float16):
+            again = quantize(products.to(dtype).double(), scale, zero_point, INT8_PER_ROW)
+            assert torch.equal(again[0].long(), codes)
 
 
 def test_random_log_shifts_change_no_scale_and_are_uniform() -> None:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.quant.grid import min_max_qparams, quantize
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.scheme import BITS, CODES_PER_UNIT, INT8_PER_ROW, QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 
 def quantized(scheme: QuantScheme) -> QuantizedWeight:
@@ -16,31 +16,96 @@ def quantized(scheme: QuantScheme) -> QuantizedWeight:
     return QuantizedWeight(quantize(weight, scale, zero_point, scheme), scale, zero_point.byte(), scheme)
 
 
-def test_packed_bytes_have_the_even_position_in_the_low_nibble() -> None:
-    codes = torch.tensor([[1, 2, 15, 0], [8, 7, 3, 12]], dtype=torch.uint8)
-    assert pack_nibbles(codes).tolist() == [[0x21, 0x0F], [0x78, 0xC3]]
+def slow_bytes(codes: list[int], bits: int) -> list[int]:
+    """The codes as one long number, the first in its lowest bits, in bytes from the lowest."""
+    number = sum(code << bits * i for i, code in enumerate(codes))
+    return list(number.to_bytes(len(codes) * bits // 8, "little"))
 
 
-@settings(max_examples=30, deadline=None)
-@given(leading=st.lists(st.integers(0, 4), max_size=3), pairs=st.integers(0, 9), seed=st.integers(0, 1000))
-def test_packing_round_trips_for_any_even_shape(leading: list[int], pairs: int, seed: int) -> None:
-    shape = (*leading, 2 * pairs)
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    packed = pack_nibbles(codes)
-    assert (packed.dtype, packed.shape) == (torch.uint8, (*leading, pairs))
-    assert torch.equal(unpack_nibbles(packed), codes)
+@pytest.mark.parametrize(
+    ("bits", "codes", "packed"),
+    [
+        (2, [1, 2, 3, 0], [0x39]),
+        (3, [1, 2, 3, 4, 5, 6, 7, 0], [0xD1, 0x58, 0x1F]),
+        (4, [1, 2, 15, 0, 8, 7, 3, 12], [0x21, 0x0F, 0x78, 0xC3]),
+        (8, [1, 255], [1, 255]),
+    ],
+)
+def test_packed_bytes_have_the_first_code_in_the_lowest_bits(bits: int, codes: list[int], packed: list[int]) -> None:
+    assert pack_codes(torch.tensor(codes, dtype=torch.uint8), bits).tolist() == packed == slow_bytes(codes, bits)
 
 
-def test_every_pair_of_codes_has_a_byte_of_its_own() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    leading=st.lists(st.integers(0, 4), max_size=2),
+    units=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+def test_packing_round_trips_for_any_shape(bits: int, leading: list[int], units: int, seed: int) -> None:
+    width = units * CODES_PER_UNIT[bits]
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (*leading, width), dtype=torch.uint8, generator=generator)
+    packed = pack_codes(codes, bits)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (*leading, width * bits // 8))
+    assert torch.equal(unpack_codes(packed, bits), codes)
+    by_row = codes.reshape(-1, width or 1), packed.reshape(-1, max(1, width * bits // 8))
+    for row, row_bytes in zip(*by_row, strict=True):
+        assert row_bytes.tolist() == slow_bytes(row.tolist(), bits)
+
+
+def test_every_unit_of_codes_has_bytes_of_its_own() -> None:
     pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(pairs)), pairs)
-    assert len(pack_nibbles(pairs).unique()) == 256
+    assert torch.equal(unpack_codes(pack_codes(pairs, 4), 4), pairs)
+    assert len(pack_codes(pairs, 4).unique()) == 256
 
 
-@pytest.mark.parametrize("width", [1, 3, 7])
-def test_an_odd_number_of_codes_is_refused(width: int) -> None:
-    with pytest.raises(AssertionError, match=f"needs an even number of codes per row, got {width}"):
-        pack_nibbles(torch.zeros(2, width, dtype=torch.uint8))
+@pytest.mark.parametrize(("bits", "width", "unit"), [(4, 1, 2), (4, 7, 2), (2, 6, 4), (3, 12, 8)])
+def test_codes_that_do_not_fill_their_bytes_are_refused(bits: int, width: int, unit: int) -> None:
+    with pytest.raises(AssertionError, match=f"needs a multiple of {unit} {bits}-bit codes per row, got {width}"):
+        pack_codes(torch.zeros(2, width, dtype=torch.uint8), bits)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        (QuantScheme(3, 64), QuantScheme(4, 64, symmetric=True)),
+        (QuantScheme(2, 32), QuantScheme(4, 32, symmetric=True)),
+        (QuantScheme(2, 32, symmetric=True), QuantScheme(3, 32, symmetric=True)),
+        (QuantScheme(3, None), QuantScheme(4, 32)),
+        (QuantScheme(4, 64), QuantScheme(8, 32, symmetric=True)),
+        (QuantScheme(4, 64), QuantScheme(4, 16)),
+        (INT8_PER_ROW, QuantScheme(8, 64, symmetric=True)),
+    ],
+    ids=str,
+)
+def test_a_scheme_that_is_wider_holds_the_same_weights(scheme: QuantScheme, target: QuantScheme) -> None:
+    weight = quantized(scheme)
+    recoded = weight.recoded(target)
+    assert recoded.scheme == target
+    assert recoded.scale_OG.shape == recoded.zero_point_OG.shape == (64, target.num_groups(128))
+    assert recoded.codes_OI.dtype == recoded.zero_point_OG.dtype == torch.uint8
+    assert int(recoded.codes_OI.max()) <= target.max_code
+    assert torch.equal(recoded.dequantize(), weight.dequantize())
+    assert weight.recoded(scheme) is weight
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        (QuantScheme(4, 64), QuantScheme(4, 64, symmetric=True)),  # code - zero point reaches 15
+        (QuantScheme(4, 64), QuantScheme(3, 64)),
+        (QuantScheme(4, 64), QuantScheme(4, 128)),
+        (QuantScheme(4, 64), QuantScheme(4, None)),
+        (QuantScheme(3, 64, symmetric=True), QuantScheme(4, 64)),
+    ],
+    ids=str,
+)
+def test_a_scheme_that_cannot_hold_the_weights_is_refused(scheme: QuantScheme, target: QuantScheme) -> None:
+    weight = quantized(scheme)
+    weight.codes_OI[0, 0], weight.zero_point_OG[0, 0] = scheme.max_code, 0
+    with pytest.raises(AssertionError, match="must"):
+        weight.recoded(target)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +114,8 @@ def test_an_odd_number_of_codes_is_refused(width: int) -> None:
         (QuantScheme(), 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2),
         (QuantScheme(symmetric=True), 64 * 128 // 2 + 64 * 2 * 2),
         (INT8_PER_ROW, 64 * 128 + 64 * 2),
+        (QuantScheme(3, 32), 64 * 128 * 3 // 8 + 64 * 4 * 2 + 64 * 4 * 3 // 8),
+        (QuantScheme(2, 32, symmetric=True), 64 * 128 // 4 + 64 * 4 * 2),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from nybble.models.head import LMHead
 from nybble.tasks import encoding, likelihood
 from nybble.tasks.dataset import Question
 from nybble.tasks.encoding import EncodedAnswer
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.questions import MIXED_QUESTIONS, PARTIAL_PROMPTS, choice_question
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer
 
@@ -83,6 +84,19 @@ def test_prefixes_need_a_head_and_a_window_as_long_as_the_texts() -> None:
         assert likelihood.prefix_lengths(model, None, questions) == [0]
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "openai-gpt", "megatron-bert", "reformer", "mamba2", "gpt2"])
+def test_prefixes_are_shared_only_where_the_result_is_the_same(model_type: str) -> None:
+    """RoBERTa has positions of its own, OpenAI GPT and Reformer have no such cache, BERT has one of another kind."""
+    model = tiny_model(model_type)
+    head, questions = LMHead.of(model), encoding.encode_choices(make_tokenizer(), SHARED_QUESTIONS, 64)
+    prefixes = likelihood.prefix_lengths(model, head, questions)
+    assert any(prefixes) == (model_type == "gpt2")
+    with torch.no_grad():
+        losses = likelihood.answer_losses(model, head, questions, prefixes)
+    expected = whole_text_losses(model, [text for choices in questions for text in choices])
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", SLIDING)
 def test_short_prefix_in_a_batch_with_a_long_one_stays_in_the_window(family: str) -> None:
     model, tokenizer = make_model(family, sliding_window=64), make_tokenizer(begin=True)
@@ -99,6 +113,8 @@ def test_prefixes_save_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = make_model("smollm"), make_tokenizer()
     asked = [choice_question(f"a question of {'very ' * i}like length:", "yes", "no", "it depends") for i in range(3)]
     questions = encoding.encode_choices(tokenizer, asked, 64)
+    head = LMHead.of(model)
+    likelihood.prefix_lengths(model, head, questions)  # tries the model once
     forward, counts = model.base_model.forward, []
 
     def count(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +122,7 @@ def test_prefixes_save_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.base_model, "forward", count)
-    likelihood.choice_log_probs(model, LMHead.of(model), questions)
+    likelihood.choice_log_probs(model, head, questions)
     assert sum(counts) < 0.6 * sum(len(text.ids) for choices in questions for text in choices)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.compression.init import QuantizedInit
+from nybble.models.schemes import num_scales
 from nybble.models.selection import select_layers
 from nybble.qat.insert import insert_fake_quant_layers
 from nybble.quant.grid import min_max_qparams
@@ -21,7 +22,9 @@ from tests.helpers.tiny import make_model
 
 MODEL = make_model("llama")
 SHAPES = ModelShapes.of(MODEL, select_layers(MODEL).int4)
-SETUP = TrainingSetup(SHAPES, rank=8, group_size=64, chunk_tokens=64, weight_copies=2, logits_bytes=0)
+SETUP = TrainingSetup(
+    SHAPES, rank=8, num_scales=SHAPES.int4_weights // 64, chunk_tokens=64, weight_copies=2, logits_bytes=0
+)
 GB = 10**9
 
 
@@ -38,9 +41,10 @@ def test_parameters_that_are_trained_are_counted_exactly() -> None:
     model, scheme = make_model("llama"), QuantScheme(group_size=32)
     weights = {name: model.get_submodule(name).weight for name in select_layers(model).int4}
     inits = {name: QuantizedInit(weight, *min_max_qparams(weight, scheme)) for name, weight in weights.items()}
-    layers = insert_fake_quant_layers(model, inits, scheme, 8, 0)
+    layers = insert_fake_quant_layers(model, inits, dict.fromkeys(inits, scheme), 8, 0)
     trained = sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
-    assert replace(SETUP, group_size=32).trained_parameters == trained
+    selection = replace(select_layers(MODEL), schemes=dict.fromkeys(weights, scheme))
+    assert replace(SETUP, num_scales=num_scales(MODEL, selection)).trained_parameters == trained
 
 
 def test_each_weight_copy_costs_the_4_bit_weights() -> None:

@@ -60,7 +60,7 @@ def make_distillation() -> Distillation:
     for name in select_layers(model).int4:
         weight_OI = model.get_submodule(name).weight.detach()
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, SCHEME))
-    layers = insert_fake_quant_layers(model, inits, SCHEME, 4, 0)
+    layers = insert_fake_quant_layers(model, inits, dict.fromkeys(inits, SCHEME), 4, 0)
     with torch.no_grad():
         for index, layer in enumerate(layers.values()):
             layer.lora_a.copy_(pattern(layer.lora_a.shape, index))

@@ -264,9 +264,13 @@ def test_a_run_that_does_not_fit_is_refused_before_there_is_a_run(
         return " ".join(capsys.readouterr().err.split())
 
     begin = ("--init_from", str(first))
-    words = f"--init_from {first} must have groups of 64 weights; it has groups of 32; add --group_size 32"
-    assert words in refused(model, *begin, "--group_size", "64")
-    assert "must be of a model like other; it is of model, which has other layers" in refused(other, *begin)
+    found = refused(model, *begin, "--group_size", "64")
+    assert (
+        f"--init_from {first} must have the schemes of this run; model.layers.0.self_attn.q_proj has uint4 asym"
+        in found
+    )
+    assert "group 32, and this run has uint4 asymmetric group 64; add --bits 4 --group_size 32" in found
+    assert "must be of a model like other; it is of model, which has other quantized layers" in refused(other, *begin)
     words = "must be of a model like biased; only one of it and model has model.layers.0.self_attn.k_proj.bias"
     assert words in refused(biased, *begin)
     shutil.rmtree(first / "quantized")
@@ -300,7 +304,7 @@ def test_distillation_resumes_on_the_finished_blocks(tmp_path: Path, monkeypatch
             "--dtype must be bfloat16 or float32 for blockwise; float16 gradients vanish",
         ),
         (
-            "--group_size 48",
+            "--group_size 48 --strict_group_size",
             "in_features must be a multiple of group_size: layer model.layers.0.self_attn.q_proj has in_features=64, "
             "got group_size=48",
         ),

@@ -201,7 +201,10 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
     assert results.improvement["tuned"] == pytest.approx((compressed - tuned) / (compressed - full))
     assert set(results.seconds) == {"load", "teacher", "measure", "compress", "train", "absorb"}
     assert results.layers is not None
-    assert dataclasses.asdict(results.layers) == {"int4": 14, "int8": 2, "tied": False}
+    layers = results.layers
+    assert (layers.int4, layers.int8, layers.tied, layers.precision, layers.notes) == (14, 2, False, "INT4", [])
+    assert layers.schemes == {"uint4 asymmetric group 64": 14, "uint8 symmetric per row": 2}
+    assert layers.bits_per_weight == pytest.approx(5.537, abs=1e-3)
     assert results.machine["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert results.peak_memory_bytes["cpu"] > 0
     text = (run / "report.md").read_text()

@@ -45,7 +45,9 @@ def test_every_export_of_a_run_has_a_card(run: Path) -> None:
     results = read_results(run)
     for row in ("16bit", "compressed", "plain"):
         assert f"| {results.models[row]['token_perplexity']:.3f} |" in card
-    assert "7 linear layers have INT4 codes in groups of" in card
+    assert "7 linear layers and 1 embeddings and heads are quantized (the head is the embedding)." in card
+    assert "7 x uint4 asymmetric group" in card
+    assert "bits a weight, with scales and zero points" in card
     assert "are equal to those of the run" in card
     assert "Training:" not in card
     assert str(run.parent) not in card, "the folders of this machine are nobody's business"

@@ -9,14 +9,19 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from nybble.cli.main import main
 from nybble.errors import ExportError, ModelError
+from nybble.models.experts import SplitExperts
+from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
-from nybble.quant.scheme import QuantScheme
+from nybble.options.scheme import SchemeOptions
 from nybble.workflows import rehearsal
 from nybble.workflows.rehearsal import make_twin, rehearse
+from tests.helpers import mixtures
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.compress import compress_command
 from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
-SCHEME = QuantScheme(group_size=16)
+SCHEME = SchemeOptions(group_size=16)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def loaded(family: str, **changes: Any) -> LoadedModel:
@@ -43,6 +48,20 @@ def test_a_twin_of_a_large_model_is_small() -> None:
     counts = [sum(p.numel() for p in model.parameters()) for model in (large.model, twin.model)]
     assert counts[0] > 50 * counts[1]
     assert twin.model.config.hidden_size == 256, "rows keep their width"
+
+
+@pytest.mark.parametrize("family", mixtures.FAMILIES)
+def test_a_twin_of_a_mixture_has_few_experts_and_layers_of_both_kinds(family: str) -> None:
+    changes = {key: 32 for key in EXPERT_COUNTS if key in mixtures.FAMILIES[family][1]}
+    if "first_k_dense_replace" in mixtures.FAMILIES[family][1]:
+        changes |= {"first_k_dense_replace": 3, "num_hidden_layers": 6}
+    model = mixtures.make_mixture(family, **changes)
+    linearize(model)
+    twin = make_twin(LoadedModel(model, make_tokenizer(), family), SCHEME)
+    assert twin is not None
+    experts = [module for module in twin.model.modules() if isinstance(module, SplitExperts)]
+    assert experts
+    assert all(module.split_count <= 8 for module in experts)
 
 
 def test_layers_up_to_the_last_type_are_kept() -> None:
@@ -84,6 +103,15 @@ def test_a_model_without_a_twin_is_not_tried(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: 1 / 0)
     rehearse(model, SCHEME, ["openvino"], True, False)
     assert "llama has no small twin; training and export are not tried beforehand" in caplog.text
+
+
+def test_an_optional_format_that_cannot_hold_the_model_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    gpt2 = LoadedModel(linearize(tiny_model("gpt2")), make_tokenizer(), "gpt2")
+    groups_of_32 = SchemeOptions(group_size=32)
+    assert rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["vllm"]) == ("hf",)
+    assert "there is no export to vLLM (compressed-tensors): an export to vLLM needs nn.Linear layers" in caplog.text
+    with pytest.raises(ExportError, match="GPT2LMHeadModel has Conv1D layers; remove vllm from --export"):
+        rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["hf"])
 
 
 @pytest.mark.usefixtures("needs_openvino")

@@ -76,6 +76,8 @@ def _parse_flags(kind: type[Command], flags: Sequence[str]) -> dict[str, Any]:
             continue
         several = typing.get_origin(hint) is tuple
         place: dict[str, Any] = {"nargs": "+"} if several else {}
+        if kind.fields()[name].metadata["repeat"]:
+            place["action"] = "extend"
         if name == positional:
             place["nargs"] = "*" if several else "?"
         parser.add_argument(name if name == positional else f"--{name}", **place)

@@ -11,8 +11,8 @@ round-to-nearest, with the error of each channel weighed by r^2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,10 @@ class AWQ(FoldingMethod):
             log.info("awq folds in %d blocks like %s: %s", len(blocks), blocks[0], _describe(mappings) or "nothing")
 
     def fold_block(
-        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], scheme: QuantScheme
+        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], schemes: Mapping[str, QuantScheme]
     ) -> None:
         """See FoldingMethod.fold_block."""
-        fold(block, self._mappings[name], statistics, scheme)
+        fold(block, self._mappings[name], statistics, schemes)
 
 
 def _describe(mappings: Sequence[AWQMapping]) -> str:
@@ -71,7 +71,10 @@ def _describe(mappings: Sequence[AWQMapping]) -> str:
 
 @torch.no_grad()
 def fold(
-    block: nn.Module, mappings: Sequence[AWQMapping], statistics: Sequence[InputStatistics], scheme: QuantScheme
+    block: nn.Module,
+    mappings: Sequence[AWQMapping],
+    statistics: Sequence[InputStatistics],
+    schemes: Mapping[str, QuantScheme],
 ) -> None:
     """Apply mappings to a block, in place; the statistics are changed to fit.
 
@@ -79,24 +82,40 @@ def fold(
         block: the 16-bit decoder block.
         mappings: of this block.
         statistics: of the inputs of its layers.
-        scheme: bits and group size.
+        schemes: layer name within the block -> scheme.
     """
     for mapping in mappings:
         inputs = [shared for shared in statistics if not set(mapping.layers).isdisjoint(shared.layers)]
         if inputs:
-            _fold_mapping(block, mapping, inputs, scheme)
+            _fold_mapping(block, mapping, inputs, schemes)
+
+
+class Part(NamedTuple):
+    """Layers with the same inputs x and the same scheme.
+
+    Attributes:
+        weight_OI: their stacked rows, at least float32.
+        gram_II: mean of x x^T in the same dtype.
+        scheme: bits and group size.
+    """
+
+    weight_OI: Tensor
+    gram_II: Tensor
+    scheme: QuantScheme
 
 
 def _fold_mapping(
-    block: nn.Module, mapping: AWQMapping, inputs: Sequence[InputStatistics], scheme: QuantScheme
+    block: nn.Module, mapping: AWQMapping, inputs: Sequence[InputStatistics], schemes: Mapping[str, QuantScheme]
 ) -> None:
     """Search the factors of one mapping, and apply them to source, layers, followers and statistics in place."""
     source, channel_I = block.get_submodule(mapping.source), mapping.channel_I
-    parts = [
-        (torch.cat([at_least_float32(get_linear(block, name).weight) for name in shared.layers]), shared.gram_II)
-        for shared in inputs
-    ]
-    s_I = search(parts, scheme, channel_I)
+    parts = []
+    for shared in inputs:
+        for scheme in dict.fromkeys(schemes[name] for name in shared.layers):
+            names = [name for name in shared.layers if schemes[name] == scheme]
+            rows = [at_least_float32(get_linear(block, name).weight) for name in names]
+            parts.append(Part(torch.cat(rows), shared.gram_II, scheme))
+    s_I = search(parts, channel_I)
     s_R = s_I.new_ones(len(source.get_parameter("weight")))
     s_R[channel_I] = s_I
     s_I = divide_source(source, s_R, mapping.norm_offset)[channel_I]
@@ -107,34 +126,33 @@ def _fold_mapping(
         shared.gram_II.div_(s_I).div_(s_I[:, None])
 
 
-def search(parts: Sequence[tuple[Tensor, Tensor]], scheme: QuantScheme, channel_I: Tensor | None = None) -> Tensor:
+def search(parts: Sequence[Part], channel_I: Tensor | None = None) -> Tensor:
     """The best factors over ALPHAS.
 
     Args:
-        parts: weight [O, I] of the stacked rows of layers with the same inputs x, at least float32, and the mean of
-            x x^T in the same dtype. Experts are several parts, each with its own inputs.
-        scheme: bits and group size.
+        parts: all layers that read the channels. Experts are several parts, each with its own inputs.
         channel_I: see `factors`.
 
     Returns:
-        s [I], in the same dtype.
+        s [I], in the dtype of the parts.
     """
-    gram_II = parts[0][1] if len(parts) == 1 else torch.stack([gram_II for _, gram_II in parts]).sum(0)
+    grams = list({id(part.gram_II): part.gram_II for part in parts}.values())
+    gram_II = grams[0] if len(grams) == 1 else torch.stack(grams).sum(0)
     least_error, best_I = torch.inf, torch.ones_like(gram_II[0])
     for alpha in ALPHAS:
         s_I = factors(gram_II, alpha, channel_I)
-        error = sum(_rounding_error(weight_OI, part_II.diagonal(), s_I, scheme) for weight_OI, part_II in parts)
+        error = sum(_rounding_error(part, s_I) for part in parts)
         if error < least_error:
             least_error, best_I = error, s_I
     return best_I
 
 
-def _rounding_error(weight_OI: Tensor, importance_I: Tensor, s_I: Tensor, scheme: QuantScheme) -> float:
+def _rounding_error(part: Part, s_I: Tensor) -> float:
     """Error of round-to-nearest after scaling, weighed by the importance of each input."""
-    scaled_OI = weight_OI * s_I
-    scale_OG, zero_point_OG = min_max_qparams(scaled_OI, scheme)
-    difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_point_OG, scheme).sub_(scaled_OI)
-    return float(difference_OI.square_().sum(0) @ (importance_I / s_I**2))
+    scaled_OI = part.weight_OI * s_I
+    scale_OG, zero_point_OG = min_max_qparams(scaled_OI, part.scheme)
+    difference_OI = quantize_dequantize(scaled_OI, scale_OG, zero_point_OG, part.scheme).sub_(scaled_OI)
+    return float(difference_OI.square_().sum(0) @ (part.gram_II.diagonal() / s_I**2))
 
 
 def factors(gram_II: Tensor, alpha: float, channel_I: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ range:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -91,7 +91,7 @@ class FoldingMethod(CompressionMethod, ABC):
 
     @abstractmethod
     def fold_block(
-        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], scheme: QuantScheme
+        self, name: str, block: nn.Module, statistics: Sequence[InputStatistics], schemes: Mapping[str, QuantScheme]
     ) -> None:
         """Change the weights of a block and the statistics of its inputs, both in place.
 
@@ -99,7 +99,7 @@ class FoldingMethod(CompressionMethod, ABC):
             name: path of the block in the model.
             block: the 16-bit decoder block.
             statistics: of the inputs of all layers that get 4 bits. They must fit the folded block afterwards.
-            scheme: how the layers will be quantized.
+            schemes: layer name within the block -> how the layer will be quantized.
         """
 
 
@@ -205,7 +205,7 @@ class RefinementMethod(CompressionMethod, ABC):
         blocks: DecoderBlocks,
         i: int,
         inits: dict[str, QuantizedInit],
-        scheme: QuantScheme,
+        schemes: Mapping[str, QuantScheme],
         calibration: Calibration,
         progress: Callable[[str], None],
     ) -> RefinedBlock:
@@ -216,7 +216,7 @@ class RefinementMethod(CompressionMethod, ABC):
                 compressed one. The block must come back with its own layers.
             i: index of the block.
             inits: layer name within the block -> its state after rounding.
-            scheme: bits and group size.
+            schemes: layer name within the block -> scheme.
             calibration: text and settings.
             progress: called with a short text after each step.
 

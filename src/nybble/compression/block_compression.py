@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nybble.compression.base import RefinementMethod
-from nybble.compression.blocks import DecoderBlocks, InputStatistics, get_linear, set_weight
+from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, InputStatistics, get_linear, set_weight
 from nybble.compression.calibration import Calibration
 from nybble.compression.init import QuantizedInit
-from nybble.compression.layer_error import LayerError, OutputReference, layer_error
+from nybble.compression.layer_error import LayerError, OutputReference, layer_error, weight_error
 from nybble.compression.methods import MethodCombination
 from nybble.compression.rounding import round_layers
+from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.quant.scheme import QuantScheme
 
 # Called with the number of layers just finished, and a text about them.
@@ -54,16 +55,20 @@ class BlockCompressor:
     Attributes:
         blocks: the blocks. They must be compressed in turn, from the first, because each advances the streams.
         methods: what to do; its folding methods have been prepared.
-        scheme: bits and group size.
+        schemes: layer path in the model -> scheme.
         calibration: text and settings.
         progress: called after each layer and each step.
     """
 
     blocks: DecoderBlocks
     methods: MethodCombination
-    scheme: QuantScheme
+    schemes: Mapping[str, QuantScheme]
     calibration: Calibration
     progress: Progress
+
+    def _schemes(self, i: int) -> dict[str, QuantScheme]:
+        """Layer name within block i -> scheme."""
+        return {name: self.schemes[self.blocks.prefixes[i] + name] for name in self.blocks.layers[i]}
 
     def compress_block(self, i: int) -> CompressedBlock:
         """Compress block i, or restore it from the store; then pass the streams on and put the new weights in.
@@ -85,16 +90,16 @@ class BlockCompressor:
         return result
 
     def _run_stages(self, i: int) -> CompressedBlock:
-        block, prefix = self.blocks.modules[i], self.blocks.prefixes[i]
-        statistics = self.blocks.observe(i)
+        block, prefix, schemes = self.blocks.modules[i], self.blocks.prefixes[i], self._schemes(i)
+        statistics = [shared for shared in self.blocks.observe(i) if shared.tokens >= MIN_TOKENS]
         references = {
-            name: OutputReference.of(get_linear(block, name).weight, shared.gram_II, self.scheme)
+            name: OutputReference.of(get_linear(block, name).weight, shared.gram_II, schemes[name])
             for shared in statistics
             for name in shared.layers
         }
         result = CompressedBlock()
         for folding in self.methods.folding:
-            folding.fold_block(prefix[:-1], block, statistics, self.scheme)
+            folding.fold_block(prefix[:-1], block, statistics, schemes)
         for shared in statistics:
             inits = self._round(i, shared)
             result.inits.update(inits)
@@ -102,24 +107,48 @@ class BlockCompressor:
             for name in inits:
                 error = result.errors[name]
                 self.progress(1, f"{prefix}{name}: output error {error.rtn:.2%} -> {error.compressed:.2%}")
+        rest = [name for name in self.blocks.layers[i] if name not in result.inits]
+        self._round_to_nearest(i, rest, result)
         if result.inits:
             for refinement in self.methods.refinement:
                 self._refine(i, refinement, result)
                 for shared in statistics:
                     self._measure(i, shared, references, result)
+                self._measure_weights(i, rest, result)
         return result
 
+    def _round_to_nearest(self, i: int, names: Sequence[str], result: CompressedBlock) -> None:
+        """Compress layers without statistics: experts with too few tokens."""
+        for name in names:
+            linear = get_linear(self.blocks.modules[i], name)
+            scheme = self._schemes(i)[name]
+            rounder = RoundToNearest().make_rounder(name, None, MinMaxScales(), scheme, None)
+            result.inits |= round_layers({name: linear}, rounder, scheme)
+        self._measure_weights(i, names, result)
+        for name in names:
+            self.progress(1, f"{self.blocks.prefixes[i]}{name}: weight error {result.errors[name].weight:.2%}")
+
+    def _measure_weights(self, i: int, names: Sequence[str], result: CompressedBlock) -> None:
+        """Set the errors of layers without statistics."""
+        for name in names:
+            weight_OI = get_linear(self.blocks.modules[i], name).weight
+            result.errors[name] = weight_error(weight_OI, result.inits[name], self._schemes(i)[name])
+
     def _round(self, i: int, shared: InputStatistics) -> dict[str, QuantizedInit]:
-        """Round the layers that share an input."""
-        rounder = self.methods.rounding.make_rounder(
-            self.blocks.prefixes[i] + shared.layers[0],
-            shared.gram_II,
-            self.methods.scales,
-            self.scheme,
-            self.calibration,
-        )
-        linears = {name: get_linear(self.blocks.modules[i], name) for name in shared.layers}
-        return round_layers(linears, rounder, self.scheme)
+        """Round the layers that share an input, those of one scheme at a time."""
+        schemes, inits, expected_II = self._schemes(i), dict[str, QuantizedInit](), shared.expected_II()
+        for scheme in dict.fromkeys(schemes[name] for name in shared.layers):
+            names = [name for name in shared.layers if schemes[name] == scheme]
+            rounder = self.methods.rounding.make_rounder(
+                self.blocks.prefixes[i] + names[0],
+                expected_II,
+                self.methods.scales,
+                scheme,
+                self.calibration,
+            )
+            linears = {name: get_linear(self.blocks.modules[i], name) for name in names}
+            inits |= round_layers(linears, rounder, scheme)
+        return inits
 
     def _refine(self, i: int, refinement: RefinementMethod, result: CompressedBlock) -> None:
         """Apply one refinement to `result`."""
@@ -128,7 +157,7 @@ class BlockCompressor:
             self.blocks,
             i,
             result.inits,
-            self.scheme,
+            self._schemes(i),
             self.calibration,
             lambda text: self.progress(0, f"{name}: {text}"),
         )
@@ -140,10 +169,11 @@ class BlockCompressor:
         self, i: int, shared: InputStatistics, references: dict[str, OutputReference], result: CompressedBlock
     ) -> None:
         """Set the errors of the layers that share an input."""
+        schemes = self._schemes(i)
         for name in shared.layers:
             weight_OI = get_linear(self.blocks.modules[i], name).weight
             result.errors[name] = layer_error(
-                weight_OI, result.inits[name], self.scheme, shared.gram_II, references[name]
+                weight_OI, result.inits[name], schemes[name], shared.gram_II, references[name]
             )
 
     def _to_store(self, i: int, result: CompressedBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,13 +191,13 @@ class BlockCompressor:
 
     def _stored_tensors(self, i: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape of what `_to_store` gives."""
-        names, expected = self.blocks.layers[i], {}
+        schemes, expected = self._schemes(i), {}
         for key, value in self.blocks.modules[i].state_dict().items():
             name, shape = key.removesuffix(".weight"), tuple(value.shape)
-            if name not in names:
+            if name not in schemes:
                 expected[key] = value.dtype, shape
                 continue
-            groups = (shape[0], self.scheme.num_groups(shape[1]))
+            groups = (shape[0], schemes[name].num_groups(shape[1]))
             specs = ((value.dtype, shape), (torch.float32, groups), (torch.float32, groups))
             expected |= {f"{name}:{leaf}": spec for leaf, spec in zip(_INIT_TENSORS, specs, strict=True)}
         return expected
@@ -186,10 +216,10 @@ class BlockCompressor:
 
     def _pass_on(self, i: int, inits: dict[str, QuantizedInit]) -> None:
         """Pass the quantized stream, if there is one, through the 4-bit block; then put the weights of `inits` in."""
-        block = self.blocks.modules[i]
+        block, schemes = self.blocks.modules[i], self._schemes(i)
         if self.blocks.quantized is not None:
             for name, init in inits.items():
-                set_weight(block, name, init.quantized(self.scheme).dequantize().to(init.weight_OI.dtype))
+                set_weight(block, name, init.quantized(schemes[name]).dequantize().to(init.weight_OI.dtype))
             self.blocks.advance_quantized(i)
         for name, init in inits.items():
             set_weight(block, name, init.weight_OI)

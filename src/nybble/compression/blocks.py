@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ from nybble.compression.chain import find_block_list, first_output, nonfinite_re
 from nybble.errors import ModelError, RunError
 from nybble.quant.grid import at_least_float32
 
+# With fewer tokens a layer is rounded to nearest. Only experts get that few.
+MIN_TOKENS = 16
+
+# With as many, second moments are taken as they are.
+_MANY_TOKENS_PER_INPUT = 16
+
 # Larger streams are kept in temporary files.
 MAX_BYTES_IN_MEMORY = 512 << 20
 
@@ -45,11 +52,30 @@ class InputStatistics:
 
     Attributes:
         layers: names of the layers within the block.
-        gram_II: mean of x x^T over all tokens; float32 (float64 for a float64 model). Folding changes it in place.
+        gram_II: sum of x x^T over the tokens that the layers were called with, divided by the number of all tokens;
+            float32 (float64 for a float64 model). Folding changes it in place.
+        tokens: how many tokens the layers were called with. Those of an expert are the ones that are routed to it.
     """
 
     layers: tuple[str, ...]
     gram_II: Tensor
+    tokens: int
+
+    def expected_II(self) -> Tensor:
+        """Estimate of the second moments on other text: gram_II, shrunk towards its diagonal where tokens are few.
+
+            (N gram + I diagonal) / (N + I)        for N tokens and I input channels, if N < 16 I
+
+        A method that fits correlations which few tokens have by chance is worse than round-to-nearest on others: for
+        inputs of 1536 channels and 512 tokens, se+gptq has 1.4 times its output error without shrinking, and 0.65 times
+        with it (SmolLM2, log of 2026-11-29). With more tokens it makes no difference.
+        """
+        inputs = len(self.gram_II)
+        if self.tokens >= _MANY_TOKENS_PER_INPUT * inputs:
+            return self.gram_II
+        expected_II = self.gram_II * (self.tokens / (self.tokens + inputs))
+        expected_II.diagonal().copy_(self.gram_II.diagonal())
+        return expected_II
 
 
 class DecoderBlocks:
@@ -136,12 +162,13 @@ class DecoderBlocks:
         """Pass the full stream through block i, and collect statistics of the inputs of its layers.
 
         Returns:
-            One entry for each group of layers that are called with the same tensor.
+            One entry for each group of layers that are called with the same tensor; none for an expert without tokens.
 
         Raises:
             ModelError: the inputs of a layer are not finite; the layer is named.
         """
         grams: dict[tuple[str, ...], Tensor] = {}
+        seen: Counter[tuple[str, ...]] = Counter()
         tokens = self.full.shape[0] * self.full.shape[1]
         for part in self.batches():
             with self._recorded_inputs(i) as inputs:
@@ -151,6 +178,7 @@ class DecoderBlocks:
                 if layers not in grams:
                     grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
                 _add_lower(grams[layers], x_NI, 1 / tokens)
+                seen[layers] += len(x_NI)
             # Only now: a block without a norm at its beginning (olmo2) records views of the stream.
             self.full[part] = output_BTD.cpu()
         for layers, gram_II in grams.items():
@@ -159,7 +187,10 @@ class DecoderBlocks:
                     f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; "
                     f"{nonfinite_remedy(self.dtype)}"
                 )
-        return [InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T) for layers, gram_II in grams.items()]
+        return [
+            InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T, seen[layers])
+            for layers, gram_II in grams.items()
+        ]
 
     def _new_stream(self, input_ids: Tensor) -> Tensor:
         """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""

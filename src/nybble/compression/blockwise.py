@@ -15,7 +15,7 @@ again. Some sequences are held out. If their loss is not lower after training, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,12 +47,12 @@ class BlockwiseReconstruction(RefinementMethod):
         blocks: DecoderBlocks,
         i: int,
         inits: dict[str, QuantizedInit],
-        scheme: QuantScheme,
+        schemes: Mapping[str, QuantScheme],
         calibration: Calibration,
         progress: Callable[[str], None],
     ) -> RefinedBlock:
         """See the function `train`."""
-        return train(blocks, i, inits, scheme, calibration, progress)
+        return train(blocks, i, inits, schemes, calibration, progress)
 
 
 class OffsetLinear(nn.Module):
@@ -140,7 +140,7 @@ def train(
     blocks: DecoderBlocks,
     i: int,
     inits: dict[str, QuantizedInit],
-    scheme: QuantScheme,
+    schemes: Mapping[str, QuantScheme],
     calibration: Calibration,
     progress: Callable[[str], None] = lambda text: None,
 ) -> RefinedBlock:
@@ -151,7 +151,7 @@ def train(
             one.
         i: index of the block.
         inits: layer name within the block -> initial state.
-        scheme: bits and group size.
+        schemes: layer name within the block -> scheme.
         calibration: gives the training settings and the seed of the order of the sequences.
         progress: called with the loss after each step.
 
@@ -162,7 +162,7 @@ def train(
         ModelError: the loss is not finite.
     """
     block, loss = blocks.modules[i], _BlockLoss.of(blocks, i)
-    layers = {name: OffsetLinear(init, get_linear(block, name), scheme) for name, init in inits.items()}
+    layers = {name: OffsetLinear(init, get_linear(block, name), schemes[name]) for name, init in inits.items()}
     with _replaced_layers(block, layers):
         before = loss.of_held_out()
         _optimize(layers, loss, calibration, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from nybble.compression.chain import check_chain
 from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
-from nybble.models.selection import select_layers
+from nybble.models.experts import SplitExperts
+from nybble.models.head import last_hidden_states
 from nybble.quant.grid import below_grid
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 
 log = logging.getLogger("nybble")
 
 _FEW_GROUPS = 0.01
 """Share of the groups of a layer that may be too small without a warning: single dead channels are common."""
+
+_MOST_FROM_LATER_TOKENS = 1e-2
+"""Relative difference of a state that later tokens may cause: rounding, where they change the shapes of products."""
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names in configurations of the length that a model was made for."""
@@ -36,26 +40,26 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
 
     Raises:
         OptionError: a method cannot compress this model.
-        ModelError: the model uses the weight of a layer without calling the layer; or a method needs calibration text,
-            and the decoder blocks are no chain.
+        ModelError: the model is not causal; it changes its weights, uses the weight of a layer without calling the
+            layer, or has layers that text does not reach; or a method needs calibration text, and the decoder blocks
+            are no chain.
     """
     names, combination = list(names), combine(methods)
-    _check_layers_are_called(model, names, input_ids)
+    _check_layers(model, names, input_ids)
+    _check_causal(model, input_ids)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
     combination.check(model, names)
-    embeddings = select_layers(model).int8
-    warn_of_small_weights({name: model.get_submodule(name).weight for name in embeddings}, INT8_PER_ROW)
 
 
-def warn_of_small_weights(weights: Mapping[str, Tensor], scheme: QuantScheme) -> None:
+def warn_of_small_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, QuantScheme]) -> None:
     """Warn of layers whose weights are too small for the scale grid: they lose most of their accuracy.
 
     Args:
         weights: layer path -> weight [O, I].
-        scheme: how they will be quantized.
+        schemes: layer path -> how it will be quantized.
     """
-    layers = {name: below_grid(weight.detach(), scheme) for name, weight in weights.items()}
+    layers = {name: below_grid(weight.detach(), schemes[name]) for name, weight in weights.items()}
     counts = {name: int(small_OG.sum()) for name, small_OG in layers.items()}
     small = [name for name, count in counts.items() if count > _FEW_GROUPS * layers[name].numel()]
     if small:
@@ -95,26 +99,66 @@ def check_length(model: Any, name: str, seq_len: int) -> None:
     log.warning("--seq_len %d is more than the %d positions that %s was trained for", seq_len, most, name)
 
 
-def _check_layers_are_called(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
-    """Raise ModelError for a layer whose weight is used without a call: no other layer can take its place.
+def _check_layers(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Raise ModelError for weights that a forward changes (RWKV), and for layers that it does not call.
 
-    An expert that gets no token is not called either, but then the module around it is not called.
+    A layer whose weight is used without a call has no place for another layer. One that text never reaches is part of
+    cross-attention or of an encoder for images. An expert that gets no token is neither: others of its list are called.
     """
     called: set[str] = set()
-    parents = {name.rpartition(".")[0] for name in names}
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
-        for name in {*names, *parents}
+        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
     ]
     try:
         with torch.no_grad():
-            model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+            model(input_ids=input_ids.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    changed = [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} must leave its weights as they are when it computes; it changes {len(changed)} of "
+            f"them (first: {changed[0]}), and would change what is saved again; the model cannot be compressed"
+        )
     bypassed = [name for name in names if name not in called and name.rpartition(".")[0] in called]
     if bypassed:
         raise ModelError(
             f"{type(model).__name__} must call the layers that get 4 bits; it uses the weight of {bypassed[0]} without "
             f"calling the layer ({len(bypassed)} such layers); the model cannot be compressed"
         )
+    unreached = [name for name in names if name not in called and not _is_unchosen(model, name, called)]
+    if unreached:
+        raise ModelError(
+            f"{type(model).__name__} must be a language model alone; text does not reach {len(unreached)} layers "
+            f"(first: {unreached[0]}), which read an encoder or images; choose a decoder-only language model"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: Any, input_ids: Tensor) -> None:
+    """Raise ModelError where the states of tokens depend on tokens after them, as in encoders."""
+    ids = input_ids.to(model.device)
+    half = ids.shape[1] // 2
+    other = (ids[:1] + 1) % model.get_input_embeddings().num_embeddings
+    one, two = last_hidden_states(model, torch.cat([ids[:1], torch.cat([ids[:1, :half], other[:, half:]], 1)])).float()
+    difference_T = (one - two)[:half].norm(dim=-1) / one[:half].norm(dim=-1)
+    if bool((difference_T > _MOST_FROM_LATER_TOKENS).any()):
+        raise ModelError(
+            f"{type(model).__name__} must predict a token from the tokens before it; its states change by "
+            f"{float(difference_T.max()):.2g} with later tokens; choose a causal model (config.json of a decoder made "
+            "from an encoder says is_decoder)"
+        )
+
+
+def _is_unchosen(model: Any, name: str, called: Collection[str]) -> bool:
+    """Whether a layer that is not called is part of an expert, one of several in a list or in a mixture."""
+    parts = name.split(".")
+    paths = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    if any(isinstance(model.get_submodule(path), SplitExperts) for path in paths):
+        return True
+    lists = {path for path in paths if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)}
+    outermost = next(path for path in paths if path not in called and path not in lists)
+    parent = outermost.rpartition(".")[0]
+    return parent in lists and any(other.startswith(parent + ".") for other in called)

@@ -9,12 +9,13 @@ layers of the model hold the weights before rounding that the result holds, in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nybble.compression.block_compression import BlockCompressor, Progress, share_model_memory
-from nybble.compression.blocks import DecoderBlocks, get_linear, set_weight
+from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, get_linear, set_weight
 from nybble.compression.calibration import TOKENS_PER_FORWARD, Calibration
 from nybble.compression.checks import warn_of_small_weights
 from nybble.compression.init import QuantizedInit
@@ -22,6 +23,8 @@ from nybble.compression.layer_error import LayerError, weight_error
 from nybble.compression.methods import MethodCombination, combine, parse_method
 from nybble.compression.rounding import round_layers
 from nybble.quant.scheme import QuantScheme
+
+log = logging.getLogger("nybble")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,7 @@ class CompressionResult:
 
 def compress(
     model: Any,
-    names: Iterable[str],
-    scheme: QuantScheme,
+    schemes: Mapping[str, QuantScheme],
     method: str = "rtn",
     calibration: Calibration | None = None,
     progress: Progress = lambda layers, text: None,
@@ -51,8 +53,7 @@ def compress(
 
     Args:
         model: a transformers model; it is changed in place.
-        names: paths of the linear layers to compress.
-        scheme: bits and group size.
+        schemes: path of each linear layer to compress -> its scheme.
         method: names of methods joined by +, or rtn.
         calibration: text and settings; required if the method needs calibration text.
         progress: called with the number of layers just finished, and a text.
@@ -62,25 +63,23 @@ def compress(
         ModelError: the blocks are no chain, inputs or a loss are not finite, or a Hessian is not positive definite.
         RunError: the disk is full, or a stored block is damaged.
     """
-    names, methods = list(names), combine(parse_method(method))
-    result = CompressionResult()
-    warn_of_small_weights({name: get_linear(model, name).weight for name in names}, scheme)
+    methods, result = combine(parse_method(method)), CompressionResult()
+    warn_of_small_weights({name: get_linear(model, name).weight for name in schemes}, schemes)
     if methods.needs_calibration:
         assert calibration is not None, f"{method} needs calibration text"
-        result = _compress_blocks(model, names, scheme, methods, calibration, progress)
+        result = _compress_blocks(model, schemes, methods, calibration, progress)
         methods = combine(())
-    rest = [name for name in names if name not in result.inits]
-    inits, errors = _compress_layers(model, rest, scheme, methods, progress)
+    rest = {name: scheme for name, scheme in schemes.items() if name not in result.inits}
+    inits, errors = _compress_layers(model, rest, methods, progress)
     inits, errors = result.inits | inits, result.errors | errors
     return CompressionResult(
-        {name: inits[name] for name in names}, {name: errors[name] for name in names}, result.blocks
+        {name: inits[name] for name in schemes}, {name: errors[name] for name in schemes}, result.blocks
     )
 
 
 def _compress_blocks(
     model: Any,
-    names: Sequence[str],
-    scheme: QuantScheme,
+    schemes: Mapping[str, QuantScheme],
     methods: MethodCombination,
     calibration: Calibration,
     progress: Progress,
@@ -89,10 +88,10 @@ def _compress_blocks(
     device = model.device
     batch = max(1, TOKENS_PER_FORWARD // calibration.input_ids.shape[1])
     for folding in methods.folding:
-        folding.prepare(model, names)
+        folding.prepare(model, list(schemes))
     refines = bool(methods.refinement)
-    blocks = DecoderBlocks(model, names, calibration.input_ids, batch, refines, calibration.folder)
-    compressor = BlockCompressor(blocks, methods, scheme, calibration, progress)
+    blocks = DecoderBlocks(model, list(schemes), calibration.input_ids, batch, refines, calibration.folder)
+    compressor = BlockCompressor(blocks, methods, schemes, calibration, progress)
     result = CompressionResult()
     for i, prefix in list(enumerate(blocks.prefixes))[: calibration.limit_blocks]:
         with blocks.on_device(i):
@@ -104,16 +103,28 @@ def _compress_blocks(
         share_model_memory(result.inits, model, [prefix + name for name in block.inits])
     model.to(device)
     share_model_memory(result.inits, model, list(result.inits))
+    _warn_of_few_tokens(result.errors)
     return result
 
 
+def _warn_of_few_tokens(errors: Mapping[str, LayerError]) -> None:
+    """Say which layers were rounded to nearest for want of calibration tokens."""
+    few = [name for name, error in errors.items() if error.compressed is None]
+    if few:
+        log.warning(
+            "%d of %d layers are those of experts that got fewer than %d calibration tokens; they were rounded to "
+            "nearest (first: %s); more --num_calibration_samples give them more",
+            len(few), len(errors), MIN_TOKENS, few[0],
+        )  # fmt: skip
+
+
 def _compress_layers(
-    model: Any, names: Iterable[str], scheme: QuantScheme, methods: MethodCombination, progress: Progress
+    model: Any, schemes: Mapping[str, QuantScheme], methods: MethodCombination, progress: Progress
 ) -> tuple[dict[str, QuantizedInit], dict[str, LayerError]]:
     """Compress layers one by one with methods that need no calibration text."""
     inits: dict[str, QuantizedInit] = {}
     errors: dict[str, LayerError] = {}
-    for name in names:
+    for name, scheme in schemes.items():
         linear = get_linear(model, name)
         rounder = methods.rounding.make_rounder(name, None, methods.scales, scheme, None)
         inits |= round_layers({name: linear}, rounder, scheme)

@@ -2,8 +2,8 @@
 
     error(row) = (w' - w)^T H (w' - w)      H = mean of x x^T over the inputs x      w'_g = scale_g (codes_g - zero_g)
 
-1. `search` tries ranges from 100 % down to 60 % of the full range of each group, with the error weighed by the
-   diagonal of H, and keeps the best.
+1. `search` tries ranges from 100 % down to 60 % of the full range of each group (symmetric: scales from the one of
+   round-to-nearest down to a third of it), with the error weighed by the diagonal of H, and keeps the best.
 2. `estimate` then alternates between fitting and rounding. With the codes fixed, the best scales of a row solve G
    linear equations that use all of H,
 
@@ -26,6 +26,9 @@ from nybble.quant.scheme import QuantScheme
 
 # Fractions of the full range that `search` tries.
 RANGE_FRACTIONS = tuple(1 - 0.04 * i for i in range(11))
+# Fractions of the symmetric scale that `search` tries. Round-to-nearest leaves the lowest code unused, which matters
+# with few codes: normally distributed weights in 2 bits want about half of its scale.
+SYMMETRIC_FRACTIONS = tuple(1 - 0.04 * i for i in range(18))
 # Passes of fitting and rounding in `estimate`.
 PASSES = 4
 # Added to the diagonal of the equations, relative to its mean. It makes them solvable where all codes of a group are 0.
@@ -54,19 +57,21 @@ def search(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tupl
     Args:
         weight_OI: at least float32.
         importance_I: weight of the square error of each column, in the same dtype.
-        scheme: an asymmetric scheme; a symmetric one has no range to choose.
+        scheme: bits, group size and symmetry.
 
     Returns:
         scale_OG on the scale grid and zero_point_OG (whole numbers), in the dtype of weight_OI.
     """
-    assert not scheme.symmetric, "scale estimation needs an asymmetric scheme"
     groups = scheme.num_groups(weight_OI.shape[-1])
     w_OGK, importance_GK = to_groups(weight_OI, groups), to_groups(importance_I, groups)
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_error_OG = torch.full_like(low_OG, torch.inf)
-    scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
-    for fraction in RANGE_FRACTIONS:
-        trial_scale_OG, trial_zero_point_OG = qparams_from_range(low_OG * fraction, high_OG * fraction, scheme)
+    scale_OG, zero_point_OG = start_OG, _ = min_max_qparams(weight_OI, scheme)
+    for fraction in SYMMETRIC_FRACTIONS if scheme.symmetric else RANGE_FRACTIONS:
+        if scheme.symmetric:
+            trial_scale_OG, trial_zero_point_OG = round_scale(start_OG * fraction), zero_point_OG
+        else:
+            trial_scale_OG, trial_zero_point_OG = qparams_from_range(low_OG * fraction, high_OG * fraction, scheme)
         rounded_OI = quantize_dequantize(weight_OI, trial_scale_OG, trial_zero_point_OG, scheme)
         error_OGK = to_groups(rounded_OI, groups).sub_(w_OGK).square_()
         error_OG = error_OGK.mul_(importance_GK).sum(-1)
@@ -133,7 +138,7 @@ def estimate(weight_OI: Tensor, gram_II: Tensor, scheme: QuantScheme, passes: in
     Args:
         weight_OI: at least float32.
         gram_II: mean of x x^T over the inputs x, in the same dtype.
-        scheme: an asymmetric scheme.
+        scheme: bits, group size and symmetry.
         passes: passes of fitting and rounding; fewer in tests.
 
     Returns:

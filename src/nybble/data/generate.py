@@ -25,7 +25,8 @@ from torch import Tensor
 from nybble import files
 from nybble.data.packing import begin_tokens, token_fingerprint
 from nybble.data.sampling import draw_order
-from nybble.errors import DataError, ModelError
+from nybble.errors import DataError, ModelError, NybbleError, describe_error
+from nybble.models.configuration import config_value
 from nybble.schema import SchemaError, check_tensors, from_json
 
 if TYPE_CHECKING:
@@ -258,17 +259,23 @@ def _sample(model: Any, prompt_SP: Tensor, length: int, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             # The keys and values of all prompt tokens but the last are computed here, without logits: `generate` would
-            # copy the weight of the head for every sequence.
-            cache = (
-                model.base_model(prompt_SP[:, :-1], use_cache=True).past_key_values if prompt_SP.shape[1] > 1 else None
-            )
+            # copy the weight of the head for every sequence. Recurrent models have another cache, and some have none.
+            cached = model.base_model(prompt_SP[:, :-1], use_cache=True) if prompt_SP.shape[1] > 1 else None
+            cache = getattr(cached, "past_key_values", None)
             ids = model.generate(
                 prompt_SP,
                 generation_config=config,
                 attention_mask=torch.ones_like(prompt_SP),
-                past_key_values=cache,
+                **({} if cache is None else {"past_key_values": cache}),
                 logits_processor=[sample_token],
             )
+    except (NybbleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code raises whatever a step of it leads to
+        raise ModelError(
+            f"--data self needs a model that generates text with transformers; {type(model).__name__} does not "
+            f"({describe_error(error)}); name a text with --data"
+        ) from error
     finally:
         model.generation_config = own_config
     ids_ST = torch.as_tensor(ids).cpu()
@@ -289,8 +296,9 @@ def generation_batch(config: Any, length: int, itemsize: int, gpu_memory: int = 
         gpu_memory: bytes of memory of the GPU, in total; 0 for a CPU. Not its free memory: the text depends on the
             batch size.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config_value(config, "num_attention_heads") or 1  # none: a recurrent model, whose state is small
+    heads = config_value(config, "num_key_value_heads") or queries
+    head_dim = config_value(config, "head_dim") or config.hidden_size // queries
     bytes_per_sequence = 2 * config.num_hidden_layers * heads * head_dim * length * itemsize
     available, largest = (gpu_memory // 4, 1024) if gpu_memory else (1 << 30, 128)
     return max(1, min(largest, int(available // bytes_per_sequence)))

@@ -11,9 +11,8 @@ process with `EXPORTERS.register(exporter.name, exporter)`. The registry holds i
 from __future__ import annotations
 
 import importlib.util
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,15 +21,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError, MissingExtraError, OptionError
-from nybble.export.read_back import compare_weights
+from nybble.export.containers import as_held, four_or_eight_bits, widened
+from nybble.export.read_back import compare_weights, decode_logits, runtime_errors
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.registry import Registry
-
-log = logging.getLogger("nybble")
 
 _PROMPT_LENGTH, _DECODED_TOKENS = 44, 4
 """Tokens of the comparison of logits that are given at once, and then one by one."""
@@ -44,12 +42,13 @@ class ExportResult:
     """What was exported.
 
     Attributes:
-        int4_weights: number of weights written with 4-bit codes.
-        int8_weights: number of weights with 8-bit codes; a format may hold them in 16 bits.
+        int4_weights: number of linear layers whose weights were written as codes.
+        int8_weights: number of embeddings and heads with codes; a format may hold their values in 16 bits.
         bytes: size of the model files, without the tokenizer.
         logit_difference: largest absolute difference between the logits of the exported model and those of torch in
             float32 with the weights that the export holds; None where they were not compared.
         rounded: weight that the format cannot hold exactly -> largest difference of one of its values.
+        widened: "3 bits in 4" -> number of weights that the format holds in more bits than their codes have.
     """
 
     int4_weights: int
@@ -57,6 +56,7 @@ class ExportResult:
     bytes: int
     logit_difference: float | None
     rounded: dict[str, float] = field(default_factory=dict)
+    widened: dict[str, int] = field(default_factory=dict)
 
 
 class Exporter(ABC):
@@ -73,11 +73,13 @@ class Exporter(ABC):
         usage: Markdown for the model card: the shortest way to run the export, from its folder.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
         weight_files: patterns of the files that hold the model, whose sizes are added up.
-        holds_codes: whether the format holds INT4 codes, not their values in 16 bits.
+        holds_codes: whether the format holds codes, not their values in 16 bits.
+        scheme_requirement: what a scheme must have so that `container` finds one, in words for the error message.
         int8_tolerance: largest allowed difference of a value in an 8-bit weight, relative to the largest in its row; 0
             where the format holds these weights exactly.
         logit_tolerance: largest allowed difference of logits, relative to the largest logit, between the runtime in its
             most exact mode and torch in float32.
+        decodes: whether decoding with past tokens is compared too; not where transformers runs the export.
         most_parameters_compared: logits of larger models are not compared, as that takes memory. None: always compared.
     """
 
@@ -91,8 +93,10 @@ class Exporter(ABC):
     usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
     holds_codes: ClassVar[bool] = True
+    scheme_requirement: ClassVar[str] = "other groups"
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4
+    decodes: ClassVar[bool] = True
     most_parameters_compared: ClassVar[int | None] = 150_000_000
 
     def check_installed(self) -> None:
@@ -105,18 +109,29 @@ class Exporter(ABC):
             raise MissingExtraError(self.extra, f"exporting to {self.name}")
 
     @abstractmethod
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse what the format cannot hold. A run calls this before it compresses or trains.
+    def check(self, config: Any, selection: LayerSelection) -> None:
+        """Refuse models that the format cannot hold. A run calls this before it compresses or trains.
 
         Args:
             config: transformers configuration of the model.
-            selection: layers that get 4-bit and 8-bit codes.
-            scheme: of the 4-bit layers.
+            selection: layers that are quantized, with their schemes.
 
         Raises:
             ExportError: the format cannot hold this model.
-            OptionError: the format cannot hold this scheme.
+            OptionError: the format cannot hold these schemes together.
         """
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return the scheme in which the format holds weights exactly (containers.py); None if it has none.
+
+        `write` gets the weights in this scheme.
+
+        Args:
+            scheme: of the weight.
+            columns: weights in a row.
+            embedding: whether it is the weight of the embedding or of the head.
+        """
+        return four_or_eight_bits(scheme)
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Return what an export of this model cannot do, in sentences for the log and the report.
@@ -160,25 +175,37 @@ class Exporter(ABC):
             What was written.
 
         Raises:
-            ExportError: the format cannot hold the model, or what was read back differs.
+            ExportError: the format or its runtime cannot take the model, or what was read back differs.
         """
+        schemes, checkpoint = checkpoint.selection.schemes, self.held(checkpoint)
         checkpoint.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
-        self.write(checkpoint, folder)
-        return ExportResult(
-            int4_weights=len(checkpoint.selection.int4),
-            int8_weights=len(checkpoint.selection.int8),
-            bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
-            rounded=self.compare_weights(checkpoint.quantized, folder),
-            logit_difference=self.compare_logits(checkpoint, folder),
-        )
+        with runtime_errors(self.label, self.name):
+            self.write(checkpoint, folder)
+            return ExportResult(
+                int4_weights=len(checkpoint.selection.int4),
+                int8_weights=len(checkpoint.selection.int8),
+                bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
+                rounded=self.compare_weights(checkpoint.quantized, folder),
+                logit_difference=self.compare_logits(checkpoint, folder),
+                widened=widened(schemes, checkpoint.selection.schemes) if self.holds_codes else {},
+            )
+
+    def held(self, checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
+        """Return the model with its weights in the schemes that the format has for them: what `write` gets.
+
+        Raises:
+            OptionError: the format cannot hold one of the schemes.
+        """
+        columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
+        return as_held(checkpoint, check_schemes(self, checkpoint.selection, columns))
 
     @abstractmethod
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write the model.
 
         Args:
-            checkpoint: the quantized model. Its tensors are to be read one at a time.
+            checkpoint: of `held`. Its tensors are to be read one at a time.
             folder: with configuration and tokenizer in the format of transformers, which may be replaced.
 
         Raises:
@@ -197,7 +224,7 @@ class Exporter(ABC):
         return compare_weights(written, self.read_codes(folder), weights, self.int8_tolerance, folder)
 
     def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
-        """Compare logits with torch in float32 on fixed pseudo-random tokens, for a prompt and for decoding steps.
+        """Compare logits with torch in float32 on fixed pseudo-random tokens: whole, or a prompt and decoding steps.
 
         torch computes with the weights that the export holds, so that only the runtime can cause a difference.
 
@@ -221,14 +248,11 @@ class Exporter(ABC):
         with torch.no_grad():
             expected_1TV = checkpoint.build(weight_of)(input_ids=ids_1T, use_cache=False).logits
             exported = self.open_model(folder, checkpoint.config, strict=True)
-            output = exported(input_ids=ids_1T[:, :_PROMPT_LENGTH], use_cache=True)
-            parts = [output.logits]
-            for i in range(_PROMPT_LENGTH, length):
-                output = exported(
-                    input_ids=ids_1T[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True
-                )
-                parts.append(output.logits)
-        difference = float((torch.cat(parts, dim=1).float() - expected_1TV).abs().max())
+            if self.decodes:
+                logits_1TV = decode_logits(exported, ids_1T, _PROMPT_LENGTH)
+            else:
+                logits_1TV = exported(input_ids=ids_1T, use_cache=False).logits
+        difference = float((logits_1TV.float() - expected_1TV).abs().max())
         largest = float(expected_1TV.abs().max())
         tolerance = self.tolerance(checkpoint.config)
         if not difference <= tolerance * largest:  # also true for NaN
@@ -280,70 +304,30 @@ class Exporter(ABC):
         return LazyMapping(codes, lambda name: codes[name].dequantize())
 
 
-ALL = "all"
-"""What --export and --to call all formats that can hold the model."""
-
 EXPORTERS: Registry[Exporter] = Registry("export format", "nybble.exporters")
 
 
-def check_formats(formats: Sequence[str], option: str) -> None:
-    """Check that formats are known and installed.
+def check_schemes(exporter: Exporter, selection: LayerSelection, columns: Mapping[str, int]) -> dict[str, QuantScheme]:
+    """Check that a format can hold the schemes of all layers.
 
     Args:
-        formats: names, or ALL.
-        option: the option that named them, for the error message.
-
-    Raises:
-        OptionError: no exporter has this name.
-        MissingExtraError: the modules that the exporter needs are not installed.
-    """
-    for name in (*(n for n in formats if n != ALL), *(EXPORTERS if ALL in formats else ())):
-        EXPORTERS.get(name, option).check_installed()
-
-
-def check_exportable(
-    formats: Sequence[str], config: Any, selection: LayerSelection, scheme: QuantScheme
-) -> tuple[str, ...]:
-    """Check that every format can hold the model, and warn of families that its tests do not cover.
-
-    Args:
-        formats: names of known formats. ALL stands for those that can hold the model; the log says which cannot.
-        config: transformers configuration of the model.
-        selection: layers that get 4-bit and 8-bit codes.
-        scheme: of the 4-bit layers.
+        exporter: of the format.
+        selection: layers that are quantized, with their schemes.
+        columns: layer name -> weights in a row.
 
     Returns:
-        The formats, with those that ALL stands for.
+        Layer name -> the scheme in which the format holds it.
 
     Raises:
-        ExportError: a format cannot hold the model.
-        OptionError: a format cannot hold the scheme.
+        OptionError: the format cannot hold one of the schemes.
     """
-    named = [name for name in formats if name != ALL]
-    others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
-    for name in named:
-        EXPORTERS[name].check(config, selection, scheme)
-    for name in others:
-        try:
-            EXPORTERS[name].check(config, selection, scheme)
-        except (ExportError, OptionError) as error:
-            log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
-        else:
-            named.append(name)
-    for name in named:
-        exporter = EXPORTERS[name]
-        for limit in exporter.limits(config):
-            log.warning(limit)
-        if config.model_type not in exporter.tested_families:
-            log.warning(
-                "export of %s models to %s is not tested; if it fails, the run keeps its 4-bit model in quantized/",
-                config.model_type,
-                exporter.label,
+    containers = {}
+    for name, scheme in selection.schemes.items():
+        container = exporter.container(scheme, columns[name], name in selection.int8)
+        if container is None:
+            raise OptionError(
+                f"an export to {exporter.label} needs {exporter.scheme_requirement}; {name} has {scheme} in rows of "
+                f"{columns[name]}; change --bits, --group_size or --layer, or remove {exporter.name} from --export"
             )
-    return tuple(named)
-
-
-def exporter_of(folder: Path) -> Exporter | None:
-    """Return the exporter whose format the folder holds, or None."""
-    exporters = (EXPORTERS[name] for name in EXPORTERS)
-    return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
+        containers[name] = container
+    return containers

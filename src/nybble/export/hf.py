@@ -1,10 +1,8 @@
 """Write the dequantized weights as a folder for everything that reads folders of transformers.
 
-model.safetensors holds for every quantized module NAME with O rows and I columns
-
-    NAME.weight    float16 [O, I]    linear layers exactly; embedding and head rounded to float16
-
-and all other tensors under their own names in their own dtype. A head that is tied to the embedding is not stored.
+model.safetensors holds the weights of all quantized modules in float16, up to 4 bits exactly, 8 bits (embedding and
+head) rounded, and all other tensors in their own dtype. Names and shapes are those of models on the hub (published.py).
+A head that is tied to the embedding is not stored.
 config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16.
 
 Refused: models that come with Python code of their own (ExportError).
@@ -16,29 +14,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nybble.export.base import Exporter
-from nybble.export.safetensors_writer import MODEL_FILE, TensorLayout, safetensors_writer, written_by
+from nybble.export.published import float16_blocks, locate_modules, published_layout, read_rows, tensor_layout
+from nybble.export.safetensors_writer import MODEL_FILE, safetensors_writer, written_by
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
-    float16_blocks,
     float16_limits,
     load_with_transformers,
     metadata,
-    other_layouts,
     quantized_names,
-    read_tensor,
     update_config,
-    write_others,
 )
+from nybble.files import open_tensors
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
+
+_TRANSPOSED = "nybble.transposed"
+"""Key in the header of model.safetensors: names of the layers whose weight is [I, O]."""
 
 USAGE = """
 ```python
@@ -60,13 +58,25 @@ class HFExporter(Exporter):
     weight_files = (MODEL_FILE,)
     library = "transformers"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
+            "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v2", "deepseek_v3", "glm4_moe",
+            "granitemoe", "olmoe", "lfm2_moe", "qwen3_5_moe_text", "qwen3_next", "ernie4_5_moe", "phimoe", "jetmoe",
+            "nemotron_h",
+        }
+    )  # fmt: skip
     holds_codes = False
     int8_tolerance = INT8_TOLERANCE
+    decodes = False  # transformers opens it
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         """Refuse models with Python code of their own; see `Exporter.check`."""
         check_code_in_transformers(config, self.name)
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme:
+        """Return the scheme itself: values of all schemes are held; see `Exporter.container`."""
+        return scheme
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Name the dtype for models that overflow in float16; see `Exporter.limits`."""
@@ -74,12 +84,11 @@ class HFExporter(Exporter):
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors; see `Exporter.write`."""
-        layouts = other_layouts(checkpoint)
-        layouts |= {f"{name}.weight": TensorLayout(torch.float16, shape) for name, shape in checkpoint.shapes.items()}
+        tensors = published_layout(checkpoint.config, checkpoint.shapes)
+        layouts = {name: tensor_layout(checkpoint, tensor) for name, tensor in tensors.items()}
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
-            write_others(writer, checkpoint)
-            for name, weight in checkpoint.quantized.items():
-                writer.write_blocks(f"{name}.weight", float16_blocks(weight))
+            for name, tensor in tensors.items():
+                writer.write_blocks(name, float16_blocks(checkpoint, tensor))
         update_config(folder, empty_model(checkpoint.config, checkpoint.trust_remote_code))
 
     def recognizes(self, folder: Path) -> bool:
@@ -96,4 +105,10 @@ class HFExporter(Exporter):
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights of the modules that were quantized; see `Exporter.read_weights`."""
-        return LazyMapping(quantized_names(folder), lambda name: read_tensor(folder, f"{name}.weight").float())
+        locations = locate_modules(folder)
+
+        def read(name: str) -> Tensor:
+            with open_tensors(folder / MODEL_FILE) as file:
+                return read_rows(file, locations[name]).float()
+
+        return LazyMapping(quantized_names(folder), read)

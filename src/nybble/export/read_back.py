@@ -1,14 +1,16 @@
-"""Compare the weights of an export with those that were given to it."""
+"""Read back what an export holds: its weights, compared with those that were given to it, and its logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError
+from nybble.errors import ExportError, NybbleError, describe_error
 from nybble.quant.grid import dequantize
 from nybble.quant.weight import QuantizedWeight
 
@@ -85,3 +87,41 @@ def _difference(written: QuantizedWeight, read_OI: Tensor, int8_tolerance: float
             return None
         largest = max(largest, float(difference_OI.max()))
     return largest
+
+
+def decode_logits(exported: Any, ids_1T: Tensor, prompt_length: int) -> Tensor:
+    """Compute the logits [1, T, V] of a prompt at once, and then of one token after the other.
+
+    Args:
+        exported: an export with the interface of transformers.
+        ids_1T: token ids, int64.
+        prompt_length: tokens of the prompt.
+    """
+    output = exported(input_ids=ids_1T[:, :prompt_length], use_cache=True)
+    parts = [output.logits]
+    for i in range(prompt_length, ids_1T.shape[1]):
+        output = exported(input_ids=ids_1T[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def runtime_errors(label: str, name: str) -> Iterator[None]:
+    """Turn what the code of a format or of its runtime raises in this block into one line.
+
+    Args:
+        label: of the format, for people.
+        name: of the format, as --export has it.
+
+    Raises:
+        ExportError: anything was raised but errors of nybble, of files and of memory.
+    """
+    try:
+        yield
+    except (NybbleError, OSError, AssertionError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # a runtime raises whatever its code leads to; mlx-lm calls exit
+        raise ExportError(
+            f"the runtime of {label} must be able to compute with the model; it fails ({describe_error(error)}); "
+            f"remove {name} from --export"
+        ) from error

@@ -1,13 +1,12 @@
 """What the exports to folders in the format of transformers share: config.json, float16 weights, all other tensors.
 
-Linear layers are exact in float16, as they have at most 11 bits. The 8-bit embedding and head are rounded to float16:
-scale * (code - 128) has up to 14 bits.
+Weights with codes of up to 4 bits are exact in float16, as they have at most 11 bits. Weights with 8-bit codes, such as
+embedding and head, are rounded to float16: scale * (code - 128) has up to 14 bits.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout, read_metadata, weight_blocks
+from nybble.export.safetensors_writer import MODEL_FILE, read_metadata
 from nybble.files import open_tensors, write_text
-from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.models.checkpoint import QuantizedCheckpoint, transformers_model
+from nybble.quant.weight import pack_codes, unpack_codes
 
 _QUANTIZED = "nybble.quantized"
 """Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
@@ -72,35 +71,19 @@ def update_config(folder: Path, model: Any, **fields: Any) -> None:
     write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def other_layouts(checkpoint: QuantizedCheckpoint) -> dict[str, TensorLayout]:
-    """Return the layouts of all tensors that are not quantized, in their own dtype."""
-    return {name: TensorLayout.of(tensor) for name, tensor in checkpoint.others.items()}
+def codes_to_words(codes_MN: Tensor, bits: int) -> Tensor:
+    """Pack codes into words, the first in the lowest bits: uint8 [M, N] -> int32 [M, N * bits / 32].
 
-
-def write_others(writer: SafetensorsWriter, checkpoint: QuantizedCheckpoint) -> None:
-    """Write all tensors that are not quantized, one at a time."""
-    for name, tensor in checkpoint.others.items():
-        writer.write(name, tensor)
-
-
-def float16_blocks(weight: QuantizedWeight) -> Iterator[Tensor]:
-    """Yield the dequantized weight as consecutive blocks of rows, float16."""
-    return (block.dequantize().half() for block in weight_blocks(weight))
-
-
-def nibbles_to_words(codes_MN: Tensor) -> Tensor:
-    """Pack eight 4-bit codes into a word, the first in the lowest bits: uint8 [M, N] -> int32 [M, N / 8].
-
-    Bytes of two codes, low nibble first, are such words on little-endian machines.
+    Packed bytes are such words on little-endian machines. Codes of 3 bits cross words.
     """
-    packed = pack_nibbles(codes_MN).contiguous()
+    packed = pack_codes(codes_MN, bits).contiguous()
     return packed.flatten().view(torch.int32).view(len(codes_MN), -1)  # a row of one byte has any stride
 
 
-def words_to_nibbles(words_MN: Tensor) -> Tensor:
-    """Unpack the result of `nibbles_to_words`: a 32-bit type [M, N / 8] -> uint8 [M, N]."""
+def words_to_codes(words_MN: Tensor, bits: int) -> Tensor:
+    """Unpack the result of `codes_to_words`: a 32-bit type [M, N * bits / 32] -> uint8 [M, N]."""
     packed = words_MN.contiguous().flatten().view(torch.uint8).view(len(words_MN), -1)
-    return unpack_nibbles(packed)
+    return unpack_codes(packed, bits)
 
 
 def metadata(checkpoint: QuantizedCheckpoint, name: str) -> dict[str, str]:
@@ -130,12 +113,16 @@ def tensor_names(folder: Path) -> set[str]:
         return set(file.keys())
 
 
-def load_with_transformers(folder: Path, strict: bool) -> Any:
-    """Load a folder as users of transformers do; codes are dequantized at once, and not at the first call.
+def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] | None = None) -> Any:
+    """Load a folder as users of transformers do.
+
+    Codes of one scheme are dequantized at once, not at the first call. transformers 5.23 would read codes of several
+    schemes with the first of them; these are dequantized at the first call.
 
     Args:
         folder: the export.
         strict: in float32, instead of the dtype in config.json.
+        state: published name -> tensor, without codes, in place of those in the folder.
 
     Returns:
         A transformers.PreTrainedModel on the CPU, in evaluation mode.
@@ -143,7 +130,14 @@ def load_with_transformers(folder: Path, strict: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        config.quantization_config["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32 if strict else "auto")
+    dtype = torch.float32 if strict else config.dtype
+    if state is not None:
+        del config.quantization_config
+        kind = type(transformers_model(config, trust_remote_code=False))
+        model = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=state)
+        return model.requires_grad_(False).eval()
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        quantization["dequantize"] = len(quantization["config_groups"]) == 1
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     return model.requires_grad_(False).eval()

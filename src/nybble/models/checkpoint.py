@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.models.quantized_file import open_weights, read_layout
+from nybble.models.linearize import linearize
+from nybble.models.quantized_file import WeightsLayout, open_weights, read_layout
 from nybble.models.quantized_model import check_layout, load_config, load_tokenizer
 from nybble.models.selection import LayerSelection, select_layers
-from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 
@@ -32,8 +32,7 @@ class QuantizedCheckpoint:
         quantized: module name -> quantized weight, read at each access.
         shapes: module name -> [O, I] of its quantized weight.
         others: name -> every other tensor, in its own dtype, read at each access.
-        selection: which modules have 4-bit and 8-bit codes, and whether the head is tied to the embedding.
-        scheme: of the 4-bit layers.
+        selection: which modules are quantized, their schemes, and whether the head is tied to the embedding.
         num_parameters: of the model; a tied head counts once.
         trust_remote_code: whether to run Python code that comes with the model.
     """
@@ -45,7 +44,6 @@ class QuantizedCheckpoint:
     shapes: Mapping[str, tuple[int, int]]
     others: Mapping[str, Tensor]
     selection: LayerSelection
-    scheme: QuantScheme
     num_parameters: int
     trust_remote_code: bool
 
@@ -68,7 +66,9 @@ class QuantizedCheckpoint:
         read = weight_of or (lambda name: self.quantized[name].dequantize())
         for name in self.quantized:
             _compute_weight(model.get_submodule(name), name, read)
-        if self.selection.tied:
+        if self.selection.tied and not self.selection.int8:
+            model.tie_weights()
+        elif self.selection.tied:
             _compute_weight(model.get_output_embeddings(), self.selection.int8[0], read)
         return model.requires_grad_(False).eval()
 
@@ -94,11 +94,22 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> QuantizedC
         quantized=quantized,
         shapes={name: layer.shape for name, layer in layout.quantized.items()},
         others=others,
-        selection=select_layers(model),
-        scheme=next((layer.scheme for layer in layout.quantized.values() if layer.scheme.bits == 4), QuantScheme()),
+        selection=quantized_selection(select_layers(model), layout),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         trust_remote_code=trust_remote_code,
     )
+
+
+def quantized_selection(everything: LayerSelection, layout: WeightsLayout) -> LayerSelection:
+    """Return the layers that a file holds as codes, with their schemes.
+
+    Args:
+        everything: all layers that can be quantized.
+        layout: header of the weights file.
+    """
+    schemes = {name: layer.scheme for name, layer in layout.quantized.items()}
+    int4, int8 = (tuple(name for name in names if name in schemes) for names in (everything.int4, everything.int8))
+    return LayerSelection(int4, int8, everything.tied, schemes)
 
 
 def empty_model(config: Any, trust_remote_code: bool) -> Any:
@@ -109,8 +120,15 @@ def empty_model(config: Any, trust_remote_code: bool) -> Any:
         trust_remote_code: whether to run Python code that comes with the model.
 
     Returns:
-        A transformers.PreTrainedModel; float32.
+        A transformers.PreTrainedModel after `linearize`; float32.
     """
+    model = linearize(transformers_model(config, trust_remote_code))
+    model.tie_weights()
+    return model
+
+
+def transformers_model(config: Any, trust_remote_code: bool) -> Any:
+    """Build the same model as transformers has it, with stacked experts; see `empty_model`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

@@ -32,6 +32,19 @@ _MOST_LAYERS = 1000
 """Published models have at most some hundred. A million layers would be built for hours before a weight is read."""
 
 
+def config_value(config: Any, name: str) -> Any:
+    """Return a field of a configuration; None where it is missing or has other values in other layers (Gemma 4).
+
+    Args:
+        config: transformers.PreTrainedConfig, which raises an error for a field of the second kind.
+        name: of the field.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def check_config_file(folder: Path) -> None:
     """Check the fields of config.json that transformers uses without a check.
 
@@ -65,11 +78,11 @@ def check_config(folder: Path | None, config: Any) -> None:
         ModelError: a number is impossible.
     """
     for name in _POSITIVE:
-        value = getattr(config, name, None)
+        value = config_value(config, name)
         stated = name in config.to_dict() or name in getattr(config, "attribute_map", {})
         if isinstance(value, int | float) and stated and not value > 0:
             raise _field_error(folder, name, value, "a positive number")
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = config_value(config, "num_hidden_layers")
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise _field_error(folder, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
 

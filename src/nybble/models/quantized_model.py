@@ -20,9 +20,11 @@ from torch import Tensor
 from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
+from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
-from nybble.models.quantized_file import REMEDY, WeightsLayout, load_weights, read_layout, save_weights
+from nybble.models.quantized_file import REMEDY, WeightsLayout, open_weights, read_layout, save_weights
 from nybble.quant.weight import QuantizedWeight
+from nybble.runtime import hand_back_freed_memory, returning_freed_memory
 
 CONFIG = "config.json"
 
@@ -33,12 +35,12 @@ class QuantizedModel(NamedTuple):
     Attributes:
         model: transformers.PreTrainedModel with dequantized weights, on the CPU, in evaluation mode, frozen.
         tokenizer: transformers.PreTrainedTokenizerBase.
-        quantized: module name -> quantized weight.
+        quantized: module name -> quantized weight, read at each access.
     """
 
     model: Any
     tokenizer: Any
-    quantized: dict[str, QuantizedWeight]
+    quantized: Mapping[str, QuantizedWeight]
 
 
 def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
@@ -46,23 +48,34 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     Args:
         model: transformers.PreTrainedModel.
-        names: modules whose weights are quantized. A head that is tied to one of them is left out too.
+        names: modules whose weights are quantized.
 
     Returns:
-        Name in the state dict -> tensor, shared with the model.
+        Name in the state dict -> tensor, shared with the model, but with no other tensor. A head that is tied to the
+        embedding is left out.
     """
     state = model.state_dict()
     quantized = {state[f"{name}.weight"].data_ptr() for name in names}
-    return {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in quantized}
+    embedding = model.get_input_embeddings().weight.data_ptr()
+    tied = [name for name, tensor in state.items() if tensor.data_ptr() == embedding][1:]
+    kept = {n: tensor for n, tensor in state.items() if tensor.data_ptr() not in quantized and n not in tied}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(kept.items()) if tensor.numel()}
+    # A file holds no tensor twice under two names: a bias that a head shares with the module around it is copied.
+    return {
+        name: tensor if first.get(tensor.data_ptr(), name) == name else tensor.clone() for name, tensor in kept.items()
+    }
 
 
-def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
+def save_quantized(
+    folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight], release: bool = False
+) -> None:
     """Write a quantized model atomically. An earlier folder of the same name is replaced.
 
     Args:
         folder: where to write.
         loaded: the model, of which the weights of quantized modules are not read, and its tokenizer and files.
         quantized: module name -> quantized weight.
+        release: free the memory of the model first; it is then on the meta device.
 
     Raises:
         RunError: the disk is full.
@@ -70,8 +83,12 @@ def save_quantized(folder: Path, loaded: LoadedModel, quantized: Mapping[str, Qu
     from transformers.dynamic_module_utils import custom_object_save
 
     model = loaded.model
+    others = unquantized_tensors(model, quantized)
+    if release:
+        model.to("meta")
+        hand_back_freed_memory()
     with atomic_folder(folder) as temporary:
-        save_weights(temporary, quantized, unquantized_tensors(model, quantized))
+        save_weights(temporary, quantized, others)
         if model._auto_class is not None:  # the model came with Python code
             custom_object_save(model, temporary, config=model.config)
         model.config.save_pretrained(temporary)
@@ -101,12 +118,13 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
 
     config, layout = load_config(folder, trust_remote_code), read_layout(folder)
     check_layout(folder, config, layout, trust_remote_code)
-    quantized, others = load_weights(folder)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
-    state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
+    quantized, others = open_weights(folder)
+    with returning_freed_memory():
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
+        state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    linearize(model).tie_weights()
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     with explaining(folder / GENERATION_CONFIG, "generation settings"):
@@ -140,7 +158,7 @@ def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_
         raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    linearize(model).tie_weights()
     state = {
         name: torch.empty(shape, dtype=torch.int64 if name in layout.integers else torch.float32, device="meta")
         for name, shape in shapes.items()

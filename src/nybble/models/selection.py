@@ -1,32 +1,47 @@
-"""LayerSelection: which layers of a model get 4-bit codes and which get 8-bit codes."""
+"""LayerSelection: which layers of a model are quantized, and how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from nybble.errors import ModelError
+from nybble.models.experts import SplitExperts
+from nybble.quant.scheme import QuantScheme
+
+_ROUTERS = {"router", "gate"}
+"""Names of modules beside experts that choose among them."""
 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Names of the modules to quantize, by width.
+    """Names of the modules to quantize, and their schemes.
 
     Attributes:
-        int4: linear layers of the decoder.
-        int8: the embedding, and the language-model head unless it is tied to the embedding.
+        int4: linear layers of the decoder, without those that route tokens to experts: 4 bits unless
+            options give them another scheme.
+        int8: the embedding, and the language-model head unless it is tied to the embedding: 8 bits unless options give
+            them another scheme.
         tied: whether the head and the embedding are one weight.
+        schemes: name -> scheme (schemes.py); empty until schemes are assigned.
+        notes: sentences on layers that have another scheme than was asked for.
     """
 
     int4: tuple[str, ...]
     int8: tuple[str, ...]
     tied: bool
+    schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def select_layers(model: Any) -> LayerSelection:
-    """Select the layers of a model: every nn.Linear except the head gets 4 bits, embedding and head get 8 bits.
+    """Select the layers of a model: linear layers get 4 bits, embedding and head get 8 bits.
+
+    Linear layers that choose or weigh experts stay in 16 bits: they are small, and an error in a choice costs more than
+    one in a sum.
 
     Args:
         model: transformers.PreTrainedModel.
@@ -46,8 +61,38 @@ def select_layers(model: Any) -> LayerSelection:
         )
     tied = head.weight is embedding.weight
     int8 = [names[id(embedding)]] + ([] if tied else [names[id(head)]])
-    int4 = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    routers = set(routing_layers(model))
+    int4 = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name not in routers
+    ]
     return LayerSelection(tuple(int4), tuple(int8), tied)
+
+
+def routing_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that choose experts or weigh a shared expert.
+
+    They stand beside the experts of a mixture, and have one output for each expert, one output, or a router's name.
+    Routers that keep their weight outside of an nn.Linear need no selection.
+
+    Args:
+        model: transformers.PreTrainedModel after `linearize`.
+    """
+    found = []
+    for path, module in model.named_modules():
+        listed = isinstance(module, nn.ModuleList) and path.endswith(".experts")
+        if not isinstance(module, SplitExperts) and not listed:
+            continue
+        count = module.split_count if isinstance(module, SplitExperts) else len(module)  # type: ignore[arg-type]
+        mixture = path.rpartition(".")[0]
+        for name, layer in model.get_submodule(mixture).named_modules():
+            parts = name.split(".")
+            is_expert = parts[0] in (path.rpartition(".")[2], "shared_expert", "shared_experts")
+            routes = isinstance(layer, nn.Linear) and (layer.out_features in (1, count) or parts[0] in _ROUTERS)
+            if routes and not is_expert:
+                found.append(f"{mixture}.{name}")
+    return found
 
 
 def three_axis_parameters(model: nn.Module) -> list[str]:
@@ -62,7 +107,9 @@ def three_axis_parameters(model: nn.Module) -> list[str]:
 
 
 def shared_weight(model: Any) -> tuple[str, str] | None:
-    """Return two names of the same weight, if two layers share one; a head tied to the embedding does not count.
+    """Return two names of the same matrix, if two layers share one; a head tied to the embedding does not count.
+
+    Vectors may be shared: biases are not trained, and every name of one is saved.
 
     Args:
         model: transformers.PreTrainedModel.
@@ -71,6 +118,6 @@ def shared_weight(model: Any) -> tuple[str, str] | None:
     names: dict[tuple[int, Any], str] = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
+        if tensor.ndim > 1 and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
             return names[key], name
     return None

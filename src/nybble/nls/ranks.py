@@ -54,23 +54,27 @@ def decoder_layer_indices(names: Iterable[str]) -> dict[str, int]:
     Args:
         names: names of modules with adapters, such as model.layers.7.mlp.up_proj.
 
-    Returns: name -> index of its decoder layer, from 0 in the order of the numbers in the names.
+    Returns: name -> index of its decoder layer, from 0 in the order of the numbers in the names. A module outside of
+        the decoder layers shares the rank of the first, or of the last if it comes after any of them.
 
     Raises:
-        ModelError: a module is outside of the decoder layers.
+        ModelError: no module is in a numbered layer.
     """
     numbers: dict[str, int] = {}
-    outside = []
+    before: list[str] = []
+    after: list[str] = []
     for name in names:
         if match := _LAYER_NUMBER.search(name):
             numbers[name] = int(match[1])
         else:
-            outside.append(name)
-    if outside:
+            (after if numbers else before).append(name)
+    if before and not numbers:
         raise ModelError(
-            "nybble tune needs all linear layers in numbered decoder layers, each of which gets one rank; "
-            f"the model has others: {', '.join(sorted(outside))}; use nybble distill"
+            "nybble tune needs linear layers in numbered decoder layers, each of which gets one rank; "
+            f"the model has none (first layer: {before[0]}); use nybble distill"
         )
+    if numbers:
+        numbers |= dict.fromkeys(before, min(numbers.values())) | dict.fromkeys(after, max(numbers.values()))
     index_of = {number: index for index, number in enumerate(sorted(set(numbers.values())))}
     return {name: index_of[number] for name, number in numbers.items()}
 
@@ -82,7 +86,7 @@ def count_decoder_layers(names: Iterable[str]) -> int:
         names: names of modules with adapters.
 
     Raises:
-        ModelError: a module is outside of the decoder layers.
+        ModelError: no module is in a numbered layer.
     """
     return len(set(decoder_layer_indices(names).values()))
 

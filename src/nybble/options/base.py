@@ -24,7 +24,7 @@ NONE = "none"
 _ORDER = ("Model", "Data", "Scheme", "Compression", "Training", "Ranks", "Evaluation and export", "Run")
 
 
-def option(default: Any, help: str, *, basic: bool = False, required: bool = False) -> Any:
+def option(default: Any, help: str, *, basic: bool = False, required: bool = False, repeat: bool = False) -> Any:
     """A field of a group.
 
     Args:
@@ -32,8 +32,10 @@ def option(default: Any, help: str, *, basic: bool = False, required: bool = Fal
         help: one or two sentences; shown by --help and in the reference.
         basic: shown by --help; other options are shown by --help-all.
         required: the default is no valid value; the command says so if it is not given.
+        repeat: a list whose flag can be given several times; a later flag adds to the list.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "basic": basic or required, "required": required})
+    metadata = {"help": help, "basic": basic or required, "required": required, "repeat": repeat}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def with_default(group: type[Group], name: str, default: Any) -> Any:

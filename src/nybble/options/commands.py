@@ -138,6 +138,15 @@ class CompareOptions(TrainCommand):
     ranks: RankOptions = field(default_factory=RankOptions)
     evaluation: TaskEvaluationOptions = field(default_factory=TaskEvaluationOptions)
 
+    def check(self) -> None:
+        """Raise OptionError for values that are impossible, alone or together."""
+        super().check()
+        if self.scheme.bits != 4 or self.scheme.layer:
+            raise OptionError(
+                "nybble compare must compare models in 4 bits, as the tables that it follows do; it got --bits or "
+                "--layer; use nybble tune for other schemes"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _SearchGroup(Group):

@@ -3,19 +3,99 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from nybble.errors import OptionError
 from nybble.options.base import Group, option
+
+_BITS = (2, 3, 4, 8)
+_TRUTH = {"true": True, "false": False}
+DEFAULT_GROUP_SIZE, NPU_GROUP_SIZE = 64, 128
+# What --group_size calls a whole row.
+WHOLE_ROW = -1
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Scheme of the layers that a pattern matches.
+
+    Attributes:
+        pattern: of module names, as fnmatch reads it.
+        bits, group_size, symmetric: None leaves what the layer would have without the rule.
+    """
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeOptions(Group):
-    """The INT4 scheme of the linear layers."""
+    """The quantization scheme of the layers."""
 
     TITLE: ClassVar[str] = "Scheme"
 
-    group_size: int = option(64, "Weights that share a scale and a zero point.", basic=True)
+    bits: int = option(4, "Bits of a weight in the linear layers: 2, 3, 4 or 8. 8 bits are symmetric.", basic=True)
+    group_size: int | None = option(
+        None,
+        "Weights that share a scale and a zero point; -1: the whole row. Default: 64, with --target npu 128.",
+    )
+    symmetric: bool = option(False, "Fix the zero points in the middle of the codes.")
+    layer: tuple[str, ...] = option(
+        (),
+        "Other schemes by pattern, such as lm_head:bits=4 or *.down_proj:bits=8,group_size=32,symmetric=true; the last "
+        "pattern that matches a layer wins. Can be given several times; in a recipe it is a table.",
+        repeat=True,
+    )
+    ignore: tuple[str, ...] = option(
+        (), "Patterns of layers that stay in 16 bits, such as *.gate. Can be given several times.", repeat=True
+    )
+    strict_group_size: bool = option(
+        False, "Refuse rows that --group_size does not divide, instead of taking smaller groups for these layers."
+    )
+    target: Literal["any", "npu"] = option(
+        "any",
+        "npu: what OpenVINO's NPU plugin computes: symmetric, groups of 128 or whole rows; embedding and head in 8 "
+        "bits.",
+    )
 
     def check(self) -> None:
         """Raise OptionError for values outside of their range."""
-        self.require("group_size", lambda value: value >= 1, "at least 1")
+        self.require("bits", lambda value: value in _BITS, "2, 3, 4 or 8")
+        self.require(
+            "group_size",
+            lambda value: value is None or value >= 1 or value == WHOLE_ROW,
+            "at least 1, or -1 (whole row)",
+        )
+        if self.target == "npu" and self.group_size not in (None, NPU_GROUP_SIZE, WHOLE_ROW):
+            raise OptionError(f"--target npu needs --group_size {NPU_GROUP_SIZE} or -1; got {self.group_size}")
+        self.layer_rules()
+
+    def layer_rules(self) -> tuple[LayerRule, ...]:
+        """The rules of --layer.
+
+        Raises:
+            OptionError: one is no rule.
+        """
+        return tuple(map(_parse_rule, self.layer))
+
+
+def _parse_rule(text: str) -> LayerRule:
+    pattern, colon, settings = text.rpartition(":")
+    rule: dict[str, int | bool] = {}
+    for setting in settings.split(","):
+        key, _, value = (part.strip() for part in setting.partition("="))
+        number = int(value) if value.removeprefix("-").isdecimal() else 0
+        allowed = {
+            "bits": number in _BITS,
+            "group_size": number >= 1 or number == WHOLE_ROW,
+            "symmetric": value in _TRUTH,
+        }
+        if not (pattern and colon and allowed.get(key)):
+            raise OptionError(
+                "--layer must be PATTERN:KEY=VALUE with the keys bits (2, 3, 4, 8), group_size (1 or more, -1: whole "
+                f"row) and symmetric (true, false), separated by commas; got {text}; for example lm_head:bits=4"
+            )
+        rule[key] = _TRUTH[value] if key == "symmetric" else number
+    return LayerRule(pattern, **rule)  # type: ignore[arg-type]

@@ -43,6 +43,8 @@ def recipe_values(kind: type[Command], path: Path) -> dict[str, Any]:
     except OptionError as error:
         raise OptionError(f"--config {error}") from error
     values = {key.replace("-", "_"): value for key, value in found.items()}
+    if isinstance(values.get("layer"), dict):
+        values["layer"] = _layer_rules(values["layer"])
     if values.get(TRUST):
         raise OptionError(
             f"--config {path} must not allow Python code that comes with a model; remove {TRUST}, and give it as a "
@@ -50,6 +52,16 @@ def recipe_values(kind: type[Command], path: Path) -> dict[str, Any]:
             "if you trust the model"
         )
     return typed_values(kind, values, f"--config {path}: ")
+
+
+def _layer_rules(table: dict[str, Any]) -> list[str]:
+    """The rules of --layer in a table of a recipe: {"lm_head": {"bits": 4}} -> ["lm_head:bits=4"]."""
+    return [
+        f"{pattern}:{','.join(f'{key}={json.dumps(value)}' for key, value in settings.items())}"
+        if isinstance(settings, dict)
+        else f"{pattern}={settings}"  # no rule, which is said where rules are read
+        for pattern, settings in table.items()
+    ]
 
 
 def run_values(kind: type[Command], folder: Path) -> dict[str, Any]:

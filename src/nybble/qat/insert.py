@@ -1,4 +1,4 @@
-"""Replace the nn.Linear layers of a model by layers that are trained, and quantize the embedding and lm_head to 8 bits.
+"""Replace the nn.Linear layers of a model by layers that are trained, and quantize the embedding and lm_head.
 
 Modules are replaced one by one, without graph tracing, so a new model family works as soon as transformers has it.
 Weights and biases that a new layer keeps are shared with the model, not copied.
@@ -17,7 +17,7 @@ from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.qat.fixed_codes import FixedCodesLinear
 from nybble.qat.lora import LoRALinear
 from nybble.quant.grid import at_least_float32, dequantize, min_max_qparams, quantize
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 # Rows of an embedding that are quantized at once. Their float32 copies take 32 MB with a hidden size of 2048, while
@@ -30,7 +30,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def insert_fake_quant_layers(
-    model: nn.Module, inits: Mapping[str, QuantizedInit], scheme: QuantScheme, rank: int, seed: int
+    model: nn.Module, inits: Mapping[str, QuantizedInit], schemes: Mapping[str, QuantScheme], rank: int, seed: int
 ) -> dict[str, FakeQuantizedLoRALinear]:
     """Replace linear layers, in place, by fake-quantized ones with LoRA adapters inside the rounding.
 
@@ -39,7 +39,7 @@ def insert_fake_quant_layers(
     Args:
         model: the model whose layers are replaced.
         inits: layer name -> result of compression.
-        scheme: scheme that the weights were compressed with.
+        schemes: layer name -> scheme that the weight was compressed with.
         rank: rank of the adapters, clamped to the smaller side of each layer.
         seed: seed of the adapters and log scale shifts.
 
@@ -50,7 +50,7 @@ def insert_fake_quant_layers(
     layers = {}
     for name, init in inits.items():
         linear = _linear(model, name)
-        layers[name] = FakeQuantizedLoRALinear(init, scheme, linear.bias, rank, linear.weight.dtype, generator)
+        layers[name] = FakeQuantizedLoRALinear(init, schemes[name], linear.bias, rank, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 
@@ -103,26 +103,26 @@ def insert_lora_layers(model: nn.Module, names: Iterable[str], rank: int, seed: 
 
 
 @torch.no_grad()
-def quantize_embeddings(model: nn.Module, names: Iterable[str]) -> dict[str, QuantizedWeight]:
-    """Round the weights of embedding and lm_head to 8 bits per row, in place, with the zero point fixed at 128.
+def quantize_embeddings(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> dict[str, QuantizedWeight]:
+    """Round the weights of embedding and lm_head to nearest, in place.
 
     An lm_head that is tied to the embedding shares the rounded weight.
 
     Args:
         model: the model whose weights are rounded.
-        names: names of the modules: the embedding, and lm_head if it is not tied.
+        schemes: name of the module -> scheme: the embedding, and lm_head if it is not tied.
 
     Returns:
         Module name -> quantized weight.
     """
     quantized = {}
-    for name in names:
+    for name, scheme in schemes.items():
         codes, scales, zero_points = [], [], []
         for rows_VD in model.get_submodule(name).get_parameter("weight").split(_ROWS_PER_CHUNK):
-            scale_V1, zero_point_V1 = min_max_qparams(rows_VD, INT8_PER_ROW)
-            codes.append(quantize(at_least_float32(rows_VD), scale_V1, zero_point_V1, INT8_PER_ROW))
-            rows_VD.copy_(dequantize(codes[-1], scale_V1, zero_point_V1))
-            scales.append(scale_V1)
-            zero_points.append(zero_point_V1.to(torch.uint8))
-        quantized[name] = QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), INT8_PER_ROW)
+            scale_VG, zero_point_VG = min_max_qparams(rows_VD, scheme)
+            codes.append(quantize(at_least_float32(rows_VD), scale_VG, zero_point_VG, scheme))
+            rows_VD.copy_(dequantize(codes[-1], scale_VG, zero_point_VG))
+            scales.append(scale_VG)
+            zero_points.append(zero_point_VG.to(torch.uint8))
+        quantized[name] = QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), scheme)
     return quantized

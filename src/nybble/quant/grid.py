@@ -6,9 +6,11 @@
 Codes and zero points are unsigned integers of `bits` bits. Each group of K weights along the input axis shares one
 scale, which is positive, and one zero point. `round` rounds half to even.
 
-Scales have 7 significant bits and lie in the normal range of fp16; these values are called the scale grid. With 4-bit
-codes, scale * (code - zero_point) and scale * zero_point then have at most 11 significant bits. Up to the largest
-fp16 number both are exact in fp16, so every export format holds the same weights to the last bit.
+Scales have 7 significant bits and lie in the normal range of fp16; these values are called the scale grid. With codes
+of up to 4 bits, scale * (code - zero_point) and scale * zero_point then have at most 11 significant bits. Up to the
+largest fp16 number both are exact in fp16, so every export format holds the same weights to the last bit. With 8-bit
+codes, whose zero point is 128, the product has at most 14 significant bits and is exact in float32: formats that hold
+codes hold these weights to the last bit too, and those that hold values in fp16 round them.
 
 Shapes: O outputs, I inputs, G groups per row, K = I / G weights per group. Every function computes in the dtype of its
 arguments: float32 in training, float64 in tests.
@@ -95,9 +97,10 @@ def min_max_qparams(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Ten
 
 
 def below_grid(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """Return which groups are too small for the scale grid: the smallest scale leaves them fewer than 8 codes.
+    """Return which groups are too small for the scale grid: the smallest scale leaves them fewer than 8 codes, or fewer
+    than half of the codes of less than 4 bits.
 
-        0 < max(w, 0) - min(w, 0) < 8 * SCALE_MIN
+        0 < max(w, 0) - min(w, 0) < min(8, middle_code) * SCALE_MIN
 
     Groups below 1e-10 count as zero: models have such rows for tokens that no text uses.
 
@@ -110,7 +113,7 @@ def below_grid(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
     """
     w_OGK = to_groups(weight_OI, scheme.num_groups(weight_OI.shape[-1]))
     span_OG = at_least_float32(w_OGK.amax(-1)).clamp(min=0) - at_least_float32(w_OGK.amin(-1)).clamp(max=0)
-    return (span_OG > 1e-10) & (span_OG < 8 * SCALE_MIN)
+    return (span_OG > 1e-10) & (span_OG < min(8, scheme.middle_code) * SCALE_MIN)
 
 
 def qparams_from_range(low_OG: Tensor, high_OG: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from nybble.report.run import (
     other_rows,
     other_title,
     result_rows,
+    schemes_text,
     summary,
     versions_text,
 )
@@ -24,7 +25,7 @@ from nybble.run.results import RunResults
 
 CARD = "README.md"
 _BUILT_IN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_TAGS = ("int4", "4-bit", "quantized", "nybble")
+_TAGS = ("quantized", "nybble")
 
 
 def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> str:
@@ -33,15 +34,15 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
     Args:
         results: of the run.
         name: of the export format.
-        options: of the run, by name: pretrained, group_size, seq_len.
+        options: of the run, by name: pretrained.
 
     Returns:
         Markdown with the front matter that the Hugging Face hub reads.
     """
     label = format_label(name)
     parts = [
-        _front_matter(name, str(options.get("pretrained", ""))),
-        f"# {escape_markdown(results.model)}, INT4 ({escape_markdown(label)})",
+        _front_matter(results, name, str(options.get("pretrained", ""))),
+        f"# {escape_markdown(results.model)}, {results.precision} ({escape_markdown(label)})",
         escape_markdown(_without_paths(summary(results))),
         as_markdown(*result_rows(results)),
         escape_markdown(_without_paths(measured_on(results))),
@@ -50,7 +51,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> st
         "## Run it",
         _usage(name),
         "## Weights",
-        *map(escape_markdown, _weights(results, name, options)),
+        *map(escape_markdown, _weights(results, name)),
         "## How it was made",
         *map(escape_markdown, _recipe(results)),
         f"    {_without_folders(results.command_line)}",
@@ -64,13 +65,19 @@ def _other_domain(results: RunResults) -> list[str]:
     return [escape_markdown(_without_paths(f"{other_title(results)}:")), as_markdown(*cells)] if cells[1] else []
 
 
-def _front_matter(name: str, pretrained: str) -> str:
+def _precision_tags(results: RunResults) -> list[str]:
+    """int4 and 4-bit, and the same for other widths."""
+    widths = [part.removeprefix("INT") for part in results.precision.split("/")]
+    return [tag for width in widths for tag in (f"int{width}", f"{width}-bit")]
+
+
+def _front_matter(results: RunResults, name: str, pretrained: str) -> str:
     library = (EXPORTERS[name].library if name in EXPORTERS else "") or name
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     pretrained = _BUILT_IN.get(pretrained, pretrained)
     if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
         lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*_TAGS, name)), "---"])
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*_precision_tags(results), *_TAGS, name)), "---"])
 
 
 def _usage(name: str) -> str:
@@ -78,21 +85,23 @@ def _usage(name: str) -> str:
     return usage.strip() or f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
 
 
-def _weights(results: RunResults, name: str, options: Mapping[str, Any]) -> list[str]:
+def _weights(results: RunResults, name: str) -> list[str]:
     """What has how many bits, and what was compared after writing."""
     export, layers = results.exports[name], results.layers
     size = results.models.get(name, {}).get("bytes", export.get("bytes", 0))
-    codes = "codes" if name not in EXPORTERS or EXPORTERS[name].holds_codes else "values, kept in float16,"
-    text = (
-        f"{export['int4_weights']} linear layers have INT4 {codes} in groups of {options.get('group_size')} weights, "
-        f"each with a scale and a zero point. The embedding and the head{' (tied)' if layers and layers.tied else ''} "
-        f"have INT8 weights with a scale per row. Everything else is not quantized. Size: {size / 1e6:.1f} MB."
-    )
+    text = f"{export['int4_weights']} linear layers and {export['int8_weights']} embeddings and heads are quantized"
+    text += " (the head is the embedding). " if layers is not None and layers.tied else ". "
+    text += schemes_text(results)
+    if name in EXPORTERS and not EXPORTERS[name].holds_codes:
+        text += " This format holds their values in float16."
+    for words, count in export.get("widened", {}).items():
+        text += f" The format holds codes of {words} ({count} weights), so its files are larger than that average."
+    text += f" Everything else is not quantized. Size: {size / 1e6:.1f} MB."
     rounded = export.get("rounded") or {}
     exact = "All quantized weights were read back from these files and are equal to those of the run."
     if rounded:
         exact = (
-            "All INT4 weights were read back from these files and are equal to those of the run. The format "
+            "All other quantized weights were read back from these files and are equal to those of the run. The format "
             f"rounds {', '.join(rounded)} by at most {max(rounded.values()):.1e}."
         )
     difference = export.get("logit_difference")

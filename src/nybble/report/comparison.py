@@ -202,15 +202,19 @@ def _entry_label(results: RunResults, row: str) -> str:
     method = results.described_method
     runtime = f" ({format_label(row)})" if is_export(row) else ""
     if not results.trains:
-        return f"INT4, {method}{runtime}"
+        return f"{results.precision}, {method}{runtime}"
     training = "distilled" if results.task is None else f"tuned on {Path(results.task.name).stem}"
     if row == "tuned16":
         return f"16-bit, {training}"
     if results.tuned_in_16_bit:
-        return f"INT4, {training}, then {method}" + ("" if row == "compressed" else f", scales trained{runtime}")
+        return f"{results.precision}, {training}, then {method}" + (
+            "" if row == "compressed" else f", scales trained{runtime}"
+        )
     if row == "compressed":
-        return f"INT4, {method}, {'trained before this run' if results.init_trained else 'before training'}"
-    return f"INT4, {method}, {training}{runtime}"
+        return (
+            f"{results.precision}, {method}, {'trained before this run' if results.init_trained else 'before training'}"
+        )
+    return f"{results.precision}, {method}, {training}{runtime}"
 
 
 def _training_name(results: RunResults) -> str:

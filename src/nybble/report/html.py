@@ -22,6 +22,7 @@ from nybble.report.run import (
     memory_text,
     other_rows,
     other_title,
+    schemes_text,
     summary,
     training_title,
     versions_text,
@@ -117,7 +118,8 @@ def _run_section(name: str, results: RunResults) -> _RunSection:
         "Command": results.command_line,
         "Time": f"{sum(results.seconds.values()):.0f} s",
         "Peak memory": memory_text(results),
-        "4-bit weights": "" if results.changes is None else f"{changes_text(results.changes)}.",
+        "Schemes": schemes_text(results),
+        "Quantized weights": "" if results.changes is None else f"{changes_text(results.changes)}.",
         "Seed": str(results.seed),
         "Machine": ", ".join(
             str(results.machine[key]) for key in ("platform", "cpu", "cuda") if results.machine.get(key)

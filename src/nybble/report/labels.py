@@ -51,9 +51,9 @@ def row_label(results: RunResults, row: str) -> str:
     if row == "tuned16":
         return "16-bit, tuned"
     if row == "compressed":
-        return "INT4, trained before this run" if results.init_trained else "INT4, compressed"
+        return f"{results.precision}, {'trained before this run' if results.init_trained else 'compressed'}"
     runtime = "torch" if row == "tuned" else format_label(row)
-    return f"INT4, {trained_word(results)} ({runtime})"
+    return f"{results.precision}, {trained_word(results)} ({runtime})"
 
 
 def metric_label(column: str) -> str:

@@ -17,6 +17,7 @@ from nybble.report.run import (
     other_rows,
     other_title,
     result_rows,
+    schemes_text,
     shows_recovered,
     summary,
     training_title,
@@ -55,9 +56,11 @@ def run_markdown(results: RunResults, name: str | None = None) -> str:
     level = "#" if name is None else "##"
     title = f"{results.model}: {_title(results)}"
     note = measured_on(results) + (f" {_RECOVERED_NOTE}" if shows_recovered(results) else "")
+    schemes = schemes_text(results)
     parts = [
         f"{level} {escape_markdown(title if name is None else f'{name}: {title}')}",
         escape_markdown(summary(results)),
+        *([escape_markdown(schemes)] if schemes else []),
         as_markdown(*result_rows(results)),
         escape_markdown(note),
         *(f"**Warning:** {escape_markdown(warning)}" for warning in results.warnings),
@@ -84,7 +87,7 @@ def _title(results: RunResults) -> str:
     if "lora16" in results.models:
         return f"16-bit LoRA tuning{task}"
     what = "compression" if not results.trains else "distillation" if results.task is None else f"tuning{task}"
-    return f"INT4 {what} ({results.described_method})"
+    return f"{results.precision} {what} ({results.described_method})"
 
 
 def _other_domain(results: RunResults) -> list[_Section]:

@@ -117,7 +117,7 @@ def _summary_of_compression(results: RunResults) -> str:
         return ""
     full, compressed = (_value(results, row, metric) for row in ("16bit", shipped))
     return (
-        f"{results.model} compressed to INT4 with {results.described_method} ({_runtime(shipped)}) has "
+        f"{results.model} compressed to {results.precision} with {results.described_method} ({_runtime(shipped)}) has "
         f"{metric_label(metric)} {compressed}; the 16-bit model has {full}. Compression took "
         f"{results.seconds.get('compress', 0):.0f} s. {_size_text(results, shipped)}"
     )
@@ -129,7 +129,7 @@ def _summary_of_training(results: RunResults) -> str:
     if metric is None:
         return ""
     full, before, after = (_value(results, row, metric) for row in ("16bit", start, shipped))
-    text = f"{results.model} in INT4 ({_runtime(shipped)}) has {metric_label(metric)} {after}; "
+    text = f"{results.model} in {results.precision} ({_runtime(shipped)}) has {metric_label(metric)} {after}; "
     if results.tuned_in_16_bit:
         text += f"the 16-bit model has {before} after tuning and {full} before."
     else:
@@ -213,7 +213,7 @@ def layer_rows(results: RunResults) -> Cells:
 def decoder_rows(results: RunResults) -> Cells:
     """A row per decoder layer: errors of the hidden states, and block-wise reconstruction where the method has it."""
     columns = {
-        f"error, {row_label(results, row).removeprefix('INT4, ')}": list(errors)
+        f"error, {row_label(results, row).partition(', ')[2]}": list(errors)
         for row, errors in results.decoder_errors.items()
     }
     if results.block_losses:
@@ -246,6 +246,16 @@ def changes_text(changes: WeightChanges) -> str:
 def training_title(results: RunResults, training: Training) -> str:
     """What a training trained, where the run has two trainings; otherwise empty."""
     return f" of {_TRAINING_TITLES[training.name]}" if len(results.trainings) > 1 else ""
+
+
+def schemes_text(results: RunResults) -> str:
+    """Which layers have which scheme, and how many bits a weight; "" where the results do not have it."""
+    layers = results.layers
+    if layers is None or layers.bits_per_weight is None:
+        return ""
+    counts = ", ".join(f"{count} x {scheme}" for scheme, count in layers.schemes.items())
+    text = f"Schemes: {counts}. Average: {layers.bits_per_weight:.2f} bits a weight, with scales and zero points."
+    return text + (f" {layers.in_16_bits} layers stay in 16 bits." if layers.in_16_bits else "")
 
 
 def memory_text(results: RunResults) -> str:

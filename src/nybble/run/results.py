@@ -70,11 +70,27 @@ class Training:
 
 @dataclass
 class LayerCounts:
-    """How many layers got which precision; `tied`: the head shares the embedding's weight."""
+    """Which layers are quantized, and how.
+
+    Attributes:
+        int4: number of linear layers.
+        int8: number of embeddings and heads.
+        tied: the head shares the embedding's weight.
+        precision: of the linear layers, for headings: INT4, or INT3/INT4 where they differ.
+        schemes: scheme in words -> number of layers.
+        bits_per_weight: average over the quantized weights, with scales and zero points; None in older results.
+        in_16_bits: number of layers that could be quantized and are not.
+        notes: sentences on layers that have another scheme than was asked for.
+    """
 
     int4: int
     int8: int
     tied: bool
+    precision: str = "INT4"
+    schemes: dict[str, int] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+    in_16_bits: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -242,6 +258,11 @@ class RunResults:
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     improvement: dict[str, float | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def precision(self) -> str:
+        """Precision of the linear layers, for headings."""
+        return "INT4" if self.layers is None else self.layers.precision
 
     @property
     def trains(self) -> bool:

@@ -20,15 +20,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from nybble.models.head import LMHead
+from nybble.models.head import LMHead, last_hidden_states
 from nybble.tasks.encoding import EncodedAnswer, pad_batch, shared_prefix_length
 from nybble.training.losses import cross_entropy
+
+_ROUNDING = 0.05
+"""Relative difference that rounding may cause in 16 bits. Wrong positions cause ten times as much in random models."""
+
+_SHARES_PREFIXES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Model -> whether prefixes may be shared, which is tried once for each model."""
 
 
 def choice_log_probs(model: Any, head: LMHead, questions: Sequence[Sequence[EncodedAnswer]]) -> Tensor:
@@ -55,12 +62,16 @@ def prefix_lengths(model: Any, head: LMHead | None, questions: Sequence[Sequence
     """Number of tokens that go through the model once for all choices of a question, for each question.
 
     All are 0 for exported models (no head), which take no cache; where the attention window is shorter than a text: the
-    cache of a sliding window keeps only its last tokens; and for models with a recurrent state, which cannot be divided
-    among choices.
+    cache of a sliding window keeps only its last tokens; for models with a recurrent state, which cannot be divided
+    among choices; and for models that give other results with a cache (RoBERTa counts positions in its own way).
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     longest = max(len(text.ids) for choices in questions for text in choices)
     if head is None or (window and window < longest) or not _keeps_keys_and_values(model):
+        return [0] * len(questions)
+    if model not in _SHARES_PREFIXES:
+        _SHARES_PREFIXES[model] = _gives_the_same(model, head)
+    if not _SHARES_PREFIXES[model]:
         return [0] * len(questions)
     return [shared_prefix_length(choices) for choices in questions]
 
@@ -71,6 +82,26 @@ def _keeps_keys_and_values(model: Any) -> bool:
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+@torch.no_grad()
+def _gives_the_same(model: Any, head: LMHead) -> bool:
+    """Whether a model computes the same with the positions and the cache that shared prefixes need."""
+    positions_1T = torch.arange(8, device=model.device)[None]
+    ids_1T = (positions_1T + 2) % head.weight_VD.shape[0]
+    placed = {"position_ids": positions_1T, "attention_mask": torch.ones_like(ids_1T)}
+    questions = [
+        [EncodedAnswer([1, 2, 3, 4, ending], 4) for ending in (5, 6)],
+        [EncodedAnswer([7, 8, *ending], 2) for ending in ([1], [2, 3, 4])],
+    ]
+    try:
+        states = last_hidden_states(model, ids_1T, **placed), last_hidden_states(model, ids_1T)
+        losses = [answer_losses(model, head, questions, prefixes) for prefixes in ([3, 1], [0, 0])]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model without a cache, or with another one, raises whatever its code leads to
+        return False
+    return all(float((a - b).norm()) <= _ROUNDING * float(b.norm()) for a, b in (states, losses))
 
 
 def group_questions(
@@ -181,13 +212,14 @@ def _ending_losses(
     """
     batch, device = pad_batch(endings), model.device
     mask_BT = torch.ones_like(batch.loss_mask)  # padding on the right needs no mask
-    hidden_BTD = model.base_model(
-        input_ids=batch.ids.to(device),
+    hidden_BTD = last_hidden_states(
+        model,
+        batch.ids.to(device),
         attention_mask=torch.cat([cache.mask_QP[question_B], mask_BT], 1).long().to(device),
         position_ids=(cache.length_Q1[question_B] + torch.arange(batch.ids.shape[1])).to(device),
         past_key_values=_select_rows(cache.key_values, question_B.to(device)),
         use_cache=True,
-    ).last_hidden_state
+    )
     loss_mask, targets_BT = batch.loss_mask.to(device), batch.ids.roll(-1, 1).to(device)
     return batch.sum_by_text(cross_entropy(hidden_BTD[loss_mask], targets_BT[loss_mask], head))
 

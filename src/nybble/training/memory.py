@@ -14,6 +14,7 @@ from typing import Any
 
 from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
 from nybble.compression.calibration import TOKENS_PER_FORWARD
+from nybble.models.configuration import config_value
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
 USABLE_SHARE = 0.7
@@ -60,6 +61,7 @@ class ModelShapes:
         """Return the shapes of a transformers model in which the layers `names` get 4 bits."""
         weights = [model.get_submodule(name).weight for name in names]
         config = model.config
+        stated = config_value(config, "intermediate_size") or 4 * config.hidden_size
         return ModelShapes(
             parameters=sum(p.numel() for p in model.parameters()),
             int4_weights=sum(w.numel() for w in weights),
@@ -67,7 +69,7 @@ class ModelShapes:
             largest_int4_weight=max(w.numel() for w in weights),
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
-            intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
+            intermediate_size=max(stated) if isinstance(stated, list) else stated,
             vocab_size=config.vocab_size,
             itemsize=model.dtype.itemsize,
         )
@@ -85,7 +87,7 @@ class TrainingSetup:
     Attributes:
         shapes: sizes of the model.
         rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
-        group_size: weights that share a scale.
+        num_scales: scales of the linear layers that are trained.
         chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
         weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
             backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
@@ -94,7 +96,7 @@ class TrainingSetup:
 
     shapes: ModelShapes
     rank: int
-    group_size: int
+    num_scales: int
     chunk_tokens: int
     weight_copies: int
     logits_bytes: int
@@ -102,7 +104,7 @@ class TrainingSetup:
     @property
     def trained_parameters(self) -> int:
         """Numbers in adapters and scales, at most."""
-        return self.shapes.int4_features * self.rank + self.shapes.int4_weights // self.group_size
+        return self.shapes.int4_features * self.rank + self.num_scales
 
 
 @dataclass(frozen=True)

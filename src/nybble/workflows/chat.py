@@ -19,7 +19,8 @@ from transformers import TextStreamer
 
 from nybble.console import console, say
 from nybble.errors import ModelError, describe_error
-from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import ChatGroup, ChatOptions
 from nybble.run.folder import check_complete

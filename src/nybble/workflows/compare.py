@@ -25,7 +25,8 @@ from nybble.compression.methods import automatic_method
 from nybble.console import console, say
 from nybble.errors import MissingExtraError, OptionError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
-from nybble.export.base import ALL, EXPORTERS
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import ALL
 from nybble.files import write_text
 from nybble.models.selection import select_layers
 from nybble.nls.ranks import parse_rank_space

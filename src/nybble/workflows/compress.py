@@ -49,8 +49,8 @@ def compress(
     check_tasks(evaluation.eval_tasks, data_dir)
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
-    selection = plan.select(loaded, options.scheme.group_size)
-    compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size)
+    selection = plan.select(loaded, options.scheme)
+    compression = plan.plan_compression(options.compression, loaded, selection)
     request = text.compression_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
@@ -74,8 +74,8 @@ def compress(
         evaluator = Evaluator(prepared.test, reference, tasks, other=other, decoder_outputs=outputs)
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
-            compressed = steps.compress_model(context)
-            save_quantized(run.quantized, loaded, compressed.weights)
+            # The model is not needed any more: what is measured is loaded from the folder.
+            save_quantized(run.quantized, loaded, steps.compress_model(context).weights, release=True)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
         failed = steps.measure_shipped(context, evaluator, "compressed")

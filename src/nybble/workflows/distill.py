@@ -67,9 +67,9 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     check_tasks(evaluation.eval_tasks, data_dir)
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
-    selection = plan.select(loaded, options.scheme.group_size)
+    selection = plan.select(loaded, options.scheme)
     adapters = options.training.trains_adapters
-    compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size, adapters)
+    compression = plan.plan_compression(options.compression, loaded, selection, adapters)
     request = text.distill_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.errors import OptionError, RunError
-from nybble.export.base import EXPORTERS, check_exportable, check_formats
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import check_exportable, check_formats
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
@@ -43,7 +44,8 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
     try:
         check_complete(run.quantized)
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
-        formats = check_exportable(formats, checkpoint.config, checkpoint.selection, checkpoint.scheme)
+        columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
+        formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
         for name in formats:
             export_run(run, name, trust_remote_code)
             write_cards(run)  # also of those before one that fails

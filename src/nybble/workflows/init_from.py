@@ -12,6 +12,8 @@ from nybble.errors import OptionError
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.models.selection import LayerSelection
+from nybble.options.scheme import WHOLE_ROW
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import QUANTIZED, check_complete
 from nybble.run.marker import is_run
@@ -29,15 +31,16 @@ def check_finished(run: Path) -> None:
     check_complete(run / QUANTIZED)
 
 
-def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection, group_size: int) -> None:
-    """Raise OptionError unless the 4-bit weights of a finished run fit this model and have this group size."""
+def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection) -> None:
+    """Raise OptionError unless the quantized weights of a finished run fit this model and have these schemes."""
     other, layout = read_results(run).model, quantized_file.read_layout(run / QUANTIZED)
     layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*selection.int4, *selection.int8)}
     if {name: tuple(shape) for name, shape in layers.items()} != {
         n: layer.shape for n, layer in layout.quantized.items()
     }:
         raise OptionError(
-            f"--init_from {run} must be of a model like {loaded.name}; it is of {other}, which has other layers"
+            f"--init_from {run} must be of a model like {loaded.name}; it is of {other}, which has other "
+            "quantized layers (--ignore must be that of the run)"
         )
     own = {n: tuple(t.shape) for n, t in quantized_model.unquantized_tensors(loaded.model, layers).items()}
     differing = sorted(name for name, _ in layout.others.items() ^ own.items())
@@ -46,15 +49,21 @@ def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection, group_
             f"--init_from {run} must be of a model like {loaded.name}; only one of it and {other} has "
             f"{', '.join(dict.fromkeys(differing[:3]))}"
         )
-    for name in selection.int4:
-        found = layout.quantized[name].scheme.group_size
-        if found != group_size:
+    for name, scheme in selection.schemes.items():
+        found = layout.quantized[name].scheme
+        if found != scheme:
             raise OptionError(
-                f"--init_from {run} must have groups of {group_size} weights; it has groups of {found}; add "
-                f"--group_size {found}"
+                f"--init_from {run} must have the schemes of this run; {name} has {found}, and this run has {scheme}; "
+                f"add {_flags(found) if name in selection.int4 else '--layer as that run has it'}"
             )
     if other != loaded.name:
         log.warning("--init_from %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+
+
+def _flags(scheme: QuantScheme) -> str:
+    """Options that give linear layers a scheme."""
+    symmetric = " --symmetric" if scheme.symmetric and scheme.bits != 8 else ""
+    return f"--bits {scheme.bits} --group_size {scheme.group_size or WHOLE_ROW}{symmetric}"
 
 
 def method_of(run: Path) -> str:

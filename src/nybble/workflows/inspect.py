@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nybble.console import console, say
 from nybble.errors import RunError
-from nybble.export.base import check_formats, exporter_of
+from nybble.export.checks import check_formats, exporter_of
 from nybble.models import quantized_file
 from nybble.options.commands import InspectOptions
 from nybble.quant.weight import QuantizedWeight

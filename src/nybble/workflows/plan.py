@@ -1,8 +1,6 @@
-"""The beginning of every workflow that makes a run: validate, load, plan. Nothing is kept or computed for
-long yet.
+"""The beginning of every workflow that makes a run: validate, load, plan; the cheapest checks first.
 
-Whatever can be wrong with options, model and data is found here, the cheapest checks first.
-"""
+Nothing is kept or computed for long. Whatever can be wrong with options, model and data is found here."""
 
 from __future__ import annotations
 
@@ -16,25 +14,27 @@ from typing import TypeVar
 import psutil
 import torch
 
-from nybble.compression.checks import check_length, check_model
+from nybble.compression.checks import check_length, check_model, warn_of_small_weights
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
 from nybble.data.prepare import TextData
 from nybble.data.sources import prefix_source
 from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
-from nybble.export.base import EXPORTERS, check_exportable, check_formats
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import check_exportable, check_formats
 from nybble.files import check_free_disk
 from nybble.models.device import free_memory, pick_device, pick_dtype
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
+from nybble.models.schemes import assign_schemes, average_bits, check_patterns, describe, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.base import Command
 from nybble.options.commands import RunCommand, TrainCommand
 from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
 from nybble.options.evaluation import EvaluationOptions
 from nybble.options.model import DeviceOptions, ModelOptions
-from nybble.quant.scheme import QuantScheme, check_group_size
+from nybble.options.scheme import SchemeOptions
 from nybble.run.folder import check_folder
 from nybble.run.marker import is_run
 from nybble.run.resume import check_same_command, check_same_options, saved_options
@@ -172,20 +172,24 @@ def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
     return device, pick_dtype(options.dtype, device)
 
 
-def select(loaded: LoadedModel, group_size: int) -> LayerSelection:
-    """Which layer gets which precision.
+def select(loaded: LoadedModel, options: SchemeOptions) -> LayerSelection:
+    """Which layer gets which scheme.
 
     Raises:
-        OptionError: the group size does not divide the input width of a layer.
+        OptionError: a pattern matches nothing, or a layer cannot have its scheme.
     """
-    selection = select_layers(loaded.model)
-    for name in selection.int4:
-        check_group_size(name, loaded.model.get_submodule(name).in_features, group_size)
+    everything = select_layers(loaded.model)
+    check_patterns(everything, loaded.model, options)
+    selection = assign_schemes(everything, loaded.model, options)
+    ignored = len(everything.int4) + len(everything.int8) - len(selection.schemes)
     log.info(
-        "%s: %.1f M parameters; %d linear layers get 4 bits (group size %d), %s 8 bits%s",
-        loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, len(selection.int4), group_size,
-        ", ".join(selection.int8), " (tied)" if selection.tied else "",
+        "%s: %.1f M parameters; %s; %.2f bits a weight%s",
+        loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, describe(selection),
+        average_bits(selection.schemes, weight_shapes(loaded.model, selection)),
+        f"; {ignored} layers stay in 16 bits" if ignored else "",
     )  # fmt: skip
+    for note in selection.notes:
+        log.warning(note)
     return selection
 
 
@@ -193,7 +197,6 @@ def plan_compression(
     compression: CompressionOptions,
     loaded: LoadedModel,
     selection: LayerSelection,
-    group_size: int,
     trains_adapters: bool = False,
 ) -> CompressionPlan:
     """Resolve --method auto and --init_from, and warn of options that the method does not use.
@@ -207,7 +210,7 @@ def plan_compression(
     source = compression.init_from if isinstance(compression, InitialCompressionOptions) else None
     if source is not None:
         run = Path(source)
-        init_from.check_fits(run, loaded, selection, group_size)
+        init_from.check_fits(run, loaded, selection)
         plan = CompressionPlan(init_from.method_of(run), False, run)
     else:
         method = compression.method
@@ -250,14 +253,17 @@ def check_fit(
     check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
     check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
-    scheme = QuantScheme(group_size=options.scheme.group_size)
-    formats = check_exportable(evaluation.export, model.config, selection, scheme)
+    embeddings = {name: model.get_submodule(name).weight for name in selection.int8}
+    warn_of_small_weights(embeddings, selection.schemes)
+    columns = {name: shape[1] for name, shape in weight_shapes(model, selection).items()}
+    formats = check_exportable(evaluation.export, model.config, selection, columns)
     _check_export_memory(loaded, formats, options.folder)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
-    if not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
+    optional = [name for name in formats if name not in evaluation.export]
+    if optional or not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
         trains = isinstance(options, TrainCommand)
-        rehearse(loaded, scheme, formats, trains, options.model.trust_remote_code)
+        formats = rehearse(loaded, options.scheme, formats, trains, options.model.trust_remote_code, optional)
     return PlannedRun(loaded, selection, compression, text, head, formats)
 
 

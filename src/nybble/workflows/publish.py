@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nybble.console import say
 from nybble.errors import ExportError, OptionError, describe_error
-from nybble.export.base import ALL
+from nybble.export.checks import ALL
 from nybble.files import write_text
 from nybble.report.card import CARD, model_card
 from nybble.run.folder import RunFolder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 
 from nybble.compression.init import QuantizedInit
-from nybble.errors import ModelError, NybbleError, describe_error
+from nybble.errors import ExportError, ModelError, NybbleError, OptionError, describe_error
 from nybble.export.base import EXPORTERS
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.head import last_hidden_states
+from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_model import save_quantized
+from nybble.models.schemes import assign_schemes, linear_scheme
 from nybble.models.selection import select_layers
+from nybble.options.scheme import SchemeOptions
 from nybble.qat.absorb import absorb_layers
 from nybble.qat.insert import insert_fake_quant_layers, quantize_embeddings
 from nybble.quant.grid import min_max_qparams
-from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 log = logging.getLogger("nybble")
@@ -37,31 +39,47 @@ log = logging.getLogger("nybble")
 _VOCABULARY = 512
 _TOKENS = 16
 
+# Names in configurations, across families.
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_DENSE_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+
 
 def rehearse(
-    loaded: LoadedModel, scheme: QuantScheme, formats: Sequence[str], trains: bool, trust_remote_code: bool
-) -> None:
+    loaded: LoadedModel,
+    options: SchemeOptions,
+    formats: Sequence[str],
+    trains: bool,
+    trust_remote_code: bool,
+    optional: Collection[str] = (),
+) -> tuple[str, ...]:
     """Take a twin of the model through the steps of a run.
 
     Args:
         loaded: the model; it is not changed.
-        scheme: of the 4-bit layers.
+        options: of the scheme.
         formats: names of the exports that are asked for.
         trains: whether adapters are trained.
         trust_remote_code: whether to run Python code that comes with the model.
+        optional: formats that are left out, with a warning, where they cannot hold the model.
+
+    Returns:
+        The formats without those that are left out.
 
     Raises:
         ModelError: the architecture does not allow a step.
-        ExportError: a format cannot hold the model.
+        ExportError: a format that is not optional cannot hold the model.
     """
+    kept = []
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="nybble-") as scratch:
-        twin = make_twin(loaded, scheme)
+        twin = make_twin(loaded, options)
         if twin is None:
             log.info("%s has no small twin; training and export are not tried beforehand", loaded.name)
-            return
+            return tuple(formats)
         folder = Path(scratch) / "quantized"
-        with _step("compressed", twin):
-            weights = _compress(twin, scheme, trains)
+        with _step("trained" if trains else "compressed", twin):
+            weights = _compress(twin, options, trains)
         with _step("saved", twin):
             save_quantized(folder, twin, weights)
         for name in formats:
@@ -69,15 +87,24 @@ def rehearse(
                 checkpoint = open_checkpoint(folder, trust_remote_code)
                 checkpoint.build()
             (Path(scratch) / name).mkdir()
-            EXPORTERS[name].export(checkpoint, Path(scratch) / name)
+            try:
+                with _step(f"exported to {name}", twin):
+                    EXPORTERS[name].export(checkpoint, Path(scratch) / name)
+            except (ExportError, OptionError) as error:
+                if name not in optional:
+                    raise
+                log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+            else:
+                kept.append(name)
+    return tuple(kept)
 
 
-def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
+def make_twin(loaded: LoadedModel, options: SchemeOptions) -> LoadedModel | None:
     """Return a random model of the same class with as few layers as have all types of layers, and a small vocabulary.
 
     Args:
         loaded: the model.
-        scheme: of the 4-bit layers; rows of the twin are multiples of its groups.
+        options: of the scheme; rows of the twin are multiples of its groups.
 
     Returns:
         The twin, on the device and in the dtype of the model, with its tokenizer and files. None where the
@@ -89,19 +116,29 @@ def make_twin(loaded: LoadedModel, scheme: QuantScheme) -> LoadedModel | None:
     try:
         for key, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == layers:
-                setattr(config, key, value[:kept])
+                setattr(config, key, type(getattr(config, key))(value[:kept]))  # a list, or a tuple
             elif key.endswith("_token_id") and isinstance(value, int):
                 setattr(config, key, value % _VOCABULARY)
         config.num_hidden_layers, config.vocab_size = kept, min(config.vocab_size, _VOCABULARY)
-        width = 2 * (scheme.group_size or 32)
-        if isinstance(getattr(config, "intermediate_size", None), int) and config.intermediate_size > width:
-            config.intermediate_size = width
-        model = type(loaded.model)(config).to(loaded.model.dtype).to(loaded.model.device)
+        for key, most in _largest(config, 2 * (linear_scheme(options).group_size or 32)).items():
+            if isinstance(getattr(config, key, None), int) and getattr(config, key) > most:
+                setattr(config, key, most)
+        model = linearize(type(loaded.model)(config)).to(loaded.model.dtype).to(loaded.model.device).eval()
         finite = bool(model(input_ids=_token_ids(model), use_cache=False).logits.isfinite().all())
     except Exception as error:  # a configuration has rules of its own for what goes together
         log.debug("no twin: %s", describe_error(error))
         return None
-    return replace(loaded, model=model.requires_grad_(False).eval()) if finite else None
+    return replace(loaded, model=model.requires_grad_(False)) if finite else None
+
+
+def _largest(config: Any, width: int) -> dict[str, int]:
+    """Field of a configuration -> the largest number that a twin needs.
+
+    Two experts for each group of experts and expert of a token are enough, and one layer without experts.
+    """
+    of_a_token = max((getattr(config, key, None) or 0 for key in _EXPERTS_OF_A_TOKEN), default=0)
+    experts = max(4, of_a_token, 2 * (getattr(config, "n_group", None) or 1) * of_a_token)
+    return dict.fromkeys(_WIDTHS, width) | dict.fromkeys(_EXPERTS, experts) | dict.fromkeys(_DENSE_LAYERS, 1)
 
 
 def _layers_with_all_types(types: Sequence[str], layers: int) -> int:
@@ -114,20 +151,20 @@ def _token_ids(model: Any) -> torch.Tensor:
     return (torch.arange(2 * _TOKENS, device=model.device) % count).view(2, _TOKENS)
 
 
-def _compress(twin: LoadedModel, scheme: QuantScheme, trains: bool) -> dict[str, QuantizedWeight]:
+def _compress(twin: LoadedModel, options: SchemeOptions, trains: bool) -> dict[str, QuantizedWeight]:
     """Round to nearest; with `trains`, take the gradients of adapters of rank 1 and absorb them."""
     model = twin.model
-    selection = select_layers(model)
-    inits = {}
+    selection = assign_schemes(select_layers(model), model, replace(options, strict_group_size=False))
+    schemes, inits = selection.schemes, {}
     for name in selection.int4:
         weight_OI = model.get_submodule(name).weight.detach().float()
-        inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, scheme))
-    weights = quantize_embeddings(model, selection.int8)
+        inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, schemes[name]))
+    weights = quantize_embeddings(model, {name: schemes[name] for name in selection.int8})
     if trains:
-        layers = insert_fake_quant_layers(model, inits, scheme, rank=1, seed=0)
+        layers = insert_fake_quant_layers(model, inits, schemes, rank=1, seed=0)
         last_hidden_states(model, _token_ids(model)).float().square().mean().backward()
         return weights | absorb_layers(model, dict(layers))
-    return weights | {name: init.quantized(scheme) for name, init in inits.items()}
+    return weights | {name: init.quantized(schemes[name]) for name, init in inits.items()}
 
 
 @contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from nybble.console import console, log_to, say
 from nybble.errors import ExportError
 from nybble.files import write_text
 from nybble.models.loading import model_fingerprint
 from nybble.models.quantized_file import weights_fingerprint
+from nybble.models.schemes import average_bits, weight_shapes
+from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.commands import RunCommand
 from nybble.report.markdown import run_markdown
 from nybble.report.run import result_rows, summary
@@ -70,7 +74,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.method = compression.method
     results.init_from = None if compression.init_from is None else str(compression.init_from)
     results.init_trained = compression.init_from is not None and was_trained(compression.init_from)
-    results.layers = LayerCounts(len(selection.int4), len(selection.int8), selection.tied)
+    results.layers = _layer_counts(selection, loaded.model)
     results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
     if len(text.other):
         results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
@@ -82,6 +86,21 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     check_same_inputs(results, fingerprints)
 
 
+def _layer_counts(selection: LayerSelection, model: Any) -> LayerCounts:
+    everything = select_layers(model)
+    bits = sorted({selection.schemes[name].bits for name in selection.int4})
+    return LayerCounts(
+        int4=len(selection.int4),
+        int8=len(selection.int8),
+        tied=selection.tied,
+        precision="/".join(f"INT{width}" for width in bits),
+        schemes=dict(Counter(str(scheme) for scheme in selection.schemes.values())),
+        bits_per_weight=average_bits(selection.schemes, weight_shapes(model, selection)),
+        in_16_bits=len(everything.int4) + len(everything.int8) - len(selection.schemes),
+        notes=list(selection.notes),
+    )
+
+
 def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[ExportError]) -> None:
     """Write and print the report.
 
@@ -90,7 +109,8 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     """
     results = run.results
     limits = [limit for counts in results.exports.values() for limit in counts.get("limits", ())]
-    results.warnings = [*warnings, *limits, *(f"not exported: {error}" for error in failed_exports)]
+    notes = [] if results.layers is None else results.layers.notes
+    results.warnings = [*warnings, *notes, *limits, *(f"not exported: {error}" for error in failed_exports)]
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)

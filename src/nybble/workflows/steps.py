@@ -20,23 +20,24 @@ from nybble.data.generate import GENERATED_FILE, generate_pending, generation_ba
 from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import TextData
 from nybble.errors import DataError, ExportError
-from nybble.export.base import EXPORTERS, ExportResult
+from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.read_back import runtime_errors
 from nybble.files import atomic_folder
 from nybble.models import quantized_model
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, model_fingerprint
+from nybble.models.schemes import describe
 from nybble.models.selection import LayerSelection
 from nybble.options.commands import RunCommand
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
 from nybble.qat.insert import quantize_embeddings
-from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
-from nybble.runtime import raise_if_interrupted, returning_freed_memory
+from nybble.runtime import hand_back_freed_memory, raise_if_interrupted, returning_freed_memory
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
@@ -64,7 +65,6 @@ class RunContext:
     loaded: LoadedModel
     selection: LayerSelection
     options: ModelOptions
-    scheme: QuantScheme
     compression: CompressionPlan
     calibration: CompressionOptions
     text: TextData
@@ -88,7 +88,6 @@ class RunContext:
             loaded=planned.loaded,
             selection=planned.selection,
             options=options.model,
-            scheme=QuantScheme(group_size=options.scheme.group_size),
             compression=planned.compression,
             calibration=calibration,
             text=planned.text,
@@ -149,7 +148,7 @@ def teacher_states(context: RunContext, splits: Mapping[str, TokenRows], batch: 
 
 
 def compress_model(context: RunContext) -> CompressedModel:
-    """Compress in place: linear layers to 4 bits, embedding and head to 8.
+    """Compress in place: linear layers by the method, embedding and head by round-to-nearest.
 
     Where the method calibrates, decoder blocks are compressed one by one, and those that an earlier session finished
     are restored. With --init_from the 4-bit weights of that run are taken over instead.
@@ -157,24 +156,26 @@ def compress_model(context: RunContext) -> CompressedModel:
     if context.compression.init_from is not None:
         return _take_over(context, context.compression.init_from)
     run, model, method = context.run, context.loaded.model, context.compression.method
-    layers = context.selection.int4
+    selection = context.selection
+    schemes = {name: selection.schemes[name] for name in selection.int4}
     with run.stage("compress"):
-        with bar(f"compress ({method})", len(layers), "now") as advance:
+        with bar(f"compress ({method})", len(schemes), "now") as advance:
 
             def progress(finished: int, text: str) -> None:
                 advance(finished, now=text)
                 run.save()  # a killed process keeps the seconds so far
 
-            result = pipeline.compress(model, layers, context.scheme, method, _calibration(context), progress)
-        rows = quantize_embeddings(model, context.selection.int8)
+            result = pipeline.compress(model, schemes, method, _calibration(context), progress)
+        rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.int8})
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
     run.save()
-    log.info("%s: %d linear layers quantized to 4 bits, %s to 8 bits", method, len(result.inits), ", ".join(rows))
+    log.info("%s: %s", method, describe(selection))
     for line in _error_lines(result):
         log.info(line)
+    hand_back_freed_memory()
     weights = {name: weight.to("cpu") for name, weight in rows.items()}
-    weights |= {name: init.quantized(context.scheme).to("cpu") for name, init in result.inits.items()}
+    weights |= {name: init.quantized(schemes[name]).to("cpu") for name, init in result.inits.items()}
     return CompressedModel(result.inits, weights)
 
 
@@ -263,11 +264,11 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
                 log.info("%s is not measured: %s; nybble eval %s measures it", name, slow, run.path / name)
                 continue
             exported = open_exported(run.path / name, EXPORTERS[name], "--export", options.trust_remote_code)
+            with runtime_errors(EXPORTERS[name].label, name):
+                measure_row(run, evaluator, name, exported, result.bytes)
         except ExportError as error:
             raise_if_interrupted()
             failed.append(error)
-            continue
-        measure_row(run, evaluator, name, exported, result.bytes)
     return failed
 
 
@@ -280,7 +281,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
     exporter, folder = EXPORTERS[name], run.path / name
     with run.stage(f"export {name}"), returning_freed_memory():
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
-        exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
+        exporter.check(checkpoint.config, checkpoint.selection)
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
             result = exporter.export(checkpoint, temporary)
@@ -288,17 +289,25 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         run.note_files(name)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(checkpoint.config)}
     log.info(
-        "%s: %d INT4 weights%s and %d INT8, %s; %s; %.1f MB",
-        exporter.label, result.int4_weights, "" if exporter.holds_codes else " (as values in 16 bits)",
-        result.int8_weights, _exactness(result), _logits_compared(result), result.bytes / 1e6,
+        "%s: %d linear layers%s, %d embeddings and heads, %s; %s; %.1f MB",
+        exporter.label, result.int4_weights, _held(exporter, result), result.int8_weights, _exactness(result),
+        _logits_compared(result), result.bytes / 1e6,
     )  # fmt: skip
     return result
+
+
+def _held(exporter: Exporter, result: ExportResult) -> str:
+    """How the format holds weights that it does not have the codes of, in brackets; "" if it has them."""
+    parts = [f"{count} weights of {words}" for words, count in result.widened.items()]
+    if not exporter.holds_codes:
+        parts.append("as values in 16 bits")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _exactness(result: ExportResult) -> str:
     if not result.rounded:
         return "all read back equal"
-    return f"INT4 weights read back equal, {', '.join(result.rounded)} within {max(result.rounded.values()):.1e}"
+    return f"all read back equal but {', '.join(result.rounded)}, within {max(result.rounded.values()):.1e}"
 
 
 def _logits_compared(result: ExportResult) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nybble.errors import ModelError, RunError
-from nybble.export.base import Exporter, check_formats, exporter_of
+from nybble.export.base import Exporter
+from nybble.export.checks import check_formats, exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions

@@ -112,9 +112,9 @@ def open_task_run(
     check_tasks(tuple(name for name in evaluation.eval_tasks if name != task.task), task.data_dir)
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
-    selection = plan.select(loaded, options.scheme.group_size)
+    selection = plan.select(loaded, options.scheme)
     adapters = options.training.trains_adapters
-    compression = plan.plan_compression(options.compression, loaded, selection, options.scheme.group_size, adapters)
+    compression = plan.plan_compression(options.compression, loaded, selection, adapters)
     data = _load_data(options, loaded, selection, custom)
     teacher = _load_teacher(options, loaded)
     text = _text(options, loaded, data, teacher)

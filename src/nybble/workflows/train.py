@@ -14,6 +14,7 @@ from torch import nn
 
 from nybble.callbacks import Callback, CallbackList
 from nybble.files import check_free_disk
+from nybble.models.schemes import num_scales
 from nybble.options.commands import TrainCommand
 from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
@@ -86,7 +87,7 @@ def plan_memory(
     setup = TrainingSetup(
         shapes=ModelShapes.of(planned.loaded.model, planned.selection.int4),
         rank=size.rank,
-        group_size=options.scheme.group_size,
+        num_scales=num_scales(planned.loaded.model, planned.selection),
         chunk_tokens=chunk_tokens(device),
         weight_copies=size.weight_copies,
         logits_bytes=plan.measured_logit_bytes(planned, tasks),
@@ -128,7 +129,7 @@ def insert_quantized_layers(context: RunContext, compressed: CompressedModel, ra
     """Replace the compressed layers by trainable ones: adapters inside the rounding, or fixed codes at rank 0."""
     model, layers = context.loaded.model, dict[str, QuantizedLinear]()
     if rank:
-        layers |= insert_fake_quant_layers(model, compressed.inits, context.scheme, rank, context.seed)
+        layers |= insert_fake_quant_layers(model, compressed.inits, context.selection.schemes, rank, context.seed)
     else:
         codes = {name: compressed.weights[name] for name in compressed.inits}
         layers |= insert_fixed_codes_layers(model, codes, context.seed)

@@ -58,7 +58,7 @@ def export(needs_llama_cpp: None, tmp_path_factory: pytest.TempPathFactory) -> C
         if key not in made:
             folder, exporter = tmp_path_factory.mktemp(family), EXPORTERS["gguf"]
             checkpoint = make_checkpoint(folder / "quantized", family, scheme, **CHANGES.get(family, {}) | changes)
-            exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
+            exporter.check(checkpoint.config, checkpoint.selection)
             (folder / "gguf").mkdir()
             made[key] = Exported(checkpoint, folder / "gguf", exporter.export(checkpoint, folder / "gguf"))
         return made[key]

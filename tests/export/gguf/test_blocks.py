@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nybble.export.base import EXPORTERS
 from nybble.export.gguf.blocks import block_type, from_blocks, row_bytes, to_blocks
 from nybble.quant.grid import min_max_qparams, quantize, round_scale
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -15,8 +16,17 @@ from nybble.quant.weight import QuantizedWeight
 
 SCHEMES = [
     *(QuantScheme(4, size, symmetric) for size in (32, 64, 128, None) for symmetric in (False, True)),
+    *(QuantScheme(bits, size, symmetric) for bits in (2, 3) for size in (32, None) for symmetric in (False, True)),
+    QuantScheme(8, 64, symmetric=True),
     INT8_PER_ROW,
 ]
+
+
+def in_blocks(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight as the format holds it."""
+    container = EXPORTERS["gguf"].container(weight.scheme, weight.codes_OI.shape[1], embedding=False)
+    assert container is not None
+    return weight.recoded(container)
 
 
 def make_weight(scheme: QuantScheme, rows: int = 5, columns: int = 256) -> QuantizedWeight:
@@ -54,7 +64,9 @@ def test_golden_bytes() -> None:
     assert asymmetric.tobytes() == bytes.fromhex(f"00 38 00 be {both}")  # f16: 0.5, -1.5
     symmetric = to_blocks(QuantizedWeight(codes, scale, zero * 0 + 8, QuantScheme(4, 32, symmetric=True)))
     assert symmetric.tobytes() == bytes.fromhex(f"00 38 {both}")
-    eight = QuantizedWeight(torch.arange(112, 144, dtype=torch.uint8)[None], scale, zero * 0 + 128, INT8_PER_ROW)
+    eight = QuantizedWeight(
+        torch.arange(112, 144, dtype=torch.uint8)[None], scale, zero * 0 + 128, QuantScheme(8, 32, symmetric=True)
+    )
     assert to_blocks(eight).tobytes() == b"\x00\x38" + bytes(range(240, 256)) + bytes(range(16))
 
 
@@ -63,16 +75,17 @@ def test_values_are_exact_and_codes_come_back(scheme: QuantScheme) -> None:
     gguf = pytest.importorskip("gguf", reason="the extra gguf")
     from gguf.quants import dequantize
 
-    weight, kind = make_weight(scheme), block_type(scheme)
-    data = to_blocks(weight)
+    weight = make_weight(scheme)
+    held = in_blocks(weight)
+    kind, data = block_type(held.scheme), to_blocks(held)
     assert data.shape == (5, row_bytes(kind, 256))
     assert [slow_values(row.tobytes(), kind) for row in data] == weight.dequantize().double().tolist()
     numbers = dequantize(data, gguf.GGMLQuantizationType[kind])
     assert np.array_equal(numbers, weight.dequantize().numpy())
-    read = from_blocks(data, kind, scheme.group_size)
-    assert read.scheme == scheme
+    read = from_blocks(data, kind)
+    assert read.scheme == held.scheme
     for name in ("codes_OI", "scale_OG", "zero_point_OG"):
-        assert torch.equal(getattr(read, name), getattr(weight, name)), name
+        assert torch.equal(getattr(read, name), getattr(held, name)), name
 
 
 def test_smallest_and_largest_scales() -> None:
@@ -88,5 +101,5 @@ def test_weights_of_a_real_distribution() -> None:
     scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
     codes_OI = quantize(weight_OI, scale_OG, zero_point_OG, scheme)
     weight = QuantizedWeight(codes_OI, scale_OG, zero_point_OG.byte(), scheme)
-    values = [slow_values(row.tobytes(), "Q4_1") for row in to_blocks(weight)]
+    values = [slow_values(row.tobytes(), "Q4_1") for row in to_blocks(in_blocks(weight))]
     assert torch.equal(torch.tensor(values), weight.dequantize())

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from nybble.errors import ExportError, OptionError
-from nybble.export.base import EXPORTERS, check_exportable
+from nybble.errors import ExportError
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import check_exportable
 from nybble.export.gguf import architectures, file, tensors
 from nybble.export.gguf.architectures import MODEL_TYPES
 from nybble.export.gguf.exporter import GGUFExporter
 from nybble.models.selection import LayerSelection
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 from tests.export.gguf.conftest import CHANGES, FAMILIES, LONG_ROPE, Exported
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tiny import make_config
@@ -137,7 +138,7 @@ def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(
 )
 def test_variants_of_families(family: str, changes: dict[str, Any], export: Callable[..., Exported]) -> None:
     exported = export(family, **changes)
-    symmetric = exported.checkpoint.scheme.symmetric
+    symmetric = exported.checkpoint.selection.schemes[exported.checkpoint.selection.int4[0]].symmetric
     if "query_pre_attn_scalar" not in changes:  # the norms hold the scale of the queries then
         kinds = {tensor.tensor_type.name for tensor in check_tensors(exported).tensors}
         assert kinds == {"F32", "Q8_0", "Q4_0" if symmetric else "Q4_1"}
@@ -148,12 +149,15 @@ def test_variants_of_families(family: str, changes: dict[str, Any], export: Call
 def test_fields_are_those_of_the_converter_of_llama_cpp(export: Callable[..., Exported]) -> None:
     from gguf import GGUFReader
 
-    reader = GGUFReader(export("gemma2").folder / "model.gguf")
+    exported = export("gemma2")
+    quantized = list(exported.checkpoint.shapes)
+    reader = GGUFReader(exported.folder / "model.gguf")
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith(("GGUF", "tok"))}
     assert fields.pop("gemma2.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
     assert fields == {
         "general.architecture": "gemma2", "general.type": "model", "general.file_type": 3,
-        "general.quantization_version": 2, "nybble.group_size": 32, "gemma2.context_length": 256,
+        "general.quantization_version": 2, "nybble.quantized": quantized,
+        "gemma2.context_length": 256,
         "gemma2.vocab_size": 260, "gemma2.embedding_length": 64, "gemma2.block_count": 2,
         "gemma2.feed_forward_length": 128, "gemma2.attention.head_count": 4, "gemma2.attention.head_count_kv": 2,
         "gemma2.attention.key_length": 32, "gemma2.attention.value_length": 32, "gemma2.rope.freq_base": 10000.0,
@@ -217,7 +221,7 @@ def test_the_comparison_of_logits_finds_faults(
     checkpoint = make_checkpoint(tmp_path / "quantized", family, **CHANGES.get(family, {}))
     monkeypatch.setattr(f"nybble.export.gguf.{place}", fault)
     (tmp_path / "gguf").mkdir()
-    EXPORTER.write(checkpoint, tmp_path / "gguf")
+    EXPORTER.write(EXPORTER.held(checkpoint), tmp_path / "gguf")
     with pytest.raises(ExportError, match=r"gguf must give the logits of torch within"):
         EXPORTER.compare_logits(checkpoint, tmp_path / "gguf")
 
@@ -255,31 +259,31 @@ def test_a_deployed_model_answers_with_8_bit_activations(family: str, export: Ca
 )  # fmt: skip
 def test_check_refuses_what_llama_cpp_does_not_compute(family: str, changes: dict[str, Any], found: str) -> None:
     with pytest.raises(ExportError, match="needs a model whose parts llama.cpp computes") as error:
-        EXPORTER.check(make_config(family, **changes), SELECTION, QuantScheme())
+        EXPORTER.check(make_config(family, **changes), SELECTION)
     assert found in str(error.value)
     assert str(error.value).endswith("; remove gguf from --export")
 
 
 def test_check_refuses_models_and_schemes_that_the_format_cannot_hold() -> None:
     config = make_config("smollm")
-    EXPORTER.check(config, SELECTION, QuantScheme(4, 96))
+    EXPORTER.check(config, SELECTION)
+    assert EXPORTER.container(QuantScheme(4, 96), 192, embedding=False) == QuantScheme(4, 32)
     with pytest.raises(ExportError, match=r"needs a model type of gemma2, .*, qwen3; got mamba; remove gguf from --ex"):
-        EXPORTER.check(SimpleNamespace(model_type="mamba"), SELECTION, QuantScheme())
-    with pytest.raises(OptionError, match="needs a --group_size that is a multiple of 32; got 48; choose 32, 64 or 12"):
-        EXPORTER.check(config, SELECTION, QuantScheme(4, 48))
-    with pytest.raises(OptionError, match="needs 4-bit codes; got uint8 symmetric per row; remove gguf"):
-        EXPORTER.check(config, SELECTION, INT8_PER_ROW)
+        EXPORTER.check(SimpleNamespace(model_type="mamba"), SELECTION)
+    assert EXPORTER.container(QuantScheme(4, 48), 96, embedding=False) is None
+    assert EXPORTER.container(QuantScheme(4, None), 96, embedding=False) == QuantScheme(4, 32)
+    assert EXPORTER.container(QuantScheme(3, 64), 128, embedding=False) == QuantScheme(4, 32, symmetric=True)
     with pytest.raises(
         ExportError, match="needs rows that are multiples of 32 weights; this model has rows of 80; rem"
     ):
-        EXPORTER.check(make_config("smollm", intermediate_size=80), SELECTION, QuantScheme(4, None))
+        EXPORTER.check(make_config("smollm", intermediate_size=80), SELECTION)
     with pytest.raises(ExportError, match="this model has a head that is not tied to the embedding"):
-        EXPORTER.check(make_config("gemma2"), LayerSelection((), (), tied=False), QuantScheme())
+        EXPORTER.check(make_config("gemma2"), LayerSelection((), (), tied=False))
 
 
 def test_limits_say_for_which_texts_a_file_is_right(caplog: pytest.LogCaptureFixture) -> None:
     long = {"sliding_window": 600, "max_position_embeddings": 1024}
-    check_exportable(["gguf"], make_config("mistral", **long), SELECTION, QuantScheme())
+    check_exportable(["gguf"], make_config("mistral", **long), SELECTION, {})
     assert "the GGUF export is right up to 600 tokens" in caplog.text
     assert EXPORTER.limits(make_config("mistral", sliding_window=256)) == ()  # as long as the context
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -292,7 +296,7 @@ def test_a_parameter_without_a_tensor_is_refused(export: Callable[..., Exported]
     checkpoint = export("smollm").checkpoint
     other = SimpleNamespace(
         config=checkpoint.config, shapes={}, others={"model.layers.0.new.weight": torch.ones(3)},
-        selection=checkpoint.selection, scheme=checkpoint.scheme,
+        selection=checkpoint.selection,
     )  # fmt: skip
     with pytest.raises(
         ExportError, match="a tensor of llama.cpp for every parameter; there is none for model.layers.0"
@@ -310,7 +314,7 @@ def test_a_disk_that_fills_is_one_line(
     with pytest.raises(
         ExportError, match=r"must be written to disk; it cannot be \(OSError: .*No space left on device"
     ):
-        EXPORTER.write(export("smollm").checkpoint, tmp_path)
+        EXPORTER.write(EXPORTER.held(export("smollm").checkpoint), tmp_path)
 
 
 def test_tensors_are_written_one_at_a_time(
@@ -326,7 +330,7 @@ def test_tensors_are_written_one_at_a_time(
     monkeypatch.setattr(
         gguf.GGUFWriter, "write_tensor_data", lambda self, data: order.append("w") or written(self, data)
     )
-    EXPORTER.write(export("smollm").checkpoint, tmp_path)
+    EXPORTER.write(EXPORTER.held(export("smollm").checkpoint), tmp_path)
     quantized = 15
     assert order[: 2 * quantized] == ["r", "w"] * quantized
     assert (tmp_path / "model.gguf").read_bytes() == (export("smollm").folder / "model.gguf").read_bytes()
@@ -334,10 +338,8 @@ def test_tensors_are_written_one_at_a_time(
 
 def test_a_file_of_another_program_is_refused(export: Callable[..., Exported], tmp_path: Path) -> None:
     content = (export("smollm").folder / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(content.replace(b"nybble.group_size", b"others.group_size"))
-    with pytest.raises(
-        ExportError, match="must be a GGUF file that nybble exported; it has no field nybble.group_size"
-    ):
+    (tmp_path / "model.gguf").write_bytes(content.replace(b"nybble.quantized", b"others.quantized"))
+    with pytest.raises(ExportError, match="must be a GGUF file that nybble exported; it has no field nybble.quantized"):
         EXPORTER.read_codes(tmp_path)
 
 
@@ -358,8 +360,8 @@ def test_a_tokenizer_without_a_pre_tokenizer_is_said(
 ) -> None:
     checkpoint = export("smollm").checkpoint
     with caplog.at_level(logging.WARNING):
-        EXPORTER.write(checkpoint, tmp_path)
+        EXPORTER.write(EXPORTER.held(checkpoint), tmp_path)
     assert caplog.text == ""
     monkeypatch.setattr("nybble.export.gguf.tokenizer.name_pre_tokenizer", lambda content: "default")
-    EXPORTER.write(checkpoint, tmp_path)
+    EXPORTER.write(EXPORTER.held(checkpoint), tmp_path)
     assert "llama.cpp has no pre-tokenizer that splits text as the tokenizer of this model does" in caplog.text

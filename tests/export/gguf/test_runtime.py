@@ -211,7 +211,7 @@ def test_eval_of_a_gguf_file_uses_transformers(
 ) -> None:
     tokenizer = byte_level_tokenizer(*BYTE_LEVEL["gpt-2"])
     checkpoint = save_checkpoint(tmp_path / "quantized", make_model("smollm", vocab_size=602), tokenizer=tokenizer)
-    EXPORTERS["gguf"].write(checkpoint, tmp_path)
+    EXPORTERS["gguf"].write(EXPORTERS["gguf"].held(checkpoint), tmp_path)
     monkeypatch.setattr(runtime.LlamaCppModel, "__init__", None)
     command = ["eval", str(tmp_path / "model.gguf"), "--data", "python-docs", "--seq_len", "64"]
     assert main([*command, "--num_samples", "2", "--eval_tasks", "none", "--dtype", "float32"]) == 0

@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError
-from nybble.export.base import EXPORTERS, exporter_of
-from nybble.export.hf import HFExporter
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
+from nybble.models.linearize import linearize
 from nybble.quant.scheme import QuantScheme
+from tests.helpers.causal_types import tiny_model
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.exports import (
     Export,
     check_logits_and_greedy_tokens,
@@ -20,7 +24,7 @@ from tests.helpers.exports import (
     slow_values,
 )
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
-from tests.helpers.tiny import FAMILIES, make_config, save_model
+from tests.helpers.tiny import FAMILIES, save_model
 
 HF = EXPORTERS["hf"]
 
@@ -97,17 +101,25 @@ def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
     assert exporter_of(save_model(tmp_path / "other", "smollm", num_hidden_layers=1)) is None
 
 
+def test_conv1d_layers_are_written_as_transformers_has_them(tmp_path: Path) -> None:
+    model = linearize(tiny_model("gpt2"))
+    exported = export_checkpoint("hf", save_checkpoint(tmp_path / "quantized", model), tmp_path / "hf")
+    reloaded, ids = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32), torch.arange(9)[None]
+    for name in exported.checkpoint.selection.int4:
+        expected = exported.checkpoint.quantized[name].dequantize()
+        assert isinstance(reloaded.get_submodule(name), Conv1D)
+        assert torch.equal(reloaded.get_submodule(name).weight.T, expected)
+        assert torch.equal(HF.read_weights(exported.folder)[name], expected)
+    torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)  # the head is rounded
+
+
 def test_code_that_comes_with_a_model_is_refused(tmp_path: Path) -> None:
     exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
     config, selection = exported.checkpoint.config, exported.checkpoint.selection
-    HF.check(config, selection, QuantScheme())
+    HF.check(config, selection)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="hf needs a model whose code is in transformers; llama .*; remove hf from"):
-        HF.check(config, selection, QuantScheme())
-
-
-def test_the_tested_families_are_those_of_this_file() -> None:
-    assert HFExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
+        HF.check(config, selection)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.export.mlx import families
 from nybble.models.selection import LayerSelection
-from nybble.quant.scheme import QuantScheme
 from tests.helpers.tiny import FAMILIES, make_config
 
 pytest.importorskip("mlx_lm", reason="the extra mlx")
@@ -31,7 +30,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
 def test_models_that_mlx_lm_computes_otherwise_are_refused(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=f"an export to MLX needs .*{message}.*; remove mlx from --export"):
-        MLX.check(make_config(family, **changes), NONE_SELECTED, QuantScheme())
+        MLX.check(make_config(family, **changes), NONE_SELECTED)
 
 
 def test_a_model_type_without_code_is_refused() -> None:

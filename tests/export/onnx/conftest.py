@@ -63,7 +63,7 @@ def export(needs_onnx: None, tmp_path_factory: pytest.TempPathFactory) -> Export
             return done[family]
         folder = tmp_path_factory.mktemp("onnx")
         checkpoint = make_checkpoint(tmp_path_factory.mktemp("run") / "quantized", family, scheme, **changes)
-        EXPORTER.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
+        EXPORTER.check(checkpoint.config, checkpoint.selection)
         exported = Exported(checkpoint, folder, EXPORTER.export(checkpoint, folder))
         if not changes and scheme is None:
             done[family] = exported

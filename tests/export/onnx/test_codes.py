@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from nybble.export.onnx import codes as module
-from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, block_size, lazy_initializers, module_of
+from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, lazy_initializers, module_of
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.export.onnx.conftest import EXPORTER, Export
+from tests.helpers.exports import check_codes
 from tests.helpers.tiny import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("needs_onnx")
@@ -24,7 +25,10 @@ WEIGHT = QuantizedWeight(
     QuantScheme(group_size=16),
 )
 ROW = QuantizedWeight(
-    torch.arange(96, 128, dtype=torch.uint8)[None], torch.tensor([[0.5]]), torch.tensor([[128]]).byte(), INT8_PER_ROW
+    torch.arange(96, 128, dtype=torch.uint8)[None],
+    torch.tensor([[0.5]]),
+    torch.tensor([[128]]).byte(),
+    QuantScheme(8, 32, symmetric=True),
 )
 
 
@@ -58,11 +62,11 @@ def test_a_symmetric_scheme_needs_no_zero_points() -> None:
     assert initializers(weight).keys() == {CODES, SCALES}
 
 
-def test_a_row_with_one_scale_has_the_largest_blocks_that_fit() -> None:
-    assert [block_size(INT8_PER_ROW, columns) for columns in (16, 48, 64, 576, 2048, 2304)] == [
-        16, 16, 64, 64, 256, 256,
-    ]  # fmt: skip
-    assert block_size(QuantScheme(group_size=32), 2048) == 32
+@pytest.mark.parametrize(("columns", "block"), [(16, 16), (48, 16), (64, 64), (576, 64), (2048, 256), (2304, 256)])
+def test_a_row_with_one_scale_has_the_largest_blocks_that_fit(columns: int, block: int) -> None:
+    assert EXPORTER.container(INT8_PER_ROW, columns, embedding=True) == QuantScheme(8, block, symmetric=True)
+    assert EXPORTER.container(QuantScheme(4, None), columns, embedding=False) == QuantScheme(4, block)
+    assert EXPORTER.container(QuantScheme(4, 16), columns, embedding=False) == QuantScheme(4, 16)
 
 
 def test_parts_have_the_name_of_their_rows() -> None:
@@ -123,8 +127,9 @@ def test_the_operator_computes_exactly_the_weights_of_the_codes(group_size: int,
 @pytest.mark.parametrize("columns", [48, 96, 256])
 def test_the_operators_compute_exactly_the_weights_of_embedding_and_head(columns: int) -> None:
     weight = random_weight(7, columns, INT8_PER_ROW)
+    container = EXPORTER.container(INT8_PER_ROW, columns, embedding=True)
+    weight, block = weight.recoded(container), container.group_size
     tensors = {leaf: tensor.numpy() for leaf, tensor in initializers(weight).items()}
-    block = block_size(INT8_PER_ROW, columns)
     assert torch.equal(product_with_identity(tensors, columns, 7, 8, block), weight.dequantize())
     assert torch.equal(looked_up(tensors, 7, block), weight.dequantize())
 
@@ -165,17 +170,11 @@ def test_the_operators_compute_the_weights_of_a_saved_model(family: str, export:
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_codes_scales_and_zero_points_read_back(family: str, export: Export) -> None:
-    exported = export(family)
-    read = EXPORTER.read_codes(exported.folder)
-    assert read.keys() == exported.checkpoint.quantized.keys()
-    for name, weight in exported.checkpoint.quantized.items():
-        assert torch.equal(read[name].codes_OI, weight.codes_OI)
-        assert torch.equal(read[name].scale_OG, weight.scale_OG)
-        assert torch.equal(read[name].zero_point_OG, weight.zero_point_OG)
-        assert read[name].scheme == weight.scheme
+    check_codes(EXPORTER, export(family))
 
 
 def test_scales_that_differ_within_a_row_are_not_read_as_one() -> None:
     codes, scales = torch.zeros(2, 2, 16, dtype=torch.uint8), torch.tensor([[1.0, 1.0], [1.0, 2.0]])
-    assert module._unpack({CODES: codes, SCALES: scales}, 8).scale_OG.shape == (2, 2)
-    assert module._unpack({CODES: codes, SCALES: torch.ones(2, 2)}, 8).scale_OG.shape == (2, 1)
+    read = module._unpack({CODES: codes, SCALES: scales}, 8)
+    assert read.scale_OG.tolist() == scales.tolist()
+    assert read.scheme == QuantScheme(8, 16, symmetric=True)

@@ -44,21 +44,36 @@ def test_group_sizes(group_size: int, symmetric: bool, export: Export) -> None:
     exported = export("qwen2", scheme, hidden_size=128, num_hidden_layers=1)
     assert (exported.result.logit_difference or 0) <= 1e-5
     read = EXPORTER.read_codes(exported.folder)
-    assert {weight.scheme for weight in read.values()} == {scheme, INT8_PER_ROW}
+    assert {weight.scheme for weight in read.values()} == {scheme, QuantScheme(8, 128, symmetric=True)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_accepts_the_tested_families(family: str) -> None:
-    EXPORTER.check(make_config(family), SELECTION, QuantScheme())
+    EXPORTER.check(make_config(family), SELECTION)
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(group_size=size) for size in (None, 8, 24, 48, 512)] + [INT8_PER_ROW], ids=str
+    ("scheme", "container"),
+    [
+        (QuantScheme(4, 8), None),
+        (QuantScheme(4, 24), None),
+        (QuantScheme(4, 48), QuantScheme(4, 16)),
+        (QuantScheme(4, 512), QuantScheme(4, 256)),
+        (QuantScheme(4, None), QuantScheme(4, 256)),
+        (QuantScheme(2, 32), QuantScheme(4, 32, symmetric=True)),
+        (QuantScheme(8, 512, symmetric=True), QuantScheme(8, 256, symmetric=True)),
+    ],
+    ids=str,
 )
-def test_check_refuses_group_sizes_that_the_operator_does_not_have(scheme: QuantScheme) -> None:
-    sizes = "16, 32, 64, 128, 256"
-    with pytest.raises(OptionError, match=rf"--group_size of {sizes}; got {scheme}; choose one of them, or remove"):
-        EXPORTER.check(make_config("llama"), SELECTION, scheme)
+def test_groups_that_the_operator_does_not_have_are_split(scheme: QuantScheme, container: QuantScheme | None) -> None:
+    assert EXPORTER.container(scheme, 1536, embedding=False) == container
+
+
+def test_an_embedding_has_8_bits_and_is_not_left_out() -> None:
+    assert EXPORTER.container(QuantScheme(4, 64), 128, embedding=True) == QuantScheme(8, 64, symmetric=True)
+    head_only = LayerSelection(("a",), ("lm_head",), tied=False, schemes={"a": QuantScheme(), "lm_head": INT8_PER_ROW})
+    with pytest.raises(OptionError, match="needs a quantized embedding and head; --ignore leaves one in 16 bits; remo"):
+        EXPORTER.check(make_config("llama"), head_only)
 
 
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -81,13 +96,13 @@ _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 def test_check_refuses_what_the_operators_cannot_compute(family: str, changes: dict[str, Any], message: str) -> None:
     config = SimpleNamespace(**make_config(family).to_dict() | changes)
     with pytest.raises(ExportError, match=rf"an export to ONNX needs .*{message}.*; remove onnx from --export"):
-        EXPORTER.check(config, SELECTION, QuantScheme())
+        EXPORTER.check(config, SELECTION)
 
 
 def test_check_refuses_other_model_types_by_name() -> None:
     config = SimpleNamespace(model_type="mamba")
     with pytest.raises(ExportError, match="model types gemma2, gemma3_text, llama, .*; mamba has another type; remove"):
-        EXPORTER.check(config, SELECTION, QuantScheme())
+        EXPORTER.check(config, SELECTION)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_nothing_is_dequantized_or_printed(
 
     monkeypatch.setattr(QuantizedWeight, "dequantize", dequantize)
     capfd.readouterr()
-    EXPORTER.write(checkpoint, tmp_path)
+    EXPORTER.write(EXPORTER.held(checkpoint), tmp_path)
     assert capfd.readouterr() == ("", "")
     assert {file.name for file in tmp_path.iterdir()} == {
         "quantized", "model.onnx", "model.onnx.data", "genai_config.json",
@@ -194,7 +194,7 @@ def test_genai_config_says_what_the_model_says(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "quantized", "gemma3")
     settings = {"eos_token_id": [257, 258], "do_sample": True, "temperature": 0.6, "top_k": 20}
     (checkpoint.folder / "generation_config.json").write_text(json.dumps(settings))
-    EXPORTER.write(checkpoint, tmp_path)
+    EXPORTER.write(EXPORTER.held(checkpoint), tmp_path)
     config = json.loads((tmp_path / "genai_config.json").read_text())
     model = config["model"]
     assert (model["type"], model["context_length"], model["vocab_size"]) == ("gemma3_text", 256, 260)
@@ -210,14 +210,14 @@ def test_a_model_that_the_builder_does_not_accept_is_refused(tmp_path: Path, mon
 
     monkeypatch.setattr(module, "_make_builder", fail)
     with pytest.raises(ExportError, match=r"genai accepts; llama is not accepted \(NotImplementedError: no way\); rem"):
-        EXPORTER.write(make_checkpoint(tmp_path / "quantized", "llama"), tmp_path)
+        EXPORTER.write(EXPORTER.held(make_checkpoint(tmp_path / "quantized", "llama")), tmp_path)
 
 
 def test_a_layer_that_the_graph_does_not_use_is_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "quantized", "llama")
     more = replace(checkpoint, shapes={**checkpoint.shapes, "model.other": (32, 32)})
     with pytest.raises(ExportError, match=r"it does not use 1 of 17 \(first: model.other\); remove onnx from --export"):
-        EXPORTER.write(more, tmp_path)
+        EXPORTER.write(EXPORTER.held(more), tmp_path)
 
 
 @pytest.mark.parametrize("disk", SMALL_DISKS)
@@ -227,7 +227,7 @@ def test_a_disk_that_fills_is_one_line(disk: str, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     with SMALL_DISKS[disk](folder, 65536), reporting_full_disk(folder):  # noqa: SIM117
         with pytest.raises(ExportError, match=r"run must be written to disk; it cannot be \(OSError: .* free; free so"):
-            EXPORTER.write(checkpoint, folder)
+            EXPORTER.write(EXPORTER.held(checkpoint), folder)
 
 
 def test_a_symmetric_scheme_writes_no_zero_points(export: Export) -> None:

@@ -1,7 +1,9 @@
 """Codes in OpenVINO graphs: bytes, values and round trips."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.openvino.constants import insert_codes, read_constants
+from nybble.export.openvino.experts import GraphWeight
+from nybble.export.openvino.runtime import core
 from nybble.export.openvino.trace import TracedModel
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
@@ -27,7 +31,8 @@ def traced_with(**weights: Tensor) -> TracedModel:
 
     parameters = {name: op.parameter(list(weight_OI.shape), ov.Type.f32) for name, weight_OI in weights.items()}
     results = [op.result(parameter) for parameter in parameters.values()]
-    return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters)
+    sources = {name: GraphWeight(tuple(weight.shape), (name,), (0, len(weight))) for name, weight in weights.items()}
+    return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters, sources)
 
 
 def quantize_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> QuantizedWeight:
@@ -41,7 +46,7 @@ def saved_bytes(weight: QuantizedWeight, folder: Path) -> bytes:
     import openvino as ov
 
     traced = traced_with(a=torch.zeros(weight.codes_OI.shape))
-    insert_codes(traced, {"a": weight})
+    insert_codes(traced, {"a": weight}, ["a"])
     ov.save_model(traced.graph, folder / "model.xml", compress_to_fp16=False)
     return (folder / "model.bin").read_bytes()
 
@@ -81,6 +86,26 @@ def test_4_bit_weights_round_trip_and_have_their_values(rows: int, groups: int, 
     check_round_trip(weight_OI, QuantScheme(group_size=group_size))
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    bits=st.sampled_from([4, 8]),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from([2, 6, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_symmetric_weights_are_signed_and_have_no_zero_points(
+    rows: int, bits: int, groups: int, group_size: int, seed: int
+) -> None:
+    weight_OI = torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(seed))
+    scheme = QuantScheme(bits, None if groups == 1 else group_size, symmetric=True)
+    graph = check_round_trip(weight_OI, scheme, embeddings=())
+    constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
+    assert constants["a.codes"].get_element_type().get_type_name() == f"i{bits}"
+    assert "a.zero_point" not in constants
+    assert [node.get_type_name() for node in graph.get_ops()].count("Subtract") == 0
+
+
 @settings(max_examples=5, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 9), seed=st.integers(0, 2**16))
 def test_8_bit_weights_round_trip_and_have_their_values(rows: int, columns: int, seed: int) -> None:
@@ -88,29 +113,28 @@ def test_8_bit_weights_round_trip_and_have_their_values(rows: int, columns: int,
     check_round_trip(weight_OI, INT8_PER_ROW)
 
 
-def check_round_trip(weight_OI: Tensor, scheme: QuantScheme) -> None:
+def check_round_trip(weight_OI: Tensor, scheme: QuantScheme, embeddings: Sequence[str] = ("a",)) -> Any:
     """Read the codes back, and let OpenVINO compute the dequantized weight, which must be equal to the bit."""
-    import openvino as ov
 
     quantized = {"a": quantize_to_nearest(weight_OI, scheme)}
     traced = traced_with(a=weight_OI)
-    insert_codes(traced, quantized)
+    insert_codes(traced, quantized, embeddings)
     assert traced.graph.inputs == []
     read = read_constants(traced.graph)
     for field in fields(QuantizedWeight):
         written_field, read_field = (getattr(weight, field.name) for weight in (quantized["a"], read["a"]))
         assert torch.equal(written_field, read_field) if field.name != "scheme" else written_field == read_field
-    outputs = ov.Core().compile_model(traced.graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
+    outputs = core().compile_model(traced.graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})
     assert torch.equal(torch.from_numpy(outputs[0]), quantized["a"].dequantize())
+    return traced.graph
 
 
 def test_the_graph_of_a_model_has_compressed_types(exported: Exported) -> None:
     """OpenVINO runs compressed matrix products on constants of these types and shapes."""
-    import openvino as ov
 
     nodes = {
         node.get_friendly_name(): (node.get_element_type().get_type_name(), list(node.shape))
-        for node in ov.Core().read_model(exported.folder / "openvino_model.xml").get_ops()
+        for node in core().read_model(exported.folder / "openvino_model.xml").get_ops()
         if node.get_type_name() == "Constant"
     }
     name = "model.layers.1.mlp.down_proj"

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
-from nybble.errors import ExportError, OptionError
+from nybble.errors import ExportError
 from nybble.export.openvino import exporter as module
 from nybble.export.openvino.exporter import OpenVINOExporter
 from nybble.models.selection import LayerSelection
@@ -32,14 +33,14 @@ def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
         "tokenizer.json",
     }
     assert exported.result.rounded == {}
-    assert EXPORTER.compare_weights(exported.checkpoint.quantized, exported.folder) == {}
+    assert EXPORTER.compare_weights(EXPORTER.held(exported.checkpoint).quantized, exported.folder) == {}
     assert EXPORTER.recognizes(exported.folder)
     assert not EXPORTER.recognizes(exported.folder.parent)
 
 
 def test_equal_models_have_equal_files(exported: Exported, tmp_path: Path) -> None:
     """OpenVINO numbers nodes per process; a resumed run must end with the same bytes."""
-    EXPORTER.write(exported.checkpoint, tmp_path)
+    EXPORTER.write(EXPORTER.held(exported.checkpoint), tmp_path)
     for name in ("openvino_model.xml", "openvino_model.bin"):
         assert (tmp_path / name).read_bytes() == (exported.folder / name).read_bytes(), name
 
@@ -47,13 +48,13 @@ def test_equal_models_have_equal_files(exported: Exported, tmp_path: Path) -> No
 def test_a_strict_model_computes_in_float32_and_a_deployed_one_as_openvino_decides(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino, properties = pytest.importorskip("openvino"), []
+    properties: list[Any] = []
     core = SimpleNamespace(
         compile_model=lambda path, device, options: (
             properties.append((device, options)) or SimpleNamespace(create_infer_request=lambda: None)
         )
     )
-    monkeypatch.setattr(openvino, "Core", lambda: core)
+    monkeypatch.setattr("nybble.export.openvino.runtime.core", lambda: core)
     for strict in (True, False):
         EXPORTER.open_model(exported.folder, exported.model.config, strict)
     float32 = {
@@ -74,30 +75,41 @@ def test_the_tokenizer_of_an_export_gives_the_same_tokens(exported: Exported) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_accepts_the_tested_families(family: str) -> None:
-    EXPORTER.check(make_config(family), SELECTION, QuantScheme())
+    EXPORTER.check(make_config(family), SELECTION)
 
 
-def test_check_refuses_layers_without_a_known_mask() -> None:
-    config = SimpleNamespace(model_type="hybrid", layer_types=["full_attention", "mamba", "linear_attention"])
-    with pytest.raises(ExportError, match=r"; hybrid has linear_attention, mamba; remove openvino from --export"):
-        EXPORTER.check(config, SELECTION, QuantScheme())
+def test_check_refuses_layers_that_keep_something_else() -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2, layer_types=["full_attention", "indexed_attention"])
+    with pytest.raises(
+        ExportError, match=r"convolution states or recurrent states; llama has DynamicIndexedLayer; rem"
+    ):
+        EXPORTER.check(config, SELECTION)
 
 
-def test_check_refuses_codes_that_do_not_have_4_bits() -> None:
-    with pytest.raises(OptionError, match="needs 4-bit codes; got uint8 symmetric per row; remove openvino"):
-        EXPORTER.check(make_config("llama"), SELECTION, INT8_PER_ROW)
+def test_check_refuses_models_without_a_cache() -> None:
+    config = CONFIG_MAPPING["llama"]()
+    config.layer_types = ["unknown"]
+    with pytest.raises(
+        ExportError, match=r"transformers makes none for llama \(KeyError: 'unknown'\); remove openvino"
+    ):
+        EXPORTER.check(config, SELECTION)
 
 
-@pytest.mark.parametrize("group_size", [1, 5, 33])
-def test_check_refuses_odd_groups(group_size: int) -> None:
-    with pytest.raises(OptionError, match=rf"needs an even --group_size; got {group_size}; choose an even one"):
-        EXPORTER.check(make_config("llama"), SELECTION, QuantScheme(group_size=group_size))
-
-
-def test_check_refuses_models_without_attention() -> None:
-    config = SimpleNamespace(model_type="mamba")
-    with pytest.raises(ExportError, match="sliding-window attention; mamba has no attention heads; remove openvino"):
-        EXPORTER.check(config, SELECTION, QuantScheme(group_size=32))
+@pytest.mark.parametrize(
+    ("scheme", "container"),
+    [
+        (QuantScheme(4, 33), None),
+        (QuantScheme(4, 6), QuantScheme(4, 6)),
+        (QuantScheme(4, None), QuantScheme(4, None)),
+        (QuantScheme(3, 64), QuantScheme(4, 64, symmetric=True)),
+        (QuantScheme(2, None), QuantScheme(4, None, symmetric=True)),
+        (QuantScheme(8, 33, symmetric=True), QuantScheme(8, 33, symmetric=True)),
+        (INT8_PER_ROW, INT8_PER_ROW),
+    ],
+    ids=str,
+)
+def test_codes_have_4_or_8_bits_and_4_bit_groups_are_even(scheme: QuantScheme, container: QuantScheme | None) -> None:
+    assert EXPORTER.container(scheme, 66, embedding=False) == container
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """OpenVINOModel compared with the torch model from which it was exported."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,26 @@ def test_forward_outside_of_generation_does_not_use_the_state(exported: Exported
     assert logits.shape == (1, 6, 260)
     with torch.no_grad():
         torch.testing.assert_close(logits, exported.model(ids).logits, rtol=0, atol=1e-3)
+
+
+SIGNAL = """
+import signal, sys
+from pathlib import Path
+from transformers import AutoConfig
+from nybble.export.openvino.runtime import OpenVINOModel
+models = [OpenVINOModel(Path(sys.argv[1]), AutoConfig.from_pretrained(Path(sys.argv[1]).parent), {}) for _ in range(2)]
+del models[0]
+models.clear()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.mark.slow  # a process of its own, which it could end
+def test_a_signal_after_two_models_is_handled(exported: Exported) -> None:
+    path = exported.folder / "openvino_model.xml"
+    answer = subprocess.run([sys.executable, "-c", SIGNAL, str(path)], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout.splitlines()[-1:]) == (0, ["handled"])
 
 
 def test_it_is_a_float32_model_on_the_cpu(runtime: Any) -> None:

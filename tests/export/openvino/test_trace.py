@@ -1,25 +1,21 @@
-"""Graphs with past keys and values as state: ports, masks, rotary embeddings."""
+"""Graphs with past keys and values as state: ports, rotary embeddings."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.openvino import trace
+from nybble.export.openvino.runtime import core
+from nybble.export.openvino.states import find_states
 from tests.export.openvino.conftest import Exported
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tiny import make_model
 
-LOWEST = torch.finfo(torch.float32).min
-
 
 def test_inputs_outputs_and_state_have_the_names_of_optimum_intel(exported: Exported) -> None:
-    openvino = pytest.importorskip("openvino")
-    graph = openvino.Core().read_model(exported.folder / "openvino_model.xml")
+    graph = core().read_model(exported.folder / "openvino_model.xml")
     inputs = {port.any_name: (str(port.partial_shape), port.element_type.get_type_name()) for port in graph.inputs}
     assert inputs == {
         "input_ids": ("[?,?]", "i64"),
@@ -43,7 +39,7 @@ def test_inputs_outputs_and_state_have_the_names_of_optimum_intel(exported: Expo
 @pytest.mark.usefixtures("needs_openvino")
 def test_attention_gets_float_masks(tmp_path: Path) -> None:
     """OpenVINO is slow with boolean masks."""
-    graph, weights = trace.trace_model(make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1))
+    graph, weights, _ = trace.trace_model(make_checkpoint(tmp_path / "quantized", "llama", num_hidden_layers=1))
     assert len(weights) == 9
     assert all(node.output(0).get_target_inputs() for node in weights.values())
     masks = [
@@ -54,42 +50,10 @@ def test_attention_gets_float_masks(tmp_path: Path) -> None:
     assert masks == ["f32"]
 
 
-def masks(attention_mask: Tensor, queries: int, **config: Any) -> Any:
-    """The masks of a wrapped model with this configuration."""
-    ids = torch.zeros(len(attention_mask), queries, dtype=torch.int64)
-    wrapped = trace._ModelWithPast(SimpleNamespace(num_hidden_layers=2, **config), ())
-    return wrapped._masks(ids, attention_mask)
-
-
-def slow_mask(attention_mask: Tensor, queries: int, window: int | None) -> Tensor:
-    """A token attends to tokens that are not padding, not later and inside the window, and always to itself."""
-    batch, keys = attention_mask.shape
-    mask = torch.full((batch, 1, queries, keys), LOWEST)
-    for b in range(batch):
-        for t in range(queries):
-            position = keys - queries + t
-            for s in range(position + 1):
-                if s == position or (attention_mask[b, s] and (window is None or s > position - window)):
-                    mask[b, 0, t, s] = 0.0
-    return mask
-
-
-@pytest.mark.parametrize("queries", [1, 3, 7])
-def test_masks_are_those_of_a_slow_loop(queries: int) -> None:
-    attention_mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
-    full, sliding = (slow_mask(attention_mask, queries, window) for window in (None, 3))
-    assert torch.equal(masks(attention_mask, queries), full)
-    assert torch.equal(masks(attention_mask, queries, sliding_window=3), sliding)
-    named = masks(attention_mask, queries, sliding_window=3, layer_types=["full_attention", "sliding_attention"])
-    assert named.keys() == {"full_attention", "sliding_attention"}
-    assert torch.equal(named["full_attention"], full)
-    assert torch.equal(named["sliding_attention"], sliding)
-
-
 def test_the_wrapped_model_continues_from_past_keys_and_values() -> None:
     model = make_model("llama", num_hidden_layers=1)
     wrapped, ids = trace._ModelWithPast(model.config, ()), torch.randint(0, 256, (2, 7))
-    wrapped.model = model
+    wrapped.model, wrapped.states = model, find_states(model, "past_key_values")
     empty = [torch.zeros(2, 2, 0, 16)] * 2
     beam = torch.arange(2)
     with torch.no_grad():
@@ -115,7 +79,7 @@ def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         ExportError, match=r"LlamaForCausalLM cannot be traced \(KeyError: 'mamba .*\); remove"
     ) as error:
-        trace._convert(checkpoint, heads=2, head_size=16)
+        trace._convert(checkpoint)
     assert len(str(error.value)) < 450
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError
-from nybble.export.base import EXPORTERS, exporter_of
+from nybble.export.base import EXPORTERS
+from nybble.export.checks import exporter_of
 from nybble.export.safetensors_writer import read_metadata
-from nybble.export.vllm import VLLMExporter
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.exports import (
@@ -25,7 +25,7 @@ from tests.helpers.exports import (
     slow_values,
 )
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
-from tests.helpers.tiny import FAMILIES, make_config, save_model
+from tests.helpers.tiny import FAMILIES, save_model
 
 pytest.importorskip("compressed_tensors", reason="the extra vllm")
 VLLM = EXPORTERS["vllm"]
@@ -110,7 +110,7 @@ def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symm
     assert not [name for name in others if "zero_point" in name], "a symmetric scheme stores no zero points"
     codes = VLLM.read_codes(exported.folder)
     assert {weight.scheme for weight in codes.values()} == {scheme}
-    VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
+    VLLM.compare_weights(VLLM.held(exported.checkpoint).quantized, exported.folder)
 
 
 def test_a_changed_code_is_found(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_changed_code_is_found(tmp_path: Path) -> None:
         changed = tensors | {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] + 1}
         save_file(changed, path, read_metadata(exported.folder))
         with pytest.raises(ExportError, match=f"the {message} of {name} read back differently"):
-            VLLM.compare_weights(exported.checkpoint.quantized, exported.folder)
+            VLLM.compare_weights(VLLM.held(exported.checkpoint).quantized, exported.folder)
         save_file(tensors, path, read_metadata(exported.folder))
 
 
@@ -133,11 +133,11 @@ def test_only_nybbles_folders_are_recognized(tmp_path: Path) -> None:
 
 def test_schemes_without_a_kernel_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "quantized", "smollm", num_hidden_layers=1)
-    check_group_sizes(VLLM, checkpoint, "vLLM")
+    check_group_sizes(VLLM, VLLM.label)
     config, selection = checkpoint.config, checkpoint.selection
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     with pytest.raises(ExportError, match="vllm needs a model whose code is in transformers; llama .*; remove vllm"):
-        VLLM.check(config, selection, QuantScheme())
+        VLLM.check(config, selection)
 
 
 def test_rows_that_vllm_cannot_split_are_refused(tmp_path: Path) -> None:
@@ -156,10 +156,6 @@ def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Exp
     assert model.dtype == (torch.float32 if gemma else torch.float16)
     assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert len(VLLM.limits(config)) == (1 if gemma else 0)
-
-
-def test_the_tested_families_are_those_of_this_file() -> None:
-    assert VLLMExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ A row of I weights is a sequence of I / 32 blocks. All numbers are little endian
     Q4_0   18 bytes   f16 d, 16 bytes of codes           w = d * (code - 8)  d = scale, zero point 8
     Q8_0   34 bytes   f16 d, 32 signed bytes             w = d * byte        d = scale, byte = code - 128
 
-Byte i of 4-bit codes holds code i in its low nibble and code i + 16 in its high nibble. A group of K weights is K / 32
-blocks with the same d and m. scale and scale * zero point are exact in f16 (grid.py), and d * code + m has no rounding
-in float32, so a reader gets the same weights to the last bit.
+Byte i of 4-bit codes holds code i in its low nibble and code i + 16 in its high nibble. A group is one block. scale and
+scale * zero point are exact in f16 (grid.py), and d * code + m has no rounding in float32, so a reader gets the same
+weights to the last bit.
 
 Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c
 """
@@ -18,9 +18,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 BLOCK = 32
@@ -52,7 +51,7 @@ def to_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:
     """Write a weight as blocks.
 
     Args:
-        weight: its scheme is INT8_PER_ROW, or has 4 bits and groups of a multiple of 32 weights.
+        weight: 4 bits, or 8 bits and symmetric; groups of 32 weights.
 
     Returns:
         uint8 [O, bytes of a row].
@@ -61,44 +60,37 @@ def to_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:
     codes_OBK = weight.codes_OI.unflatten(1, (-1, BLOCK)).numpy()  # type: ignore[no-untyped-call]
     rows, count, _ = codes_OBK.shape
     blocks_OB = np.empty((rows, count), _DTYPES[kind])
-    blocks_OB["d"] = _per_block(weight.scale_OG, count)
+    blocks_OB["d"] = weight.scale_OG.numpy()
     if kind == "Q8_0":
         blocks_OB["codes"] = codes_OBK ^ _SIGN
     else:
         blocks_OB["codes"] = codes_OBK[..., :_HALF] | codes_OBK[..., _HALF:] << 4
     if kind == "Q4_1":
-        blocks_OB["m"] = _per_block(-weight.scale_OG * weight.zero_point_OG, count)
+        blocks_OB["m"] = (-weight.scale_OG * weight.zero_point_OG).numpy()
     return blocks_OB.view(np.uint8).reshape(rows, -1)
 
 
-def from_blocks(data: NDArray[np.uint8], kind: str, group_size: int | None) -> QuantizedWeight:
+def from_blocks(data: NDArray[np.uint8], kind: str) -> QuantizedWeight:
     """Read codes, scales and zero points of blocks.
 
     Args:
         data: uint8 [O, bytes of a row].
         kind: type of the blocks: Q4_0, Q4_1 or Q8_0.
-        group_size: weights in a group of 4-bit codes; None for a whole row.
 
     Returns:
-        The weight.
+        The weight, in groups of 32.
     """
     blocks_OB = np.ascontiguousarray(data).view(_DTYPES[kind])
-    rows, count = blocks_OB.shape
+    rows = len(blocks_OB)
     codes_OBK = blocks_OB["codes"]
     if kind == "Q8_0":
-        codes_OBK, scheme = codes_OBK ^ _SIGN, INT8_PER_ROW
+        codes_OBK, scheme = codes_OBK ^ _SIGN, QuantScheme(8, BLOCK, symmetric=True)
     else:
         codes_OBK = np.concatenate([codes_OBK & np.uint8(0xF), codes_OBK >> np.uint8(4)], axis=2)
-        scheme = QuantScheme(4, group_size, symmetric=kind == "Q4_0")
-    first_OG = blocks_OB[:, :: count // scheme.num_groups(count * BLOCK)]
-    scale_OG = torch.from_numpy(first_OG["d"].astype(np.float32))
+        scheme = QuantScheme(4, BLOCK, symmetric=kind == "Q4_0")
+    scale_OG = torch.from_numpy(blocks_OB["d"].astype(np.float32))
     if kind == "Q4_1":
-        zero_point_OG = torch.from_numpy(-first_OG["m"].astype(np.float32)) / scale_OG
+        zero_point_OG = torch.from_numpy(-blocks_OB["m"].astype(np.float32)) / scale_OG
     else:
         zero_point_OG = torch.full_like(scale_OG, scheme.middle_code)
     return QuantizedWeight(torch.from_numpy(codes_OBK.reshape(rows, -1)), scale_OG, zero_point_OG.byte(), scheme)
-
-
-def _per_block(values_OG: Tensor, count: int) -> NDArray[np.float16]:
-    """Repeat a value of each group for its blocks: [O, G] -> f16 [O, blocks]."""
-    return values_OG.numpy().astype(np.float16).repeat(count // values_OG.shape[1], axis=1)

@@ -1,8 +1,9 @@
 """Write one file model.gguf for llama.cpp and what is built on it (Ollama, LM Studio).
 
-4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme; embedding and head are Q8_0; everything else is float32
-(blocks.py). Names of tensors are those of the package gguf, fields those of llama.cpp's converter (architectures.py,
-tokenizer.py). One field is ours: nybble.group_size, from which groups are read back.
+4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme, which also holds codes of 2 and 3 bits; 8-bit codes
+(embedding and head) are Q8_0; everything else is float32 (blocks.py). Names of tensors are those of the package gguf,
+fields those of llama.cpp's converter (architectures.py, tokenizer.py). One field is ours: nybble.quantized, the names
+of the quantized modules.
 
 Changed on the way, so that llama.cpp computes the same:
 
@@ -11,12 +12,13 @@ Changed on the way, so that llama.cpp computes the same:
     query norms of Gemma 3, where the scale of its queries is not what llama.cpp takes: times the quotient
 
 Refused: model types without an architecture in the table, and what its graph does not compute (ExportError); groups
-that are not made of blocks of 32 weights (OptionError).
+that are not made of blocks of 32 weights (OptionError: `container`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError, OptionError, describe_error
+from nybble.errors import ExportError, describe_error
 from nybble.export.base import Exporter
+from nybble.export.containers import four_or_eight_bits, split_groups
 from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, metadata, problem
 from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
-from nybble.export.gguf.file import ARCHITECTURE, GROUP_SIZE, GGUFContent, write_file
+from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
 from nybble.export.gguf.pretokenizers import UNKNOWN
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
@@ -43,7 +46,7 @@ from nybble.quant.weight import QuantizedWeight
 log = logging.getLogger("nybble")
 
 MODEL_GGUF = "model.gguf"
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3}
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 """Block type of most weights -> general.file_type."""
 
 
@@ -62,13 +65,13 @@ class GGUFExporter(Exporter):
     modules = ("gguf", "xllamacpp")
     extra = "gguf"
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    scheme_requirement = f"groups, or whole rows, of a multiple of {BLOCK} weights"
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse other architectures, what llama.cpp does not compute, and groups without blocks; see `Exporter.check`.
+    def check(self, config: Any, selection: LayerSelection) -> None:
+        """Refuse other architectures, and what llama.cpp does not compute; see `Exporter.check`.
 
         Raises:
             ExportError: llama.cpp cannot compute the model.
-            OptionError: the codes do not have 4 bits, or a group is not a multiple of 32 weights.
         """
         if config.model_type not in MODEL_TYPES:
             raise ExportError(
@@ -80,19 +83,16 @@ class GGUFExporter(Exporter):
                 "an export to GGUF needs a model whose parts llama.cpp computes; this model has "
                 f"{found}; remove {self.name} from --export"
             )
-        if scheme.bits != 4:
-            raise OptionError(f"an export to GGUF needs 4-bit codes; got {scheme}; remove {self.name} from --export")
-        if scheme.group_size is not None and scheme.group_size % BLOCK:
-            raise OptionError(
-                f"an export to GGUF needs a --group_size that is a multiple of {BLOCK}; got {scheme.group_size}; "
-                f"choose {BLOCK}, 64 or 128, or remove {self.name} from --export"
-            )
         widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config)]
         if odd := [width for width in widths if width % BLOCK]:
             raise ExportError(
                 f"an export to GGUF needs rows that are multiples of {BLOCK} weights; this model has rows of {odd[0]}; "
                 f"remove {self.name} from --export"
             )
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return a scheme of 4 or 8 bits with groups of one block; see `Exporter.container`."""
+        return split_groups(four_or_eight_bits(scheme), columns, (BLOCK,))
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say for which texts and contexts the export computes what the model does; see `Exporter.limits`."""
@@ -148,7 +148,7 @@ class GGUFExporter(Exporter):
 
         def read(module: str) -> QuantizedWeight:
             name = content.modules[module]
-            weight = from_blocks(content.read(name), content.kinds[name], content.fields[GROUP_SIZE] or None)
+            weight = from_blocks(content.read(name), content.kinds[name])
             return reorder_weight(weight, content.rope_heads(module), to_halves)
 
         return LazyMapping(content.modules, read)
@@ -169,16 +169,17 @@ def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     """All fields of the file."""
     from gguf import GGML_QUANT_VERSION
 
-    config, scheme = checkpoint.config, checkpoint.scheme
+    config, selection = checkpoint.config, checkpoint.selection
+    kinds = Counter(block_type(selection.schemes[name]) for name in selection.int4)
     architecture = MODEL_TYPES[config.model_type].name
     tokenizer = tokenizer_fields(checkpoint.tokenizer, config.vocab_size, checkpoint.folder)
     return (
         {
             ARCHITECTURE: architecture,
             "general.type": "model",
-            "general.file_type": _FILE_TYPES[block_type(scheme)],
+            "general.file_type": _FILE_TYPES[kinds.most_common(1)[0][0]],
             "general.quantization_version": int(GGML_QUANT_VERSION),
-            GROUP_SIZE: scheme.group_size or 0,
+            QUANTIZED: list(checkpoint.shapes),
         }
         | {f"{architecture}.{key}": value for key, value in metadata(config).items()}
         | {f"tokenizer.{key}": value for key, value in tokenizer.items()}

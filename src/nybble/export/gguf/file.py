@@ -21,8 +21,8 @@ from nybble.export.gguf.blocks import BLOCK, row_bytes
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"
-GROUP_SIZE = "nybble.group_size"
-"""Field with the weights in a group; 0 for a whole row."""
+QUANTIZED = "nybble.quantized"
+"""Field with the names of the quantized modules."""
 
 _ROWS = 4096
 """Rows that are dequantized at once."""
@@ -105,9 +105,9 @@ class GGUFContent:
         parsed = read_gguf(path)
         self._path = path
         self.fields: dict[str, Any] = {key: field.value for key, field in parsed.fields.items()}
-        if GROUP_SIZE not in self.fields:
+        if QUANTIZED not in self.fields:
             raise ExportError(
-                f"{path} must be a GGUF file that nybble exported; it has no field {GROUP_SIZE}; name the file of a run"
+                f"{path} must be a GGUF file that nybble exported; it has no field {QUANTIZED}; name the file of a run"
             )
         self.architecture = ARCHITECTURES[self.fields[ARCHITECTURE]]
         self.kinds: dict[str, str] = {tensor.name: tensor.tensor_type.name for tensor in parsed.tensors}
@@ -115,7 +115,7 @@ class GGUFContent:
             tensor.name: (tensor.data.offset, tensor.data.dtype, tensor.data.shape) for tensor in parsed.tensors
         }
         names = module_names(self.architecture, self.number("block_count"))
-        self.modules = {module: name for module, name in names.items() if name in self.kinds}
+        self.modules = {module: names[module] for module in self.fields[QUANTIZED]}
 
     def number(self, key: str) -> int:
         """Return the value of a field of the architecture."""

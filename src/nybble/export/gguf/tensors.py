@@ -68,7 +68,7 @@ def plan_tensors(checkpoint: QuantizedCheckpoint) -> Iterator[TensorPlan]:
 
     for module, shape in checkpoint.shapes.items():
         name, order = place(f"{module}.weight")
-        kind = "Q8_0" if module in checkpoint.selection.int8 else block_type(checkpoint.scheme)
+        kind = block_type(checkpoint.selection.schemes[module])
         yield TensorPlan(name, shape, kind, _reading_blocks(checkpoint, module, order))
     for parameter in checkpoint.others:
         name, order = place(parameter)

@@ -2,25 +2,26 @@
 
 model.safetensors holds for every quantized module NAME with O rows and I columns, in groups of K columns
 
-    NAME.weight    uint32 [O, I / 8]    4 bits: eight codes a word, the first in the lowest bits
-                   uint32 [O, I / 4]    8 bits (embedding, head): four codes a word
-    NAME.scales    [O, I / K]           float16 for 4 bits; 8 bits: the scale of the row, repeated, in the dtype below
-    NAME.biases    [O, I / K]           as scales
+    NAME.weight    uint32 [O, I * bits / 32]    packed codes, the first in the lowest bits
+    NAME.scales    [O, I / K]                   float16 for up to 4 bits; 8 bits: in the dtype below
+    NAME.biases    [O, I / K]                   as scales
 
 and all other tensors under their own names. They, and the scales of 8 bits, are float16, or float32 where float16
 cannot hold the other tensors exactly or the activations overflow in it. mlx-lm then computes in this dtype.
-`quantization` in config.json has the group size, 4 bits, and the 8 bits of embedding and head. A head that is tied to
-the embedding is not stored.
+`quantization` in config.json has the group size and the bits of most linear layers, and of the layers that have others.
+A head that is tied to the embedding is not stored. A row with one scale is held as groups with that scale.
 
-With 4 bits, mlx's own dequantization in float16 is exact. With 8 bits it rounds twice, and is exact in float32 only.
+With up to 4 bits, mlx's own dequantization in float16 is exact. With 8 bits it rounds twice, and is exact in float32
+only.
 
-Refused (OptionError): widths other than 4 bits, and groups other than 32, 64 or 128. Refused (ExportError): a model
-that mlx-lm computes otherwise than transformers (families.py).
+Refused (OptionError): groups, or whole rows, that 32 does not divide (`container`). Refused (ExportError): a model that
+mlx-lm computes otherwise than transformers (families.py).
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError, OptionError
 from nybble.export.base import Exporter
+from nybble.export.containers import split_groups
 from nybble.export.mlx import families
 from nybble.export.safetensors_writer import (
     MODEL_FILE,
@@ -41,17 +42,17 @@ from nybble.export.safetensors_writer import (
     written_by,
 )
 from nybble.export.transformers_folder import (
+    codes_to_words,
     metadata,
-    nibbles_to_words,
     quantized_names,
     read_tensor,
     update_config,
-    words_to_nibbles,
+    words_to_codes,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.schema import read_json
 
@@ -84,22 +85,19 @@ class MLXExporter(Exporter):
     library = "mlx"
     usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse groups that mlx does not have, and models that mlx-lm does not compute; see `Exporter.check`.
+    def check(self, config: Any, selection: LayerSelection) -> None:
+        """Refuse models that mlx-lm does not compute; see `Exporter.check`.
 
         Raises:
             ExportError: one of the reasons at the top of families.py.
-            OptionError: the codes do not have 4 bits, or the groups have another size than 32, 64 or 128.
         """
-        if scheme.bits != 4:
-            raise OptionError(f"an export to MLX needs 4-bit codes; got {scheme}; remove {self.name} from --export")
-        if scheme.group_size not in _GROUP_SIZES:
-            raise OptionError(
-                f"an export to MLX needs a --group_size of {', '.join(map(str, _GROUP_SIZES))}; got "
-                f"{scheme.group_size}; choose one of these, or remove {self.name} from --export"
-            )
         families.check_model(config)
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return the scheme with groups of 32, 64 or 128; mlx has all bits; see `Exporter.container`."""
+        return split_groups(scheme, columns, _GROUP_SIZES)
 
     def too_slow(self) -> str:
         """Only Apple's GPUs are fast: a token of a model with 135 M parameters takes 0.3 to 7 s on an x86 CPU."""
@@ -110,36 +108,26 @@ class MLXExporter(Exporter):
         return families.limits(config)
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
-        """Write model.safetensors and config.json; see `Exporter.write`.
-
-        Raises:
-            ExportError: rows of the embedding are no multiple of the groups.
-        """
-        scheme, dtype = checkpoint.scheme, _dtype(checkpoint)
-        group_size = scheme.group_size
-        assert group_size is not None, "check() has refused this scheme"
-        int8 = set(checkpoint.selection.int8)
+        """Write model.safetensors and config.json; see `Exporter.write`."""
+        schemes, dtype = checkpoint.selection.schemes, _dtype(checkpoint)
         layouts = {
             name: TensorLayout(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
             for name, tensor in checkpoint.others.items()
         }
         for name, (rows, columns) in checkpoint.shapes.items():
-            if columns % group_size:
-                raise ExportError(
-                    f"an export to MLX needs rows in multiples of {group_size}; {name} has rows of {columns}; remove "
-                    f"{self.name} from --export"
-                )
-            codes_a_word, scales = (4, dtype) if name in int8 else (8, torch.float16)
-            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, (rows, columns // codes_a_word))
+            scheme = schemes[name]
+            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, (rows, columns * scheme.bits // 32))
             for leaf in ("scales", "biases"):
-                layouts[f"{name}.{leaf}"] = TensorLayout(scales, (rows, columns // group_size))
+                scales = dtype if scheme.bits == 8 else torch.float16
+                layouts[f"{name}.{leaf}"] = TensorLayout(scales, (rows, scheme.num_groups(columns)))
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
             for name, tensor in checkpoint.others.items():
                 writer.write(name, tensor.to(layouts[name].dtype))
             for name, weight in checkpoint.quantized.items():
                 _write_layer(writer, name, weight, layouts[f"{name}.scales"])
-        quantization = {"group_size": group_size, "bits": 4, "mode": "affine"}
-        quantization |= {name: {"group_size": group_size, "bits": 8, "mode": "affine"} for name in sorted(int8)}
+        common = Counter(schemes[name] for name in checkpoint.selection.int4).most_common(1)[0][0]
+        quantization = _settings(common)
+        quantization |= {name: _settings(scheme) for name, scheme in sorted(schemes.items()) if scheme != common}
         update_config(
             folder,
             empty_model(checkpoint.config, checkpoint.trust_remote_code),
@@ -176,6 +164,11 @@ class MLXExporter(Exporter):
         return LazyMapping(quantized_names(folder), lambda name: _dequantize(folder, name, quantization))
 
 
+def _settings(scheme: QuantScheme) -> dict[str, Any]:
+    """Entry of `quantization` in config.json."""
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
+
+
 def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
     """The dtype in which mlx-lm computes: float16, if it holds the other tensors and activations."""
     exact = all(
@@ -187,25 +180,22 @@ def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
 
 
 def _write_layer(writer: SafetensorsWriter, name: str, weight: QuantizedWeight, scales: TensorLayout) -> None:
-    """Write the tensors of a quantized module; the scale of an 8-bit row is repeated for each group."""
+    """Write the tensors of a quantized module."""
     codes_OI = weight.codes_OI
-    words = nibbles_to_words(codes_OI) if weight.scheme.bits == 4 else codes_OI.contiguous()
-    writer.write(f"{name}.weight", words.view(torch.uint32))
-    bias_OG = -weight.scale_OG * weight.zero_point_OG
-    writer.write(f"{name}.scales", weight.scale_OG.expand(scales.shape).to(scales.dtype))
-    writer.write(f"{name}.biases", bias_OG.expand(scales.shape).to(scales.dtype))
+    writer.write(f"{name}.weight", codes_to_words(codes_OI, weight.scheme.bits).view(torch.uint32))
+    writer.write(f"{name}.scales", weight.scale_OG.to(scales.dtype))
+    writer.write(f"{name}.biases", (-weight.scale_OG * weight.zero_point_OG).to(scales.dtype))
 
 
 def _read_layer(folder: Path, name: str, quantization: dict[str, Any]) -> QuantizedWeight:
     """Read the tensors of a quantized module; the inverse of `_write_layer`."""
     words, scale_OG, bias_OG = _read_tensors(folder, name)
     zero_point_OG = (-bias_OG.float() / scale_OG.float()).to(torch.uint8)
-    if name in quantization:
-        codes_OI = words.view(torch.uint8)
-        return QuantizedWeight(codes_OI, scale_OG[:, :1].float(), zero_point_OG[:, :1], INT8_PER_ROW)
-    symmetric = bool((zero_point_OG == QuantScheme().middle_code).all())
-    scheme = QuantScheme(4, quantization["group_size"], symmetric)
-    return QuantizedWeight(words_to_nibbles(words), scale_OG.float(), zero_point_OG, scheme)
+    settings = quantization.get(name, quantization)
+    bits, group_size = settings["bits"], settings["group_size"]
+    symmetric = bool((zero_point_OG == QuantScheme(bits).middle_code).all())
+    scheme = QuantScheme(bits, group_size, symmetric)
+    return QuantizedWeight(words_to_codes(words, bits), scale_OG.float(), zero_point_OG, scheme)
 
 
 def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor:
@@ -213,7 +203,8 @@ def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor
     import mlx.core as mx
 
     words, scale_OG, bias_OG = _read_tensors(folder, name)
-    bits = quantization.get(name, quantization)["bits"]
+    settings = quantization.get(name, quantization)
+    bits = settings["bits"]
     if bits == 8:
         scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
     weight_OI = torch.empty(len(words), words.shape[1] * 32 // bits)
@@ -222,7 +213,7 @@ def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor
             mx.array(words[part].numpy()),
             mx.array(scale_OG[part].numpy()),
             mx.array(bias_OG[part].numpy()),
-            group_size=quantization["group_size"],
+            group_size=settings["group_size"],
             bits=bits,
         )
         weight_OI[part] = torch.from_numpy(np.array(block_OI.astype(mx.float32)))

@@ -9,7 +9,7 @@ A weight [O, I] in blocks of K weights, G = I / K blocks a row, is three initial
                         Without it every zero point is the middle code: 8 or 128. 8-bit weights have none.
 
 The operators MatMulNBits and GatherBlockQuantized read them and compute scale * (code - zero_point) in float32, which
-is exact. A block has 16, 32, 64, 128 or 256 weights. A row with one scale repeats it for every block.
+is exact. A block is a group of 16, 32, 64, 128 or 256 weights.
 
 A layer that the graph splits, such as a fused projection of query, key and value, is one weight for each range of
 rows, with the names NAME[BEGIN:END].codes and so on.
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from nybble.models.quantized_file import LazyMapping
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Block sizes of MatMulNBits."""
@@ -62,18 +62,6 @@ class Part(NamedTuple):
         return self.name if self.whole else f"{self.name}[{self.begin}:{self.end}]"
 
 
-def block_size(scheme: QuantScheme, columns: int) -> int:
-    """Return the number of weights in a block: the group size, or the largest block that fits a row with one scale.
-
-    Args:
-        scheme: of the weight.
-        columns: weights in a row, a multiple of 16.
-    """
-    if scheme.group_size is not None:
-        return scheme.group_size
-    return max(size for size in BLOCK_SIZES if columns % size == 0)
-
-
 def lazy_initializers(
     part: Part, columns: int, scheme: QuantScheme, read: Callable[[], QuantizedWeight]
 ) -> dict[str, Any]:
@@ -82,7 +70,7 @@ def lazy_initializers(
     Args:
         part: the rows.
         columns: I.
-        scheme: of the weight.
+        scheme: of the weight; its groups have one of BLOCK_SIZES.
         read: returns the weight with all of its rows.
 
     Returns:
@@ -90,19 +78,19 @@ def lazy_initializers(
     """
     import onnx_ir as ir
 
-    rows, size = part.end - part.begin, block_size(scheme, columns)
-    blocks = columns // size
+    rows, blocks = part.end - part.begin, scheme.num_groups(columns)
+    size = columns // blocks
 
     def codes() -> np.ndarray:
         codes_OI = read().codes_OI[part.begin : part.end]
-        return (pack_nibbles(codes_OI) if scheme.bits == 4 else codes_OI).reshape(rows, blocks, -1).numpy()
+        return pack_codes(codes_OI, scheme.bits).reshape(rows, blocks, -1).numpy()
 
     def scales() -> np.ndarray:
-        return read().scale_OG[part.begin : part.end].float().expand(rows, blocks).contiguous().numpy()
+        return read().scale_OG[part.begin : part.end].float().contiguous().numpy()
 
     def zero_points() -> np.ndarray:
         zero_point_OG = read().zero_point_OG[part.begin : part.end]
-        return pack_nibbles(torch.nn.functional.pad(zero_point_OG, (0, blocks % 2))).numpy()
+        return pack_codes(torch.nn.functional.pad(zero_point_OG, (0, blocks % 2)), 4).numpy()
 
     def lazy(leaf: str, values: Callable[[], np.ndarray], dtype: Any, *shape: int) -> Any:
         return ir.LazyTensor(lambda: ir.Tensor(values()), dtype, ir.Shape([rows, *shape]), name=part.prefix + leaf)
@@ -189,18 +177,14 @@ def _join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 def _unpack(leaves: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
     packed, scale_OG = leaves[CODES].flatten(1), leaves[SCALES]
-    codes_OI = unpack_nibbles(packed) if bits == 4 else packed
+    codes_OI = unpack_codes(packed, bits)
     blocks = scale_OG.shape[1]
     if ZERO_POINTS in leaves:
-        zero_point_OG = unpack_nibbles(leaves[ZERO_POINTS])[:, :blocks]
+        zero_point_OG = unpack_codes(leaves[ZERO_POINTS], 4)[:, :blocks]
     else:
         zero_point_OG = torch.full(scale_OG.shape, 1 << (bits - 1), dtype=torch.uint8)
-    if bits == 4:
-        scheme = QuantScheme(4, codes_OI.shape[1] // blocks, symmetric=ZERO_POINTS not in leaves)
-        return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
-    # Scales that differ within a row stay as they are, so that a comparison finds them.
-    groups = 1 if torch.equal(scale_OG, scale_OG[:, :1].expand_as(scale_OG)) else blocks
-    return QuantizedWeight(codes_OI, scale_OG[:, :groups], zero_point_OG[:, :groups], INT8_PER_ROW)
+    scheme = QuantScheme(bits, codes_OI.shape[1] // blocks, symmetric=ZERO_POINTS not in leaves)
+    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
 
 
 def _read_initializer(tensor: Any, folder: Path) -> Tensor:

@@ -4,7 +4,8 @@ Files: model.onnx and model.onnx.data, genai_config.json, and the configuration 
 onnxruntime-genai loads the folder. codes.py describes the layout of the codes.
 
 Refused (ExportError): model types that the tests do not cover, and rotary embeddings, activations and attention that
-the graph cannot compute. Refused (OptionError): groups that the operator MatMulNBits does not have.
+the graph cannot compute. Refused (OptionError): groups that blocks of the operator MatMulNBits do not fill, and an
+embedding or a head in 16 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from nybble.errors import ExportError, OptionError
 from nybble.export.base import Exporter
+from nybble.export.containers import four_or_eight_bits, split_groups
 from nybble.export.onnx.codes import BLOCK_SIZES, read_graph
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
@@ -71,13 +73,14 @@ class OnnxExporter(Exporter):
     library = "onnxruntime-genai"
     usage = USAGE
     tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    scheme_requirement = "groups, or whole rows, of a multiple of 16 weights"
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
+    def check(self, config: Any, selection: LayerSelection) -> None:
         """Refuse what the operators of onnxruntime cannot compute; see `Exporter.check`.
 
         Raises:
             ExportError: see the top of this file.
-            OptionError: the codes do not have 4 bits, or MatMulNBits does not have the group size.
+            OptionError: embedding or head stay in 16 bits.
         """
         for required, got in _model_requirements(config):
             if got:
@@ -85,12 +88,18 @@ class OnnxExporter(Exporter):
                     f"an export to ONNX needs {required}; {config.model_type} has {got}; remove {self.name} from "
                     "--export"
                 )
-        if scheme.bits != 4 or scheme.group_size not in BLOCK_SIZES:
-            sizes = ", ".join(map(str, BLOCK_SIZES))
+        if selection.schemes and len(selection.int8) + selection.tied < 2:
             raise OptionError(
-                f"an export to ONNX needs 4-bit codes and a --group_size of {sizes}; got {scheme}; choose one of "
-                f"them, or remove {self.name} from --export"
+                f"an export to ONNX needs a quantized embedding and head; --ignore leaves one in 16 bits; remove "
+                f"{self.name} from --export, or the pattern"
             )
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return a scheme of 4 or 8 bits, for embedding and head 8, with blocks of the operators; see `Exporter`."""
+        held = four_or_eight_bits(scheme)
+        if embedding and held.bits != 8:
+            held = QuantScheme(8, held.group_size, symmetric=True)
+        return split_groups(held, columns, BLOCK_SIZES)
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say where generation differs with rotary embeddings that depend on the length; see `Exporter.limits`."""

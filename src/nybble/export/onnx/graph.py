@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ExportError, describe_error
-from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, block_size, lazy_initializers, module_of
+from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, lazy_initializers, module_of
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 
 BUILDERS = {
     "llama": "LlamaModel",
@@ -123,18 +122,19 @@ def _make_builder(checkpoint: QuantizedCheckpoint, used: set[str]) -> Any:
     config = _builder_config(checkpoint)
     long_rope = config.rope_type == "longrope" and config.original_max_position_embeddings < config.context_length
     kind = _LONG_ROPE_BUILDER if long_rope else BUILDERS[config.model_type]
-    model = _stand_in(checkpoint)
+    model, schemes = _stand_in(checkpoint), checkpoint.selection.schemes
+    scheme = schemes[checkpoint.selection.int4[0]]  # what the builder would quantize with; it gets codes instead
     options = {
         "fuse_qkv": False,
         "windowed_kv_cache": False,
-        "is_symmetric": checkpoint.scheme.symmetric,
-        "block_size": checkpoint.scheme.group_size,
+        "is_symmetric": scheme.symmetric,
+        "block_size": scheme.group_size,
         "accuracy_level": ACCURACY_LEVEL,
         "hf_token": False,
         "hf_remote": checkpoint.trust_remote_code,
     }
     builder_class = _builder_class(getattr(_import_builders(), kind), checkpoint, model, used)
-    dtype = ir.DataType.INT4 if checkpoint.scheme.symmetric else ir.DataType.UINT4
+    dtype = ir.DataType.INT4 if scheme.symmetric else ir.DataType.UINT4
     builder = builder_class(config, ir.DataType.FLOAT, dtype, "cpu", "", options)
     builder.model_type = config.model_type
     builder.builder_config = config
@@ -217,14 +217,10 @@ def _fused_rows(config: Any, leaf: str) -> tuple[int, ...]:
 
 def _projection(checkpoint: QuantizedCheckpoint, part: Part, bias: Tensor | None) -> _Projection:
     """Return the stand-in for rows of a linear layer."""
-    columns, scheme = checkpoint.shapes[part.name][1], _scheme_of(checkpoint, part.name)
+    columns, scheme = checkpoint.shapes[part.name][1], checkpoint.selection.schemes[part.name]
     initializers = lazy_initializers(part, columns, scheme, lambda: checkpoint.quantized[part.name])
     shape = (part.end - part.begin, columns)
-    return _Projection(initializers, shape, scheme.bits, block_size(scheme, columns), bias)
-
-
-def _scheme_of(checkpoint: QuantizedCheckpoint, name: str) -> QuantScheme:
-    return INT8_PER_ROW if name in checkpoint.selection.int8 else checkpoint.scheme
+    return _Projection(initializers, shape, scheme.bits, columns // scheme.num_groups(columns), bias)
 
 
 def _builder_class(base: Any, checkpoint: QuantizedCheckpoint, model: Any, used: set[str]) -> Any:

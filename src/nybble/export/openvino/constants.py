@@ -5,6 +5,12 @@
     8 bits: u8 codes [O, I] -> f32,  minus u8 zero point [O, 1] -> f32,  times f32 scale [O, 1]
                                                                                    (embedding, lm_head)
 
+Linear layers with a symmetric scheme have signed codes, code - middle code, as i4 or i8, and no zero point. The
+plugin for NPUs computes with these only; embedding and head are unsigned for it too. A layer with one scale for each
+row has no axis of groups, except unsigned 4-bit codes.
+
+A stack of experts has one more axis in front: u4 codes [E, O, G, K].
+
 The CPU plugin of OpenVINO recognizes these patterns and runs compressed matrix products. For 4-bit codes,
 scale * (code - zero_point) has at most 11 significant bits, so the product is exact in f16.
 
@@ -16,7 +22,7 @@ The constants of a layer are named NAME.codes, NAME.zero_point and NAME.scale. `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,20 +30,26 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.openvino.experts import ANY_EXPERT, modules_of_stacks, stack_rows
 from nybble.export.openvino.trace import TracedModel
 from nybble.models.quantized_file import LazyMapping
-from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
-from nybble.quant.weight import QuantizedWeight, pack_nibbles, unpack_nibbles
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 _LEAVES = ("codes", "scale", "zero_point")
+# Element type -> (bits of a code, whether codes are signed).
+_TYPES = {"u4": (4, False), "u8": (8, False), "i4": (4, True), "i8": (8, True)}
 
 
-def insert_codes(traced: TracedModel, quantized: Mapping[str, QuantizedWeight]) -> None:
+def insert_codes(
+    traced: TracedModel, quantized: Mapping[str, QuantizedWeight], embeddings: Collection[str] = ()
+) -> None:
     """Replace the inputs for quantized weights by codes, in place.
 
     Args:
         traced: the graph and its inputs.
         quantized: module name -> quantized weight.
+        embeddings: names of embedding and head.
 
     Raises:
         ExportError: the graph does not use a weight.
@@ -49,7 +61,8 @@ def insert_codes(traced: TracedModel, quantized: Mapping[str, QuantizedWeight]) 
             f"{len(traced.weights)} (first: {unused[0]}); this architecture cannot be exported to OpenVINO yet"
         )
     for name, node in traced.weights.items():
-        replacement = _dequantize_node(name, quantized[name])
+        source = traced.sources[name]
+        replacement = _dequantize_node(name, source.read(quantized), source.shape, name in embeddings)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
         traced.graph.remove_parameter(node)
@@ -69,60 +82,92 @@ def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:
         name, _, leaf = node.get_friendly_name().rpartition(".")
         if node.get_type_name() == "Constant" and leaf in _LEAVES:
             nodes.setdefault(name, {})[leaf] = node
-    return LazyMapping(nodes, lambda name: _read_weight(nodes[name]))
+    stacks = {name: leaves["codes"].shape[0] for name, leaves in nodes.items() if ANY_EXPERT in name}
+    experts = modules_of_stacks(stacks)
+
+    def read(name: str) -> QuantizedWeight:
+        if name in experts:
+            return stack_rows([_read_weight(nodes[stack], i) for stack, i in experts[name]])
+        return _read_weight(nodes[name])
+
+    return LazyMapping([*(name for name in nodes if name not in stacks), *experts], read)
 
 
-def _read_weight(leaves: Mapping[str, Any]) -> QuantizedWeight:
-    codes_OI, scale_OG, zero_point_OG = (_read_rows(leaves[leaf]) for leaf in _LEAVES)
-    four_bits = leaves["codes"].get_element_type().get_type_name() == "u4"
-    scheme = QuantScheme(4, codes_OI.shape[1] // scale_OG.shape[1]) if four_bits else INT8_PER_ROW
-    return QuantizedWeight(codes_OI, scale_OG.float(), zero_point_OG, scheme)
+def _read_weight(leaves: Mapping[str, Any], expert: int | None = None) -> QuantizedWeight:
+    """Read the constants of a weight, or of one expert of a stack."""
+    codes_OI, scale_OG = _read_rows(leaves["codes"], expert), _read_rows(leaves["scale"], expert).float()
+    bits, signed = _TYPES[leaves["codes"].get_element_type().get_type_name()]
+    shape = list(leaves["codes"].shape)[0 if expert is None else 1 :]
+    scheme = QuantScheme(bits, None if len(shape) == 2 else shape[2], signed or bits == 8)
+    zero_point_OG = torch.full_like(scale_OG, scheme.middle_code, dtype=torch.uint8)
+    if not signed:
+        zero_point_OG = _read_rows(leaves["zero_point"], expert)
+    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
 
 
-def _dequantize_node(name: str, weight: QuantizedWeight) -> Any:
-    """Return the node that computes the float32 weight [O, I]; the patterns are at the top of this file."""
+def _dequantize_node(name: str, weight: QuantizedWeight, result: tuple[int, ...], embedding: bool) -> Any:
+    """Return the node that computes the float32 weight of shape `result`; the patterns are at the top of this file."""
     from openvino import opset13 as op
 
-    four_bits = weight.scheme.bits == 4
-    (rows, columns), groups = weight.codes_OI.shape, weight.scale_OG.shape[1]
-    shape = [rows, groups, columns // groups] if four_bits else [rows, columns]
+    bits, (*rows, columns), groups = weight.scheme.bits, result, weight.scale_OG.shape[1]
+    signed = weight.scheme.symmetric and not embedding
+    flat = groups == 1 and (signed or bits == 8)
+    shape = [*rows, columns] if flat else [*rows, groups, columns // groups]
     per_group = [*shape[:-1], 1]
-    compute_type, numpy_type = ("f16", "float16") if four_bits else ("f32", "float32")
+    compute_type, numpy_type = ("f16", "float16") if bits == 4 else ("f32", "float32")
 
     scale = op.constant(weight.scale_OG.cpu().numpy().astype(numpy_type).reshape(per_group))
     scale.set_friendly_name(f"{name}.scale")
-    codes = op.convert(_integer_constant(f"{name}.codes", weight.codes_OI, shape, four_bits), compute_type)
-    zero_point = op.convert(
-        _integer_constant(f"{name}.zero_point", weight.zero_point_OG, per_group, four_bits), compute_type
-    )
-    product = op.multiply(op.subtract(codes, zero_point), scale)
-    if not four_bits:
-        return product
-    return op.convert(op.reshape(product, op.constant(np.array([rows, columns])), special_zero=False), "f32")
+    node = op.convert(_integer_constant(f"{name}.codes", weight.codes_OI, shape, bits, signed), compute_type)
+    if not signed:
+        zero_point = _integer_constant(f"{name}.zero_point", weight.zero_point_OG, per_group, bits, signed)
+        node = op.subtract(node, op.convert(zero_point, compute_type))
+    node = op.multiply(node, scale)
+    if not flat:
+        node = op.reshape(node, op.constant(np.array(result)), special_zero=False)
+    return op.convert(node, "f32") if bits == 4 else node
 
 
-def _integer_constant(name: str, values: Tensor, shape: list[int], four_bits: bool) -> Any:
-    """Return a named u4 or u8 constant of `shape` with the uint8 values."""
+def _integer_constant(name: str, values: Tensor, shape: list[int], bits: int, signed: bool) -> Any:
+    """Return a named constant of `shape` with the uint8 values; signed: with values - middle code."""
     import openvino as ov
 
-    tensor = ov.Tensor(_constant_bytes(values, four_bits), ov.Shape(shape), ov.Type.u4 if four_bits else ov.Type.u8)
+    kind = next(kind for kind, found in _TYPES.items() if found == (bits, signed))
+    tensor = ov.Tensor(_constant_bytes(values, bits, signed), ov.Shape(shape), getattr(ov.Type, kind))
     node = ov.op.Constant(tensor, shared_memory=False)  # the array does not live longer than this function
     node.set_friendly_name(name)
     return node
 
 
-def _constant_bytes(values: Tensor, four_bits: bool) -> np.ndarray:
-    """Return the bytes of a constant: uint8 values in row-major order, two per byte for 4 bits."""
+def _constant_bytes(values: Tensor, bits: int, signed: bool) -> np.ndarray:
+    """Return the bytes of a constant: uint8 values in row-major order, two per byte for 4 bits.
+
+    Flipping the highest bit of a code gives code - middle code in two's complement.
+    """
     flat = values.cpu().flatten()
-    if four_bits:
-        flat = pack_nibbles(torch.cat([flat, flat.new_zeros(len(flat) % 2)]))
-    return np.ascontiguousarray(flat.numpy())
+    if signed:
+        flat = flat ^ (1 << (bits - 1))
+    if bits == 4:
+        flat = pack_codes(torch.cat([flat, flat.new_zeros(len(flat) % 2)]), bits)
+    array = np.ascontiguousarray(flat.numpy())
+    return array.view(np.int8) if signed and bits == 8 else array
 
 
-def _read_rows(node: Any) -> Tensor:
-    """Return the values of a constant [O, ...] as [O, all other axes]."""
-    shape = list(node.shape)
-    array = torch.from_numpy(np.array(node.data))
-    if node.get_element_type().get_type_name() == "u4":
-        array = unpack_nibbles(array.flatten().view(torch.uint8))[: int(np.prod(shape))]
-    return array.reshape(shape[0], -1)
+def _read_rows(node: Any, expert: int | None) -> Tensor:
+    """Return the values of a constant [O, ...], or of one expert of a constant [E, O, ...], as [O, all other axes].
+
+    Signed codes get the middle code added.
+    """
+    shape, kind = list(node.shape), node.get_element_type().get_type_name()
+    bits, signed = _TYPES.get(kind, (0, False))
+    count = int(np.prod(shape[1:] if expert is not None else shape))
+    first = count * (expert or 0)
+    values, rows = node.data.reshape(-1), shape[0 if expert is None else 1]
+    if bits == 4:
+        packed = values.view(np.uint8)[first // 2 : (first + count + 1) // 2].copy()
+        array = unpack_codes(torch.from_numpy(packed), bits)[first % 2 :][:count]
+    else:
+        array = torch.from_numpy(values[first : first + count].copy())
+    if signed:
+        array = array.view(torch.uint8) ^ (1 << (bits - 1))
+    return array.reshape(rows, -1)

@@ -4,7 +4,7 @@ Files: openvino_model.xml and .bin, openvino_tokenizer.*, openvino_detokenizer.*
 files of transformers; a run adds the files that came with the model. Names of inputs and outputs, their shapes and the
 state are those of optimum-intel's exports, so a tool that accepts those accepts these.
 
-Refused (ExportError): a layer type whose attention mask is not known here, a model or tokenizer that OpenVINO cannot
+Refused (ExportError): a layer that keeps something that is not known here, a model or tokenizer that OpenVINO cannot
 convert, and a weight that the traced graph does not use.
 """
 
@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import ExportError, OptionError, describe_error
+from nybble.errors import ExportError, describe_error
 from nybble.export.base import OVERHEAD_BYTES, Exporter
+from nybble.export.containers import four_or_eight_bits
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -36,9 +37,6 @@ print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
 ```
 """
 
-_ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-"""Entries of `config.layer_types` for which trace.py makes a mask."""
-
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Types of rotary embeddings whose frequencies depend on the length of the context."""
 
@@ -54,33 +52,32 @@ class OpenVINOExporter(Exporter):
     extra = "openvino"
     library = "openvino"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
+            "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
+        }
+    )  # fmt: skip
+    scheme_requirement = "an even number of weights in a group"
     most_parameters_compared = None  # the runtime computes with the codes
 
-    def check(self, config: Any, selection: LayerSelection, scheme: QuantScheme) -> None:
-        """Refuse attention types without a mask, widths other than 4 bits and odd groups; see `Exporter.check`.
+    def check(self, config: Any, selection: LayerSelection) -> None:
+        """Refuse layers with unknown states; see `Exporter.check`.
 
         Raises:
-            ExportError: a layer of the model has another type than full or sliding-window attention.
-            OptionError: the codes do not have 4 bits, or a group has an odd number of them.
+            ExportError: a layer of the model keeps something that states.py does not know.
         """
-        other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
-        if not other and getattr(config, "num_attention_heads", None) is None:
-            other = ["no attention heads"]
-        if other:
-            raise ExportError(
-                f"an export to OpenVINO needs layers with full or sliding-window attention; {config.model_type} has "
-                f"{', '.join(other)}; remove {self.name} from --export"
-            )
-        if scheme.group_size is not None and scheme.group_size % 2:
-            raise OptionError(
-                f"an export to OpenVINO needs an even --group_size; got {scheme.group_size}; choose an even one, or "
-                f"remove {self.name} from --export"
-            )
-        if scheme.bits != 4:
-            raise OptionError(
-                f"an export to OpenVINO needs 4-bit codes; got {scheme}; remove {self.name} from --export"
-            )
+        from nybble.export.openvino.states import check_cache
+
+        check_cache(config)
+
+    def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
+        """Return a scheme of 4 or 8 bits, with even groups of 4-bit codes; see `Exporter.container`.
+
+        The CPU plugin reads 2-bit constants too, but fails on them with the 8-bit activations of its defaults.
+        """
+        held = four_or_eight_bits(scheme)
+        return held if held.bits == 8 or (held.group_size or columns) % 2 == 0 else None
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say up to which length rotary embeddings are right that depend on the length; see `Exporter.limits`."""
@@ -108,7 +105,7 @@ class OpenVINOExporter(Exporter):
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
-        insert_codes(traced, checkpoint.quantized)
+        insert_codes(traced, checkpoint.quantized, checkpoint.selection.int8)
         _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)
 
@@ -130,11 +127,10 @@ class OpenVINOExporter(Exporter):
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read codes, scales and zero points from the constants of the saved graph; see `Exporter.read_codes`."""
-        import openvino as ov
-
         from nybble.export.openvino.constants import read_constants
+        from nybble.export.openvino.runtime import core
 
-        return read_constants(ov.Core().read_model(folder / MODEL_XML))
+        return read_constants(core().read_model(folder / MODEL_XML))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ FLOAT32_PROPERTIES = {
 decompress the weights."""
 
 
+@functools.cache
+def core() -> Any:
+    """Return the openvino.Core of this process, which lives as long as the process.
+
+    OpenVINO's CPU plugin gives the thread a stack for signals when a Core loads it, and puts the former one back when
+    that Core goes. Of two Cores whose lives overlap one leaves the thread with freed memory, and the next signal
+    (Ctrl+C) ends the process with a segmentation fault.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 class OpenVINOModel(RuntimeModel):
     """An exported model on the CPU: forward returns logits, generate generates.
 
@@ -30,10 +44,8 @@ class OpenVINOModel(RuntimeModel):
     """
 
     def __init__(self, model_xml: Path, config: Any, properties: Mapping[str, str]) -> None:
-        import openvino as ov
-
         super().__init__(model_xml.parent, config)
-        self.request = ov.Core().compile_model(model_xml, "CPU", dict(properties)).create_infer_request()
+        self.request = core().compile_model(model_xml, "CPU", dict(properties)).create_infer_request()
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -1,0 +1,82 @@
+"""Checks of the formats that a run is asked for, before it compresses or trains; and the format of a folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nybble.errors import ExportError, OptionError
+from nybble.export.base import EXPORTERS, Exporter, check_schemes
+from nybble.models.selection import LayerSelection
+
+log = logging.getLogger("nybble")
+
+ALL = "all"
+"""What --export and --to call all formats that can hold the model."""
+
+
+def check_formats(formats: Sequence[str], option: str) -> None:
+    """Check that formats are known and installed.
+
+    Args:
+        formats: names, or ALL.
+        option: the option that named them, for the error message.
+
+    Raises:
+        OptionError: no exporter has this name.
+        MissingExtraError: the modules that the exporter needs are not installed.
+    """
+    for name in (*(n for n in formats if n != ALL), *(EXPORTERS if ALL in formats else ())):
+        EXPORTERS.get(name, option).check_installed()
+
+
+def check_exportable(
+    formats: Sequence[str], config: Any, selection: LayerSelection, columns: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Check that every format can hold the model, and warn of families that its tests do not cover.
+
+    Args:
+        formats: names of known formats. ALL stands for those that can hold the model; the log says which cannot.
+        config: transformers configuration of the model.
+        selection: layers that are quantized, with their schemes.
+        columns: layer name -> weights in a row.
+
+    Returns:
+        The formats, with those that ALL stands for.
+
+    Raises:
+        ExportError: a format cannot hold the model.
+        OptionError: a format cannot hold the scheme.
+    """
+    named = [name for name in formats if name != ALL]
+    others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
+    for name in named:
+        EXPORTERS[name].check(config, selection)
+        check_schemes(EXPORTERS[name], selection, columns)
+    for name in others:
+        try:
+            EXPORTERS[name].check(config, selection)
+            check_schemes(EXPORTERS[name], selection, columns)
+        except (ExportError, OptionError) as error:
+            log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+        else:
+            named.append(name)
+    for name in named:
+        exporter = EXPORTERS[name]
+        for limit in exporter.limits(config):
+            log.warning(limit)
+        if config.model_type not in exporter.tested_families:
+            log.warning(
+                "export of %s models to %s is not tested; if it fails, the run keeps its 4-bit model in quantized/",
+                config.model_type,
+                exporter.label,
+            )
+    return tuple(named)
+
+
+def exporter_of(folder: Path) -> Exporter | None:
+    """Return the exporter whose format the folder holds, or None."""
+    exporters = (EXPORTERS[name] for name in EXPORTERS)
+    return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)

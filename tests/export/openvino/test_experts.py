@@ -1,0 +1,115 @@
+"""Mixtures of experts in OpenVINO: the same weights, the same logits, and only the chosen experts are computed."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.export.openvino.experts import GraphWeight, graph_weights, modules_of_stacks, trace_experts
+from nybble.export.openvino.exporter import MODEL_XML, OpenVINOExporter
+from nybble.models.linearize import linearize
+from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.mixtures import EXPERTS, FAMILIES, make_mixture
+
+openvino = pytest.importorskip("openvino")
+
+# Number of products of a layer with experts in the compiled model: gate, up and down, or gate and up in one.
+PRODUCTS = {
+    "mixtral": 3, "qwen2_moe": 3, "qwen3_moe": 3, "gpt_oss": 2, "glm4_moe": 3, "granitemoe": 3, "olmoe": 3,
+    "ernie4_5_moe": 3, "phimoe": 3,
+}  # fmt: skip
+
+
+def linear_mixture(family: str, **changes: Any) -> Any:
+    model = make_mixture(family, **changes)
+    linearize(model)
+    return model
+
+
+@pytest.mark.parametrize("family", PRODUCTS)
+def test_a_mixture_has_the_logits_of_torch_and_computes_the_chosen_experts_only(family: str, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "quantized", linear_mixture(family))
+    folder = tmp_path / "openvino"
+    folder.mkdir()
+    result = OpenVINOExporter().export(checkpoint, folder)  # compares codes, and logits of a prompt and of decoding
+    assert result.int4_weights == len(checkpoint.selection.int4)
+    assert result.rounded == {}
+    assert result.logit_difference is not None
+    assert result.logit_difference < 1e-4
+    compiled = openvino.Core().compile_model(folder / MODEL_XML, "CPU").get_runtime_model()
+    kinds = Counter(str(node.get_rt_info()["layerType"].astype(str)) for node in compiled.get_ops())
+    layers = sum(".experts.0.down_proj" in name for name in checkpoint.shapes)
+    assert kinds["GatherMatmul"] == PRODUCTS[family] * layers
+
+
+def test_experts_with_an_odd_number_of_groups_are_read_back(tmp_path: Path) -> None:
+    """Zero points of one expert end in the middle of a byte."""
+    model = linear_mixture(
+        "mixtral", hidden_size=96, intermediate_size=97 * 32, num_attention_heads=3, num_key_value_heads=1
+    )
+    checkpoint = save_checkpoint(tmp_path / "quantized", model, QuantScheme(group_size=32))
+    folder = tmp_path / "openvino"
+    folder.mkdir()
+    OpenVINOExporter().write(checkpoint, folder)
+    assert OpenVINOExporter().compare_weights(checkpoint.quantized, folder) == {}
+
+
+@pytest.mark.parametrize("family", sorted({*PRODUCTS, "llama4", "longcat_flash"}))
+def test_the_traced_forward_computes_what_the_experts_do(family: str) -> None:
+    model = linear_mixture(family)
+    ids = torch.arange(24)[None]
+    expected = model(input_ids=ids, use_cache=False).logits
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if is_linear(module)}
+    stacks = graph_weights(model, shapes)
+    linears = dict(model.named_modules())
+
+    def weight_of(name: str) -> torch.Tensor:
+        rows = slice(*stacks[name].rows)
+        return torch.stack([linears[module].weight[rows] for module in stacks[name].modules])
+
+    trace_experts(model, weight_of)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=2e-5, rtol=0)
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def test_gates_and_the_rows_behind_them_are_weights_of_their_own() -> None:
+    model = linear_mixture("qwen3_moe")
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if is_linear(module)}
+    weights = graph_weights(model, shapes)
+    path = "model.layers.0.mlp.experts"
+    modules = tuple(f"{path}.{i}.gate_up_proj" for i in range(EXPERTS))
+    assert weights[f"{path}.*.gate_up_proj.0"] == GraphWeight((EXPERTS, 32, 64), modules, (0, 32))
+    assert weights[f"{path}.*.gate_up_proj.1"] == GraphWeight((EXPERTS, 32, 64), modules, (32, 64))
+    assert weights["lm_head"] == GraphWeight((260, 64), ("lm_head",), (0, 260))
+    assert not any(name in weights for name in modules)
+
+
+def test_a_stack_has_the_rows_of_one_expert_after_the_other() -> None:
+    codes = [torch.full((4, 8), i, dtype=torch.uint8) for i in range(3)]
+    quantized = {
+        str(i): QuantizedWeight(codes[i], torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.uint8), QuantScheme(4, 8))
+        for i in range(3)
+    }
+    stack = GraphWeight((3, 2, 8), ("0", "1", "2"), (2, 4)).read(quantized)
+    assert stack.codes_OI[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_modules_are_found_in_their_stacks() -> None:
+    counts = {"a.experts.*.gate_up_proj.1": 2, "a.experts.*.gate_up_proj.0": 2, "a.experts.*.down_proj.0": 2}
+    assert modules_of_stacks(counts) == {
+        f"a.experts.{i}.{leaf}": [(f"a.experts.*.{leaf}.{part}", i) for part in range(parts)]
+        for leaf, parts in (("down_proj", 1), ("gate_up_proj", 2))
+        for i in range(2)
+    }
+
+
+def test_every_mixture_of_the_tests_is_exported_or_refused_here() -> None:
+    others = {"llama4", "deepseek_v2", "deepseek_v3", "lfm2_moe", "qwen3_5_moe", "qwen3_next", "jetmoe"}
+    assert {*PRODUCTS, *others, "longcat_flash", "nemotron_h"} == set(FAMILIES)

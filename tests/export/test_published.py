@@ -1,0 +1,122 @@
+"""The layout of models on the hub: every row of every weight has one place there, and exports in this layout load."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nybble.errors import ExportError
+from nybble.export import EXPORTERS
+from nybble.export.published import Piece, published_layout
+from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.linearize import linearize
+from tests.helpers import mixtures
+from tests.helpers.checkpoints import make_checkpoint, save_checkpoint
+from tests.helpers.tiny import FAMILIES, make_config
+
+MIXTURES = sorted(set(mixtures.FAMILIES) - {"longcat_flash"})
+STACKED = {"gpt_oss", "llama4", "granitemoe", "jetmoe"}  # also on the hub
+ODD_ROWS = {"nemotron_h", "qwen3_5_moe"}  # rows that vLLM cannot split
+
+
+def mixture_checkpoint(folder: Path, family: str) -> QuantizedCheckpoint:
+    model = mixtures.make_mixture(family)
+    linearize(model)
+    return save_checkpoint(folder, model)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_every_row_has_one_place(family: str, tmp_path: Path) -> None:
+    in_tiny = family in FAMILIES
+    checkpoint = (make_checkpoint if in_tiny else mixture_checkpoint)(tmp_path / "quantized", family)
+    layout = published_layout(checkpoint.config, checkpoint.shapes)
+    rows = Counter(
+        (piece.module, row)
+        for tensor in layout.values()
+        for pieces in tensor.matrices
+        for piece in pieces
+        for row in range(piece.start, piece.stop, piece.step)
+    )
+    expected = {(name, row) for name, shape in checkpoint.shapes.items() for row in range(shape[0])}
+    expected |= {(name, 0) for name in checkpoint.others}
+    assert rows.keys() == expected
+    assert set(rows.values()) == {1}
+
+
+def test_experts_of_mixtral_have_the_names_of_the_hub(tmp_path: Path) -> None:
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", "mixtral")
+    layout = published_layout(checkpoint.config, checkpoint.shapes)
+    expert = "model.layers.1.block_sparse_moe.experts.2"
+    module = "model.layers.1.mlp.experts.2"
+    assert layout[f"{expert}.w1.weight"].matrices == ((Piece(f"{module}.gate_up_proj", 0, 96),),)
+    assert layout[f"{expert}.w3.weight"].matrices == ((Piece(f"{module}.gate_up_proj", 96, 192),),)
+    assert layout[f"{expert}.w2.weight"].matrices == ((Piece(f"{module}.down_proj", 0, 64),),)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert layout["model.layers.1.block_sparse_moe.gate.weight"].matrices == ((Piece(gate, 0, 1),),)
+
+
+def export(name: str, checkpoint: QuantizedCheckpoint, folder: Path) -> Any:
+    folder.mkdir()
+    EXPORTERS[name].check(checkpoint.config, checkpoint.selection)
+    return EXPORTERS[name].export(checkpoint, folder)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_hf_export_of_a_mixture_is_what_transformers_would_save(family: str, tmp_path: Path) -> None:
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
+    result = export("hf", checkpoint, tmp_path / "hf")
+    assert result.int4_weights == len(checkpoint.selection.int4)
+    assert result.logit_difference < 1e-4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape, name
+        assert torch.equal(tensor.float(), theirs[name].float()), name
+
+
+@pytest.mark.parametrize("family", sorted(set(MIXTURES) - STACKED - ODD_ROWS))
+def test_the_vllm_export_of_a_mixture_has_a_packed_matrix_for_each_expert(family: str, tmp_path: Path) -> None:
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
+    result = export("vllm", checkpoint, tmp_path / "vllm")
+    assert result.logit_difference < 1e-4
+    names = load_file(tmp_path / "vllm" / "model.safetensors").keys()
+    experts = {name for name in names if ".experts.0." in name and name.endswith("weight_packed")}
+    assert len(experts) % 3 == 0 or family == "nemotron_h"
+    assert experts
+    config = EXPORTERS["vllm"].open_model(tmp_path / "vllm", checkpoint.config).config
+    assert not hasattr(config, "quantization_config")
+
+
+def test_layers_in_16_bits_are_named_for_vllm(tmp_path: Path) -> None:
+    from nybble.schema import read_json
+
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", "qwen2_moe")
+    export("vllm", checkpoint, tmp_path / "vllm")
+    ignored = read_json(tmp_path / "vllm" / "config.json")["quantization_config"]["ignore"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"} <= set(ignored)
+    assert not any("experts." in name or "self_attn" in name for name in ignored)
+
+
+@pytest.mark.parametrize("family", sorted(STACKED))
+def test_stacks_are_refused_for_vllm(family: str, tmp_path: Path) -> None:
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
+    with pytest.raises(ExportError, match="published with one matrix for each layer and expert"):
+        export("vllm", checkpoint, tmp_path / "vllm")
+
+
+def test_unused_experts_are_refused(tmp_path: Path) -> None:
+    checkpoint = mixture_checkpoint(tmp_path / "quantized", "longcat_flash")
+    with pytest.raises(ExportError, match="has entries that belong to no expert"):
+        export("hf", checkpoint, tmp_path / "hf")
+
+
+def test_the_tested_families_are_those_of_these_tests() -> None:
+    """Dense ones are tested in tests/export/hf and tests/export/vllm."""
+    dense = {make_config(family).model_type for family in FAMILIES}
+    for name, others in (("hf", set(MIXTURES)), ("vllm", set(MIXTURES) - STACKED - ODD_ROWS)):
+        assert EXPORTERS[name].tested_families == dense | {mixtures.model_type(family) for family in others}
