@@ -32,11 +32,12 @@ from nybble.export.base import Exporter
 from nybble.export.containers import four_or_eight_bits, split_groups
 from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, metadata, problem
 from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
-from nybble.export.gguf.experts import expert_width, join_rows, join_tensors, shared_width, stack_problem
+from nybble.export.gguf.experts import shared_width
 from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
 from nybble.export.gguf.pretokenizers import UNKNOWN
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
+from nybble.export.stacks import expert_width, join_rows, join_tensors, stack_problem
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -90,7 +91,9 @@ class GGUFExporter(Exporter):
                 "an export to GGUF needs a model whose parts llama.cpp computes; this model has "
                 f"{found}; remove {self.name} from --export"
             )
-        if (found := stack_problem(config, selection)) is not None:
+        if (
+            found := stack_problem(config, selection, lambda scheme: block_type(four_or_eight_bits(scheme)))
+        ) is not None:
             raise ExportError(
                 "an export to GGUF needs the same quantization for all experts of a layer; this model has "
                 f"{found}; change --layer or --ignore, or remove {self.name} from --export"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from nybble.errors import ExportError
 from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
 from nybble.export.gguf.blocks import BLOCK, row_bytes
-from nybble.export.gguf.experts import Place, parameter_places
+from nybble.export.gguf.experts import parameter_places
+from nybble.export.stacks import Place
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"

@@ -18,9 +18,10 @@ from torch import Tensor
 from nybble.errors import ExportError
 from nybble.export.gguf.architectures import MODEL_TYPES, architecture_rope, query_factor
 from nybble.export.gguf.blocks import block_type, to_blocks
-from nybble.export.gguf.experts import expert_width, stack_arrays, take_rows
+from nybble.export.gguf.experts import stack_arrays
 from nybble.export.gguf.file import TensorPlan, file_places, rope_heads
 from nybble.export.gguf.rope import RopeFields
+from nybble.export.stacks import expert_width, take_rows
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.quant.weight import QuantizedWeight
 
