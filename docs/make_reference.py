@@ -142,6 +142,25 @@ _MIXTURES = {
     "lfm2_moe": ("LFM2 MoE", "short convolutions"),
     "nemotron_h": ("Nemotron-H", "state space layers, experts without gates"),
     "jetmoe": ("JetMoe", "experts in attention"),
+    "longcat_flash": ("LongCat-Flash", "latent attention, experts that return their inputs"),
+}
+# The same for other families: positions by ALiBi, latent attention, linear attention, convolutions, state spaces.
+_OTHERS = {
+    "falcon": ("Falcon", "ALiBi, parallel attention"),
+    "bloom": ("BLOOM", "ALiBi"),
+    "mpt": ("MPT", "ALiBi"),
+    "gpt_bigcode": ("StarCoder", "one key and value head"),
+    "youtu": ("Youtu", "latent attention"),
+    "lfm2": ("LFM2", "short convolutions"),
+    "qwen3_5_text": ("Qwen3.5 (text)", "gated delta rule"),
+    "olmo_hybrid": ("OLMo Hybrid", "gated delta rule"),
+    "mamba": ("Mamba", "state space layers only"),
+    "mamba2": ("Mamba 2", "state space layers only"),
+    "falcon_mamba": ("Falcon Mamba", "state space layers only"),
+    "falcon_h1": ("Falcon-H1", "attention and state space in one layer"),
+    "bamba": ("Bamba", "attention and state space layers"),
+    "granitemoehybrid": ("Granite 4 (dense)", "attention and state space layers"),
+    "jamba": ("Jamba (dense)", "attention and state space layers"),
 }
 README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end of support -->"
@@ -150,8 +169,10 @@ _BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end 
 def support_table(families: dict[str, tuple[str, str]] = _FAMILIES) -> str:
     """Families and formats, from what the exporters' tests cover."""
     formats = [EXPORTERS[name] for name in EXPORTERS]
-    unnamed = {kind for exporter in formats for kind in exporter.tested_families} - (_FAMILIES | _MIXTURES).keys()
-    assert not unnamed, f"{unnamed} need a name in _FAMILIES or _MIXTURES"
+    unnamed = {kind for exporter in formats for kind in exporter.tested_families} - (
+        _FAMILIES | _MIXTURES | _OTHERS
+    ).keys()
+    assert not unnamed, f"{unnamed} need a name in one of these tables"
     lines = [
         "|family|tested with|" + "|".join(exporter.name for exporter in formats) + "|",
         "|---|---|" + ":---:|" * len(formats),
@@ -166,8 +187,8 @@ def models_page() -> str:
     """The page of all families and formats."""
     return f"""{GENERATED}# Models
 
-Tests take each of these families through compression, distillation, tuning and every export that is marked, and compare
-the export with torch: weights to the bit, logits of a prompt and of decoding.
+Tests take each of these families through every export that is marked, and compare the export with torch: weights to the
+bit, logits of a prompt and of decoding.
 
 ## Dense
 
@@ -180,7 +201,11 @@ calibration tokens that the router sends to it; one that gets fewer than 16 is r
 
 {support_table(_MIXTURES)}
 
-In OpenVINO only the experts that a token needs are computed.
+In OpenVINO only the experts that a token needs are computed, but for Llama 4, Nemotron-H and LongCat-Flash.
+
+## Hybrids and others
+
+{support_table(_OTHERS)}
 
 ## Others
 

@@ -147,3 +147,21 @@ def test_an_error_that_says_already_what_is_wrong_passes(tmp_path: Path) -> None
     with pytest.raises(ExportError) as raised, files.reporting_full_disk(tmp_path / "x"):
         raise error
     assert raised.value is error
+
+
+def test_a_reader_opens_its_file_again_after_some_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened, original = tmp_path / "a.safetensors", [], files.open_tensors
+    files.save_tensors(path, {name: torch.arange(4.0) + i for i, name in enumerate("abcd")}, {})
+    monkeypatch.setattr(files, "_BYTES_MAPPED", 32)
+    monkeypatch.setattr(files, "open_tensors", lambda path: opened.append(path) or original(path))
+    reader = files.TensorReader(path)
+    assert [reader.read(name)[0].item() for name in "abcd"] == [0, 1, 2, 3]
+    assert opened == [path] * 2
+
+
+def test_a_reader_says_which_file_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="must be a safetensors file; there is none"):
+        files.TensorReader(tmp_path / "a.safetensors").read("a")
+    files.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    with pytest.raises(RunError, match="a.safetensors must be a readable safetensors file: .*b"):
+        files.TensorReader(tmp_path / "a.safetensors").read("b")

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from nybble.errors import NybbleError, RunError, first_line
 from nybble.schema import SchemaError, parse_json
 
 # safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
+# Of a file that TensorReader keeps open.
+_BYTES_MAPPED = 32 << 20
+
 _COPY_LOADED_TENSORS = sys.platform == "win32"
 # Disk full, quota used up, file larger than `ulimit -f` allows. Not every system has a quota error.
 _NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -149,6 +152,40 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, SchemaError) as error:
         raise damaged(path, error) from error
+
+
+class TensorReader:
+    """Reads single tensors of a safetensors file, as copies.
+
+    A mapped file counts as memory in use as far as it was read, so it is opened again after some megabytes; and its
+    header, which has 37 thousand entries in a large mixture of experts, is not parsed for every tensor.
+
+    Args:
+        path: the file. It is opened by the first `read`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._left = path, 0
+        self._opened = ExitStack()
+        self._file: Any = None
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of one tensor.
+
+        Raises:
+            RunError: the file is missing, damaged, or not a safetensors file.
+        """
+        if self._left <= 0:
+            self._opened.close()
+            self._file, self._left = self._opened.enter_context(open_tensors(self._path)), _BYTES_MAPPED
+        try:
+            tensor: Tensor = self._file.get_tensor(name).clone()
+        except (OSError, SafetensorError) as error:
+            raise damaged(self._path, error) from error
+        self._left -= tensor.nbytes
+        if self._left <= 0:
+            self._opened.close()
+        return tensor
 
 
 def damaged(path: Path, error: BaseException) -> RunError:

@@ -14,7 +14,7 @@ from nybble.models.selection import select_layers
 from nybble.options.commands import CompareOptions, TuneOptions
 from nybble.report import five_columns
 from nybble.report.five_columns import COLUMNS
-from nybble.run.results import read_results
+from nybble.run.results import RunResults, TaskResults, read_results
 from nybble.run.resume import saved_options
 from nybble.workflows import compare as compare_module
 from nybble.workflows import lora
@@ -141,19 +141,29 @@ def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits() -> None:
     } == {2.0}
 
 
-def test_the_method_without_training_suits_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, chosen = save_model(tmp_path / "model", "smollm"), []
-    for folds in (True, False):
-        monkeypatch.setattr(methods, "has_mapping", lambda model, names, folds=folds: folds)
-        run = tmp_path / f"run-{folds}"
-        (run / "texts").mkdir(parents=True)
-        (run / "merged").symlink_to(folder)
-        from nybble.run.results import RunResults, TaskResults
+def test_the_method_without_training_has_awq_where_awq_finds_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = save_model(tmp_path / "lora" / "merged", "smollm")
+    task = TaskResults("t", "acc", [4], "choices", "share", 32)
+    lora_run = RunResults(command="lora", task=task, models={"lora16": {"task:t acc": 1.0}})
+    lora_run.save(merged.parent)
+    (merged.parent / "texts").mkdir()
 
-        task = TaskResults("t", "acc", [4], "choices", "share", 32)
-        RunResults(command="lora", task=task, models={"lora16": {"task:t acc": 1.0}}).save(run)
-        columns = compare_module._TaskComparison(options(tmp_path, tmp_path), "t", tmp_path, ())
-        compress_options, known_figures = columns._compress_options(run)
-        chosen.append(compress_options.compression.method)
+    def method(**changes: object) -> str:
+        given = options(tmp_path, tmp_path, method="se", **changes)
+        columns = compare_module._TaskComparison(given, "t", tmp_path, ())
+        compress_options, known_figures = columns._compress_options(merged.parent)
         assert known_figures == {"task:t acc": 1.0}
-    assert chosen == ["awq+se+gptq", "se+gptq"]
+        return compress_options.compression.method
+
+    assert method() == "awq+se+gptq"
+    monkeypatch.setattr(methods, "has_mapping", lambda model, names: False)
+    assert method() == "se+gptq"
+    # A comparison that continues asks its run, not the model.
+    run = tmp_path / "ptwc"
+    run.mkdir()
+    lora_run.save(run)
+    monkeypatch.setattr(compare_module, "saved_options", lambda folder: {"method": f"of {folder.name}"})
+    assert method() == "of ptwc"
+    assert method(overwrite=True) == "se+gptq"

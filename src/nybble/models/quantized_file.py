@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import RunError
-from nybble.files import note_of, open_tensors, save_tensors
+from nybble.files import TensorReader, note_of, open_tensors, save_tensors
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import BITS, CODES_PER_UNIT, QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
@@ -106,26 +106,20 @@ def open_weights(folder: Path) -> tuple[Mapping[str, QuantizedWeight], Mapping[s
 
     Args, returns and errors: see `load_weights`. A damaged tensor raises its RunError when it is read.
     """
-    layout = read_layout(folder)
-    return (
-        LazyMapping(layout.quantized, lambda name: _read_weight(folder, name, layout.quantized[name].scheme)),
-        LazyMapping(layout.others, lambda name: _read_tensors(folder, (name,))[0]),
-    )
+    layout, reader = read_layout(folder), TensorReader(folder / WEIGHTS_FILE)
+
+    def read(name: str) -> QuantizedWeight:
+        return _read_weight(reader, folder / WEIGHTS_FILE, name, layout.quantized[name].scheme)
+
+    return LazyMapping(layout.quantized, read), LazyMapping(layout.others, reader.read)
 
 
-def _read_weight(folder: Path, name: str, scheme: QuantScheme) -> QuantizedWeight:
-    codes, scale_OG, zero_point_OG = _read_tensors(folder, (name + _CODES, name + _SCALE, name + _ZERO_POINT))
+def _read_weight(reader: TensorReader, file: Path, name: str, scheme: QuantScheme) -> QuantizedWeight:
+    codes, scale_OG, zero_point_OG = (reader.read(name + leaf) for leaf in (_CODES, _SCALE, _ZERO_POINT))
     weight = QuantizedWeight(unpack_codes(codes, scheme.bits), scale_OG.float(), zero_point_OG, scheme)
     if wrong := _off_grid(weight):
-        file = folder / WEIGHTS_FILE
         raise RunError(f"{file} must hold weights as nybble writes them; in {name} {wrong}; {REMEDY}")
     return weight
-
-
-def _read_tensors(folder: Path, names: Iterable[str]) -> list[Tensor]:
-    """Tensors by name. They are copied and the file is closed, because a mapped file counts as memory in use."""
-    with open_tensors(folder / WEIGHTS_FILE) as file:
-        return [file.get_tensor(name).clone() for name in names]
 
 
 class LayerLayout(NamedTuple):

@@ -268,7 +268,9 @@ def test_check_refuses_models_and_schemes_that_the_format_cannot_hold() -> None:
     config = make_config("smollm")
     EXPORTER.check(config, SELECTION)
     assert EXPORTER.container(QuantScheme(4, 96), 192, embedding=False) == QuantScheme(4, 32)
-    with pytest.raises(ExportError, match=r"needs a model type of gemma2, .*, qwen3; got mamba; remove gguf from --ex"):
+    with pytest.raises(
+        ExportError, match=r"needs a model type of ernie4_5_moe, .*, qwen3_moe; got mamba; remove gguf from --ex"
+    ):
         EXPORTER.check(SimpleNamespace(model_type="mamba"), SELECTION)
     assert EXPORTER.container(QuantScheme(4, 48), 96, embedding=False) is None
     assert EXPORTER.container(QuantScheme(4, None), 96, embedding=False) == QuantScheme(4, 32)

@@ -12,6 +12,19 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 """Longer than the sequences of the tests. Gemma 3 keeps its windows of 8 tokens, which mlx-lm has."""
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {},
+    "granitemoe": {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+        "attention_bias": True,
+    },
+    "glm4_moe": {"routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True},
+}  # fmt: skip
+"""Mixtures of experts that mlx-lm computes, with the options in which they differ."""
+
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:

@@ -15,6 +15,7 @@ from nybble.export.mlx.exporter import MLXExporter
 from nybble.export.safetensors_writer import read_metadata
 from nybble.models.quantized_model import load_config
 from nybble.quant.scheme import QuantScheme
+from tests.export.mlx.conftest import MIXTURES
 from tests.helpers.exports import (
     Export,
     check_codes,
@@ -24,6 +25,7 @@ from tests.helpers.exports import (
     logits_of,
     slow_values,
 )
+from tests.helpers.mixtures import model_type
 from tests.helpers.smollm2 import ANSWER, CHAT, smollm2_checkpoint
 from tests.helpers.tiny import FAMILIES, make_config, save_model
 
@@ -147,7 +149,8 @@ def test_schemes_that_mlx_does_not_have_are_refused() -> None:
 
 
 def test_the_tested_families_are_those_of_this_folder() -> None:
-    assert MLXExporter.tested_families == {make_config(family).model_type for family in FAMILIES}
+    mixtures = {model_type(family) for family in MIXTURES}
+    assert MLXExporter.tested_families == {make_config(family).model_type for family in FAMILIES} | mixtures
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.export.mlx import families
 from nybble.models.selection import LayerSelection
-from tests.helpers.tiny import FAMILIES, make_config
+from tests.helpers.mixtures import make_mixture
+from tests.helpers.tiny import make_config
 
 pytest.importorskip("mlx_lm", reason="the extra mlx")
 MLX, NONE_SELECTED = EXPORTERS["mlx"], LayerSelection((), (), tied=True)
@@ -71,4 +72,23 @@ def test_gemma_3_has_two_frequencies_and_a_period() -> None:
 
 
 def test_every_family_has_facts() -> None:
-    assert families._FAMILIES.keys() == {make_config(family).model_type for family in FAMILIES}
+    assert families._FAMILIES.keys() == MLX.tested_families
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob = False; qwen2_moe has True"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers = .*; qwen2_moe has"),
+        ("qwen3_moe", {"rope_parameters": LINEAR}, "of type default; qwen3_moe has linear"),
+        ("glm4_moe", {"n_group": 2}, "n_group = 1; glm4_moe has 2"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = None; olmoe has 8.0"),
+        ("ernie4_5_moe", {}, "experts of glm4_moe, .*; ernie4_5_moe has others, which mlx-lm computes otherwise"),
+        ("gpt_oss", {}, "experts of glm4_moe, .*; gpt_oss has others"),
+    ],
+)
+def test_mixtures_that_mlx_lm_computes_otherwise_are_refused(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ExportError, match=f"an export to MLX needs .*{message}.*; remove mlx from --export"):
+        MLX.check(make_mixture(family, **changes).config, NONE_SELECTED)

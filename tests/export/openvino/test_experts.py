@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nybble.errors import ExportError
 from nybble.export.openvino.experts import GraphWeight, graph_weights, modules_of_stacks, trace_experts
 from nybble.export.openvino.exporter import MODEL_XML, OpenVINOExporter
 from nybble.models.linearize import linearize
@@ -17,11 +18,15 @@ from tests.helpers.mixtures import EXPERTS, FAMILIES, make_mixture
 
 openvino = pytest.importorskip("openvino")
 
-# Number of products of a layer with experts in the compiled model: gate, up and down, or gate and up in one.
+# Products that compute the chosen experts only, for each layer with experts: gate, up and down; or gate and up in one.
+# None where the plugin does not know the pattern, and all experts are computed: no gates, inputs scaled by the router,
+# experts that return their inputs.
 PRODUCTS = {
     "mixtral": 3, "qwen2_moe": 3, "qwen3_moe": 3, "gpt_oss": 2, "glm4_moe": 3, "granitemoe": 3, "olmoe": 3,
-    "ernie4_5_moe": 3, "phimoe": 3,
+    "ernie4_5_moe": 3, "phimoe": 3, "deepseek_v2": 3, "deepseek_v3": 3, "lfm2_moe": 3, "qwen3_5_moe": 3,
+    "qwen3_next": 3, "nemotron_h": 0, "llama4": 0, "longcat_flash": 0,
 }  # fmt: skip
+FAST = {"mixtral", "gpt_oss", "llama4", "lfm2_moe"}
 
 
 def linear_mixture(family: str, **changes: Any) -> Any:
@@ -30,7 +35,9 @@ def linear_mixture(family: str, **changes: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", PRODUCTS)
+@pytest.mark.parametrize(
+    "family", [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in PRODUCTS]
+)
 def test_a_mixture_has_the_logits_of_torch_and_computes_the_chosen_experts_only(family: str, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "quantized", linear_mixture(family))
     folder = tmp_path / "openvino"
@@ -39,7 +46,7 @@ def test_a_mixture_has_the_logits_of_torch_and_computes_the_chosen_experts_only(
     assert result.int4_weights == len(checkpoint.selection.int4)
     assert result.rounded == {}
     assert result.logit_difference is not None
-    assert result.logit_difference < 1e-4
+    assert result.logit_difference < 2e-4
     compiled = openvino.Core().compile_model(folder / MODEL_XML, "CPU").get_runtime_model()
     kinds = Counter(str(node.get_rt_info()["layerType"].astype(str)) for node in compiled.get_ops())
     layers = sum(".experts.0.down_proj" in name for name in checkpoint.shapes)
@@ -58,7 +65,7 @@ def test_experts_with_an_odd_number_of_groups_are_read_back(tmp_path: Path) -> N
     assert OpenVINOExporter().compare_weights(checkpoint.quantized, folder) == {}
 
 
-@pytest.mark.parametrize("family", sorted({*PRODUCTS, "llama4", "longcat_flash"}))
+@pytest.mark.parametrize("family", PRODUCTS)
 def test_the_traced_forward_computes_what_the_experts_do(family: str) -> None:
     model = linear_mixture(family)
     ids = torch.arange(24)[None]
@@ -126,6 +133,8 @@ def test_modules_are_found_in_their_stacks() -> None:
     }
 
 
-def test_every_mixture_of_the_tests_is_exported_or_refused_here() -> None:
-    others = {"llama4", "deepseek_v2", "deepseek_v3", "lfm2_moe", "qwen3_5_moe", "qwen3_next", "jetmoe"}
-    assert {*PRODUCTS, *others, "longcat_flash", "nemotron_h"} == set(FAMILIES)
+def test_experts_that_get_sorted_tokens_are_refused(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "quantized", linear_mixture("jetmoe"))
+    with pytest.raises(ExportError, match="it does not use 16 of 36"):
+        OpenVINOExporter().write(checkpoint, tmp_path)
+    assert PRODUCTS.keys() == FAMILIES.keys() - {"jetmoe"}

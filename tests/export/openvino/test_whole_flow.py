@@ -9,6 +9,8 @@ from nybble.models import quantized_file
 from nybble.run.results import read_results
 from nybble.workflows.distill import distill
 from tests.export.openvino.test_experts import PRODUCTS
+from tests.export.openvino.test_hybrids import KINDS
+from tests.helpers import mixtures
 from tests.helpers.distill import distill_options, interrupt_after
 from tests.helpers.tiny import FAMILIES, make_config, save_model
 
@@ -63,4 +65,5 @@ def test_whole_flow_in_bfloat16(family: str, tmp_path: Path) -> None:
 
 def test_the_tested_families_are_those_of_the_whole_flow() -> None:
     dense = {make_config(family).model_type for family in FAMILIES}
-    assert OpenVINOExporter.tested_families == dense | PRODUCTS.keys()
+    mixed = {mixtures.model_type(family) for family in PRODUCTS}
+    assert OpenVINOExporter.tested_families == dense | mixed | KINDS.keys()

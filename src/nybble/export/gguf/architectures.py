@@ -9,10 +9,11 @@ Facts: https://github.com/ggml-org/llama.cpp, src/models/*.cpp and conversion/*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from nybble.export.gguf.experts import expert_fields, expert_problems
 from nybble.export.gguf.rope import RopeFields, rope_fields
 
 Value = int | float | str
@@ -27,40 +28,47 @@ class Architecture:
 
     Attributes:
         name: as `general.architecture` holds it.
-        linears: linear layers of a decoder block.
         activation: function of the gated MLP.
         interleaved_rope: rotary pairs are neighbours (2i, 2i + 1), where transformers pairs i with i + D / 2. The rows
             of the query and key projections are reordered within each head.
         rope_freqs: it reads frequency factors of rotary embeddings from rope_freqs.weight.
-        long_rope: it reads longrope factors, and computes rotary embeddings of a part of a head.
+        long_rope: it reads longrope factors.
+        partial_rope: it computes rotary embeddings of a part of a head.
         free_head_dim: heads times their size need not be the hidden size.
         sliding_period: of sliding and full layers where the file does not say: the last layer of a period is full. None
             for an architecture without sliding windows.
         own_head: it reads a head that is not tied to the embedding.
         scale_from_hidden: number of layers at which queries are scaled by hidden size / heads, not by the head size.
+        equal_heads: there must be as many heads of keys and values as of queries.
         query_norm: there are norms of queries, which can take up another scale.
         softcaps: it caps attention scores and logits.
         biases: it reads biases of all linear layers. (Those of qwen2 are no choice.)
         norm_offset: transformers adds it to the weights of norms, and the file holds the sums.
+        multipliers: it multiplies embeddings, attention scores, residuals and logits by numbers of the file (Granite).
+        interleaved_gate: gates and ups take turns in the rows of an expert's gate_up_proj.
+        leading_dense: it has layers without experts before those with experts.
+        assumed: field of a configuration -> the value that it computes with.
     """
 
     name: str
-    linears: tuple[str, ...] = (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    )  # fmt: skip
     activation: str = "silu"
     interleaved_rope: bool = False
     rope_freqs: bool = False
     long_rope: bool = False
+    partial_rope: bool = False
     free_head_dim: bool = True
     sliding_period: int | None = None
     own_head: bool = True
     scale_from_hidden: int | None = None
+    equal_heads: bool = False
     query_norm: bool = False
     softcaps: bool = False
     biases: bool = False
     norm_offset: float = 0.0
+    multipliers: bool = False
+    interleaved_gate: bool = False
+    leading_dense: bool = False
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _LLAMA = Architecture("llama", interleaved_rope=True, rope_freqs=True, biases=True)
@@ -77,11 +85,24 @@ MODEL_TYPES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         "gemma3", activation=_GELU, sliding_period=6, scale_from_hidden=62, query_norm=True, norm_offset=1
     ),
-    "phi3": Architecture(
-        "phi3",
-        linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-        long_rope=True,
-        free_head_dim=False,
+    "phi3": Architecture("phi3", long_rope=True, partial_rope=True, free_head_dim=False),
+    "mixtral": _LLAMA,
+    "qwen2_moe": Architecture("qwen2moe", free_head_dim=False, assumed={"norm_topk_prob": False, "qkv_bias": True}),
+    "qwen3_moe": Architecture("qwen3moe", query_norm=True, assumed={"norm_topk_prob": True}),
+    "olmoe": Architecture(
+        "olmoe", free_head_dim=False, equal_heads=True, assumed={"norm_topk_prob": False, "clip_qkv": None}
+    ),
+    "granitemoe": Architecture("granitemoe", interleaved_rope=True, rope_freqs=True, biases=True, multipliers=True),
+    "glm4_moe": Architecture(
+        "glm4moe", partial_rope=True, biases=True, leading_dense=True, assumed={"n_group": 1, "topk_group": 1}
+    ),
+    "ernie4_5_moe": Architecture("ernie4_5-moe", free_head_dim=False, leading_dense=True, assumed={"use_bias": False}),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        sliding_period=2,
+        biases=True,
+        interleaved_gate=True,
+        assumed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
 }
 """Model type of transformers -> architecture that computes it."""
@@ -113,6 +134,12 @@ def query_factor(config: Any) -> float:
     return float((divisor / scalar) ** 0.5)
 
 
+def architecture_rope(config: Any) -> RopeFields | str:
+    """Return what a file says about rotary embeddings; see `rope_fields`."""
+    architecture = MODEL_TYPES[config.model_type]
+    return rope_fields(config, architecture.rope_freqs, architecture.long_rope, architecture.partial_rope)
+
+
 def problem(config: Any, tied: bool) -> str | None:
     """Return what of a configuration llama.cpp does not compute, as the object of "this model has"; None if nothing.
 
@@ -142,13 +169,16 @@ def _problems(config: Any, architecture: Architecture, tied: bool) -> Iterator[s
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (getattr(config, name, None) is not None) != architecture.softcaps:
             yield f"{name} {getattr(config, name, None)}"
-    if isinstance(fields := rope_fields(config, architecture.rope_freqs, architecture.long_rope), str):
+    if isinstance(fields := architecture_rope(config), str):
         yield fields
     yield from _attention_problems(config, architecture)
+    yield from expert_problems(config, architecture.assumed, architecture.leading_dense)
 
 
 def _attention_problems(config: Any, architecture: Architecture) -> Iterator[str]:
     window = sliding_window(config)
+    if architecture.equal_heads and config.num_key_value_heads != config.num_attention_heads:
+        yield f"{config.num_key_value_heads} heads of keys and values for {config.num_attention_heads} of queries"
     if getattr(config, "use_bidirectional_attention", None):
         yield "bidirectional attention"
     if architecture.sliding_period is None:
@@ -181,7 +211,7 @@ def limits(config: Any) -> tuple[str, ...]:
             f"the GGUF export is right up to {window} tokens: this model attends to the last {window} tokens, and "
             "llama.cpp attends to all tokens"
         )
-    fields = rope_fields(config, architecture.rope_freqs, architecture.long_rope)
+    fields = architecture_rope(config)
     if isinstance(fields, RopeFields) and fields.limit is not None:
         found.append(fields.limit)
     return tuple(found)
@@ -206,9 +236,15 @@ def metadata(config: Any) -> dict[str, Value]:
         "attention.key_length": size,
         "attention.value_length": size,
     }
-    rope = rope_fields(config, architecture.rope_freqs, architecture.long_rope)
+    rope = architecture_rope(config)
     assert isinstance(rope, RopeFields), rope
     fields |= rope.fields
+    fields |= expert_fields(config)
+    if architecture.multipliers:
+        fields["embedding_scale"] = float(config.embedding_multiplier)
+        fields["attention.scale"] = float(config.attention_multiplier)
+        fields["residual_scale"] = float(config.residual_multiplier)
+        fields["logit_scale"] = float(config.logits_scaling)
     if architecture.softcaps:
         fields["attn_logit_softcapping"] = float(config.attn_logit_softcapping)
         fields["final_logit_softcapping"] = float(config.final_logit_softcapping)

@@ -10,6 +10,7 @@ Changed on the way, so that llama.cpp computes the same:
     query and key projections of the architecture llama: rows are reordered within each head (`to_neighbours`)
     norms of Gemma: weight + 1
     query norms of Gemma 3, where the scale of its queries is not what llama.cpp takes: times the quotient
+    experts: one tensor for each projection of all experts of a layer, gate and up apart (experts.py)
 
 Refused: model types without an architecture in the table, and what its graph does not compute (ExportError); groups
 that are not made of blocks of 32 weights (OptionError: `container`).
@@ -31,10 +32,12 @@ from nybble.export.base import Exporter
 from nybble.export.containers import four_or_eight_bits, split_groups
 from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, metadata, problem
 from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
+from nybble.export.gguf.experts import shared_width
 from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
 from nybble.export.gguf.pretokenizers import UNKNOWN
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
+from nybble.export.stacks import expert_width, join_rows, join_tensors, stack_problem
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -64,7 +67,12 @@ class GGUFExporter(Exporter):
     weight_files = (MODEL_GGUF,)
     modules = ("gguf", "xllamacpp")
     extra = "gguf"
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+            "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss",
+        }
+    )  # fmt: skip
     scheme_requirement = f"groups, or whole rows, of a multiple of {BLOCK} weights"
 
     def check(self, config: Any, selection: LayerSelection) -> None:
@@ -83,7 +91,15 @@ class GGUFExporter(Exporter):
                 "an export to GGUF needs a model whose parts llama.cpp computes; this model has "
                 f"{found}; remove {self.name} from --export"
             )
+        if (
+            found := stack_problem(config, selection, lambda scheme: block_type(four_or_eight_bits(scheme)))
+        ) is not None:
+            raise ExportError(
+                "an export to GGUF needs the same quantization for all experts of a layer; this model has "
+                f"{found}; change --layer or --ignore, or remove {self.name} from --export"
+            )
         widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config)]
+        widths += [expert_width(config), shared_width(config)]
         if odd := [width for width in widths if width % BLOCK]:
             raise ExportError(
                 f"an export to GGUF needs rows that are multiples of {BLOCK} weights; this model has rows of {odd[0]}; "
@@ -147,9 +163,11 @@ class GGUFExporter(Exporter):
         content = GGUFContent(folder / MODEL_GGUF)
 
         def read(module: str) -> QuantizedWeight:
-            name = content.modules[module]
-            weight = from_blocks(content.read(name), content.kinds[name])
-            return reorder_weight(weight, content.rope_heads(module), to_halves)
+            parts = [
+                (place.rows, from_blocks(content.read(place.tensor, place.expert), content.kinds[place.tensor]))
+                for place in content.modules[module]
+            ]
+            return reorder_weight(join_rows(parts), content.rope_heads(module), to_halves)
 
         return LazyMapping(content.modules, read)
 
@@ -158,7 +176,12 @@ class GGUFExporter(Exporter):
         content = GGUFContent(folder / MODEL_GGUF)
 
         def read(module: str) -> Tensor:
-            weight_OI = torch.from_numpy(content.read_floats(content.modules[module]))
+            weight_OI = join_tensors(
+                [
+                    (place.rows, torch.from_numpy(content.read_floats(place.tensor, place.expert)))
+                    for place in content.modules[module]
+                ]
+            )
             heads = content.rope_heads(module)
             return weight_OI if heads is None else to_halves(weight_OI, heads)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from nybble.errors import ExportError
 from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
 from nybble.export.gguf.blocks import BLOCK, row_bytes
+from nybble.export.gguf.experts import parameter_places
+from nybble.export.stacks import Place
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"
@@ -26,8 +29,6 @@ QUANTIZED = "nybble.quantized"
 
 _ROWS = 4096
 """Rows that are dequantized at once."""
-
-_EMBEDDINGS = ("model.embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Bytes of the numbers or blocks."""
         row = 4 * self.shape[-1] if self.kind == "F32" else row_bytes(self.kind, self.shape[-1])
-        return int(np.prod(self.shape[:-1])) * row
+        return prod(self.shape[:-1]) * row
 
 
 def write_file(path: Path, fields: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> None:
@@ -98,7 +99,7 @@ class GGUFContent:
         fields: key -> value.
         architecture: what llama.cpp computes.
         kinds: name of a tensor -> F32, or the type of its blocks.
-        modules: quantized module -> name of its tensor.
+        modules: quantized module -> where its rows are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,8 +115,9 @@ class GGUFContent:
         self._places = {
             tensor.name: (tensor.data.offset, tensor.data.dtype, tensor.data.shape) for tensor in parsed.tensors
         }
-        names = module_names(self.architecture, self.number("block_count"))
-        self.modules = {module: names[module] for module in self.fields[QUANTIZED]}
+        width = self.fields.get(f"{self.architecture.name}.expert_feed_forward_length", 0)
+        places = file_places(self.architecture, self.number("block_count"), width)
+        self.modules = {module: places(f"{module}.weight") for module in self.fields[QUANTIZED]}
 
     def number(self, key: str) -> int:
         """Return the value of a field of the architecture."""
@@ -126,26 +128,41 @@ class GGUFContent:
         shape, kind = self._places[name][2], self.kinds[name]
         return shape if kind == "F32" else (*shape[:-1], shape[-1] // row_bytes(kind, BLOCK) * BLOCK)
 
-    def read(self, name: str) -> NDArray[Any]:
-        """Return the numbers of a tensor, or the bytes of the blocks of each row."""
-        return self._read_rows(name, 0, self._places[name][2][0])
+    def read(self, name: str, expert: int | None = None) -> NDArray[Any]:
+        """Return the numbers of a tensor, or the bytes of the blocks of each row.
+
+        Args:
+            name: of the tensor.
+            expert: number of a matrix in a stack of matrices; None for the whole tensor.
+        """
+        shape = self._places[name][2]
+        rows = self._expert_rows(shape, expert)
+        return self._read_rows(name, rows.start, rows.stop).reshape(shape if expert is None else shape[1:])
+
+    def _expert_rows(self, shape: tuple[int, ...], expert: int | None) -> range:
+        """Rows of an expert, or all, where a tensor is seen as a matrix."""
+        count = prod(shape[:-1] if expert is None else shape[1:-1])
+        first = 0 if expert is None else expert * count
+        return range(first, first + count)
 
     def _read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        offset, dtype, (_, *rest) = self._places[name]
-        width = int(np.prod(rest))
+        offset, dtype, shape = self._places[name]
+        width = shape[-1]
         rows = np.fromfile(self._path, dtype, (stop - start) * width, offset=offset + start * width * dtype.itemsize)
-        return rows.reshape(stop - start, *rest)
+        return rows.reshape(stop - start, width)
 
-    def read_floats(self, name: str) -> NDArray[np.float32]:
-        """Return the numbers of a tensor, dequantized by the package gguf."""
+    def read_floats(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
+        """Return the numbers of a tensor, dequantized by the package gguf; see `read`."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        numbers, kind = np.empty(self.shape(name), np.float32), GGMLQuantizationType[self.kinds[name]]
-        for start in range(0, len(numbers), _ROWS):  # its intermediate arrays are larger than the result
-            stop = min(start + _ROWS, len(numbers))
-            numbers[start:stop] = dequantize(self._read_rows(name, start, stop), kind)
-        return numbers
+        shape, kind = self.shape(name), GGMLQuantizationType[self.kinds[name]]
+        rows = self._expert_rows(shape, expert)
+        numbers = np.empty((len(rows), shape[-1]), np.float32)
+        for start in range(0, len(rows), _ROWS):  # its intermediate arrays are larger than the result
+            stop = min(start + _ROWS, len(rows))
+            numbers[start:stop] = dequantize(self._read_rows(name, rows.start + start, rows.start + stop), kind)
+        return numbers.reshape(shape if expert is None else shape[1:])
 
     def rope_heads(self, module: str) -> int | None:
         """Return the number of heads in a module whose rows are reordered; None for all others."""
@@ -165,21 +182,22 @@ def write_floats(content: GGUFContent, path: Path) -> None:
     write_file(path, content.fields, plans)
 
 
-def module_names(architecture: Architecture, num_layers: int) -> dict[str, str]:
-    """Return the modules that are quantized: name in transformers -> name of the weight in the file."""
-    names = tensor_names(architecture, num_layers)
-    layers = [f"model.layers.{i}.{linear}" for i in range(num_layers) for linear in architecture.linears]
-    modules = [*_EMBEDDINGS[: 2 if architecture.own_head else 1], *layers]
-    return {module: names(f"{module}.weight") or "" for module in modules}
+def file_places(architecture: Architecture, num_layers: int, expert_width: int) -> Callable[[str], list[Place]]:
+    """Return the function: name of a parameter in transformers -> where its rows are, empty where there is no tensor.
 
-
-def tensor_names(architecture: Architecture, num_layers: int) -> Callable[[str], str | None]:
-    """Return the function: name of a parameter in transformers -> name in the file, None where there is none."""
+    Args:
+        architecture: what llama.cpp computes.
+        num_layers: of the model.
+        expert_width: rows of the gates of an expert; 0 for a model without experts.
+    """
     import gguf
 
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = gguf.get_tensor_name_map(kind, num_layers)
-    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
+    suffixes = (".weight", ".bias")
+    return parameter_places(
+        lambda name: table.get_name(name, try_suffixes=suffixes), expert_width, architecture.interleaved_gate
+    )
 
 
 def rope_heads(architecture: Architecture, module: str, heads: int, key_value_heads: int) -> int | None:

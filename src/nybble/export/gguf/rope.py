@@ -45,13 +45,14 @@ class RopeFields:
     limit: str | None = None
 
 
-def rope_fields(config: Any, rope_freqs: bool, long_rope: bool) -> RopeFields | str:
+def rope_fields(config: Any, rope_freqs: bool, long_rope: bool, partial_rope: bool) -> RopeFields | str:
     """Return what a file says about the rotary embeddings of a model, or what llama.cpp cannot compute of them.
 
     Args:
         config: transformers configuration.
         rope_freqs: the architecture reads rope_freqs.weight.
-        long_rope: the architecture reads longrope factors, and rotates a part of a head.
+        long_rope: the architecture reads longrope factors.
+        partial_rope: the architecture rotates a part of a head.
 
     Returns:
         The fields; or a text that names what cannot be computed.
@@ -62,7 +63,7 @@ def rope_fields(config: Any, rope_freqs: bool, long_rope: bool) -> RopeFields | 
         return f"rotary embeddings of the type {sliding['rope_type']} in sliding layers"
     full = parameters.get("full_attention", parameters)
     kind, part = full["rope_type"], full.get("partial_rotary_factor") or 1.0
-    if part != 1 and not long_rope:
+    if part != 1 and not partial_rope:
         return f"rotary embeddings of a part ({part}) of a head"
     size = int(part * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
     fields: dict[str, int | float | str] = {

@@ -6,8 +6,11 @@ model.safetensors holds for every quantized module NAME with O rows and I column
     NAME.scales    [O, I / K]                   float16 for up to 4 bits; 8 bits: in the dtype below
     NAME.biases    [O, I / K]                   as scales
 
-and all other tensors under their own names. They, and the scales of 8 bits, are float16, or float32 where float16
-cannot hold the other tensors exactly or the activations overflow in it. mlx-lm then computes in this dtype.
+and all other tensors. Names are those of transformers, or of mlx-lm where they differ (families.py). Experts are
+stacked, gate and up apart (stacks.py); their tensors have the number of the expert as the first axis.
+
+The other tensors, and the scales of 8 bits, are float16, or float32 where float16 cannot hold the other tensors exactly
+or the activations overflow in it. mlx-lm then computes in this dtype.
 `quantization` in config.json has the group size and the bits of most linear layers, and of the layers that have others.
 A head that is tied to the embedding is not stored. A row with one scale is held as groups with that scale.
 
@@ -22,7 +25,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.errors import ExportError
 from nybble.export.base import Exporter
 from nybble.export.containers import split_groups
 from nybble.export.mlx import families
@@ -41,14 +46,15 @@ from nybble.export.safetensors_writer import (
     safetensors_writer,
     written_by,
 )
+from nybble.export.stacks import Place, join_rows, join_tensors, stack_problem, take_rows
 from nybble.export.transformers_folder import (
     codes_to_words,
     metadata,
     quantized_names,
-    read_tensor,
     update_config,
     words_to_codes,
 )
+from nybble.files import open_tensors
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -84,7 +90,12 @@ class MLXExporter(Exporter):
     extra = "mlx"
     library = "mlx"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+            "olmoe", "granitemoe", "glm4_moe",
+        }
+    )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
 
     def check(self, config: Any, selection: LayerSelection) -> None:
@@ -94,6 +105,12 @@ class MLXExporter(Exporter):
             ExportError: one of the reasons at the top of families.py.
         """
         families.check_model(config)
+        found = stack_problem(config, selection, lambda scheme: (scheme.bits, scheme.group_size))
+        if found is not None:
+            raise ExportError(
+                f"an export to MLX needs the same quantization for all experts of a layer; this model has {found}; "
+                f"change --layer or --ignore, or remove {self.name} from --export"
+            )
 
     def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
         """Return the scheme with groups of 32, 64 or 128; mlx has all bits; see `Exporter.container`."""
@@ -110,24 +127,32 @@ class MLXExporter(Exporter):
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`."""
         schemes, dtype = checkpoint.selection.schemes, _dtype(checkpoint)
-        layouts = {
-            name: TensorLayout(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in checkpoint.others.items()
-        }
-        for name, (rows, columns) in checkpoint.shapes.items():
-            scheme = schemes[name]
-            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, (rows, columns * scheme.bits // 32))
+        layers, others = _stacked(checkpoint.config, checkpoint.shapes), _stacked(checkpoint.config, checkpoint.others)
+        layouts = {}
+        for name, parts in others.items():
+            tensor = parts[0].take(checkpoint.others[parts[0].name])
+            shape = parts[0].stacked(len(parts), tuple(tensor.shape))
+            layouts[name] = TensorLayout(dtype if tensor.is_floating_point() else tensor.dtype, shape)
+        for name, parts in layers.items():
+            scheme, (rows, columns) = schemes[parts[0].name], checkpoint.shapes[parts[0].name]
+            rows = len(range(*parts[0].rows.indices(rows)))
+            words = parts[0].stacked(len(parts), (rows, columns * scheme.bits // 32))
+            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, words)
             for leaf in ("scales", "biases"):
                 scales = dtype if scheme.bits == 8 else torch.float16
-                layouts[f"{name}.{leaf}"] = TensorLayout(scales, (rows, scheme.num_groups(columns)))
+                shape = parts[0].stacked(len(parts), (rows, scheme.num_groups(columns)))
+                layouts[f"{name}.{leaf}"] = TensorLayout(scales, shape)
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
-            for name, tensor in checkpoint.others.items():
-                writer.write(name, tensor.to(layouts[name].dtype))
-            for name, weight in checkpoint.quantized.items():
-                _write_layer(writer, name, weight, layouts[f"{name}.scales"])
+            for name, parts in others.items():
+                blocks = (part.take(checkpoint.others[part.name]).to(layouts[name].dtype) for part in parts)
+                writer.write_blocks(name, blocks)
+            for name, parts in layers.items():
+                weights = [take_rows(checkpoint.quantized[part.name], part.rows) for part in parts]
+                _write_layer(writer, name, weights, layouts[f"{name}.scales"])
         common = Counter(schemes[name] for name in checkpoint.selection.int4).most_common(1)[0][0]
+        of_layer = {name: schemes[parts[0].name] for name, parts in sorted(layers.items())}
         quantization = _settings(common)
-        quantization |= {name: _settings(scheme) for name, scheme in sorted(schemes.items()) if scheme != common}
+        quantization |= {name: _settings(scheme) for name, scheme in of_layer.items() if scheme != common}
         update_config(
             folder,
             empty_model(checkpoint.config, checkpoint.trust_remote_code),
@@ -152,16 +177,24 @@ class MLXExporter(Exporter):
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read codes, scales and zero points; see `Exporter.read_codes`."""
-        quantization = read_json(folder / "config.json")["quantization"]
-        return LazyMapping(quantized_names(folder), lambda name: _read_layer(folder, name, quantization))
+        quantization, places = _read_config(folder)
+
+        def read(module: str) -> QuantizedWeight:
+            return join_rows([(place.rows, _read_layer(folder, place, quantization)) for place in places(module)])
+
+        return LazyMapping(quantized_names(folder), read)
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights with mlx's own dequantization; see `Exporter.read_weights`.
 
         4 bits in the dtype of the file, 8 bits in float32, as mlx would round them in float16.
         """
-        quantization = read_json(folder / "config.json")["quantization"]
-        return LazyMapping(quantized_names(folder), lambda name: _dequantize(folder, name, quantization))
+        quantization, places = _read_config(folder)
+
+        def read(module: str) -> Tensor:
+            return join_tensors([(place.rows, _dequantize(folder, place, quantization)) for place in places(module)])
+
+        return LazyMapping(quantized_names(folder), read)
 
 
 def _settings(scheme: QuantScheme) -> dict[str, Any]:
@@ -179,31 +212,69 @@ def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
     return torch.float16 if exact and not families.overflows_in_float16(checkpoint.config) else torch.float32
 
 
-def _write_layer(writer: SafetensorsWriter, name: str, weight: QuantizedWeight, scales: TensorLayout) -> None:
-    """Write the tensors of a quantized module."""
-    codes_OI = weight.codes_OI
-    writer.write(f"{name}.weight", codes_to_words(codes_OI, weight.scheme.bits).view(torch.uint32))
-    writer.write(f"{name}.scales", weight.scale_OG.to(scales.dtype))
-    writer.write(f"{name}.biases", (-weight.scale_OG * weight.zero_point_OG).to(scales.dtype))
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a module or tensor in memory: the whole of a tensor in the file, or one matrix of a stack."""
+
+    name: str
+    rows: slice
+    in_stack: bool
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor; all of a scalar."""
+        return tensor[self.rows] if tensor.ndim else tensor
+
+    def stacked(self, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor in the file: of `count` parts, or of this one."""
+        return (count, *shape) if self.in_stack else shape
 
 
-def _read_layer(folder: Path, name: str, quantization: dict[str, Any]) -> QuantizedWeight:
-    """Read the tensors of a quantized module; the inverse of `_write_layer`."""
-    words, scale_OG, bias_OG = _read_tensors(folder, name)
+def _stacked(config: Any, names: Iterable[str]) -> dict[str, list[_Part]]:
+    """Name in the file -> the parts that it consists of, in the order of the experts."""
+    places, found = families.places(config), dict[str, dict[int, _Part]]()
+    for name in names:
+        for place in places(name):
+            part = _Part(name, place.rows, place.expert is not None)
+            found.setdefault(place.tensor, {})[place.expert or 0] = part
+    return {tensor: [parts[i] for i in sorted(parts)] for tensor, parts in found.items()}
+
+
+def _write_layer(
+    writer: SafetensorsWriter, name: str, weights: Sequence[QuantizedWeight], scales: TensorLayout
+) -> None:
+    """Write the tensors of a quantized layer of mlx-lm: of one weight, or a stack of several."""
+    words = (codes_to_words(weight.codes_OI, weight.scheme.bits).view(torch.uint32) for weight in weights)
+    writer.write_blocks(f"{name}.weight", words)
+    writer.write_blocks(f"{name}.scales", (weight.scale_OG.to(scales.dtype) for weight in weights))
+    biases = ((-weight.scale_OG * weight.zero_point_OG).to(scales.dtype) for weight in weights)
+    writer.write_blocks(f"{name}.biases", biases)
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Callable[[str], list[Place]]]:
+    """`quantization` of config.json, and where the rows of each module are."""
+    from transformers import AutoConfig
+
+    fields = read_json(folder / "config.json")
+    return fields["quantization"], families.places(AutoConfig.from_pretrained(folder))
+
+
+def _read_layer(folder: Path, place: Place, quantization: dict[str, Any]) -> QuantizedWeight:
+    """Read one weight of a quantized layer; the inverse of `_write_layer`."""
+    words, scale_OG, bias_OG = _read_tensors(folder, place)
     zero_point_OG = (-bias_OG.float() / scale_OG.float()).to(torch.uint8)
-    settings = quantization.get(name, quantization)
+    settings = quantization.get(place.tensor, quantization)
     bits, group_size = settings["bits"], settings["group_size"]
     symmetric = bool((zero_point_OG == QuantScheme(bits).middle_code).all())
     scheme = QuantScheme(bits, group_size, symmetric)
     return QuantizedWeight(words_to_codes(words, bits), scale_OG.float(), zero_point_OG, scheme)
 
 
-def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor:
-    """Dequantize a quantized module with mlx, float32 [O, I]."""
+def _dequantize(folder: Path, place: Place, quantization: dict[str, Any]) -> Tensor:
+    """Dequantize one weight of a quantized layer with mlx, float32 [O, I]."""
     import mlx.core as mx
 
-    words, scale_OG, bias_OG = _read_tensors(folder, name)
-    settings = quantization.get(name, quantization)
+    words, scale_OG, bias_OG = _read_tensors(folder, place)
+    settings = quantization.get(place.tensor, quantization)
     bits = settings["bits"]
     if bits == 8:
         scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
@@ -220,7 +291,10 @@ def _dequantize(folder: Path, name: str, quantization: dict[str, Any]) -> Tensor
     return weight_OI
 
 
-def _read_tensors(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, scales and biases of a quantized module, as they are in the file."""
-    words, scales, biases = (read_tensor(folder, f"{name}.{leaf}") for leaf in ("weight", "scales", "biases"))
+def _read_tensors(folder: Path, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, scales and biases of one weight of a quantized layer, as they are in the file."""
+    with open_tensors(folder / MODEL_FILE) as file:
+        stored = [file.get_slice(f"{place.tensor}.{leaf}") for leaf in ("weight", "scales", "biases")]
+        index = slice(None) if place.expert is None else place.expert
+        words, scales, biases = (part[index].clone() for part in stored)  # so that the file is not kept mapped
     return words, scales, biases

@@ -6,6 +6,7 @@ mlx-lm reads few fields of a configuration, and computes the same whatever the o
 - a field with another value than mlx-lm computes with;
 - rotary embeddings of a type that mlx-lm does not compute as transformers does;
 - attention windows of fewer than 1024 tokens, where mlx-lm attends to all tokens;
+- mixtures of experts whose code in mlx-lm is not known here, or computes otherwise;
 - layers of Gemma 3 in another order than mlx-lm has: every p-th attends to all tokens.
 
 Facts of mlx-lm 0.32.
@@ -14,11 +15,12 @@ Facts of mlx-lm 0.32.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nybble.errors import ExportError
+from nybble.export.stacks import Place, expert_width, num_experts, stack_places
 from nybble.export.transformers_folder import FLOAT16_OVERFLOWS
 
 _SILU = {"hidden_act": "silu"}
@@ -36,14 +38,19 @@ class MLXFamily:
     Attributes:
         assumed: field of the configuration that mlx-lm does not read -> the value that it computes with.
         rope_types: types of rotary embeddings that it computes as transformers does.
+        experts: modules of transformers -> the same modules as mlx-lm names them, for mixtures of experts.
         windows: whether it attends to sliding windows, in the layers that `full_attention_period` allows.
     """
 
     assumed: Mapping[str, Any] = field(default_factory=dict)
     rope_types: frozenset[str] = _ROPE_TYPES
     windows: bool = False
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
+_STACKED = {".mlp.experts.": ".mlp.switch_mlp."}
+_ALL_LAYERS = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+_DEFAULT_ROPE = frozenset({"default"})
 _FAMILIES = {
     "llama": MLXFamily(_SILU),
     "mistral": MLXFamily(_SILU),
@@ -57,6 +64,24 @@ _FAMILIES = {
         windows=True,
     ),
     "phi3": MLXFamily(_SILU, frozenset({"default", "longrope"})),
+    "mixtral": MLXFamily(
+        _SILU, _DEFAULT_ROPE, experts={".mlp.experts.": ".mlp.switch_mlp.", ".mlp.": ".block_sparse_moe."}
+    ),
+    "qwen2_moe": MLXFamily(
+        _SILU | _ALL_LAYERS | {"norm_topk_prob": False, "qkv_bias": True, "tie_word_embeddings": False},
+        _DEFAULT_ROPE,
+        experts=_STACKED,
+    ),
+    "qwen3_moe": MLXFamily(_SILU | {"attention_bias": False}, _DEFAULT_ROPE, experts=_STACKED),
+    "olmoe": MLXFamily(_SILU | {"clip_qkv": None}, experts=_STACKED),
+    "granitemoe": MLXFamily(
+        _SILU,
+        experts={
+            ".block_sparse_moe.experts.": ".block_sparse_moe.switch_mlp.",
+            ".block_sparse_moe.router.": ".block_sparse_moe.router.layer.",
+        },
+    ),
+    "glm4_moe": MLXFamily(_SILU | {"n_group": 1, "topk_group": 1, "tie_word_embeddings": False}, experts=_STACKED),
 }
 
 
@@ -79,6 +104,9 @@ def _unmet(config: Any) -> tuple[str, Any]:
     if not _has_code(config.model_type):
         return "a model type that mlx-lm has code for", "none"
     family = _FAMILIES.get(config.model_type, MLXFamily())
+    if num_experts(config) and not family.experts:
+        known = sorted(name for name in _FAMILIES if _FAMILIES[name].experts)
+        return f"experts of {', '.join(known)}", "others, which mlx-lm computes otherwise, or whose layout is not known"
     for name, value in family.assumed.items():
         if (found := getattr(config, name, value)) != value:
             return f"{name} = {value}", found
@@ -93,6 +121,23 @@ def _unmet(config: Any) -> tuple[str, Any]:
     if config.model_type == "gemma3_text" and full_attention_period(config) is None:
         return "full attention in every p-th layer", ", ".join(config.layer_types)
     return "", None
+
+
+def places(config: Any) -> Callable[[str], list[Place]]:
+    """Return the function: module or parameter of a model -> where its rows are in mlx-lm's names.
+
+    Args:
+        config: transformers configuration.
+    """
+    renames, width = _FAMILIES.get(config.model_type, MLXFamily()).experts, expert_width(config)
+
+    def find(name: str) -> list[Place]:
+        found = stack_places(name, width)
+        for old, new in renames.items():
+            found = [replace(place, tensor=place.tensor.replace(old, new)) for place in found]
+        return found
+
+    return find
 
 
 def _has_code(model_type: str) -> bool:
@@ -171,6 +216,8 @@ def mlx_config(config: Any, tied: bool) -> dict[str, Any]:
         fields["rope_theta"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
         fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if hasattr(config, "num_experts"):  # transformers writes it as num_local_experts
+        fields["num_experts"] = config.num_experts
     kind = rope.get("rope_type", "default")
     if kind != "default":
         fields["rope_scaling"] = rope | {"type": kind}

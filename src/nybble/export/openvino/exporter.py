@@ -55,7 +55,11 @@ class OpenVINOExporter(Exporter):
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
+            "falcon", "bloom", "mpt", "gpt_bigcode", "youtu",
+            "lfm2", "qwen3_5_text", "qwen3_next", "olmo_hybrid", "mamba", "mamba2", "falcon_mamba", "falcon_h1",
+            "bamba", "granitemoehybrid", "nemotron_h", "jamba",
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
+            "llama4_text", "deepseek_v2", "deepseek_v3", "lfm2_moe", "qwen3_5_moe_text", "longcat_flash",
         }
     )  # fmt: skip
     scheme_requirement = "an even number of weights in a group"
