@@ -82,7 +82,9 @@ def test_the_traced_forward_computes_what_the_experts_do(family: str) -> None:
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama4", "mixtral"))]
+)
 def test_experts_with_different_schemes_or_none_have_the_logits_of_torch(family: str, tmp_path: Path) -> None:
     checkpoint = save_uneven_mixture(tmp_path / "quantized", linear_mixture(family))
     assert len({checkpoint.selection.schemes.get(name) for name in expert_layers(family, "down_proj")}) == 3
