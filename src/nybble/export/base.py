@@ -24,6 +24,7 @@ from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export.containers import as_held, four_or_eight_bits, widened
 from nybble.export.read_back import compare_weights, decode_logits, runtime_errors
 from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.composite import text_config
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -243,7 +244,7 @@ class Exporter(ABC):
             return None
         length = _PROMPT_LENGTH + _DECODED_TOKENS
         generator = torch.Generator().manual_seed(0)
-        ids_1T = torch.randint(0, checkpoint.config.vocab_size, (1, length), generator=generator)
+        ids_1T = torch.randint(0, text_config(checkpoint.config).vocab_size, (1, length), generator=generator)
         weight_of = self.read_weights(folder).__getitem__ if self.int8_tolerance else None
         with torch.no_grad():
             expected_1TV = checkpoint.build(weight_of)(input_ids=ids_1T, use_cache=False).logits
