@@ -17,8 +17,14 @@ _VISION = {
 }  # fmt: skip
 IMAGE_SIZE = 28
 FIELDS: dict[str, dict[str, Any]] = {
-    "gemma3": {"vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 259},
-}
+    "gemma3": {
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 32},
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 259,
+    },
+    "gemma4": {}, "idefics3": {}, "llama4": {}, "mistral3": {}, "mllama": {}, "qwen3_5": {}, "smolvlm": {},
+}  # fmt: skip
 """Type -> fields of its configuration beside those of causal_types.py."""
 
 

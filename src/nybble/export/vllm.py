@@ -109,6 +109,7 @@ class VLLMExporter(Exporter):
     )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
     int8_tolerance = INT8_TOLERANCE
+    holds_parts = True
     decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection) -> None:

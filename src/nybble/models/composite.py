@@ -2,17 +2,11 @@
 
 The language model inside is quantized. All else stays in 16 bits and is saved with it. The configuration of such a
 model holds another one, of the text model, and this one has the sizes.
-
-The text model alone is the causal language model of the inner configuration:
-
-    model.language_model.layers.0.mlp.up_proj   ->   model.layers.0.mlp.up_proj
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,57 +134,3 @@ def _count_other_parameters(model: Any) -> int:
     text = [model.get_submodule(decoder_path(model)), model.get_input_embeddings(), model.get_output_embeddings()]
     own = {id(parameter) for module in text for parameter in module.parameters()}
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
-
-
-def text_only_config(config: Any, tied: bool) -> Any:
-    """Return the configuration of the text model alone, as a checkpoint of its own has it.
-
-    Args:
-        config: of a model with parts.
-        tied: whether the head is tied to the embedding.
-    """
-    inner = copy.deepcopy(text_config(config))
-    inner.tie_word_embeddings = tied
-    inner.architectures = None
-    return inner
-
-
-def text_names(composite: Any, text: Any) -> Mapping[str, str]:
-    """Return the name in a model with parts of each tensor of its text model alone.
-
-    Args:
-        composite: transformers.PreTrainedModel with parts.
-        text: transformers.PreTrainedModel of `text_only_config`.
-
-    Returns:
-        Name in the text model -> name in the composite.
-
-    Raises:
-        ModelError: the composite does not hold the text model.
-    """
-    prefixes = {
-        _path(text, text.get_output_embeddings()): _path(composite, composite.get_output_embeddings()),
-        _path(text, text.base_model): decoder_path(composite),
-    }
-    known = composite.state_dict()
-    names = {}
-    for name, tensor in text.state_dict().items():
-        own = next((prefix for prefix in prefixes if name.startswith(prefix + ".")), None)
-        other = "" if own is None else prefixes[own] + name.removeprefix(own)
-        if other not in known or known[other].shape != tensor.shape:
-            raise ModelError(
-                f"{type(composite).__name__} must hold the tensors of a {type(text).__name__}; it has none for {name}; "
-                "choose another model"
-            )
-        names[name] = other
-    return names
-
-
-def module_names(tensors: Mapping[str, str], modules: Sequence[str]) -> dict[str, str]:
-    """Name in the text model -> name in the composite, of modules whose weights are among `tensors` of `text_names`."""
-    by_weight = {other: name for name, other in tensors.items()}
-    return {by_weight[f"{m}.weight"].removesuffix(".weight"): m for m in modules if f"{m}.weight" in by_weight}
-
-
-def _path(model: Any, module: Any) -> str:
-    return str(next(name for name, other in model.named_modules() if other is module))
