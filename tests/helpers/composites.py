@@ -40,7 +40,11 @@ def composite_model(model_type: str) -> Any:
                 setattr(part, key, number)
         else:
             setattr(config, name, value)
-    return AutoModelForMultimodalLM.from_config(config).requires_grad_(False).eval()
+    model = AutoModelForMultimodalLM.from_config(config).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        if not bool(parameter.any()):  # Gemma 3's projector begins with zeros
+            parameter.normal_(std=0.1)
+    return model
 
 
 def save_composite(folder: Path, model_type: str) -> Path:
