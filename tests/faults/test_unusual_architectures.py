@@ -1,5 +1,6 @@
 """Families whose blocks, positions or weights differ from Llama's: each works, or is refused for its true reason."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +156,11 @@ def emu3() -> Any:
 )
 def test_the_reason_is_the_true_one(make_model: Callable[[], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message) as error:
-        load(str(save(tmp_path / "model", make_model())), torch.float32, torch.device("cpu"))
+        folder = save(tmp_path / "model", make_model())
+        if make_model is emu3:  # a model with parts whose configuration names the class of the text model
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Emu3ForCausalLM"]}))
+        load(str(folder), torch.float32, torch.device("cpu"))
     assert "ends with ForCausalLM" not in str(error.value)
 
 

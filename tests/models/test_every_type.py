@@ -88,7 +88,7 @@ def export_outcomes(model: Path, run: Path) -> dict[str, str]:
     for name in EXPORTERS:
 
         def export(model: Path, folder: Path, exporter: Exporter = EXPORTERS[name]) -> None:
-            exporter.check(checkpoint.config, checkpoint.selection, checkpoint.scheme)
+            exporter.check(exporter.exported_config(checkpoint.config, checkpoint.selection), checkpoint.selection)
             folder.mkdir()
             exporter.export(checkpoint, folder)
 

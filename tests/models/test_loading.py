@@ -222,13 +222,6 @@ def test_experts_of_an_unknown_kind_are_refused(tmp_path: Path, monkeypatch: pyt
         load(folder)
 
 
-def test_models_with_vision_or_audio_parts_are_refused() -> None:
-    model = make_model("gemma3")
-    model.config = SimpleNamespace(get_text_config=lambda: None)
-    with pytest.raises(ModelError, match=r"m must be a language model alone; Gemma3ForCausalLM has other parts"):
-        loading.check_supported(model, "m")
-
-
 def test_remote_code_runs_only_on_request(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "custom", "llama")
     auto_map = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}

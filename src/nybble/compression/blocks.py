@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
 from nybble.errors import ModelError, RunError
+from nybble.models.composite import text_config
 from nybble.quant.grid import at_least_float32
 
 # With fewer tokens a layer is rounded to nearest. Only experts get that few.
@@ -194,7 +195,7 @@ class DecoderBlocks:
 
     def _new_stream(self, input_ids: Tensor) -> Tensor:
         """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""
-        shape = (*input_ids.shape, self.model.config.hidden_size)
+        shape = (*input_ids.shape, text_config(self.model.config).hidden_size)
         count = input_ids.numel() * shape[-1]
         size = count * self.dtype.itemsize
         if size <= MAX_BYTES_IN_MEMORY:

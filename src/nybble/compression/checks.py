@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nybble.compression.chain import check_chain
 from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
+from nybble.models.composite import text_config
 from nybble.models.experts import SplitExperts
 from nybble.models.head import last_hidden_states
 from nybble.quant.grid import below_grid
@@ -82,7 +83,7 @@ def check_length(model: Any, name: str, seq_len: int) -> None:
     Raises:
         OptionError: the model cannot compute so many positions.
     """
-    stated = (getattr(model.config, field, None) for field in _POSITIONS)
+    stated = (getattr(text_config(model.config), field, None) for field in _POSITIONS)
     most = next((number for number in stated if number), seq_len)
     if seq_len <= most:
         return

@@ -26,6 +26,7 @@ from nybble import files
 from nybble.data.packing import begin_tokens, token_fingerprint
 from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError, NybbleError, describe_error
+from nybble.models.composite import text_config
 from nybble.models.configuration import config_value
 from nybble.schema import SchemaError, check_tensors, from_json
 
@@ -296,6 +297,7 @@ def generation_batch(config: Any, length: int, itemsize: int, gpu_memory: int = 
         gpu_memory: bytes of memory of the GPU, in total; 0 for a CPU. Not its free memory: the text depends on the
             batch size.
     """
+    config = text_config(config)
     queries = config_value(config, "num_attention_heads") or 1  # none: a recurrent model, whose state is small
     heads = config_value(config, "num_key_value_heads") or queries
     head_dim = config_value(config, "head_dim") or config.hidden_size // queries

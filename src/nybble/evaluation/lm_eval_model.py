@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble.console import bar
 from nybble.data.boundaries import added_tokens, num_equal
 from nybble.errors import DataError
+from nybble.models.composite import text_config
 
 # Longest window in tokens. Published word perplexities that nybble is compared with use windows of this length.
 MAX_WINDOW = 2048
@@ -37,12 +38,12 @@ def disable_git_lookup() -> None:
 
 def max_window(config: Any) -> int:
     """Return the number of tokens in the longest window that lm-eval gives to a model with this configuration."""
-    return min(MAX_WINDOW, getattr(config, "max_position_embeddings", None) or MAX_WINDOW)
+    return min(MAX_WINDOW, getattr(text_config(config), "max_position_embeddings", None) or MAX_WINDOW)
 
 
 def default_batch_size(config: Any, length: int) -> int:
     """Return how many requests of `length` tokens go into one forward; at least 1."""
-    return int(max(1, min(_MAX_REQUESTS, _LOGIT_BYTES // (_BYTES_PER_LOGIT * length * config.vocab_size))))
+    return int(max(1, min(_MAX_REQUESTS, _LOGIT_BYTES // (_BYTES_PER_LOGIT * length * text_config(config).vocab_size))))
 
 
 class _WithoutEndTokens:

@@ -23,7 +23,9 @@ from torch import Tensor
 from nybble.errors import ExportError, MissingExtraError, OptionError
 from nybble.export.containers import as_held, four_or_eight_bits, widened
 from nybble.export.read_back import compare_weights, decode_logits, runtime_errors
+from nybble.export.text_part import text_part, text_part_config
 from nybble.models.checkpoint import QuantizedCheckpoint
+from nybble.models.composite import text_config
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -80,6 +82,7 @@ class Exporter(ABC):
         logit_tolerance: largest allowed difference of logits, relative to the largest logit, between the runtime in its
             most exact mode and torch in float32.
         decodes: whether decoding with past tokens is compared too; not where transformers runs the export.
+        holds_parts: whether the format holds vision and audio parts; else an export is that of the text model inside.
         most_parameters_compared: logits of larger models are not compared, as that takes memory. None: always compared.
     """
 
@@ -97,6 +100,7 @@ class Exporter(ABC):
     int8_tolerance: ClassVar[float] = 0.0
     logit_tolerance: ClassVar[float] = 1e-4
     decodes: ClassVar[bool] = True
+    holds_parts: ClassVar[bool] = False
     most_parameters_compared: ClassVar[int | None] = 150_000_000
 
     def check_installed(self) -> None:
@@ -177,6 +181,7 @@ class Exporter(ABC):
         Raises:
             ExportError: the format or its runtime cannot take the model, or what was read back differs.
         """
+        checkpoint = checkpoint if self.holds_parts else text_part(checkpoint, self.label)
         schemes, checkpoint = checkpoint.selection.schemes, self.held(checkpoint)
         checkpoint.config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)
@@ -190,6 +195,18 @@ class Exporter(ABC):
                 logit_difference=self.compare_logits(checkpoint, folder),
                 widened=widened(schemes, checkpoint.selection.schemes) if self.holds_codes else {},
             )
+
+    def exported_config(self, config: Any, selection: LayerSelection) -> Any:
+        """Return the configuration of what is exported: of the text model, where the format does not hold other parts.
+
+        Args:
+            config: transformers configuration of the model.
+            selection: layers that are quantized.
+
+        Raises:
+            ExportError: transformers has no class for the text model alone.
+        """
+        return config if self.holds_parts else text_part_config(config, selection.tied, self.label)
 
     def held(self, checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
         """Return the model with its weights in the schemes that the format has for them: what `write` gets.
@@ -243,7 +260,7 @@ class Exporter(ABC):
             return None
         length = _PROMPT_LENGTH + _DECODED_TOKENS
         generator = torch.Generator().manual_seed(0)
-        ids_1T = torch.randint(0, checkpoint.config.vocab_size, (1, length), generator=generator)
+        ids_1T = torch.randint(0, text_config(checkpoint.config).vocab_size, (1, length), generator=generator)
         weight_of = self.read_weights(folder).__getitem__ if self.int8_tolerance else None
         with torch.no_grad():
             expected_1TV = checkpoint.build(weight_of)(input_ids=ids_1T, use_cache=False).logits

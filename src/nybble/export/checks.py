@@ -53,27 +53,37 @@ def check_exportable(
     named = [name for name in formats if name != ALL]
     others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
     for name in named:
-        EXPORTERS[name].check(config, selection)
-        check_schemes(EXPORTERS[name], selection, columns)
+        _check(EXPORTERS[name], config, selection, columns)
     for name in others:
         try:
-            EXPORTERS[name].check(config, selection)
-            check_schemes(EXPORTERS[name], selection, columns)
+            _check(EXPORTERS[name], config, selection, columns)
         except (ExportError, OptionError) as error:
             log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
         else:
             named.append(name)
     for name in named:
         exporter = EXPORTERS[name]
-        for limit in exporter.limits(config):
+        exported = exporter.exported_config(config, selection)
+        if exported is not config:
+            log.warning(
+                "the export to %s holds the text model (%s) alone, without the other parts of %s",
+                exporter.label, exported.model_type, config.model_type,
+            )  # fmt: skip
+        for limit in exporter.limits(exported):
             log.warning(limit)
-        if config.model_type not in exporter.tested_families:
+        if exported.model_type not in exporter.tested_families:
             log.warning(
                 "export of %s models to %s is not tested; if it fails, the run keeps its 4-bit model in quantized/",
-                config.model_type,
+                exported.model_type,
                 exporter.label,
             )
     return tuple(named)
+
+
+def _check(exporter: Exporter, config: Any, selection: LayerSelection, columns: Mapping[str, int]) -> None:
+    """Raise ExportError or OptionError where a format cannot hold the model or its schemes."""
+    exporter.check(exporter.exported_config(config, selection), selection)
+    check_schemes(exporter, selection, columns)
 
 
 def exporter_of(folder: Path) -> Exporter | None:

@@ -68,6 +68,7 @@ class HFExporter(Exporter):
     )  # fmt: skip
     holds_codes = False
     int8_tolerance = INT8_TOLERANCE
+    holds_parts = True
     decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection) -> None:

@@ -106,8 +106,8 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Sequence[st
     """Entry of config.json by which readers find the layers with codes.
 
     Args:
-        schemes: published name of each linear layer with codes -> scheme.
-        ignored: published names of the layers without.
+        schemes: name of each linear layer with codes, published and in memory -> scheme.
+        ignored: names of the layers without, published and in memory.
     """
     groups = {}
     for i, scheme in enumerate(kinds := list(dict.fromkeys(schemes.values()))):

@@ -17,6 +17,7 @@ from nybble.errors import ExportError
 from nybble.export.safetensors_writer import MODEL_FILE, read_metadata
 from nybble.files import open_tensors, write_text
 from nybble.models.checkpoint import QuantizedCheckpoint, transformers_model
+from nybble.models.composite import auto_class
 from nybble.quant.weight import pack_codes, unpack_codes
 
 _QUANTIZED = "nybble.quantized"
@@ -127,7 +128,7 @@ def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] 
     Returns:
         A transformers.PreTrainedModel on the CPU, in evaluation mode.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     dtype = torch.float32 if strict else config.dtype
@@ -139,5 +140,5 @@ def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] 
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         quantization["dequantize"] = len(quantization["config_groups"]) == 1
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    model = auto_class(config).from_pretrained(folder, config=config, dtype=dtype)
     return model.requires_grad_(False).eval()

@@ -109,6 +109,7 @@ class VLLMExporter(Exporter):
     )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
     int8_tolerance = INT8_TOLERANCE
+    holds_parts = True
     decodes = False  # transformers opens it
 
     def check(self, config: Any, selection: LayerSelection) -> None:
@@ -164,8 +165,12 @@ class VLLMExporter(Exporter):
                     write_layer(writer, _module(name), rows_of(checkpoint.quantized, packed[name]))
                 else:
                     writer.write_blocks(name, float16_blocks(checkpoint, tensor))
-        ignored = sorted({_name_of_head(model), *(_module(name) for name in dense if name.endswith(".weight"))})
+        # vLLM looks for the published name of a layer, transformers for the one in memory: both are listed.
+        in_memory = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in int4)
+        published = (_module(name) for name in dense if name.endswith(".weight"))
+        ignored = sorted({_name_of_head(model), *published, *in_memory})
         coded = {_module(name): schemes[piece.module] for name, piece in packed.items()}
+        coded |= {piece.module: schemes[piece.module] for piece in packed.values()}
         update_config(folder, model, quantization_config=quantization_config(coded, ignored))
 
     def recognizes(self, folder: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.models.composite import auto_class
 from nybble.models.linearize import linearize
 from nybble.models.quantized_file import WeightsLayout, open_weights, read_layout
 from nybble.models.quantized_model import check_layout, load_config, load_tokenizer
@@ -130,11 +131,10 @@ def empty_model(config: Any, trust_remote_code: bool) -> Any:
 def transformers_model(config: Any, trust_remote_code: bool) -> Any:
     """Build the same model as transformers has it, with stacked experts; see `empty_model`."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model
 

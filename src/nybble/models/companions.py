@@ -1,4 +1,5 @@
-"""Files that come with a model and travel with it unchanged: tokenizer, chat template, generation settings, licence.
+"""Files that come with a model and travel with it unchanged: tokenizer and processor, chat template, generation
+settings, licence.
 
 transformers reads and writes most of them, but what it writes is not what it read: its version is added, settings that
 it finds contradictory are refused, and licences are left behind.
@@ -13,9 +14,9 @@ from typing import Any
 
 GENERATION_CONFIG = "generation_config.json"
 _NAMES = (
-    GENERATION_CONFIG, "chat_template.jinja", "chat_template.json", "added_tokens.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*",
-    "USE_POLICY*",
+    GENERATION_CONFIG, "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 

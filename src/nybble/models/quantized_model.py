@@ -20,6 +20,7 @@ from torch import Tensor
 from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
+from nybble.models.composite import auto_class, text_config
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_file import REMEDY, WeightsLayout, open_weights, read_layout, save_weights
@@ -113,7 +114,6 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         RunError: the files are damaged or do not fit each other, nybble did not write them, or the model needs Python
             code that is not trusted.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config, layout = load_config(folder, trust_remote_code), read_layout(folder)
@@ -123,7 +123,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
         state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     linearize(model).tie_weights()
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -148,16 +148,15 @@ def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_
     Raises:
         RunError: names, shapes or kinds of numbers differ, or the configuration is impossible.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     shapes = layout.others | {f"{name}.weight": layer.shape for name, layer in layout.quantized.items()}
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = getattr(text_config(config), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(shapes):  # they would be built before a tensor is missed
         wrong = f"it has {len(shapes)} tensors for {layers} layers"
         raise RunError(f"{folder} must hold the tensors of the model in its {CONFIG}; {wrong}; {REMEDY}")
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     linearize(model).tie_weights()
     state = {
         name: torch.empty(shape, dtype=torch.int64 if name in layout.integers else torch.float32, device="meta")
@@ -242,7 +241,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
 def _tied_parameters(model: Any) -> set[str]:
     """Return the names of the parameters that are the embedding, if the configuration ties the head to it."""
-    if not model.config.tie_word_embeddings:
+    if not getattr(model.config, "tie_word_embeddings", False):
         return set()
     embedding = model.get_input_embeddings().weight
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nybble.errors import ModelError
+from nybble.models.composite import decoder_path, is_inside, unreached_blocks
 from nybble.models.experts import SplitExperts
 from nybble.quant.scheme import QuantScheme
 
@@ -41,7 +42,8 @@ def select_layers(model: Any) -> LayerSelection:
     """Select the layers of a model: linear layers get 4 bits, embedding and head get 8 bits.
 
     Linear layers that choose or weigh experts stay in 16 bits: they are small, and an error in a choice costs more than
-    one in a sum.
+    one in a sum. So do all layers outside of the text decoder, and decoder blocks that text alone does not reach: no
+    text says which error of theirs matters.
 
     Args:
         model: transformers.PreTrainedModel.
@@ -60,12 +62,17 @@ def select_layers(model: Any) -> LayerSelection:
             "choose a causal language model"
         )
     tied = head.weight is embedding.weight
+    decoder, unreached = decoder_path(model), unreached_blocks(model)
     int8 = [names[id(embedding)]] + ([] if tied else [names[id(head)]])
     routers = set(routing_layers(model))
     int4 = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name not in routers
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and name not in routers
+        and is_inside(name, decoder)
+        and not name.startswith(unreached)
     ]
     return LayerSelection(tuple(int4), tuple(int8), tied)
 
@@ -96,11 +103,12 @@ def routing_layers(model: nn.Module) -> list[str]:
 
 
 def three_axis_parameters(model: nn.Module) -> list[str]:
-    """Return the names of all parameters with three axes outside of convolutions: mixtures store experts like this."""
+    """Return the decoder's parameters with three axes outside of convolutions: mixtures store experts like this."""
+    decoder = decoder_path(model)
     return [
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.modules.conv._ConvNd) and is_inside(name, decoder)
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
     ]

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nybble.models.composite import decoder_path
+
 # Longest text, in tokens, for which plain products are faster on a CPU (measured with 9 heads of 64, bfloat16).
 MAX_PLAIN_LENGTH = 160
 
@@ -24,10 +26,11 @@ def plain_attention(model: Any, max_text_length: int) -> Iterator[None]:
         model: transformers model; changed in place, and restored at the end.
         max_text_length: tokens of the longest text.
     """
-    before = model.config._attn_implementation
+    decoder = model.get_submodule(decoder_path(model))  # towers beside it may have no other attention
+    before = decoder.config._attn_implementation
     try:
         if model.device.type == "cpu" and max_text_length <= MAX_PLAIN_LENGTH:
-            model.set_attn_implementation("eager")
+            decoder.set_attn_implementation("eager")
         yield
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)

@@ -14,6 +14,7 @@ from typing import Any
 
 from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
 from nybble.compression.calibration import TOKENS_PER_FORWARD
+from nybble.models.composite import text_config
 from nybble.models.configuration import config_value
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
@@ -60,7 +61,7 @@ class ModelShapes:
     def of(model: Any, names: tuple[str, ...]) -> ModelShapes:
         """Return the shapes of a transformers model in which the layers `names` get 4 bits."""
         weights = [model.get_submodule(name).weight for name in names]
-        config = model.config
+        config = text_config(model.config)
         stated = config_value(config, "intermediate_size") or 4 * config.hidden_size
         return ModelShapes(
             parameters=sum(p.numel() for p in model.parameters()),

@@ -297,7 +297,7 @@ def measured_logit_bytes(planned: PlannedRun, tasks: Sequence[str]) -> int:
     if tasks:
         window = max_window(model.config)
         tokens = max(tokens, 2 * window * default_batch_size(model.config, window))
-    return int(tokens * model.config.vocab_size * model.dtype.itemsize)
+    return int(tokens * len(planned.head.weight_VD) * model.dtype.itemsize)
 
 
 def calibration_memory(shapes: ModelShapes, planned: PlannedRun, wanted: int) -> int:

@@ -21,6 +21,7 @@ from nybble.compression.init import QuantizedInit
 from nybble.errors import ExportError, ModelError, NybbleError, OptionError, describe_error
 from nybble.export.base import EXPORTERS
 from nybble.models.checkpoint import open_checkpoint
+from nybble.models.composite import text_config
 from nybble.models.head import last_hidden_states
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
@@ -42,6 +43,7 @@ _TOKENS = 16
 # Names in configurations, across families.
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_DEPTHS = ("num_hidden_layers", "depth")  # of towers for images and audio
 _DENSE_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
@@ -110,25 +112,43 @@ def make_twin(loaded: LoadedModel, options: SchemeOptions) -> LoadedModel | None
         The twin, on the device and in the dtype of the model, with its tokenizer and files. None where the
         configuration cannot be made small.
     """
-    config = copy.deepcopy(loaded.model.config)
-    layers = config.num_hidden_layers
-    kept = _layers_with_all_types(getattr(config, "layer_types", None) or [], layers)
+    whole = copy.deepcopy(loaded.model.config)
+    config = text_config(whole)
     try:
+        if config is not whole:
+            _make_parts_small(whole)
+        layers = config.num_hidden_layers
+        kept = _layers_with_all_types(getattr(config, "layer_types", None) or [], layers)
         for key, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == layers:
                 setattr(config, key, type(getattr(config, key))(value[:kept]))  # a list, or a tuple
-            elif key.endswith("_token_id") and isinstance(value, int):
-                setattr(config, key, value % _VOCABULARY)
+        _make_token_ids_small(config)
         config.num_hidden_layers, config.vocab_size = kept, min(config.vocab_size, _VOCABULARY)
         for key, most in _largest(config, 2 * (linear_scheme(options).group_size or 32)).items():
             if isinstance(getattr(config, key, None), int) and getattr(config, key) > most:
                 setattr(config, key, most)
-        model = linearize(type(loaded.model)(config)).to(loaded.model.dtype).to(loaded.model.device).eval()
+        model = linearize(type(loaded.model)(whole)).to(loaded.model.dtype).to(loaded.model.device).eval()
         finite = bool(model(input_ids=_token_ids(model), use_cache=False).logits.isfinite().all())
     except Exception as error:  # a configuration has rules of its own for what goes together
         log.debug("no twin: %s", describe_error(error))
         return None
     return replace(loaded, model=model.requires_grad_(False)) if finite else None
+
+
+def _make_parts_small(config: Any) -> None:
+    """Give the parts of a model beside its text model one layer each, in place."""
+    _make_token_ids_small(config)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        for key in _DEPTHS:
+            if part is not None and part is not text_config(config) and isinstance(getattr(part, key, None), int):
+                setattr(part, key, 1)
+
+
+def _make_token_ids_small(config: Any) -> None:
+    for key, value in config.to_dict().items():
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            setattr(config, key, value % _VOCABULARY)
 
 
 def _largest(config: Any, width: int) -> dict[str, int]:
@@ -147,7 +167,7 @@ def _layers_with_all_types(types: Sequence[str], layers: int) -> int:
 
 
 def _token_ids(model: Any) -> torch.Tensor:
-    count: int = model.config.vocab_size
+    count: int = model.get_input_embeddings().num_embeddings
     return (torch.arange(2 * _TOKENS, device=model.device) % count).view(2, _TOKENS)
 
 

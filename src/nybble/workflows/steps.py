@@ -281,13 +281,14 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
     exporter, folder = EXPORTERS[name], run.path / name
     with run.stage(f"export {name}"), returning_freed_memory():
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
-        exporter.check(checkpoint.config, checkpoint.selection)
+        config = exporter.exported_config(checkpoint.config, checkpoint.selection)
+        exporter.check(config, checkpoint.selection)
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
             result = exporter.export(checkpoint, temporary)
             copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
         run.note_files(name)
-        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(checkpoint.config)}
+        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
     log.info(
         "%s: %d linear layers%s, %d embeddings and heads, %s; %s; %.1f MB",
         exporter.label, result.int4_weights, _held(exporter, result), result.int8_weights, _exactness(result),
