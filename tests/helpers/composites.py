@@ -23,7 +23,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "image_token_index": 259,
     },
-    "gemma4": {}, "idefics3": {}, "llama4": {}, "mistral3": {}, "mllama": {}, "qwen3_5": {}, "smolvlm": {},
+    "gemma4": {}, "idefics3": {}, "llama4": {}, "mistral3": {},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}, "qwen3_5": {}, "smolvlm": {},
 }  # fmt: skip
 """Type -> fields of its configuration beside those of causal_types.py."""
 
