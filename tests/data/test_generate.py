@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from nybble import files
 from nybble.data import generate
@@ -196,7 +196,7 @@ def test_token_files_are_told_by_their_suffix() -> None:
 
 
 def test_as_many_sequences_at_a_time_as_fit_into_memory() -> None:
-    config = SimpleNamespace(
+    config = PreTrainedConfig(
         num_hidden_layers=32, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=4096
     )
     bytes_per_token = 2 * 32 * 8 * 128 * 2  # keys and values of all layers in 16 bits
@@ -205,6 +205,6 @@ def test_as_many_sequences_at_a_time_as_fit_into_memory() -> None:
     assert generate.generation_batch(config, 8, 2) == 128, "at most 128 on a CPU"
     assert generate.generation_batch(config, 1024, 2, gpu_memory=80 << 30) == (20 << 30) // (1024 * bytes_per_token)
     assert generate.generation_batch(config, 8, 2, gpu_memory=80 << 30) == 1024, "at most 1024 on a GPU"
-    plain = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, hidden_size=64)
+    plain = PreTrainedConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=64)
     bytes_per_token = 2 * 2 * 64 * 4  # 4 key-value heads of 16 numbers, in 2 layers and 32 bits
     assert generate.generation_batch(plain, 1 << 17, 4) == (1 << 30) // ((1 << 17) * bytes_per_token) == 8

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 from lm_eval.api.instance import Instance
+from transformers import PreTrainedConfig
 
 from nybble.console import Advance
 from nybble.evaluation import lm_eval_model
@@ -13,8 +13,8 @@ from nybble.evaluation.lm_eval_model import default_batch_size, disable_git_look
 from tests.helpers.tiny import make_model, make_tokenizer
 
 
-def config(vocab_size: int = 32000, positions: int | None = None) -> SimpleNamespace:
-    return SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=positions)
+def config(vocab_size: int = 32000, positions: int | None = None) -> PreTrainedConfig:
+    return PreTrainedConfig(vocab_size=vocab_size, max_position_embeddings=positions)
 
 
 def test_windows_are_limited_by_positions_and_by_the_published_length() -> None:
