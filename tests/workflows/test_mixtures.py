@@ -16,12 +16,7 @@ from tests.helpers.mixtures import FAMILIES, save_mixture
 from tests.helpers.tune import task_of, tune_options
 
 FAST = ("mixtral", "gpt_oss")
-# Not llama4: transformers' base_model of it is the whole model.
-TUNED = [
-    family if family in FAST else pytest.param(family, marks=pytest.mark.slow)
-    for family in FAMILIES
-    if family != "llama4"
-]
+TUNED = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # Not phimoe: its routing weights jump at a threshold, and those of a random model do so all the time.
 DISTILLED = [family for family in TUNED if "phimoe" not in getattr(family, "values", ())]
 # Enough for a random mixture to get closer to its 16-bit self.
