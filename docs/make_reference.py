@@ -209,9 +209,10 @@ In OpenVINO only the experts that a token needs are computed, but for Llama 4, N
 
 ## With vision or audio
 
-The language model inside is quantized; towers and projectors stay in 16 bits and are saved with it. hf and vllm hold the
-whole model, other formats the text model alone. Tests cover Gemma 3 from compression to an image in the export; Gemma 4,
-Mistral 3, Idefics 3, SmolVLM, Llama 4, Qwen2.5-VL, Qwen3.5 and Llama 3.2 Vision load, compress and are exported to hf.
+The language model inside is quantized; towers and projectors stay in 16 bits and are saved with it. hf and vllm hold
+the whole model, other formats the text model alone. Tests cover Gemma 3 from compression to an image in the export;
+Gemma 4, Mistral 3, Idefics 3, SmolVLM, Llama 4, Qwen2.5-VL, Qwen3.5 and Llama 3.2 Vision are compressed and exported to
+hf.
 
 ## Others
 

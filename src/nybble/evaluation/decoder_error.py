@@ -27,7 +27,8 @@ def decoder_outputs(model: Any, ids_T: Tensor) -> Tensor:
         fill them up, which leaves the errors as they are.
     """
     output = model.base_model(input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True)
-    states = output.hidden_states[1:]  # the first are embeddings
+    # The first are embeddings. Several streams of a token (hyper-connections) stand side by side.
+    states = [state.flatten(2) for state in output.hidden_states[1:]]
     width = max(state.shape[-1] for state in states)
     return torch.cat([F.pad(state, (0, width - state.shape[-1])) for state in states]).cpu()
 
