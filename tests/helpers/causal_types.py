@@ -65,6 +65,7 @@ _POSITIONS_AFTER_PADDING = {"pad_token_id": 1}  # the first position is the one 
 _LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
 _TWO_KINDS = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_FOUR_EXPERTS = {"num_local_experts": 4, "num_experts": 4}
 _SHARED_LAYERS = {"layer_types": _TWO_KINDS, "num_kv_shared_layers": 0}
 _ZAMBA = {
     "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 128,
@@ -92,6 +93,11 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_SHARED_LAYERS, "intermediate_size": [128, 128], "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": _SHARED_LAYERS,
     "cohere_compass_text": {"layer_types": _TWO_KINDS, "rope_parameters": dict.fromkeys(_TWO_KINDS, _ROPE)},
+    "bailing_hybrid": {"num_local_experts": 32, "num_experts": 32},
+    "kimi_linear": {"num_local_experts": 32, "num_experts": 32},
+    "kolibri1": _FOUR_EXPERTS,
+    "mellum": _FOUR_EXPERTS,
+    "qwen3_moe": _FOUR_EXPERTS,
     "dots1": {"n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32},

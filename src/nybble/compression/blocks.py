@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
 from nybble.errors import ModelError, RunError
-from nybble.models.composite import text_config
 from nybble.quant.grid import at_least_float32
 
 # With fewer tokens a layer is rounded to nearest. Only experts get that few.
@@ -121,7 +120,8 @@ class DecoderBlocks:
         self.layers = [
             [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes
         ]
-        self._arguments = record_blocks(model, self.modules, input_ids[:1].to(self.device)).arguments
+        record = record_blocks(model, self.modules, input_ids[:1].to(self.device))
+        self._arguments, self._width = record.arguments, record.hidden[0].shape[-1]
         self.full = self._new_stream(input_ids)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
@@ -195,7 +195,7 @@ class DecoderBlocks:
 
     def _new_stream(self, input_ids: Tensor) -> Tensor:
         """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""
-        shape = (*input_ids.shape, text_config(self.model.config).hidden_size)
+        shape = (*input_ids.shape, self._width)
         count = input_ids.numel() * shape[-1]
         size = count * self.dtype.itemsize
         if size <= MAX_BYTES_IN_MEMORY:

@@ -74,6 +74,12 @@ class OffsetLinear(nn.Module):
         """The scales, on the scale grid; differentiable."""
         return round_scale_ste(self.init.scale_OG * self.shift.exp())
 
+    @property
+    def weight(self) -> Tensor:
+        """The fake-quantized weight in the dtype of the layer, for models that read it (latent attention)."""
+        weight_OI = fake_quantize(self.weight_OI(), self.scale_OG(), self.init.zero_point_OG, self.scheme)
+        return weight_OI.to(self.dtype)
+
     def weight_OI(self) -> Tensor:
         """The weight before rounding, float32; differentiable."""
         groups = self.init.scale_OG.shape[-1]
@@ -82,8 +88,7 @@ class OffsetLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Compute with the fake-quantized weight; inputs [..., I] and outputs [..., O] in the dtype of the layer."""
-        weight_OI = fake_quantize(self.weight_OI(), self.scale_OG(), self.init.zero_point_OG, self.scheme)
-        return F.linear(inputs, weight_OI.to(self.dtype), self.bias)
+        return F.linear(inputs, self.weight, self.bias)
 
     @torch.no_grad()
     def result(self) -> QuantizedInit:
