@@ -12,18 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
-}
+from tests.helpers.tiny import COMMON
+
 _ALL_HEADS = {"num_key_value_heads": 4}
 
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,7 +71,7 @@ def make_dense(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     """A frozen model; norms and biases are random too, so that a forgotten offset or bias shows."""
     kind, options = DENSE[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, kind)(**_COMMON | options | changes)
+    config = getattr(transformers, kind)(**COMMON | options | changes)
     for field in ("initializer_range", "init_std"):  # wide enough for logits of a few units
         if hasattr(config, field):
             setattr(config, field, 0.15)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 260
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -27,8 +27,8 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 257,
     "pad_token_id": 257,
-    "initializer_range": 0.15,  # wide enough for logits of a few units
 }
+WIDE = {"initializer_range": 0.15}  # wide enough for logits of a few units
 _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -81,7 +81,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_config(family: str, **changes: Any) -> Any:
     kind, options = FAMILIES[family]
-    return getattr(transformers, kind)(**_COMMON | options | changes)
+    return getattr(transformers, kind)(**COMMON | WIDE | options | changes)
 
 
 def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

