@@ -41,9 +41,9 @@ def by_nybble(model: Any, ids: torch.Tensor, method: str, seed: int) -> tuple[An
     started = time.perf_counter()
     plan, scheme = selection.select_layers(model), QuantScheme(group_size=GROUP_SIZE)
     result = pipeline.compress(
-        model, dict.fromkeys(plan.int4, scheme), method, compress_calibration.Calibration(ids, seed)
+        model, dict.fromkeys(plan.linears, scheme), method, compress_calibration.Calibration(ids, seed)
     )
-    insert.quantize_embeddings(model, dict.fromkeys(plan.int8, INT8_PER_ROW))
+    insert.quantize_embeddings(model, dict.fromkeys(plan.embeddings, INT8_PER_ROW))
     with torch.no_grad():
         for name, init in result.inits.items():
             model.get_submodule(name).weight.copy_(init.quantized(scheme).dequantize())

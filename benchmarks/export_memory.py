@@ -39,8 +39,8 @@ def make_model(folder: Path, layers: int) -> None:
     config.architectures = ["LlamaForCausalLM"]
     model, generator = empty_model(config, trust_remote_code=False), torch.Generator().manual_seed(0)
     selection, weights = select_layers(model), {}
-    for name in (*selection.int4, *selection.int8):
-        scheme = QuantScheme(group_size=64) if name in selection.int4 else INT8_PER_ROW
+    for name in (*selection.linears, *selection.embeddings):
+        scheme = QuantScheme(group_size=64) if name in selection.linears else INT8_PER_ROW
         rows, columns = model.get_submodule(name).weight.shape
         codes_OI = torch.randint(0, scheme.max_code + 1, (rows, columns), dtype=torch.uint8, generator=generator)
         scale_OG = torch.full((rows, scheme.num_groups(columns)), 2**-8 if scheme.bits == 4 else 2**-12)

@@ -44,8 +44,8 @@ def integer_model() -> Any:
 def quantized(model: Any) -> dict[str, QuantizedWeight]:
     """Round-to-nearest in every 4-bit layer, 8 bits per row in the embedding."""
     selection = select_layers(model)
-    weights = quantize_embeddings(model, dict.fromkeys(selection.int8, INT8_PER_ROW))
-    for name in selection.int4:
+    weights = quantize_embeddings(model, dict.fromkeys(selection.embeddings, INT8_PER_ROW))
+    for name in selection.linears:
         weight_OI = model.get_submodule(name).weight.detach()
         weights[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, SCHEME)).quantized(SCHEME)
     return weights

@@ -98,7 +98,7 @@ def test_distillation_recovers_on_held_out_text(run: Path) -> None:
 
 def test_export_is_small_and_exact(run: Path) -> None:
     export = read_results(run).exports["openvino"]
-    assert (export["int4_weights"], export["int8_weights"]) == (210, 1)
+    assert (export["linear_weights"], export["embedding_weights"]) == (210, 1)
     assert export["logit_difference"] <= 1e-3
     assert (run / "openvino" / "openvino_model.bin").stat().st_size <= 0.65 * 134_515_008
 

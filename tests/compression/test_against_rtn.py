@@ -27,7 +27,7 @@ METHODS = ("se", "gptq", "awq+se", "se+gptq", "awq+se+gptq")
 def compressed(model: Any, method: str, ids: Tensor) -> tuple[float, dict[str, float]]:
     """KL divergence on `ids`, and the error of each layer relative to that of rtn."""
     copied = copy.deepcopy(model)
-    result = compress(copied, dict.fromkeys(select_layers(copied).int4, SCHEME), method, Calibration(ids))
+    result = compress(copied, dict.fromkeys(select_layers(copied).linears, SCHEME), method, Calibration(ids))
     for name, init in result.inits.items():
         copied.get_submodule(name).weight.copy_(init.quantized(SCHEME).dequantize())
     logits, wanted = copied(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1)
@@ -40,7 +40,7 @@ def check(name: str, method: str, seed: int, bound: float = 1.0) -> None:
     ids = torch.randint(0, 255, (32, 32), generator=torch.Generator().manual_seed(100 + seed))
     model = make_dense(name, seed)
     divergence, errors = compressed(model, method, ids)
-    assert len(errors) == len(select_layers(model).int4)
+    assert len(errors) == len(select_layers(model).linears)
     assert max(errors.values()) < 1, max(errors, key=errors.__getitem__)
     assert divergence < bound * compressed(model, "rtn", ids)[0]
 

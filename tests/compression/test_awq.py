@@ -31,7 +31,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("name", DENSE_CASES)
 def test_folding_keeps_the_function_of_the_model(name: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_dense(name, dtype=torch.float64)
-    found = find_mappings(model, select_layers(model).int4)
+    found = find_mappings(model, select_layers(model).linears)
     # The norms of some models compute in float32 whatever the dtype of the model.
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -62,7 +62,7 @@ def test_statistics_fit_the_folded_block(ids: torch.Tensor) -> None:
     blocks = decoder_blocks(model, ids)
     statistics = blocks.observe(0)
     original = [shared.gram_II.clone() for shared in statistics]
-    mappings = find_mappings(model, select_layers(model).int4)["model.layers.0"]
+    mappings = find_mappings(model, select_layers(model).linears)["model.layers.0"]
     assert len(mappings) == 4
     awq.fold(blocks.modules[0], mappings, statistics, EVERYWHERE)
     assert any(not torch.allclose(old, new.gram_II) for old, new in zip(original, statistics, strict=True))
@@ -74,7 +74,7 @@ def test_statistics_fit_the_folded_block(ids: torch.Tensor) -> None:
 def test_what_is_folded_is_said_once_for_each_kind_of_block(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("llama")
     with caplog.at_level(logging.INFO, "nybble"):
-        AWQ().prepare(model, select_layers(model).int4)
+        AWQ().prepare(model, select_layers(model).linears)
     assert [record.getMessage() for record in caplog.records] == [
         "awq folds in 2 blocks like model.layers.0: input_layernorm -> q_proj + k_proj + v_proj, self_attn.v_proj -> "
         "o_proj, post_attention_layernorm -> gate_proj + up_proj, mlp.up_proj -> down_proj"
@@ -127,7 +127,7 @@ def test_columns_are_multiplied_by_what_a_16_bit_norm_was_really_divided_by(ids:
     statistics = blocks.observe(0)
     before = statistics[0].gram_II.clone()
     awq.fold(
-        blocks.modules[0], find_mappings(model, select_layers(model).int4)["model.layers.0"], statistics, EVERYWHERE
+        blocks.modules[0], find_mappings(model, select_layers(model).linears)["model.layers.0"], statistics, EVERYWHERE
     )
     block, original_block = model.model.layers[0], original.model.layers[0]
     used = original_block.input_layernorm.weight.float() / block.input_layernorm.weight.float()
@@ -212,9 +212,9 @@ def test_folding_into_experts_keeps_routing_and_outputs(monkeypatch: pytest.Monk
 
 def test_a_model_with_nothing_to_fold_is_refused() -> None:
     model = make_dense("gpt_neo")
-    names = [name for name in select_layers(model).int4 if name.endswith("c_proj")]
+    names = [name for name in select_layers(model).linears if name.endswith("c_proj")]
     assert names
-    AWQ().check(model, select_layers(model).int4)
+    AWQ().check(model, select_layers(model).linears)
     message = (
         "awq must have a norm or a linear layer in the decoder blocks whose outputs it can rescale; gpt_neo has none; "
         r"use a method without awq, for example se\+gptq"

@@ -115,17 +115,17 @@ def in_order(line: str) -> tuple[str, list[str]]:
 def test_mappings_of_dense_decoders(name: str) -> None:
     model = make_dense(name)
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    found = find_mappings(model, select_layers(model).int4)
+    found = find_mappings(model, select_layers(model).linears)
     assert len(found) == 2
     for mappings in found.values():
         assert [in_order(written(mapping)) for mapping in mappings] == [in_order(line) for line in EXPECTED[name]]
     assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())
-    assert has_mapping(model, select_layers(model).int4)
+    assert has_mapping(model, select_layers(model).linears)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_a_16_bit_model_gives_the_same_mappings(family: str) -> None:
-    names = select_layers(make_model(family)).int4
+    names = select_layers(make_model(family)).linears
     lines = [
         [written(mapping) for mapping in find_mappings(make_model(family, dtype=dtype), names)["model.layers.0"]]
         for dtype in (torch.float32, torch.bfloat16)
@@ -137,7 +137,7 @@ def test_a_16_bit_model_gives_the_same_mappings(family: str) -> None:
 def channels(name: str, source: str, readers: tuple[str, ...]) -> list[int]:
     """Channel of the source for each input of the readers, in the first block."""
     model = make_dense(name)
-    mappings = next(iter(find_mappings(model, select_layers(model).int4).values()))
+    mappings = next(iter(find_mappings(model, select_layers(model).linears).values()))
     return next(m.channel_I.tolist() for m in mappings if m.source.endswith(source) and set(readers) == set(m.layers))
 
 
@@ -250,7 +250,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.mark.parametrize(("name", "most"), [("llama", 25), ("gpt_neox", 90)])  # gpt_neox: 12 parts of 64 channels
 def test_a_block_runs_a_few_times(name: str, most: int, runs: list[object]) -> None:
     model = make_dense(name, hidden_size=256)
-    assert find_mappings(model, select_layers(model).int4)
+    assert find_mappings(model, select_layers(model).linears)
     assert len(runs) <= most
 
 
@@ -283,11 +283,11 @@ def test_blocks_whose_code_fails_in_float32_are_an_error() -> None:
     )
     for find in (find_mappings, has_mapping):
         with pytest.raises(ModelError, match=message):
-            find(model, select_layers(model).int4)
+            find(model, select_layers(model).linears)
 
 
 def test_a_model_whose_blocks_are_no_chain_is_an_error() -> None:
     model = make_dense("llama")
     break_chain(model)
     with pytest.raises(ModelError, match="must be a chain"):
-        find_mappings(model, select_layers(model).int4)
+        find_mappings(model, select_layers(model).linears)

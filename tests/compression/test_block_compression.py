@@ -62,7 +62,7 @@ def compressor(
     blocks = decoder_blocks(make_model(family), IDS, 8, **options)
     methods = methods or combine(ALL)
     for folding in methods.folding:
-        folding.prepare(blocks.model, select_layers(blocks.model).int4)
+        folding.prepare(blocks.model, select_layers(blocks.model).linears)
     return BlockCompressor(blocks, methods, schemes(blocks), calibration, lambda layers, text: None)
 
 

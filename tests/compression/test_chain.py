@@ -16,7 +16,7 @@ NO_CHAIN = (
 
 
 def check(model: object) -> None:
-    check_chain(model, select_layers(model).int4, IDS[:2])
+    check_chain(model, select_layers(model).linears, IDS[:2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,4 +107,4 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
 def test_the_list_with_most_of_the_layers_is_found() -> None:
     model = make_model("llama")
     model.other = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
-    assert find_block_list(model, [*select_layers(model).int4, "other.0"]) == "model.layers"
+    assert find_block_list(model, [*select_layers(model).linears, "other.0"]) == "model.layers"

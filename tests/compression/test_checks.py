@@ -16,7 +16,7 @@ from tests.helpers.tiny import make_model
 
 def test_a_layer_whose_weight_is_used_without_a_call_is_refused() -> None:
     model = make_model("llama")
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     check_model(model, names, IDS[:2], ())
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.gate_proj(x) * torch.nn.functional.linear(x, mlp.up_proj.weight))
@@ -34,7 +34,7 @@ def add_layers(model: Any, *names: str) -> list[str]:
     block, mlp = model.model.layers[1], model.model.layers[1].mlp.forward
     block.more = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in names})
     block.mlp.forward = lambda x: mlp(x) + block.more[names[0]](x)
-    return [*select_layers(model).int4]
+    return [*select_layers(model).linears]
 
 
 def test_an_expert_without_tokens_is_no_error() -> None:
@@ -49,23 +49,23 @@ def test_layers_that_text_does_not_reach_are_refused() -> None:
     model.model.vision = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(64, 64)])})
     message = r"alone; text does not reach 1 layers \(first: model.vision.layers.0\), which read an encoder or images"
     with pytest.raises(ModelError, match=message):
-        check_model(model, select_layers(model).int4, IDS[:2], ())
+        check_model(model, select_layers(model).linears, IDS[:2], ())
 
 
 @pytest.mark.parametrize("model_type", ["bart", "prophetnet", "git", "phi4_multimodal"])
 def test_cross_attention_and_images_are_refused(model_type: str) -> None:
     model = tiny_model(model_type)
     with pytest.raises(ModelError, match=r"must be a language model alone; text does not reach \d+ layers"):
-        check_model(model, select_layers(model).int4, IDS[:2], ())
+        check_model(model, select_layers(model).linears, IDS[:2], ())
 
 
 @pytest.mark.parametrize(("model_type", "fields"), [("bert", {"is_decoder": False}), ("xlm", {"causal": False})])
 def test_models_that_are_not_causal_are_refused(model_type: str, fields: dict[str, Any]) -> None:
     causal, model = tiny_model(model_type), tiny_model(model_type, **fields)
-    check_model(causal, select_layers(causal).int4, IDS[:2], ())
+    check_model(causal, select_layers(causal).linears, IDS[:2], ())
     message = r"must predict a token from the tokens before it; its states change by 0\.\d+ with later tokens; choose a"
     with pytest.raises(ModelError, match=message):
-        check_model(model, select_layers(model).int4, IDS[:2], ())
+        check_model(model, select_layers(model).linears, IDS[:2], ())
 
 
 def test_a_model_that_changes_its_weights_is_refused() -> None:
@@ -74,12 +74,12 @@ def test_a_model_that_changes_its_weights_is_refused() -> None:
         r"RwkvForCausalLM must leave its weights as they are .* changes 4 of them \(first: rwkv.blocks.0.attention"
     )
     with pytest.raises(ModelError, match=message):
-        check_model(model, select_layers(model).int4, IDS[:2], ())
+        check_model(model, select_layers(model).linears, IDS[:2], ())
 
 
 def test_methods_check_the_model() -> None:
     model = make_dense("gpt_neo")
-    behind_gelu = [name for name in select_layers(model).int4 if name.endswith("c_proj")]
+    behind_gelu = [name for name in select_layers(model).linears if name.endswith("c_proj")]
     with pytest.raises(OptionError, match="gpt_neo has none"):
         check_model(model, behind_gelu, IDS[:2], ("awq", "se"))
     check_model(model, behind_gelu, IDS[:2], ("se",))
@@ -88,6 +88,6 @@ def test_methods_check_the_model() -> None:
 def test_only_methods_that_need_calibration_text_need_a_chain_of_blocks() -> None:
     model = make_model("llama")
     break_chain(model)
-    check_model(model, select_layers(model).int4, IDS[:2], ())
+    check_model(model, select_layers(model).linears, IDS[:2], ())
     with pytest.raises(ModelError, match="block 1 is not; use the method rtn"):
-        check_model(model, select_layers(model).int4, IDS[:2], ("se",))
+        check_model(model, select_layers(model).linears, IDS[:2], ("se",))

@@ -109,7 +109,7 @@ def test_the_automatic_method_depends_on_adapters_and_on_what_awq_finds(
     folds: bool, adapters: bool, expected: str
 ) -> None:
     model = make_dense("gpt_neo")
-    names = [name for name in select_layers(model).int4 if folds or name.endswith("c_proj")]  # behind a GELU
+    names = [name for name in select_layers(model).linears if folds or name.endswith("c_proj")]  # behind a GELU
     assert automatic_method(model, names, adapters) == expected
     assert "+".join(parse_method(expected)) == expected
 
@@ -117,12 +117,12 @@ def test_the_automatic_method_depends_on_adapters_and_on_what_awq_finds(
 def test_the_automatic_method_of_blocks_that_are_no_chain_has_no_awq() -> None:
     model = make_model("llama")
     break_chain(model)
-    assert automatic_method(model, select_layers(model).int4, adapters=True) == "se+gptq"
+    assert automatic_method(model, select_layers(model).linears, adapters=True) == "se+gptq"
 
 
 def test_a_registered_method_compresses_a_model(shrunk: str) -> None:
     model = make_model("llama")
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     check_model(model, names, IDS[:2], parse_method(shrunk))
     weights = {name: model.get_submodule(name).weight.clone() for name in names}
     result = compress(model, dict.fromkeys(names, SCHEME), shrunk)

@@ -46,7 +46,7 @@ def with_idle_expert(model: Any) -> Any:
 
 
 def compress_all(model: torch.nn.Module, method: str, **settings: object) -> CompressionResult:
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     return compress(model, dict.fromkeys(names, SCHEME), method, Calibration(IDS, **settings))  # type: ignore[arg-type]
 
 
@@ -130,7 +130,7 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_counted(
 
 def test_a_mixture_in_which_few_tokens_reach_few_experts_is_not_refused() -> None:
     model = linear_mixture("mixtral", num_local_experts=64)
-    check_model(model, select_layers(model).int4, IDS[:2, :8], ("se", "gptq"))
+    check_model(model, select_layers(model).linears, IDS[:2, :8], ("se", "gptq"))
 
 
 def test_blocks_with_idle_experts_are_restored(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ IDS = torch.randint(0, 255, (24, 16), generator=torch.Generator().manual_seed(0)
 
 def compress_all(model: torch.nn.Module, method: str, ids: torch.Tensor = IDS, **settings: object) -> CompressionResult:
     calibration = None if method == "rtn" else Calibration(ids, **settings)  # type: ignore[arg-type]
-    return compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), method, calibration)
+    return compress(model, dict.fromkeys(select_layers(model).linears, SCHEME), method, calibration)
 
 
 def with_strong_channels(model: torch.nn.Module) -> torch.nn.Module:
@@ -69,14 +69,14 @@ def test_limit_blocks_leaves_the_other_blocks_to_rtn() -> None:
 
 def test_results_are_in_the_order_of_the_names() -> None:
     model = make_model("llama")
-    names = list(reversed(select_layers(model).int4))
+    names = list(reversed(select_layers(model).linears))
     result = compress(model, dict.fromkeys(names, SCHEME), "se", Calibration(IDS))
     assert list(result.inits) == list(result.errors) == names
 
 
 def test_a_block_without_4_bit_layers_is_passed_through() -> None:
     model = make_model("llama")
-    names = [name for name in select_layers(model).int4 if ".1." in name]
+    names = [name for name in select_layers(model).linears if ".1." in name]
     result = compress(model, dict.fromkeys(names, SCHEME), "blockwise", Calibration(IDS))
     assert list(result.inits) == names
     assert list(result.blocks) == ["model.layers.1"]
@@ -147,7 +147,7 @@ def test_awq_lowers_the_error_below_that_of_the_weights_as_they_were() -> None:
 @pytest.mark.parametrize("method", ["rtn", "se", "blockwise"])
 def test_progress_counts_every_layer_once(method: str) -> None:
     model, counts = make_model("llama"), []
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     calibration = Calibration(IDS, blockwise=BlockwiseConfig(epochs=0.2))
     compress(model, dict.fromkeys(names, SCHEME), method, calibration, lambda layers, text: counts.append(layers))
     assert sum(counts) == len(names)
@@ -156,9 +156,9 @@ def test_progress_counts_every_layer_once(method: str) -> None:
 def test_a_method_that_needs_text_gets_none() -> None:
     model = make_model("llama")
     with pytest.raises(AssertionError, match="se needs calibration text"):
-        compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "se")
+        compress(model, dict.fromkeys(select_layers(model).linears, SCHEME), "se")
     with pytest.raises(OptionError, match="got best"):
-        compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "best")
+        compress(model, dict.fromkeys(select_layers(model).linears, SCHEME), "best")
 
 
 class RoundDown(RoundingMethod):
@@ -180,7 +180,7 @@ class RoundDown(RoundingMethod):
 def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS, "_known", METHODS._known | {"down": RoundDown})
     model, original = make_model("llama"), make_model("llama")
-    result = compress(model, dict.fromkeys(select_layers(model).int4, SCHEME), "down")
+    result = compress(model, dict.fromkeys(select_layers(model).linears, SCHEME), "down")
     for name, init in result.inits.items():
         quantized = init.quantized(SCHEME)
         rounded = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_point_OG.float())
@@ -195,7 +195,7 @@ def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.Mon
 def test_layers_of_other_schemes_are_rounded_by_their_own(method: str) -> None:
     """Query, key and value share their input but not their scheme; each scheme is rounded as if it were alone."""
     model = make_model("llama")
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     schemes = {name: QuantScheme(3, 32, symmetric=True) if "k_proj" in name else SCHEME for name in names}
     schemes |= {name: QuantScheme(2, None) for name in names if "down_proj" in name}
     result = compress(model, schemes, method, Calibration(IDS, blockwise=BlockwiseConfig(epochs=0.5)))

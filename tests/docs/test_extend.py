@@ -54,7 +54,7 @@ def test_the_exporter_is_known_by_its_file(tmp_path: Path) -> None:
 def test_the_exporter_writes_what_it_reads(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     result = EXPORTERS["plain"].export(make_checkpoint(tmp_path / "quantized", "smollm"), tmp_path / "plain")
-    assert (result.int4_weights, result.int8_weights, result.rounded) == (14, 1, {})
+    assert (result.linear_weights, result.embedding_weights, result.rounded) == (14, 1, {})
     assert result.logit_difference is not None
     assert result.logit_difference <= 1e-4  # torch decodes the last tokens one by one
 

@@ -91,7 +91,7 @@ def test_a_run_uses_an_exporter_from_outside_the_package(
     assert main([*command, "--export", "toy"]) == 0
     results = json.loads((run / "results.json").read_text())
     export = results["exports"]["toy"]
-    assert (export["int4_weights"], export["int8_weights"]) == (7, 1)
+    assert (export["linear_weights"], export["embedding_weights"]) == (7, 1)
     assert export["bytes"] == (run / "toy" / "toy.safetensors").stat().st_size
     assert export["logit_difference"] <= 1e-5  # torch decodes the last tokens one by one
     rows = results["models"]

@@ -48,7 +48,7 @@ def test_small_layers_are_named_once(leaf: str, dtype: torch.dtype, caplog: pyte
     model = make_model("llama", dtype=dtype)
     for layer in model.model.layers:
         layer.get_submodule(leaf).weight.data.mul_(2.0**-15)
-    compress(model, dict.fromkeys(select_layers(model).int4, SCHEME))
+    compress(model, dict.fromkeys(select_layers(model).linears, SCHEME))
     said = [record.getMessage() for record in caplog.records if record.name == "nybble"]
     assert len(said) == 1
     rows = model.model.layers[0].get_submodule(leaf).weight.shape[0]
@@ -60,7 +60,7 @@ def test_small_layers_are_named_once(leaf: str, dtype: torch.dtype, caplog: pyte
 def test_small_rows_of_a_layer_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[:4].mul_(1e-4)
-    compress(model, dict.fromkeys(select_layers(model).int4, SCHEME))
+    compress(model, dict.fromkeys(select_layers(model).linears, SCHEME))
     assert "16 groups of weights in 1 layers (first: model.layers.1.mlp.up_proj)" in caplog.text
 
 
@@ -74,8 +74,8 @@ def test_a_small_embedding_is_named_before_the_work(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("family", ["llama", "smollm", "gemma2", "qwen2"])
 def test_ordinary_models_are_silent(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(family)
-    check_model(model, select_layers(model).int4, IDS[:2], ())
-    compress(model, dict.fromkeys(select_layers(model).int4, SCHEME))
+    check_model(model, select_layers(model).linears, IDS[:2], ())
+    compress(model, dict.fromkeys(select_layers(model).linears, SCHEME))
     assert WARNING not in caplog.text
 
 

@@ -94,7 +94,7 @@ def test_blocks_that_are_no_chain_name_the_method_that_works(name: str) -> None:
     model = make(name)
     message = rf"the blocks of {name} must be a chain, .*; block \d+ is not; use the method rtn"
     with pytest.raises(ModelError, match=message):
-        check_chain(model, select_layers(model).int4, IDS[:2])
+        check_chain(model, select_layers(model).linears, IDS[:2])
 
 
 @pytest.mark.parametrize("name", ["gptj", "codegen", "ctrl", "mpt", "biogpt"])

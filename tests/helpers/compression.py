@@ -36,7 +36,7 @@ def round_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 
 def decoder_blocks(model: object, ids: Tensor = IDS, batch: int = 2, **options: object) -> DecoderBlocks:
     """The blocks of a tiny model, all of whose decoder layers get 4 bits."""
-    return DecoderBlocks(model, select_layers(model).int4, ids, batch, **options)  # type: ignore[arg-type]
+    return DecoderBlocks(model, select_layers(model).linears, ids, batch, **options)  # type: ignore[arg-type]
 
 
 def break_chain(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ def make_elastic_model(rank: int, trained: bool = True) -> tuple[Any, dict[str, 
     """A llama with two decoder layers, 4-bit weights and adapters; if `trained`, adapters that change codes."""
     model, scheme = make_model("llama"), QuantScheme()
     inits = {}
-    for name in select_layers(model).int4:
+    for name in select_layers(model).linears:
         weight_OI = model.get_submodule(name).weight.detach()
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, scheme))
     layers = insert.insert_fake_quant_layers(model, inits, dict.fromkeys(inits, scheme), rank, 0)

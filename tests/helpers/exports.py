@@ -116,7 +116,7 @@ def check_codes(exporter: Exporter, exported: Export) -> None:
     checkpoint, read = exported.checkpoint, exporter.read_codes(exported.folder)
     assert read.keys() == checkpoint.quantized.keys()
     for name, weight in checkpoint.quantized.items():
-        embedding = name in checkpoint.selection.int8
+        embedding = name in checkpoint.selection.embeddings
         container = exporter.container(weight.scheme, weight.codes_OI.shape[1], embedding)
         expected = weight.recoded(container)
         assert read[name].scheme == container, name

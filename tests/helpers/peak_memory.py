@@ -47,7 +47,7 @@ def train(model: Any, rank: int, weight_copies: int, sequences: int, length: int
 
     `weight_copies` says what the step keeps, as for memory.TrainingSetup; above 0 the weights are cached.
     """
-    names, teacher_head = select_layers(model).int4, LMHead.of(model, copy=True)
+    names, teacher_head = select_layers(model).linears, LMHead.of(model, copy=True)
     shapes, chunk = memory.ModelShapes.of(model, names), chunk_tokens(torch.device("cpu"))
     inits = {}
     for name in names:
@@ -82,7 +82,7 @@ def train(model: Any, rank: int, weight_copies: int, sequences: int, length: int
 
 def compress_blocks(model: Any, method: str, sequences: int, length: int) -> int:
     """Compress the whole model; returns the estimate."""
-    names = select_layers(model).int4
+    names = select_layers(model).linears
     shapes = memory.ModelShapes.of(model, names)
     compress(
         model, dict.fromkeys(names, SCHEME), method, Calibration(torch.randint(0, VOCABULARY, (sequences, length)))

@@ -28,7 +28,7 @@ def round_model_to_nearest(
     """
     selection, quantized = select_layers(model), {}
     if schemes is None:
-        schemes = dict.fromkeys(selection.int8, INT8_PER_ROW) | dict.fromkeys(selection.int4, scheme)
+        schemes = dict.fromkeys(selection.embeddings, INT8_PER_ROW) | dict.fromkeys(selection.linears, scheme)
     for name, of_layer in schemes.items():
         weight = model.get_submodule(name).weight
         scale_OG, zero_point_OG = min_max_qparams(weight.float(), of_layer)

@@ -94,7 +94,7 @@ def test_the_text_part_computes_what_the_whole_model_computes(gemma3: tuple[Path
     with torch.no_grad():
         whole, part = (kind.build()(input_ids=IDS).logits for kind in (checkpoint, text))
     assert torch.equal(whole, part)
-    assert len(text.selection.int4) == len(checkpoint.selection.int4) == len(checkpoint.shapes) - 1
+    assert len(text.selection.linears) == len(checkpoint.selection.linears) == len(checkpoint.shapes) - 1
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -103,13 +103,13 @@ def test_only_linear_layers_of_the_text_decoder_are_selected(model_type: str) ->
     path = decoder_path(model)
     selection = select_layers(model)
     assert path
-    assert all(name.startswith(path + ".") for name in selection.int4)
+    assert all(name.startswith(path + ".") for name in selection.linears)
     with torch.no_grad():
         called: set[str] = set()
-        for name in selection.int4:
+        for name in selection.linears:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
         model(input_ids=IDS, use_cache=False)
-    assert {name for name in selection.int4 if ".experts." not in name} <= called
+    assert {name for name in selection.linears if ".experts." not in name} <= called
 
 
 @pytest.mark.slow

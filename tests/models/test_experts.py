@@ -146,7 +146,7 @@ def test_routers_stay_in_16_bits(family, routers):
     linearize(model)
     found = {name.split(".", 3)[-1] for name in routing_layers(model)}
     assert found == set(routers)
-    assert not set(routing_layers(model)) & set(select_layers(model).int4)
+    assert not set(routing_layers(model)) & set(select_layers(model).linears)
 
 
 def test_routers_of_experts_in_a_list_stay_in_16_bits():
@@ -163,7 +163,7 @@ def test_routers_of_experts_in_a_list_stay_in_16_bits():
 def test_all_experts_get_4_bits():
     model = make_mixture("qwen3_moe")
     linearize(model)
-    experts = [name for name in select_layers(model).int4 if ".experts." in name]
+    experts = [name for name in select_layers(model).linears if ".experts." in name]
     assert experts == [
         f"model.layers.0.mlp.experts.{i}.{leaf}" for i in range(4) for leaf in ("gate_up_proj", "down_proj")
     ]

@@ -57,7 +57,7 @@ def test_layers_that_stay_in_16_bits_are_saved_once(family: str, kept: str, tmp_
     """A tied head that is not quantized shares its weight with the embedding."""
     model = make_model(family, num_hidden_layers=1)
     selection = select_layers(model)
-    schemes = dict.fromkeys(selection.int8, INT8_PER_ROW) | dict.fromkeys(selection.int4, GROUPS_OF_32)
+    schemes = dict.fromkeys(selection.embeddings, INT8_PER_ROW) | dict.fromkeys(selection.linears, GROUPS_OF_32)
     schemes = {name: scheme for name, scheme in schemes.items() if not name.endswith(kept)}
     quantized = round_model_to_nearest(model, schemes=schemes)
     quantized_model.save_quantized(tmp_path / "quantized", LoadedModel(model, make_tokenizer(), "tiny"), quantized)

@@ -28,10 +28,10 @@ def assigned(model: Any, **options: Any) -> LayerSelection:
 def test_without_options_linear_layers_have_4_bits_and_embeddings_8() -> None:
     model = make_model("llama")
     selection = assigned(model)
-    assert {selection.schemes[name] for name in selection.int4} == {DEFAULT}
-    assert {selection.schemes[name] for name in selection.int8} == {INT8_PER_ROW}
+    assert {selection.schemes[name] for name in selection.linears} == {DEFAULT}
+    assert {selection.schemes[name] for name in selection.embeddings} == {INT8_PER_ROW}
     assert replace(selection, schemes={}) == select_layers(model)
-    assert list(selection.schemes) == [*selection.int4, *selection.int8]
+    assert list(selection.schemes) == [*selection.linears, *selection.embeddings]
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_without_options_linear_layers_have_4_bits_and_embeddings_8() -> None:
 )
 def test_options_give_the_scheme_of_linear_layers(options: dict[str, Any], scheme: QuantScheme) -> None:
     selection = assigned(make_model("llama"), **options)
-    assert {selection.schemes[name] for name in selection.int4} == {scheme}
-    assert {selection.schemes[name] for name in selection.int8} == {INT8_PER_ROW}
+    assert {selection.schemes[name] for name in selection.linears} == {scheme}
+    assert {selection.schemes[name] for name in selection.embeddings} == {INT8_PER_ROW}
 
 
 def test_the_last_pattern_that_matches_wins() -> None:
@@ -80,9 +80,9 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 def test_ignored_layers_stay_in_16_bits() -> None:
     selection = assigned(make_model("llama"), ignore=("*.gate_proj", "lm_head"))
-    assert not any("gate_proj" in name for name in (*selection.int4, *selection.schemes))
-    assert selection.int8 == ("model.embed_tokens",)
-    assert "model.layers.0.mlp.up_proj" in selection.int4
+    assert not any("gate_proj" in name for name in (*selection.linears, *selection.schemes))
+    assert selection.embeddings == ("model.embed_tokens",)
+    assert "model.layers.0.mlp.up_proj" in selection.linears
     assert selection.notes == ()
 
 
@@ -152,7 +152,7 @@ def test_average_bits_and_scales_are_those_of_the_weights() -> None:
     count = sum(weight.codes_OI.numel() for weight in weights.values())
     expected = 8 * sum(weight.nbytes for weight in weights.values()) / count
     assert average_bits(selection.schemes, shapes) == pytest.approx(expected, rel=1e-6)
-    assert num_scales(model, selection) == sum(weights[name].scale_OG.numel() for name in selection.int4)
+    assert num_scales(model, selection) == sum(weights[name].scale_OG.numel() for name in selection.linears)
     assert describe(selection) == (
         "12 linear layers uint3 asymmetric group 64, 2 linear layers uint2 symmetric group 32, "
         "model.embed_tokens uint8 symmetric per row, lm_head uint8 symmetric per row"

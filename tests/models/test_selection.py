@@ -16,8 +16,8 @@ def test_every_linear_layer_except_the_head_gets_4_bits(family: str) -> None:
     model = make_model(family)
     selection = select_layers(model)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert set(selection.int4) == linears - {"lm_head"}
-    assert selection.int8 == (("model.embed_tokens",) if selection.tied else ("model.embed_tokens", "lm_head"))
+    assert set(selection.linears) == linears - {"lm_head"}
+    assert selection.embeddings == (("model.embed_tokens",) if selection.tied else ("model.embed_tokens", "lm_head"))
     assert selection.tied == model.config.tie_word_embeddings
 
 

@@ -20,7 +20,7 @@ Insert = Callable[[nn.Module, dict[str, QuantizedInit], int], dict[str, nn.Modul
 
 def rtn_inits(model: nn.Module) -> dict[str, QuantizedInit]:
     """Every decoder layer compressed by round-to-nearest, in reverse order of the modules."""
-    weights = {name: model.get_submodule(name).weight.detach() for name in reversed(select_layers(model).int4)}
+    weights = {name: model.get_submodule(name).weight.detach() for name in reversed(select_layers(model).linears)}
     return {name: QuantizedInit(weight, *min_max_qparams(weight, SCHEME)) for name, weight in weights.items()}
 
 
@@ -102,7 +102,7 @@ def test_an_embedding_is_rounded_to_8_bits_per_row() -> None:
 
 def test_an_untied_head_is_rounded_by_itself() -> None:
     model = make_model("llama", num_hidden_layers=1)
-    names = select_layers(model).int8
+    names = select_layers(model).embeddings
     quantized = insert.quantize_embeddings(model, dict.fromkeys(names, INT8_PER_ROW))
     assert list(quantized) == list(names) == ["model.embed_tokens", "lm_head"]
     for name, weight in quantized.items():

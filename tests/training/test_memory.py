@@ -21,16 +21,16 @@ from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from tests.helpers.tiny import make_model
 
 MODEL = make_model("llama")
-SHAPES = ModelShapes.of(MODEL, select_layers(MODEL).int4)
+SHAPES = ModelShapes.of(MODEL, select_layers(MODEL).linears)
 SETUP = TrainingSetup(
-    SHAPES, rank=8, num_scales=SHAPES.int4_weights // 64, chunk_tokens=64, weight_copies=2, logits_bytes=0
+    SHAPES, rank=8, num_scales=SHAPES.linear_weights // 64, chunk_tokens=64, weight_copies=2, logits_bytes=0
 )
 GB = 10**9
 
 
 def test_shapes_are_those_of_the_model() -> None:
     # per layer: q, o 64 x 64; k, v 32 x 64; gate, up 128 x 64; down 64 x 128
-    assert SHAPES.int4_weights == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert SHAPES.linear_weights == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
     assert SHAPES.int4_features == 2 * (2 * 128 + 2 * 96 + 3 * 192)
     assert SHAPES.largest_int4_weight == 128 * 64
     assert SHAPES.itemsize == 4
@@ -39,7 +39,7 @@ def test_shapes_are_those_of_the_model() -> None:
 
 def test_parameters_that_are_trained_are_counted_exactly() -> None:
     model, scheme = make_model("llama"), QuantScheme(group_size=32)
-    weights = {name: model.get_submodule(name).weight for name in select_layers(model).int4}
+    weights = {name: model.get_submodule(name).weight for name in select_layers(model).linears}
     inits = {name: QuantizedInit(weight, *min_max_qparams(weight, scheme)) for name, weight in weights.items()}
     layers = insert_fake_quant_layers(model, inits, dict.fromkeys(inits, scheme), 8, 0)
     trained = sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
@@ -49,13 +49,13 @@ def test_parameters_that_are_trained_are_counted_exactly() -> None:
 
 def test_each_weight_copy_costs_the_4_bit_weights() -> None:
     cached, recomputed = (memory.training_memory(replace(SETUP, weight_copies=copies), 256) for copies in (2, 0))
-    assert cached - recomputed == 2 * SHAPES.int4_weights * 4
+    assert cached - recomputed == 2 * SHAPES.linear_weights * 4
 
 
 def test_without_adapters_layers_hold_one_byte_per_weight() -> None:
     with_rank, without = (memory.training_memory(replace(SETUP, rank=rank), 256) for rank in (1, 0))
     adapters = 24 * SHAPES.int4_features  # 16 bytes of Adam, and two float32 copies for averaging
-    assert with_rank - without == SHAPES.int4_weights * (4 - 1) + adapters
+    assert with_rank - without == SHAPES.linear_weights * (4 - 1) + adapters
 
 
 def test_logits_of_measuring_count_where_they_exceed_the_activations() -> None:

@@ -57,7 +57,7 @@ def make_distillation() -> Distillation:
         states = last_hidden_states(model, ids)
     head = LMHead.of(model, copy=True)
     inits = {}
-    for name in select_layers(model).int4:
+    for name in select_layers(model).linears:
         weight_OI = model.get_submodule(name).weight.detach()
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, SCHEME))
     layers = insert_fake_quant_layers(model, inits, dict.fromkeys(inits, SCHEME), 4, 0)

@@ -131,7 +131,7 @@ def test_a_training_that_cannot_continue_ends_its_task_alone(
 def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits() -> None:
     peft = pytest.importorskip("peft", reason="the extra compare")
     model = make_model("smollm")
-    layers = select_layers(model).int4
+    layers = select_layers(model).linears
     wrapped = peft.get_peft_model(model, lora.peft_config(model, layers, 48))
     ranks = {name: parameter.shape[0] for name, parameter in wrapped.named_parameters() if "lora_A" in name}
     assert set(ranks.values()) == {32, 48}, "keys and values are 32 wide"

@@ -154,7 +154,7 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
     exported = run / "openvino" / "openvino_model.bin"
     assert exported.stat().st_size > 0
     counts = read_results(run).exports["openvino"]
-    assert (counts["int4_weights"], counts["int8_weights"]) == (14, 2)
+    assert (counts["linear_weights"], counts["embedding_weights"]) == (14, 2)
     assert shipped_bytes(run) == before
     distill(distill_options(model, run, resume=True))
     assert "openvino" in read_results(run).models, "measured on resume"
@@ -202,7 +202,13 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
     assert set(results.seconds) == {"load", "teacher", "measure", "compress", "train", "absorb"}
     assert results.layers is not None
     layers = results.layers
-    assert (layers.int4, layers.int8, layers.tied, layers.precision, layers.notes) == (14, 2, False, "INT4", [])
+    assert (layers.int4, layers.int8, layers.tied, layers.precision, layers.notes) == (
+        14,
+        2,
+        False,
+        "INT4",
+        [],
+    )
     assert layers.schemes == {"uint4 asymmetric group 64": 14, "uint8 symmetric per row": 2}
     assert layers.bits_per_weight == pytest.approx(5.537, abs=1e-3)
     assert results.machine["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -59,7 +59,7 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     command = "nybble distill --data /a/b/c.txt self:/a/b/e.txt=0.5 '/a/b b/f.txt' --init_from=/a/run"
     results = RunResults(model="m", layers=LayerCounts(7, 1, True), command_line=command, command="distill")
     results.method, results.init_from = "awq+se", "/a/b/start"
-    export = {"int4_weights": 7, "int8_weights": 1, "bytes": 10, "logit_difference": None, "limits": ["no dogs"]}
+    export = {"linear_weights": 7, "embedding_weights": 1, "bytes": 10, "logit_difference": None, "limits": ["no dogs"]}
     results.exports = {"plain": export | {"rounded": {"model.embed_tokens": 1e-3}}}
     card = model_card(results, "plain", {"pretrained": "org/model", "group_size": 64})
     assert "rounds model.embed_tokens by at most 1.0e-03" in card.replace("\\", "")

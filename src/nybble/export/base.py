@@ -44,8 +44,8 @@ class ExportResult:
     """What was exported.
 
     Attributes:
-        int4_weights: number of linear layers whose weights were written as codes.
-        int8_weights: number of embeddings and heads with codes; a format may hold their values in 16 bits.
+        linear_weights: number of linear layers whose weights were written as codes.
+        embedding_weights: number of embeddings and heads with codes; a format may hold their values in 16 bits.
         bytes: size of the model files, without the tokenizer.
         logit_difference: largest absolute difference between the logits of the exported model and those of torch in
             float32 with the weights that the export holds; None where they were not compared.
@@ -53,8 +53,8 @@ class ExportResult:
         widened: "3 bits in 4" -> number of weights that the format holds in more bits than their codes have.
     """
 
-    int4_weights: int
-    int8_weights: int
+    linear_weights: int
+    embedding_weights: int
     bytes: int
     logit_difference: float | None
     rounded: dict[str, float] = field(default_factory=dict)
@@ -188,8 +188,8 @@ class Exporter(ABC):
         with runtime_errors(self.label, self.name):
             self.write(checkpoint, folder)
             return ExportResult(
-                int4_weights=len(checkpoint.selection.int4),
-                int8_weights=len(checkpoint.selection.int8),
+                linear_weights=len(checkpoint.selection.linears),
+                embedding_weights=len(checkpoint.selection.embeddings),
                 bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
                 rounded=self.compare_weights(checkpoint.quantized, folder),
                 logit_difference=self.compare_logits(checkpoint, folder),
@@ -340,7 +340,7 @@ def check_schemes(exporter: Exporter, selection: LayerSelection, columns: Mappin
     """
     containers = {}
     for name, scheme in selection.schemes.items():
-        container = exporter.container(scheme, columns[name], name in selection.int8)
+        container = exporter.container(scheme, columns[name], name in selection.embeddings)
         if container is None:
             raise OptionError(
                 f"an export to {exporter.label} needs {exporter.scheme_requirement}; {name} has {scheme} in rows of "

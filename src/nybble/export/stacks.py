@@ -109,7 +109,7 @@ def stack_problem(config: Any, selection: LayerSelection, kind_of: Callable[[Qua
         kind_of: scheme -> what all experts of a tensor must have in common.
     """
     stacks: dict[tuple[str, str], list[str]] = {}
-    for name in selection.int4:
+    for name in selection.linears:
         if match := _EXPERT.fullmatch(name):
             stacks.setdefault((match["path"], match["leaf"]), []).append(name)
     for (path, leaf), names in stacks.items():

@@ -74,8 +74,8 @@ def text_part(checkpoint: QuantizedCheckpoint, label: str) -> QuantizedCheckpoin
             lambda name: checkpoint.others[tensors[name]],
         ),
         selection=LayerSelection(
-            tuple(own[name] for name in selection.int4),
-            tuple(own[name] for name in selection.int8),
+            tuple(own[name] for name in selection.linears),
+            tuple(own[name] for name in selection.embeddings),
             selection.tied,
             {own[name]: scheme for name, scheme in selection.schemes.items()},
         ),

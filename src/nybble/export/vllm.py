@@ -150,7 +150,7 @@ class VLLMExporter(Exporter):
                 f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
                 f"Conv1D layers; remove {self.name} from --export"
             )
-        int4, schemes = set(checkpoint.selection.int4), checkpoint.selection.schemes
+        int4, schemes = set(checkpoint.selection.linears), checkpoint.selection.schemes
         _check_fused(model, {name: schemes[name] for name in int4})
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
         packed = {name: _single_piece(name, t) for name, t in tensors.items() if t.matrices[0][0].module in int4}

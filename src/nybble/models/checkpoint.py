@@ -67,10 +67,10 @@ class QuantizedCheckpoint:
         read = weight_of or (lambda name: self.quantized[name].dequantize())
         for name in self.quantized:
             _compute_weight(model.get_submodule(name), name, read)
-        if self.selection.tied and not self.selection.int8:
+        if self.selection.tied and not self.selection.embeddings:
             model.tie_weights()
         elif self.selection.tied:
-            _compute_weight(model.get_output_embeddings(), self.selection.int8[0], read)
+            _compute_weight(model.get_output_embeddings(), self.selection.embeddings[0], read)
         return model.requires_grad_(False).eval()
 
 
@@ -109,7 +109,9 @@ def quantized_selection(everything: LayerSelection, layout: WeightsLayout) -> La
         layout: header of the weights file.
     """
     schemes = {name: layer.scheme for name, layer in layout.quantized.items()}
-    int4, int8 = (tuple(name for name in names if name in schemes) for names in (everything.int4, everything.int8))
+    int4, int8 = (
+        tuple(name for name in names if name in schemes) for names in (everything.linears, everything.embeddings)
+    )
     return LayerSelection(int4, int8, everything.tied, schemes)
 
 

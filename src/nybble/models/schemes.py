@@ -53,10 +53,10 @@ def assign_schemes(selection: LayerSelection, model: Any, options: SchemeOptions
     schemes: dict[str, QuantScheme] = {}
     other_groups: dict[str, str] = {}
     too_narrow: list[str] = []
-    for name in (*selection.int4, *selection.int8):
+    for name in (*selection.linears, *selection.embeddings):
         if any(matches(pattern, names[name]) for pattern in options.ignore):
             continue
-        wanted = _wanted(options, names[name], name in selection.int8)
+        wanted = _wanted(options, names[name], name in selection.embeddings)
         width = int(model.get_submodule(name).weight.shape[1])
         if options.strict_group_size:
             check_scheme(name, width, wanted)
@@ -69,8 +69,8 @@ def assign_schemes(selection: LayerSelection, model: Any, options: SchemeOptions
         schemes[name] = scheme
     selected = replace(
         selection,
-        int4=tuple(name for name in selection.int4 if name in schemes),
-        int8=tuple(name for name in selection.int8 if name in schemes),
+        linears=tuple(name for name in selection.linears if name in schemes),
+        embeddings=tuple(name for name in selection.embeddings if name in schemes),
         schemes=schemes,
         notes=_notes(other_groups, too_narrow),
     )
@@ -96,7 +96,7 @@ def check_patterns(selection: LayerSelection, model: Any, options: SchemeOptions
                 f"{option} must match the name of a layer; {pattern} matches none of {len(names)}; names are such as "
                 f"{near}"
             )
-    if all(any(fnmatchcase(name, pattern) for pattern in options.ignore) for name in selection.int4):
+    if all(any(fnmatchcase(name, pattern) for pattern in options.ignore) for name in selection.linears):
         raise OptionError("--ignore must leave a linear layer to quantize; it matches all; give fewer patterns")
 
 
@@ -125,24 +125,24 @@ def weight_shapes(model: Any, selection: LayerSelection) -> dict[str, tuple[int,
 def num_scales(model: Any, selection: LayerSelection) -> int:
     """Number of scales in the quantized linear layers."""
     shapes = weight_shapes(model, selection)
-    return sum(shapes[name][0] * selection.schemes[name].num_groups(shapes[name][1]) for name in selection.int4)
+    return sum(shapes[name][0] * selection.schemes[name].num_groups(shapes[name][1]) for name in selection.linears)
 
 
 def describe(selection: LayerSelection) -> str:
     """Which layers have which scheme, such as "210 linear layers uint4 asymmetric group 64, lm_head uint8 ..."."""
-    counts = Counter(selection.schemes[name] for name in selection.int4)
+    counts = Counter(selection.schemes[name] for name in selection.linears)
     parts = [f"{count} linear layers {scheme}" for scheme, count in counts.items()]
-    parts += [f"{name}{' (tied)' * selection.tied} {selection.schemes[name]}" for name in selection.int8]
+    parts += [f"{name}{' (tied)' * selection.tied} {selection.schemes[name]}" for name in selection.embeddings]
     return ", ".join(parts)
 
 
 def _names(selection: LayerSelection, model: Any) -> dict[str, tuple[str, ...]]:
     """Layer -> the names by which a pattern matches it: a tied head is the embedding."""
-    names: dict[str, tuple[str, ...]] = {name: (name,) for name in (*selection.int4, *selection.int8)}
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in (*selection.linears, *selection.embeddings)}
     if selection.tied:
         head = model.get_output_embeddings()
         of_head = (name for name, module in model.named_modules() if module is head)
-        names[selection.int8[0]] += tuple(of_head)
+        names[selection.embeddings[0]] += tuple(of_head)
     return names
 
 
@@ -196,7 +196,7 @@ def _some(names: list[str]) -> str:
 def _check_npu(selection: LayerSelection) -> None:
     """Raise OptionError for a scheme that OpenVINO's NPU plugin does not compute."""
     for name, scheme in selection.schemes.items():
-        if name in selection.int8:
+        if name in selection.embeddings:
             right, needed = scheme == INT8_PER_ROW, str(INT8_PER_ROW)
         else:
             right = scheme.symmetric and scheme.group_size in (NPU_GROUP_SIZE, None)

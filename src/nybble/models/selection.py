@@ -22,17 +22,17 @@ class LayerSelection:
     """Names of the modules to quantize, and their schemes.
 
     Attributes:
-        int4: linear layers of the decoder, without those that route tokens to experts: 4 bits unless
+        linears: linear layers of the decoder, without those that route tokens to experts: 4 bits unless
             options give them another scheme.
-        int8: the embedding, and the language-model head unless it is tied to the embedding: 8 bits unless options give
-            them another scheme.
+        embeddings: the embedding, and the language-model head unless it is tied to the embedding: 8 bits unless
+            options give them another scheme.
         tied: whether the head and the embedding are one weight.
         schemes: name -> scheme (schemes.py); empty until schemes are assigned.
         notes: sentences on layers that have another scheme than was asked for.
     """
 
-    int4: tuple[str, ...]
-    int8: tuple[str, ...]
+    linears: tuple[str, ...]
+    embeddings: tuple[str, ...]
     tied: bool
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -89,7 +89,9 @@ def _weights(results: RunResults, name: str) -> list[str]:
     """What has how many bits, and what was compared after writing."""
     export, layers = results.exports[name], results.layers
     size = results.models.get(name, {}).get("bytes", export.get("bytes", 0))
-    text = f"{export['int4_weights']} linear layers and {export['int8_weights']} embeddings and heads are quantized"
+    text = (
+        f"{export['linear_weights']} linear layers and {export['embedding_weights']} embeddings and heads are quantized"
+    )
     text += " (the head is the embedding). " if layers is not None and layers.tied else ". "
     text += schemes_text(results)
     if name in EXPORTERS and not EXPORTERS[name].holds_codes:

@@ -37,7 +37,7 @@ class ModelShapes:
 
     Attributes:
         parameters: numbers in all parameters.
-        int4_weights: numbers in the weights of the layers that get 4 bits.
+        linear_weights: numbers in the weights of the layers that get 4 bits.
         int4_features: input plus output features, summed over these layers.
         largest_int4_weight: numbers in the largest of these weights.
         num_layers: decoder layers.
@@ -48,7 +48,7 @@ class ModelShapes:
     """
 
     parameters: int
-    int4_weights: int
+    linear_weights: int
     int4_features: int
     largest_int4_weight: int
     num_layers: int
@@ -65,7 +65,7 @@ class ModelShapes:
         stated = config_value(config, "intermediate_size") or 4 * config.hidden_size
         return ModelShapes(
             parameters=sum(p.numel() for p in model.parameters()),
-            int4_weights=sum(w.numel() for w in weights),
+            linear_weights=sum(w.numel() for w in weights),
             int4_features=sum(sum(w.shape) for w in weights),
             largest_int4_weight=max(w.numel() for w in weights),
             num_layers=config.num_hidden_layers,
@@ -138,9 +138,9 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
         microbatch_tokens: tokens in one forward and backward.
     """
     shapes = setup.shapes
-    untouched = (shapes.parameters - shapes.int4_weights) * shapes.itemsize
-    int4 = shapes.int4_weights * (shapes.itemsize if setup.rank else 1)
-    cache = setup.weight_copies * shapes.int4_weights * shapes.itemsize
+    untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
+    int4 = shapes.linear_weights * (shapes.itemsize if setup.rank else 1)
+    cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * _FLOAT32
     # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
     trained = (_ADAM + 2 * _FLOAT32) * setup.trained_parameters
@@ -170,7 +170,7 @@ def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_
         length: tokens in each of them.
         on_gpu: return the peak of the GPU, which holds one block while the rest of the model waits in the CPU's memory.
     """
-    block = shapes.int4_weights // shapes.num_layers
+    block = shapes.linear_weights // shapes.num_layers
     hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2) * _FLOAT32
     rows = 6 * 2 * shapes.hidden_size * shapes.intermediate_size * _FLOAT32
     reconstruction = (_ADAM + 2 * _FLOAT32) * block

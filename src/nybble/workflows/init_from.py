@@ -34,7 +34,9 @@ def check_finished(run: Path) -> None:
 def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection) -> None:
     """Raise OptionError unless the quantized weights of a finished run fit this model and have these schemes."""
     other, layout = read_results(run).model, quantized_file.read_layout(run / QUANTIZED)
-    layers = {name: loaded.model.get_submodule(name).weight.shape for name in (*selection.int4, *selection.int8)}
+    layers = {
+        name: loaded.model.get_submodule(name).weight.shape for name in (*selection.linears, *selection.embeddings)
+    }
     if {name: tuple(shape) for name, shape in layers.items()} != {
         n: layer.shape for n, layer in layout.quantized.items()
     }:
@@ -54,7 +56,7 @@ def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection) -> Non
         if found != scheme:
             raise OptionError(
                 f"--init_from {run} must have the schemes of this run; {name} has {found}, and this run has {scheme}; "
-                f"add {_flags(found) if name in selection.int4 else '--layer as that run has it'}"
+                f"add {_flags(found) if name in selection.linears else '--layer as that run has it'}"
             )
     if other != loaded.name:
         log.warning("--init_from %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
@@ -91,7 +93,7 @@ def take_over(
         model.get_submodule(name).weight.data.copy_(weight.dequantize())
     model.load_state_dict(others, strict=False)  # check_fits has seen that these are all others
     inits = {}
-    for name in selection.int4:
+    for name in selection.linears:
         weight = quantized[name]
         scale_OG, zero_point_OG = (
             tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_point_OG)

@@ -77,7 +77,7 @@ def _train(task_run: TaskRun) -> None:
     context, options = task_run.context, task_run.options
     rank, model = max(task_run.data.rank_space), context.loaded.model
     torch.manual_seed(context.seed)
-    wrapped = peft.get_peft_model(model, peft_config(model, context.selection.int4, rank))  # changes `model` itself
+    wrapped = peft.get_peft_model(model, peft_config(model, context.selection.linears, rank))  # changes `model` itself
     adapters: dict[str, nn.Parameter] = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

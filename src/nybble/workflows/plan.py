@@ -179,7 +179,7 @@ def select(loaded: LoadedModel, options: SchemeOptions) -> LayerSelection:
     everything = select_layers(loaded.model)
     check_patterns(everything, loaded.model, options)
     selection = assign_schemes(everything, loaded.model, options)
-    ignored = len(everything.int4) + len(everything.int8) - len(selection.schemes)
+    ignored = len(everything.linears) + len(everything.embeddings) - len(selection.schemes)
     log.info(
         "%s: %.1f M parameters; %s; %.2f bits a weight%s",
         loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, describe(selection),
@@ -213,7 +213,7 @@ def plan_compression(
     else:
         method = compression.method
         if method == AUTO:
-            method = automatic_method(loaded.model, selection.int4, adapters=trains_adapters)
+            method = automatic_method(loaded.model, selection.linears, adapters=trains_adapters)
         plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
     _warn_of_unused(compression, plan)
     return plan
@@ -250,8 +250,8 @@ def check_fit(
     check_token_ids(text, model.get_input_embeddings().num_embeddings, loaded.name)
     check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
-    check_model(model, selection.int4, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
-    embeddings = {name: model.get_submodule(name).weight for name in selection.int8}
+    check_model(model, selection.linears, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
+    embeddings = {name: model.get_submodule(name).weight for name in selection.embeddings}
     warn_of_small_weights(embeddings, selection.schemes)
     columns = {name: shape[1] for name, shape in weight_shapes(model, selection).items()}
     formats = check_exportable(evaluation.export, model.config, selection, columns)
@@ -326,7 +326,7 @@ def plan_compression_memory(options: RunCommand, planned: PlannedRun, wanted: in
         tasks: lm-eval tasks that are measured.
     """
     loaded = planned.loaded
-    shapes = ModelShapes.of(loaded.model, planned.selection.int4)
+    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
     needed = max(
         calibration_memory(shapes, planned, wanted),
         memory.measuring_memory(shapes, measured_logit_bytes(planned, tasks)),

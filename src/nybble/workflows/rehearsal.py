@@ -176,10 +176,10 @@ def _compress(twin: LoadedModel, options: SchemeOptions, trains: bool) -> dict[s
     model = twin.model
     selection = assign_schemes(select_layers(model), model, replace(options, strict_group_size=False))
     schemes, inits = selection.schemes, {}
-    for name in selection.int4:
+    for name in selection.linears:
         weight_OI = model.get_submodule(name).weight.detach().float()
         inits[name] = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, schemes[name]))
-    weights = quantize_embeddings(model, {name: schemes[name] for name in selection.int8})
+    weights = quantize_embeddings(model, {name: schemes[name] for name in selection.embeddings})
     if trains:
         layers = insert_fake_quant_layers(model, inits, schemes, rank=1, seed=0)
         last_hidden_states(model, _token_ids(model)).float().square().mean().backward()

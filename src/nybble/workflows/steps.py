@@ -157,7 +157,7 @@ def compress_model(context: RunContext) -> CompressedModel:
         return _take_over(context, context.compression.init_from)
     run, model, method = context.run, context.loaded.model, context.compression.method
     selection = context.selection
-    schemes = {name: selection.schemes[name] for name in selection.int4}
+    schemes = {name: selection.schemes[name] for name in selection.linears}
     with run.stage("compress"):
         with bar(f"compress ({method})", len(schemes), "now") as advance:
 
@@ -166,7 +166,7 @@ def compress_model(context: RunContext) -> CompressedModel:
                 run.save()  # a killed process keeps the seconds so far
 
             result = pipeline.compress(model, schemes, method, _calibration(context), progress)
-        rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.int8})
+        rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.embeddings})
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
     run.save()
@@ -291,7 +291,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
     log.info(
         "%s: %d linear layers%s, %d embeddings and heads, %s; %s; %.1f MB",
-        exporter.label, result.int4_weights, _held(exporter, result), result.int8_weights, _exactness(result),
+        exporter.label, result.linear_weights, _held(exporter, result), result.embedding_weights, _exactness(result),
         _logits_compared(result), result.bytes / 1e6,
     )  # fmt: skip
     return result

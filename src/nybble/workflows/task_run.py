@@ -144,7 +144,7 @@ def _load_data(
     options: TuneOptions, loaded: LoadedModel, selection: LayerSelection, custom: RankConfiguration
 ) -> TaskData:
     task, space = options.task, options.ranks.lora_rank_space
-    num_layers = ranks.count_decoder_layers(selection.int4)
+    num_layers = ranks.count_decoder_layers(selection.linears)
     if custom:
         ranks.check_configuration(custom, space, num_layers)
     request = TaskRequest(task.task, task.data_dir, options.run.seed, task.num_train_samples)

@@ -85,7 +85,7 @@ def plan_memory(
     """
     device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
     setup = TrainingSetup(
-        shapes=ModelShapes.of(planned.loaded.model, planned.selection.int4),
+        shapes=ModelShapes.of(planned.loaded.model, planned.selection.linears),
         rank=size.rank,
         num_scales=num_scales(planned.loaded.model, planned.selection),
         chunk_tokens=chunk_tokens(device),
@@ -139,7 +139,7 @@ def insert_quantized_layers(context: RunContext, compressed: CompressedModel, ra
 
 def insert_adapters(context: RunContext, rank: int) -> dict[str, LoRALinear]:
     """Put adapters on the 16-bit weights of the layers that will get 4 bits."""
-    layers = insert_lora_layers(context.loaded.model, context.selection.int4, rank, context.seed)
+    layers = insert_lora_layers(context.loaded.model, context.selection.linears, rank, context.seed)
     _note_rank(context.run, layers, rank)
     return layers
 

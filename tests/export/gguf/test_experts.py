@@ -176,7 +176,7 @@ def test_experts_that_are_not_quantized_are_float32(tmp_path: Path) -> None:
     from gguf import GGUFReader
 
     result = export_mixed(tmp_path, SchemeOptions(group_size=32, ignore=("*.experts.*.down_proj",)))
-    assert result.int4_weights == 16
+    assert result.linear_weights == 16
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     assert tensors["blk.1.ffn_down_exps.weight"].tensor_type.name == "F32"
     assert tensors["blk.1.ffn_up_exps.weight"].tensor_type.name == "Q4_1"

@@ -110,7 +110,7 @@ def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(
     assert {kind for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name} <= {"Q4_1", "F32"}
     assert kinds["token_embd.weight"] == kinds.get("output.weight", "Q8_0") == "Q8_0"
     result, gemma = exported.result, family.startswith("gemma")
-    assert result.int4_weights == (8 if family == "phi3" else 14)
+    assert result.linear_weights == (8 if family == "phi3" else 14)
     assert result.bytes == (exported.folder / "model.gguf").stat().st_size
     assert result.rounded == {}
     assert result.logit_difference is not None
@@ -138,7 +138,7 @@ def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(
 )
 def test_variants_of_families(family: str, changes: dict[str, Any], export: Callable[..., Exported]) -> None:
     exported = export(family, **changes)
-    symmetric = exported.checkpoint.selection.schemes[exported.checkpoint.selection.int4[0]].symmetric
+    symmetric = exported.checkpoint.selection.schemes[exported.checkpoint.selection.linears[0]].symmetric
     if "query_pre_attn_scalar" not in changes:  # the norms hold the scale of the queries then
         kinds = {tensor.tensor_type.name for tensor in check_tensors(exported).tensors}
         assert kinds == {"F32", "Q8_0", "Q4_0" if symmetric else "Q4_1"}

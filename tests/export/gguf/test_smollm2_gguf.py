@@ -40,7 +40,7 @@ def exported(needs_llama_cpp: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_export_is_exact(exported: Exported) -> None:
     result = exported.result
-    assert (result.int4_weights, result.int8_weights, result.rounded) == (210, 1, {})
+    assert (result.linear_weights, result.embedding_weights, result.rounded) == (210, 1, {})
     assert result.logit_difference is not None
     assert result.logit_difference <= 1e-3  # of logits up to 40
     assert result.bytes < 0.74 * 134_515_008

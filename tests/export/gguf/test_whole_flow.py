@@ -27,7 +27,7 @@ def test_a_run_exports_measures_and_inspects(tmp_path: Path, capsys: pytest.Capt
     assert main(["compress", "--pretrained", str(model), "--output_dir", str(run), *FLAGS]) == 0
     results = json.loads((run / "results.json").read_text())
     export, rows = results["exports"]["gguf"], results["models"]
-    assert (export["int4_weights"], export["int8_weights"], export["rounded"]) == (14, 1, {})
+    assert (export["linear_weights"], export["embedding_weights"], export["rounded"]) == (14, 1, {})
     assert export["bytes"] == (run / "gguf" / "model.gguf").stat().st_size
     assert rows["gguf"]["token_perplexity"] == pytest.approx(rows["compressed"]["token_perplexity"], rel=0.05)
     capsys.readouterr()

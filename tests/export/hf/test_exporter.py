@@ -41,7 +41,7 @@ def test_the_file_holds_the_weights(exported: Export) -> None:
         stored = tensors.pop(f"{name}.weight")
         assert stored.dtype == torch.float16
         expected = slow_values(weight)
-        if name in checkpoint.selection.int4:
+        if name in checkpoint.selection.linears:
             assert torch.equal(stored.double(), expected), name
         else:
             assert torch.equal(stored, expected.half())
@@ -80,14 +80,14 @@ def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Exp
 def test_group_sizes_and_symmetric_schemes(tmp_path: Path, scheme: QuantScheme) -> None:
     exported = export_tiny("hf", tmp_path, "qwen2", scheme, hidden_size=128, intermediate_size=256)
     tensors = load_file(exported.folder / "model.safetensors")
-    for name in exported.checkpoint.selection.int4:
+    for name in exported.checkpoint.selection.linears:
         assert torch.equal(tensors[f"{name}.weight"].double(), slow_values(exported.checkpoint.quantized[name]))
 
 
 def test_a_changed_weight_is_found(tmp_path: Path) -> None:
     exported = export_tiny("hf", tmp_path, "smollm", num_hidden_layers=1)
     path = exported.folder / "model.safetensors"
-    tensors, name = load_file(path), exported.checkpoint.selection.int4[3]
+    tensors, name = load_file(path), exported.checkpoint.selection.linears[3]
     tensors[f"{name}.weight"][2, 5] += 0.5
     save_file(tensors, path, {"nybble": "hf", "nybble.quantized": " ".join(exported.checkpoint.shapes)})
     with pytest.raises(ExportError, match=f"the values of {name} read back differently"):
@@ -105,7 +105,7 @@ def test_conv1d_layers_are_written_as_transformers_has_them(tmp_path: Path) -> N
     model = linearize(tiny_model("gpt2"))
     exported = export_checkpoint("hf", save_checkpoint(tmp_path / "quantized", model), tmp_path / "hf")
     reloaded, ids = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32), torch.arange(9)[None]
-    for name in exported.checkpoint.selection.int4:
+    for name in exported.checkpoint.selection.linears:
         expected = exported.checkpoint.quantized[name].dequantize()
         assert isinstance(reloaded.get_submodule(name), Conv1D)
         assert torch.equal(reloaded.get_submodule(name).weight.T, expected)

@@ -50,7 +50,9 @@ def test_the_file_holds_codes_scales_and_biases(exported: Export) -> None:
         fields = slow_unpack(words, weight.scheme.bits)
         assert torch.equal(fields, weight.codes_OI.long())
         width = fields.shape[1] // scales.shape[1]
-        assert width == (64 if name in checkpoint.selection.int8 else 32), "the largest groups for one scale in a row"
+        assert width == (64 if name in checkpoint.selection.embeddings else 32), (
+            "the largest groups for one scale in a row"
+        )
         scale_OI, bias_OI = (part.double().repeat_interleave(width, 1) for part in (scales, biases))
         assert torch.equal(scale_OI * fields + bias_OI, slow_values(weight))
     assert tensors.keys() == checkpoint.others.keys(), "and all other tensors; no head that is tied"
@@ -121,12 +123,12 @@ def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symm
         "model.embed_tokens": {"group_size": 128, "bits": 8, "mode": "affine"},
     }  # fmt: skip
     codes = MLX.read_codes(exported.folder)
-    assert {codes[name].scheme for name in exported.checkpoint.selection.int4} == {scheme}
+    assert {codes[name].scheme for name in exported.checkpoint.selection.linears} == {scheme}
 
 
 def test_a_changed_tensor_is_found(tmp_path: Path) -> None:
     exported = export_tiny("mlx", tmp_path, "smollm", num_hidden_layers=1)
-    path, name = exported.folder / "model.safetensors", exported.checkpoint.selection.int4[3]
+    path, name = exported.folder / "model.safetensors", exported.checkpoint.selection.linears[3]
     original = load_file(path)
     for leaf, message in (("weight", "codes"), ("scales", "scales"), ("biases", "zero points")):
         tensors = load_file(path)

@@ -23,7 +23,7 @@ def test_onnx_is_registered() -> None:
 def test_an_export_holds_the_model_to_the_bit(family: str, export: Export) -> None:
     exported = export(family)
     result = exported.result
-    assert (result.int4_weights, result.int8_weights) == (
+    assert (result.linear_weights, result.embedding_weights) == (
         8 if family == "phi3" else 14,
         1 if exported.checkpoint.selection.tied else 2,
     )

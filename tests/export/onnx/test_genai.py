@@ -91,7 +91,7 @@ def test_the_real_model_is_exact_and_answers_in_genai(smollm2: QuantizedCheckpoi
     folder = tmp_path / "onnx"
     folder.mkdir()
     result = EXPORTER.export(smollm2, folder)  # compares codes, scales, zero points and logits
-    assert (result.int4_weights, result.int8_weights, result.rounded) == (210, 1, {})
+    assert (result.linear_weights, result.embedding_weights, result.rounded) == (210, 1, {})
     assert result.logit_difference is not None
     assert result.logit_difference <= 1e-3
     assert result.bytes <= 0.70 * 134_515_008

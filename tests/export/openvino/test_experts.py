@@ -43,7 +43,7 @@ def test_a_mixture_has_the_logits_of_torch_and_computes_the_chosen_experts_only(
     folder = tmp_path / "openvino"
     folder.mkdir()
     result = OpenVINOExporter().export(checkpoint, folder)  # compares codes, and logits of a prompt and of decoding
-    assert result.int4_weights == len(checkpoint.selection.int4)
+    assert result.linear_weights == len(checkpoint.selection.linears)
     assert result.rounded == {}
     assert result.logit_difference is not None
     assert result.logit_difference < 2e-4

@@ -22,7 +22,7 @@ SELECTION = LayerSelection((), (), tied=True)
 
 
 def test_an_export_holds_the_model_to_the_bit(exported: Exported) -> None:
-    assert (exported.result.int4_weights, exported.result.int8_weights) == (14, 1)
+    assert (exported.result.linear_weights, exported.result.embedding_weights) == (14, 1)
     assert exported.result.logit_difference <= 1e-3
     sizes = {file.name: file.stat().st_size for file in exported.folder.iterdir()}
     assert exported.result.bytes == sizes["openvino_model.xml"] + sizes["openvino_model.bin"]

@@ -45,7 +45,7 @@ def test_whole_flow(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tied = FAMILIES[family][1].get("tie_word_embeddings", make_config(family).tie_word_embeddings)
     export = results.exports["openvino"]
     # phi3 has four linear layers per block instead of seven.
-    assert (export["int4_weights"], export["int8_weights"]) == (8 if family == "phi3" else 14, 1 if tied else 2)
+    assert (export["linear_weights"], export["embedding_weights"]) == (8 if family == "phi3" else 14, 1 if tied else 2)
     assert export["logit_difference"] <= 1e-4
     in_torch, in_openvino = (results.models[row]["token_perplexity"] for row in ("tuned", "openvino"))
     # OpenVINO's own settings quantize activations to 8 bits, where the hardware has them.

@@ -49,7 +49,7 @@ def slow_unpack(words: Tensor) -> Tensor:
 def check_layers(exported: Export) -> dict[str, Tensor]:
     """Compare the tensors of linear layers with slow loops; returns the others."""
     tensors, checkpoint = load_file(exported.folder / "model.safetensors"), exported.checkpoint
-    for name in checkpoint.selection.int4:
+    for name in checkpoint.selection.linears:
         weight = checkpoint.quantized[name]
         packed, scale = tensors.pop(f"{name}.weight_packed"), tensors.pop(f"{name}.weight_scale")
         assert (packed.dtype, scale.dtype) == (torch.int32, torch.float16)
@@ -64,7 +64,7 @@ def check_layers(exported: Export) -> dict[str, Tensor]:
 
 def test_the_file_holds_codes_scales_and_zero_points(exported: Export) -> None:
     checkpoint, others = exported.checkpoint, check_layers(exported)
-    for name in checkpoint.selection.int8:
+    for name in checkpoint.selection.embeddings:
         stored, expected = others.pop(f"{name}.weight"), slow_values(checkpoint.quantized[name])
         assert torch.equal(stored, expected.half())
         largest = float((stored.double() - expected).abs().max())
@@ -78,7 +78,7 @@ def test_the_file_holds_codes_scales_and_zero_points(exported: Export) -> None:
 
 def test_compressed_tensors_reads_the_weights(exported: Export) -> None:
     weights = VLLM.read_weights(exported.folder)
-    for name in exported.checkpoint.selection.int4:
+    for name in exported.checkpoint.selection.linears:
         assert torch.equal(weights[name].double(), slow_values(exported.checkpoint.quantized[name]))
 
 
@@ -95,8 +95,10 @@ def test_plain_transformers_loads_the_folder(tmp_path: Path, family: str) -> Non
     assert model.dtype == torch.float16
     opened = VLLM.open_model(exported.folder, exported.checkpoint.config)
     assert torch.equal(logits_of(model, ids), logits_of(opened, ids))
-    weight = exported.checkpoint.quantized[exported.checkpoint.selection.int4[0]]
-    assert torch.equal(model.get_submodule(exported.checkpoint.selection.int4[0]).weight.double(), slow_values(weight))
+    weight = exported.checkpoint.quantized[exported.checkpoint.selection.linears[0]]
+    assert torch.equal(
+        model.get_submodule(exported.checkpoint.selection.linears[0]).weight.double(), slow_values(weight)
+    )
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -115,7 +117,7 @@ def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symm
 
 def test_a_changed_code_is_found(tmp_path: Path) -> None:
     exported = export_tiny("vllm", tmp_path, "smollm", num_hidden_layers=1)
-    path, name = exported.folder / "model.safetensors", exported.checkpoint.selection.int4[3]
+    path, name = exported.folder / "model.safetensors", exported.checkpoint.selection.linears[3]
     for leaf, message in (("weight_packed", "codes"), ("weight_scale", "scales"), ("weight_zero_point", "zero points")):
         tensors = load_file(path)
         changed = tensors | {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] + 1}

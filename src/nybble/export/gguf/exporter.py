@@ -193,7 +193,7 @@ def _fields(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     from gguf import GGML_QUANT_VERSION
 
     config, selection = checkpoint.config, checkpoint.selection
-    kinds = Counter(block_type(selection.schemes[name]) for name in selection.int4)
+    kinds = Counter(block_type(selection.schemes[name]) for name in selection.linears)
     architecture = MODEL_TYPES[config.model_type].name
     tokenizer = tokenizer_fields(checkpoint.tokenizer, config.vocab_size, checkpoint.folder)
     return (

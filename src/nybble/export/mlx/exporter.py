@@ -149,7 +149,7 @@ class MLXExporter(Exporter):
             for name, parts in layers.items():
                 weights = [take_rows(checkpoint.quantized[part.name], part.rows) for part in parts]
                 _write_layer(writer, name, weights, layouts[f"{name}.scales"])
-        common = Counter(schemes[name] for name in checkpoint.selection.int4).most_common(1)[0][0]
+        common = Counter(schemes[name] for name in checkpoint.selection.linears).most_common(1)[0][0]
         of_layer = {name: schemes[parts[0].name] for name, parts in sorted(layers.items())}
         quantization = _settings(common)
         quantization |= {name: _settings(scheme) for name, scheme in of_layer.items() if scheme != common}

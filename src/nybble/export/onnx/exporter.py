@@ -88,7 +88,7 @@ class OnnxExporter(Exporter):
                     f"an export to ONNX needs {required}; {config.model_type} has {got}; remove {self.name} from "
                     "--export"
                 )
-        if selection.schemes and len(selection.int8) + selection.tied < 2:
+        if selection.schemes and len(selection.embeddings) + selection.tied < 2:
             raise OptionError(
                 f"an export to ONNX needs a quantized embedding and head; --ignore leaves one in 16 bits; remove "
                 f"{self.name} from --export, or the pattern"

@@ -123,7 +123,7 @@ def _make_builder(checkpoint: QuantizedCheckpoint, used: set[str]) -> Any:
     long_rope = config.rope_type == "longrope" and config.original_max_position_embeddings < config.context_length
     kind = _LONG_ROPE_BUILDER if long_rope else BUILDERS[config.model_type]
     model, schemes = _stand_in(checkpoint), checkpoint.selection.schemes
-    scheme = schemes[checkpoint.selection.int4[0]]  # what the builder would quantize with; it gets codes instead
+    scheme = schemes[checkpoint.selection.linears[0]]  # what the builder would quantize with; it gets codes instead
     options = {
         "fuse_qkv": False,
         "windowed_kv_cache": False,
@@ -189,7 +189,7 @@ class _Projection(nn.Module):
 def _stand_in(checkpoint: QuantizedCheckpoint) -> Any:
     """Return the model with a _Projection for every quantized linear layer, and one for every part of a fused one."""
     model = checkpoint.build(lambda name: torch.zeros(1).expand(checkpoint.shapes[name]))
-    for name in checkpoint.selection.int4:
+    for name in checkpoint.selection.linears:
         parent, _, leaf = name.rpartition(".")
         module, bias = model.get_submodule(parent), model.get_submodule(name).bias
         if leaf not in _FUSED:
@@ -201,7 +201,7 @@ def _stand_in(checkpoint: QuantizedCheckpoint) -> Any:
             part = Part(name, begin, begin + rows, whole=False)
             setattr(module, projection, _projection(checkpoint, part, None if bias is None else bias[begin : part.end]))
             begin = part.end
-    head = checkpoint.selection.int8[-1]  # the embedding, if they are tied
+    head = checkpoint.selection.embeddings[-1]  # the embedding, if they are tied
     model.set_output_embeddings(_projection(checkpoint, Part(head, 0, checkpoint.shapes[head][0]), None))
     return model
 
@@ -267,7 +267,7 @@ def _make_lookup(builder: Any, basename: str, checkpoint: QuantizedCheckpoint, l
 
     table, codes, scales = lm_head, "lm_head.MatMulNBits.qweight", "lm_head.MatMulNBits.scales"  # builder's names
     if not checkpoint.selection.tied:
-        name = checkpoint.selection.int8[0]
+        name = checkpoint.selection.embeddings[0]
         table, codes, scales = _projection(checkpoint, Part(name, 0, checkpoint.shapes[name][0]), None), *_names(name)
         builder.make_initializer(table.qweight, codes)
         builder.make_initializer(table.scales, scales)

@@ -109,7 +109,7 @@ class OpenVINOExporter(Exporter):
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
-        insert_codes(traced, checkpoint.quantized, checkpoint.selection.int8)
+        insert_codes(traced, checkpoint.quantized, checkpoint.selection.embeddings)
         _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)
 
