@@ -28,13 +28,15 @@ def test_errors_start_at_the_layer_that_is_wrong() -> None:
     assert second == pytest.approx(expected, rel=1e-4)  # float32 sums of 64 squares
 
 
-def test_several_streams_of_a_token_stand_side_by_side() -> None:
-    """DeepSeek V4 has them in all layers but the last."""
+@pytest.mark.parametrize("axis", [0, 2], ids=["Gemma 3n", "DeepSeek V4"])
+def test_several_streams_of_a_token_stand_side_by_side(axis: int) -> None:
+    """DeepSeek V4 has one in the last layer."""
+    states_TSD = torch.randn(5, 4, 8)
 
     def forward(input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
-        streams = torch.ones(1, input_ids.shape[1], 4, 8)
-        return SimpleNamespace(hidden_states=(streams, streams, torch.ones(1, input_ids.shape[1], 8)))
+        streams = states_TSD[None].movedim(2, axis)
+        return SimpleNamespace(hidden_states=(streams, streams, states_TSD[None, :, 0]))
 
     outputs = decoder_outputs(SimpleNamespace(base_model=forward, device="cpu"), torch.arange(5))
-    assert outputs.shape == (2, 5, 32)
-    assert outputs.sum((1, 2)).tolist() == [5 * 32, 5 * 8]
+    assert torch.equal(outputs[0], states_TSD.reshape(5, 32))
+    assert torch.equal(outputs[1], torch.cat([states_TSD[:, 0], torch.zeros(5, 24)], dim=1))

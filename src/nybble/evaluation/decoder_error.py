@@ -27,10 +27,19 @@ def decoder_outputs(model: Any, ids_T: Tensor) -> Tensor:
         fill them up, which leaves the errors as they are.
     """
     output = model.base_model(input_ids=ids_T[None].to(model.device), use_cache=False, output_hidden_states=True)
-    # The first are embeddings. Several streams of a token (hyper-connections) stand side by side.
-    states = [state.flatten(2) for state in output.hidden_states[1:]]
+    states = [_side_by_side(state, len(ids_T)) for state in output.hidden_states[1:]]  # the first are embeddings
     width = max(state.shape[-1] for state in states)
     return torch.cat([F.pad(state, (0, width - state.shape[-1])) for state in states]).cpu()
+
+
+def _side_by_side(state: Tensor, num_tokens: int) -> Tensor:
+    """Put the S streams of each token, if a model has several (hyper-connections), side by side: [1, T, S * D].
+
+    Args:
+        state: [1, T, D], [1, T, S, D] (DeepSeek V4) or [S, 1, T, D] (Gemma 3n).
+        num_tokens: T.
+    """
+    return (state if state.shape[1] == num_tokens else state.movedim(0, 2)).flatten(2)
 
 
 def decoder_errors(model: Any, ids_T: Tensor, reference_LTD: Tensor) -> list[float]:

@@ -117,8 +117,9 @@ def tensor_names(folder: Path) -> set[str]:
 def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] | None = None) -> Any:
     """Load a folder as users of transformers do.
 
-    Codes of one scheme are dequantized at once, not at the first call. transformers 5.23 would read codes of several
-    schemes with the first of them; these are dequantized at the first call.
+    Codes of one scheme are dequantized at once, not at the first call. transformers 5.23 does this in float16, which
+    rounds what codes of 8 bits give, and would read codes of several schemes with the first of them: both are
+    dequantized at the first call, the former only if `strict`.
 
     Args:
         folder: the export.
@@ -139,6 +140,7 @@ def load_with_transformers(folder: Path, strict: bool, state: dict[str, Tensor] 
         return model.requires_grad_(False).eval()
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        quantization["dequantize"] = len(quantization["config_groups"]) == 1
+        bits = [group["weights"]["num_bits"] for group in quantization["config_groups"].values()]
+        quantization["dequantize"] = len(bits) == 1 and not (strict and bits[0] == 8)
     model = auto_class(config).from_pretrained(folder, config=config, dtype=dtype)
     return model.requires_grad_(False).eval()

@@ -153,7 +153,7 @@ class VLLMExporter(Exporter):
         int4, schemes = set(checkpoint.selection.linears), checkpoint.selection.schemes
         _check_fused(model, {name: schemes[name] for name in int4})
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
-        packed = {name: _single_piece(name, t) for name, t in tensors.items() if t.matrices[0][0].module in int4}
+        packed = {name: _single_piece(name, t) for name, t in tensors.items() if _layer(t) in int4}
         layouts = {name: tensor_layout(checkpoint, t) for name, t in tensors.items() if name not in packed}
         dense = [name for name, layout in layouts.items() if len(layout.shape) == 2]
         for name, piece in packed.items():
@@ -167,7 +167,8 @@ class VLLMExporter(Exporter):
                     writer.write_blocks(name, float16_blocks(checkpoint, tensor))
         # vLLM looks for the published name of a layer, transformers for the one in memory: both are listed.
         in_memory = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in int4)
-        published = (_module(name) for name in dense if name.endswith(".weight"))
+        embeddings = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+        published = (_module(n) for n in dense if n.endswith(".weight") and _layer(tensors[n]) not in embeddings)
         ignored = sorted({_name_of_head(model), *published, *in_memory})
         coded = {_module(name): schemes[piece.module] for name, piece in packed.items()}
         coded |= {piece.module: schemes[piece.module] for piece in packed.values()}
@@ -217,6 +218,11 @@ class VLLMExporter(Exporter):
 def _module(name: str) -> str:
     """Published name of the module of a weight."""
     return name.removesuffix(".weight")
+
+
+def _layer(tensor: PublishedTensor) -> str:
+    """Name of the module in memory that a published tensor, or its first rows, belongs to."""
+    return tensor.matrices[0][0].module
 
 
 def _single_piece(name: str, tensor: PublishedTensor) -> Piece:
