@@ -8,6 +8,7 @@ rounding for all of them.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -27,13 +28,19 @@ from nybble.training.mixed_precision import choice_groups, choose_layers, layer_
 
 log = logging.getLogger("nybble")
 
-# Tokens that gains are measured on, in whole sequences, and in no fewer than calibration needs.
-_TOKENS = 8192
+# Tokens that gains are measured on, in whole sequences. On SmolLM2 two different texts of this length agree in 92 % of
+# the weights that get the higher width.
+_TOKENS = 4096
 
 
 def num_sequences(options: SchemeOptions, seq_len: int) -> int:
     """Calibration sequences that the choice of bits needs; 0 where --bits is no average."""
-    return max(MIN_CALIBRATION_SAMPLES, _TOKENS // seq_len) if options.is_average else 0
+    return max(MIN_CALIBRATION_SAMPLES, _num_measured(seq_len)) if options.is_average else 0
+
+
+def _num_measured(seq_len: int) -> int:
+    """Sequences that gains are measured on."""
+    return math.ceil(_TOKENS / seq_len)
 
 
 def _both_selections(loaded: LoadedModel, options: SchemeOptions) -> tuple[LayerSelection, LayerSelection]:
@@ -90,7 +97,7 @@ def _choose(options: SchemeOptions, loaded: LoadedModel, text: TextData) -> Coll
             f"--bits {options.bits:g} chooses layers on calibration text before the run begins; the text of --data "
             "self is generated later; name other --data, or the self.safetensors of an earlier run"
         )
-    ids_ST = text.calibration[: num_sequences(options, text.calibration.shape[1])]
+    ids_ST = text.calibration[: _num_measured(text.calibration.shape[1])]
     log.info(
         "which layers get %d bits: gradient of the KL divergence on %d x %d tokens",
         options.neighbouring_bits[1], *ids_ST.shape,
