@@ -9,40 +9,11 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError
 from nybble.models.linearize import linearize
-from nybble.models.schemes import assign_schemes
 from nybble.models.selection import select_layers
-from nybble.options.scheme import SchemeOptions
-from nybble.quant.grid import min_max_qparams, quantize_dequantize
-from nybble.quant.scheme import QuantScheme
 from nybble.training.mixed_precision import choice_groups, choose_layers, layer_gains
 from tests.helpers import mixtures
-from tests.helpers.mixed import random_layers
+from tests.helpers.mixed import Schemes, both_schemes, kl_of_rounded, random_layers, rounded
 from tests.helpers.tiny import VOCABULARY, make_model
-
-Schemes = dict[str, QuantScheme]
-
-
-def both_schemes(model: nn.Module, bits: float) -> tuple[Schemes, Schemes]:
-    everything, options = select_layers(model), SchemeOptions(bits=bits, group_size=32)
-    low, high = (assign_schemes(everything, model, options, names).schemes for names in ((), everything.linears))
-    return tuple({name: schemes[name] for name in everything.linears} for schemes in (low, high))  # type: ignore[return-value]
-
-
-def rounded(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    return quantize_dequantize(weight_OI.float(), *min_max_qparams(weight_OI, scheme), scheme)
-
-
-def kl(model: nn.Module, schemes: Schemes, ids: Tensor) -> float:
-    """KL divergence of the model with rounded weights to the model, in nats a token; the model is as before."""
-    log_p = model(ids).logits.double().log_softmax(-1)
-    weights = {name: model.get_submodule(name).weight for name in schemes}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.data.copy_(rounded(weight, schemes[name]))
-    log_q = model(ids).logits.double().log_softmax(-1)
-    for name, weight in weights.items():
-        weight.data.copy_(before[name])
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def slow_gains(model: nn.Module, low: Schemes, high: Schemes, ids: Tensor) -> dict[str, float]:
@@ -100,13 +71,13 @@ def test_one_sensitive_layer_is_found_and_the_map_beats_random_ones() -> None:
     chosen = choose_layers(layer_gains(model, low, high, ids[:4]), costs, groups, budget)
     assert sensitive in chosen
     held_out = ids[4:]
-    best = kl(model, low | {name: high[name] for name in chosen}, held_out)
+    best = kl_of_rounded(model, low | {name: high[name] for name in chosen}, held_out)
     others = [random_layers(costs, groups, budget, seed) for seed in range(6)]
     without = [names for names in others if sensitive not in names]
     assert len(without) >= 3
     for names in without:
-        assert best < 0.8 * kl(model, low | {name: high[name] for name in names}, held_out)
-    assert best < 0.8 * kl(model, low, held_out)
+        assert best < 0.8 * kl_of_rounded(model, low | {name: high[name] for name in names}, held_out)
+    assert best < 0.8 * kl_of_rounded(model, low, held_out)
 
 
 def test_what_is_chosen_fits_and_nothing_else_would() -> None:
