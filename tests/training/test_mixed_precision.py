@@ -38,7 +38,7 @@ def slow_gains(model: nn.Module, low: Schemes, high: Schemes, ids: Tensor) -> di
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
 def test_gains_equal_those_of_autograd(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches of two sequences, with a layer that has no high bits, and with experts."""
-    monkeypatch.setattr("nybble.training.mixed_precision.TOKENS_PER_FORWARD", 64)
+    monkeypatch.setattr("nybble.training.mixed_precision.TOKENS_PER_BACKWARD", 64)
     model = linearize(mixtures.make_mixture(family)) if family in mixtures.FAMILIES else make_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     low, high = both_schemes(model, 3.5)

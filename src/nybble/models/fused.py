@@ -13,6 +13,8 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),  # LFM2
     ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek V2 and V3
+    ("in_proj_qkv", "in_proj_z"),  # linear attention of Qwen3.5
+    ("in_proj_b", "in_proj_a"),
 )
 """Names of linear layers of one module that vLLM computes as one (its packed_modules_mapping)."""
 

@@ -30,13 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.compression.calibration import TOKENS_PER_FORWARD
 from nybble.errors import ModelError, NybbleError, describe_error
 from nybble.models.fused import fused_layers
 from nybble.models.head import LMHead, last_hidden_states
 from nybble.quant.grid import at_least_float32, min_max_qparams, quantize_dequantize
 from nybble.quant.scheme import QuantScheme
 from nybble.training.losses import kl_to_teacher
+
+TOKENS_PER_BACKWARD = 1024
+"""Tokens whose activations are kept at once: about 5 GB for 7 B parameters. Fewer would round weights more often."""
 
 
 def layer_gains(
@@ -57,7 +59,7 @@ def layer_gains(
         ModelError: the model has no gradients, or they are not finite.
     """
     layers = {name: _Layer(cast(nn.Linear, model.get_submodule(name)), low[name], high.get(name)) for name in low}
-    head, batch = LMHead.of(model), max(1, TOKENS_PER_FORWARD // input_ids.shape[1])
+    head, batch = LMHead.of(model), max(1, TOKENS_PER_BACKWARD // input_ids.shape[1])
     for ids in input_ids.split(batch):
         ids = ids.to(model.device)
         with torch.no_grad():
