@@ -11,7 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from nybble.data.prepare import TextData
 from nybble.errors import OptionError
@@ -123,7 +122,7 @@ def _chosen_before(options: RunCommand) -> Collection[str] | None:
 
 def _counts(selection: LayerSelection) -> str:
     """How many linear layers have how many bits, such as "12 of 210 linear layers get 8 bits, 198 get 4"."""
-    counts: list[tuple[int, Any]] = sorted(Counter(selection.schemes[name].bits for name in selection.linears).items())
-    (bits, count), *others = reversed(counts)
+    counts = Counter(selection.schemes[name].bits for name in selection.linears)
+    (bits, count), *others = sorted(counts.items(), reverse=True)
     rest = "".join(f", {number} get {width}" for width, number in others)
     return f"{count} of {len(selection.linears)} linear layers get {bits} bits{rest}"
