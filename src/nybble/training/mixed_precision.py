@@ -38,7 +38,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.training.losses import kl_to_teacher
 
 TOKENS_PER_BACKWARD = 1024
-"""Tokens whose activations are kept at once: about 5 GB for 7 B parameters. Fewer would round weights more often."""
+"""Tokens whose activations are kept at once: about 6 GB for 7 B parameters. Fewer would round weights more often."""
 
 
 def layer_gains(
