@@ -5,14 +5,16 @@ and formats in README.md.
 
 cli.md lists every option of every command, from the option classes in src/nybble/options. python.md names the public
 objects of the package, which mkdocstrings describes from their docstrings when the site is built. models.md has the
-families that the tests of the exporters cover. The pages are committed; a test compares them with what this script
-writes.
+families that the tests of the exporters cover, and every causal type with what tests/golden/model_types.json says of
+it. The pages are committed; a test compares them with what this script writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,39 @@ _OTHERS = {
     "granitemoehybrid": ("Granite 4 (dense)", "attention and state space layers"),
     "jamba": ("Jamba (dense)", "attention and state space layers"),
 }
+TYPES = Path(__file__).parents[1] / "tests" / "golden" / "model_types.json"
+# A part of what the golden file says -> the reason in words, in the order of their numbers. Others stand as they are.
+_REASONS = {
+    "must be a language model alone": "Text does not reach all of its layers: some read an encoder or images.",
+    "must call the layers that get": "Its code uses the weights of some layers without calling the layers.",
+    "must be of a model type that": "transformers has no `AutoModelForCausalLM` for its checkpoints.",
+    "must have weights of its own in every layer": "Layers share a weight.",
+    "must predict a token from the tokens before it": "It is not causal.",
+    "must have experts of a kind that": "Its experts are stored in a way that nybble does not know.",
+    "must have most weights in nn.Linear": "Most of its weights are outside of `nn.Linear`.",
+    "must leave its weights as they are": "It changes its weights when it first computes.",
+    "must be a model that can be trained": "Its code has no backward for some layers.",
+    "OpenVINO traces the model with its past": "Its code cannot be traced with past states.",
+    "OpenVINO needs layers that keep keys": "It has past states other than keys, values, convolutions and recurrences.",
+    "the traced graph must use": "The trace leaves out some layers.",
+    "GGUF needs a model type of": "nybble has no names of this type's tensors in llama.cpp.",
+    "GGUF needs a model whose parts": "The tiny model has an option that llama.cpp does not compute for this type, "
+    "such as a sliding window; the tables above show what real models have.",
+    "ONNX needs one of the model types": "nybble has no ONNX graph for this type.",
+    "vLLM needs models that are published": "Published tensors hold several matrices, where vLLM needs one for each "
+    "layer and expert.",
+    "vLLM needs rows in multiples": "The tiny model has a layer whose rows vLLM cannot split with zero points; "
+    "`--symmetric` has none.",
+    "vLLM needs nn.Linear layers": "It has Conv1D layers.",
+    "(compressed-tensors) needs groups": "The tiny model has a layer of a width that 32 does not divide.",
+    "needs a model that transformers saves": "transformers saves it under other names than it loads.",
+    "MLX needs a model type that": "mlx-lm has no code for this type.",
+    "MLX needs experts of": "nybble has no names of this type's experts in mlx-lm.",
+    "MLX needs attention to at least": "The tiny model has a sliding window shorter than mlx-lm computes.",
+    "MLX needs full attention in every": "The tiny model has full attention in other layers than mlx-lm.",
+    "the runtime of": "The runtime's own code for this type fails on the tiny model.",
+    "must give the logits of torch": "The logits of the export differ from those of torch.",
+}
 README = Path(__file__).parents[1] / "README.md"
 _BEGIN, _END = "<!-- support: written by docs/make_reference.py -->", "<!-- end of support -->"
 
@@ -181,6 +216,34 @@ def support_table(families: dict[str, tuple[str, str]] = _FAMILIES) -> str:
         marks = ("✓" if kind in exporter.tested_families else "–" for exporter in formats)
         lines.append(f"|{name}|{covered}|{'|'.join(marks)}|")
     return "\n".join(lines)
+
+
+def every_type(outcomes: Mapping[str, Mapping[str, str]]) -> str:
+    """A table of every causal type: a check mark where a command or an export works, else the number of the reason.
+
+    Args:
+        outcomes: type -> command or export -> "works", or what the error requires.
+    """
+    columns = ["compress rtn", "compress auto", "distill", "tune", *(f"export {name}" for name in EXPORTERS)]
+    found = dict.fromkeys(text for row in outcomes.values() for text in row.values() if text != "works")
+    words = {text: next((_REASONS[part] for part in _REASONS if part in text), f"{text}.") for text in found}
+    order = [*_REASONS.values(), *words.values()]
+    reasons = sorted(set(words.values()), key=order.index)
+    cells = {text: str(reasons.index(words[text]) + 1) for text in found} | {"works": "✓", "": ""}
+    rows = [f"|{kind}|{'|'.join(cells[row.get(c, '')] for c in columns)}|" for kind, row in outcomes.items()]
+    works = [f"**{sum(row.get(column) == 'works' for row in outcomes.values())}**" for column in columns]
+    heads = [column.split()[-1] for column in columns]
+    return "\n".join(
+        [
+            '<div class="types" markdown>\n',
+            f"|type|{'|'.join(heads)}|",
+            f"|---|{':---:|' * len(columns)}",
+            f"|**{len(outcomes)} types**|{'|'.join(works)}|",
+            *rows,
+            "\n</div>\n",
+            *(f"{i + 1}. {reason}" for i, reason in enumerate(reasons)),
+        ]
+    )
 
 
 def models_page() -> str:
@@ -218,6 +281,15 @@ hf.
 
 Other Llama-like models usually work: their logits are checked before training, and a small twin of the model goes
 through the whole run first. What cannot work is refused there, with the reason.
+
+## Every causal type of transformers
+
+Tests make a tiny random model of each type and take it through every command and every export. A check mark means that
+it works, and that what was exported was compared with torch. A number is the reason why it is refused, before the work;
+the reasons stand below the table. Exports are not tried where compression is refused. rtn and auto are methods of
+`nybble compress`.
+
+{every_type(json.loads(TYPES.read_text(encoding="utf-8")))}
 """
 
 

@@ -11,6 +11,8 @@ from nybble.cli.main import main
 from nybble.models import gguf, loading, quantized_model
 from nybble.models.gguf_file import read_gguf
 from nybble.run.results import read_results
+from nybble.training.mixed_precision import choice_groups, choose_layers, layer_gains
+from tests.helpers.mixed import both_schemes, kl_of_rounded, random_layers
 
 pytestmark = pytest.mark.slow
 
@@ -181,3 +183,22 @@ def test_blockwise_reconstruction_lowers_the_error_of_real_blocks(tmp_path: Path
     before, after = zip(*losses.values(), strict=True)
     assert all(new <= old for old, new in zip(before, after, strict=True))
     assert sum(after) < sum(before)
+
+
+def test_4_5_bits_are_far_better_than_4_and_than_random_layers_of_the_same_size(shared_data: Path) -> None:
+    """Plain rounding; KL divergence with more text: 0.347 at 4 bits, 0.172 at 4.5, 0.26 to 0.31 with random layers."""
+    loaded = loading.load("smollm2", torch.bfloat16, torch.device("cpu"))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    files = [shared_data / f"wikitext/wikitext-2-raw/wiki.{split}.raw" for split in ("valid", "test")]
+    texts = [tokenizer(file.read_text()[:20000]).input_ids for file in files]
+    calibration, held_out = (torch.tensor(ids[:2048]).view(8, 256) for ids in texts)
+    low, high = both_schemes(model, 4.5, 64)
+    costs = {name: 4 * model.get_submodule(name).weight.numel() for name in low}
+    groups, budget = choice_groups(model, list(low)), 0.5 * sum(costs.values()) / 4
+    chosen = choose_layers(layer_gains(model, low, high, calibration), costs, groups, budget)
+    maps = [set(), chosen, *(random_layers(costs, groups, budget, seed) for seed in (0, 1))]
+    uniform, best, *others = (
+        kl_of_rounded(model, low | {name: high[name] for name in names}, held_out[:4]) for names in maps
+    )
+    assert best < 0.6 * uniform
+    assert best < 0.75 * min(others)

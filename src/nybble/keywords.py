@@ -20,7 +20,7 @@ class CompressKeywords(TypedDict, total=False):
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
     other_data: str | Sequence[str]
-    bits: int
+    bits: float
     group_size: int | None
     symmetric: bool
     layer: str | Sequence[str]
@@ -58,7 +58,7 @@ class DistillKeywords(TypedDict, total=False):
     assistant_only_loss: bool
     eval_data: str | Sequence[str]
     other_data: str | Sequence[str]
-    bits: int
+    bits: float
     group_size: int | None
     symmetric: bool
     layer: str | Sequence[str]
@@ -114,7 +114,7 @@ class TuneKeywords(TypedDict, total=False):
     objective: Literal["auto", "choices", "answer", "all"]
     task: str
     teacher: str | None
-    bits: int
+    bits: float
     group_size: int | None
     symmetric: bool
     layer: str | Sequence[str]
@@ -175,7 +175,7 @@ class CompareKeywords(TypedDict, total=False):
     num_train_samples: int
     objective: Literal["auto", "choices", "answer", "all"]
     tasks: str | Sequence[str]
-    bits: int
+    bits: float
     group_size: int | None
     symmetric: bool
     layer: str | Sequence[str]

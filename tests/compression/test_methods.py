@@ -17,10 +17,11 @@ from nybble.compression.methods import METHODS, automatic_method, combine, needs
 from nybble.compression.pipeline import compress
 from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.compression.scale_estimation import ScaleEstimation
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
 from nybble.models.selection import select_layers
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.compression import IDS, ShrunkRange, break_chain
 from tests.helpers.dense import make_dense
 from tests.helpers.tiny import make_model
@@ -114,10 +115,31 @@ def test_the_automatic_method_depends_on_adapters_and_on_what_awq_finds(
     assert "+".join(parse_method(expected)) == expected
 
 
-def test_the_automatic_method_of_blocks_that_are_no_chain_has_no_awq() -> None:
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_automatic_method_of_blocks_that_are_no_chain_is_rtn(
+    adapters: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     model = make_model("llama")
     break_chain(model)
-    assert automatic_method(model, select_layers(model).linears, adapters=True) == "se+gptq"
+    with caplog.at_level("WARNING", "nybble"):
+        assert automatic_method(model, select_layers(model).linears, adapters) == "rtn"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "--method auto is rtn: the decoder blocks of llama are no chain, which all other methods need"
+    )
+
+
+def test_the_automatic_method_sees_a_model_that_changes_its_weights() -> None:
+    model = tiny_model("rwkv")
+    with pytest.raises(ModelError, match="RwkvForCausalLM must leave its weights as they are when it computes"):
+        automatic_method(model, select_layers(model).linears, adapters=True)
+
+
+def test_numbers_that_are_not_finite_are_no_reason_for_another_method() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="must be finite"):
+        automatic_method(model, select_layers(model).linears, adapters=True)
 
 
 def test_a_registered_method_compresses_a_model(shrunk: str) -> None:

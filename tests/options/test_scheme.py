@@ -63,7 +63,7 @@ def test_a_rule_that_is_none_is_refused(rule: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": 5}, "--bits must be 2, 3, 4 or 8; got 5"),
+        ({"bits": 9}, "--bits must be 2, 3, 4 or 8, or an average from 2 to 8; got 9"),
         ({"group_size": 0}, r"--group_size must be at least 1, or -1 \(whole row\); got 0"),
         ({"group_size": -2}, "got -2"),
         ({"target": "npu", "group_size": 64}, "--target npu needs --group_size 128 or -1; got 64"),
@@ -74,8 +74,17 @@ def test_values_outside_of_their_range_are_refused(values: dict[str, Any], messa
         SchemeOptions(**values).check()
 
 
+@pytest.mark.parametrize(
+    ("bits", "neighbours"), [(4, (4, 4)), (4.0, (4, 4)), (4.5, (4, 8)), (5, (4, 8)), (3.01, (3, 4)), (2.5, (2, 3))]
+)
+def test_an_average_has_the_bits_below_and_above(bits: float, neighbours: tuple[int, int]) -> None:
+    options = parsed("--bits", str(bits)).scheme
+    assert options.neighbouring_bits == neighbours
+    assert options.is_average == (neighbours[0] != neighbours[1])
+
+
 def test_compare_has_4_bits() -> None:
-    for flags in (["--bits", "3"], ["--layer", "a:bits=3"]):
+    for flags in (["--bits", "3"], ["--bits", "4.5"], ["--layer", "a:bits=3"]):
         with pytest.raises(OptionError, match="nybble compare must compare models in 4 bits"):
             parse(["compare", "--pretrained", "m", "--tasks", "arc_easy", *flags]).check()
 

@@ -96,7 +96,6 @@ def test_an_npu_gets_signed_codes_without_zero_points(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--bits 5", "--bits must be 2, 3, 4 or 8; got 5"),
         ("--layer q_proj", "--layer must be PATTERN:KEY=VALUE with the keys bits"),
         (
             "--layer q_proj:bits=3",

@@ -6,7 +6,8 @@ called, and `check_chain` refuses a model whose blocks exchange more than hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,11 @@ from nybble.errors import ModelError
 # Largest difference between a block's output and the model's own hidden state, relative to the norm of the token's
 # state. Rounding in 16 bits stays well below; a block that lacks an argument is far above.
 _MAX_BLOCK_DIFFERENCE = 1e-2
+
+
+class NoChainError(ModelError):
+    """The decoder blocks are no chain, so that no method can compress one after the other."""
+
 
 # Positional and keyword arguments of a block, without the hidden states.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,6 +43,22 @@ class BlockRecord:
     hidden: list[Tensor]
 
 
+@contextmanager
+def unchanged_weights(model: nn.Module) -> Iterator[None]:
+    """Raise ModelError, at the end, where the model has changed its weights in the block: they are to be saved again.
+
+    A model does so when it first computes (RWKV), so this has to be around the first forward.
+    """
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    yield
+    changed = [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} must leave its weights as they are when it computes; it changes {len(changed)} of "
+            f"them (first: {changed[0]}), and would change what is saved again; the model cannot be compressed"
+        )
+
+
 @torch.no_grad()
 def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
     """Refuse a model whose blocks exchange more than hidden states. Two sequences go through the model.
@@ -49,7 +71,8 @@ def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
         input_ids: [2, T] token ids, two different sequences.
 
     Raises:
-        ModelError: the blocks are no chain, or their outputs are not finite.
+        NoChainError: the blocks are no chain.
+        ModelError: their outputs are not finite.
     """
     modules = list(model.get_submodule(find_block_list(model, names)))
     first, second = (record_blocks(model, modules, row[None].to(model.device)) for row in input_ids)
@@ -75,8 +98,9 @@ def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -
         input_ids: [B, T] token ids on the device of the model.
 
     Raises:
-        ModelError: the blocks are not called once each in their order, a block's outputs are not finite, or it does not
-            reproduce the model's own hidden states.
+        NoChainError: the blocks are not called once each in their order, or one does not reproduce the model's own
+            hidden states.
+        ModelError: a block's outputs are not finite.
     """
     arguments: list[Arguments] = []
     hidden: list[Tensor] = []
@@ -142,7 +166,7 @@ def find_block_list(model: Any, names: Sequence[str]) -> str:
         names: paths of the layers that get 4 bits.
 
     Raises:
-        ModelError: no module list holds any of them.
+        NoChainError: no module list holds any of them.
     """
     counts: dict[str, int] = {
         path: sum(name.startswith(path + ".") for name in names)
@@ -150,7 +174,7 @@ def find_block_list(model: Any, names: Sequence[str]) -> str:
         if isinstance(module, nn.ModuleList)
     }
     if not counts or not max(counts.values()):
-        raise ModelError(
+        raise NoChainError(
             f"{type(model).__name__} must keep its decoder blocks in one nn.ModuleList; it does not; use the method rtn"
         )
     return max(counts, key=lambda path: (counts[path], -len(path)))
@@ -165,9 +189,9 @@ def nonfinite_remedy(dtype: torch.dtype) -> str:
     return "the model's weights or this text are broken" if dtype == torch.float32 else "use --dtype float32"
 
 
-def no_chain_error(model: Any, i: int) -> ModelError:
+def no_chain_error(model: Any, i: int) -> NoChainError:
     """The error for a model whose block i is not part of a chain."""
-    return ModelError(
+    return NoChainError(
         f"the blocks of {model.config.model_type} must be a chain, each taking nothing but the hidden states of the "
         f"one before; block {i} is not; use the method rtn"
     )

@@ -6,9 +6,12 @@ stands for the empty combination, round-to-nearest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from nybble.compression.awq import AWQ
 from nybble.compression.awq_mappings import has_mapping
@@ -21,6 +24,7 @@ from nybble.compression.base import (
     Stage,
 )
 from nybble.compression.blockwise import BlockwiseReconstruction
+from nybble.compression.chain import NoChainError, check_chain, unchanged_weights
 from nybble.compression.gptq import GPTQ
 from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.compression.scale_estimation import ScaleEstimation
@@ -35,6 +39,11 @@ METHODS.register("gptq", GPTQ)
 METHODS.register("blockwise", BlockwiseReconstruction)
 
 RTN = "rtn"
+
+# Tokens of each of the two sequences by which blocks show whether they are a chain.
+_PROBE_TOKENS = 32
+
+log = logging.getLogger("nybble")
 
 
 @dataclass(frozen=True)
@@ -128,19 +137,39 @@ def automatic_method(model: Any, names: Sequence[str], adapters: bool) -> str:
     Without adapters, training changes scales and norms only. blockwise then gives the lowest KL divergence, both
     before and after training. With adapters, training moves weights from one code to another, so the weights should
     keep their positions between the codes. gptq keeps them, and it takes about a third of the time of blockwise. awq
-    is added where it can fold something.
+    is added where it can fold something. Blocks that are no chain leave round-to-nearest, which is said.
 
     Args:
-        model: a transformers model; it runs once on a few tokens.
+        model: a transformers model; it runs a few times on a few tokens.
         names: paths of the layers that are to be compressed.
         adapters: whether adapters that change the codes are trained.
+
+    Raises:
+        ModelError: the outputs of a block are not finite, or the model changes its weights.
     """
+    with unchanged_weights(model):  # this is the first time that it computes
+        is_chain = _is_chain(model, names)
+    if not is_chain:
+        log.warning(
+            "--method auto is rtn: the decoder blocks of %s are no chain, which all other methods need",
+            model.config.model_type,
+        )
+        return RTN
     method = "se+gptq" if adapters else "se+blockwise"
     return f"awq+{method}" if can_fold(model, names) else method
 
 
+def _is_chain(model: Any, names: Sequence[str]) -> bool:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    try:
+        check_chain(model, names, (torch.arange(2 * _PROBE_TOKENS) % vocabulary).view(2, -1))
+    except NoChainError:
+        return False
+    return True
+
+
 def can_fold(model: Any, names: Sequence[str]) -> bool:
-    """Whether awq can fold something; False also for a model whose blocks are no chain, which `check_model` refuses.
+    """Whether awq can fold something; False also for a model whose blocks are no chain.
 
     Args:
         model: a transformers model.

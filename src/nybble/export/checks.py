@@ -50,10 +50,8 @@ def check_exportable(
         ExportError: a format cannot hold the model.
         OptionError: a format cannot hold the scheme.
     """
-    named = [name for name in formats if name != ALL]
+    named = check_named(formats, config, selection, columns)
     others = [name for name in EXPORTERS if name not in named] if ALL in formats else []
-    for name in named:
-        _check(EXPORTERS[name], config, selection, columns)
     for name in others:
         try:
             _check(EXPORTERS[name], config, selection, columns)
@@ -78,6 +76,20 @@ def check_exportable(
                 exporter.label,
             )
     return tuple(named)
+
+
+def check_named(
+    formats: Sequence[str], config: Any, selection: LayerSelection, columns: Mapping[str, int]
+) -> list[str]:
+    """Check that every format but ALL can hold the model, without a warning; see `check_exportable`.
+
+    Returns:
+        The formats without ALL.
+    """
+    named = [name for name in formats if name != ALL]
+    for name in named:
+        _check(EXPORTERS[name], config, selection, columns)
+    return named
 
 
 def _check(exporter: Exporter, config: Any, selection: LayerSelection, columns: Mapping[str, int]) -> None:

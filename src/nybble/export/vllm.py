@@ -64,7 +64,8 @@ from nybble.export.transformers_folder import (
     update_config,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
-from nybble.models.experts import SplitExperts, find_stacks
+from nybble.models.experts import find_stacks
+from nybble.models.fused import fused_layers
 from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -84,9 +85,6 @@ transformers loads the folder too, with `pip install compressed-tensors`.
 
 _GROUP_SIZES = (32, 64, 128)
 """Of MARLIN_SUPPORTED_GROUP_SIZES in vLLM 0.32; its kernel for Hopper GPUs (Machete) has 64 and 128 only."""
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Leaves of linear layers that vLLM computes as one."""
 
 
 class VLLMExporter(Exporter):
@@ -260,25 +258,14 @@ def _name_of_head(model: Any) -> str:
 
 
 def _check_fused(model: Any, schemes: Mapping[str, QuantScheme]) -> None:
-    """Raise OptionError where linear layers that vLLM fuses into one have different schemes, or one has none.
-
-    It fuses all projections of all experts of a layer.
-    """
-    for parent, module in model.named_modules():
-        fused = [[f"{parent}.{leaf}" for leaf in leaves if _is_linear(module, leaf)] for leaves in _FUSED]
-        if isinstance(module, SplitExperts):
-            fused = [[f"{parent}.{name}" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]]
-        for names in fused:
-            if len({schemes.get(name) for name in names}) > 1:
-                first: dict[QuantScheme | None, str] = {}
-                for name in names:
-                    first.setdefault(schemes.get(name), name)
-                found = ", ".join(f"{name} {scheme or 'in 16 bits'}" for scheme, name in first.items())
-                raise OptionError(
-                    f"an export to vLLM needs one scheme for layers that it fuses; got {found}; change --layer or "
-                    "--ignore, or remove vllm from --export"
-                )
-
-
-def _is_linear(module: torch.nn.Module, leaf: str) -> bool:
-    return isinstance(getattr(module, leaf, None), torch.nn.Linear)
+    """Raise OptionError where linear layers that vLLM fuses into one have different schemes, or one has none."""
+    for names in fused_layers(model):
+        if len({schemes.get(name) for name in names}) > 1:
+            first: dict[QuantScheme | None, str] = {}
+            for name in names:
+                first.setdefault(schemes.get(name), name)
+            found = ", ".join(f"{name} {scheme or 'in 16 bits'}" for scheme, name in first.items())
+            raise OptionError(
+                f"an export to vLLM needs one scheme for layers that it fuses; got {found}; change --layer or "
+                "--ignore, or remove vllm from --export"
+            )

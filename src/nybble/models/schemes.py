@@ -1,6 +1,7 @@
 """Which quantization scheme each layer of a model gets, by the options of the scheme.
 
-1. Linear layers have --bits, --group_size and --symmetric; embedding and head 8 bits per row.
+1. Linear layers have --bits, --group_size and --symmetric; embedding and head 8 bits per row. Where --bits is an
+   average, linear layers have the bits below it, and those that are raised the bits above it.
 2. --layer changes that for the layers that a pattern matches; the last pattern that matches wins. A tied head is the
    embedding, which both names match. An embedding or a head of less than 8 bits has the groups and the symmetry of
    the linear layers, as one scale for a whole row of so few codes is too coarse.
@@ -12,7 +13,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -27,20 +28,24 @@ _SMALLEST_ROW = 16
 _EXAMPLES = 3
 
 
-def linear_scheme(options: SchemeOptions) -> QuantScheme:
-    """The scheme of the linear layers that no pattern matches."""
+def linear_scheme(options: SchemeOptions, raised: bool = False) -> QuantScheme:
+    """The scheme of the linear layers that no pattern matches, or of those that are raised."""
+    bits = options.neighbouring_bits[raised]
     npu = options.target == "npu"
     group_size = options.group_size or (NPU_GROUP_SIZE if npu else DEFAULT_GROUP_SIZE)
-    return QuantScheme(options.bits, _groups(group_size), options.symmetric or npu or options.bits == 8)
+    return QuantScheme(bits, _groups(group_size), options.symmetric or npu or bits == 8)
 
 
-def assign_schemes(selection: LayerSelection, model: Any, options: SchemeOptions) -> LayerSelection:
+def assign_schemes(
+    selection: LayerSelection, model: Any, options: SchemeOptions, raised: Collection[str] = ()
+) -> LayerSelection:
     """Give each selected layer a scheme, and leave out those that stay in 16 bits.
 
     Args:
         selection: of `select_layers`.
         model: transformers.PreTrainedModel.
         options: of the scheme.
+        raised: linear layers that get the bits above an average, unless --layer gives them others.
 
     Returns:
         The selection with `schemes` and with `notes` on layers that have another scheme than was asked for.
@@ -56,7 +61,7 @@ def assign_schemes(selection: LayerSelection, model: Any, options: SchemeOptions
     for name in (*selection.linears, *selection.embeddings):
         if any(matches(pattern, names[name]) for pattern in options.ignore):
             continue
-        wanted = _wanted(options, names[name], name in selection.embeddings)
+        wanted = _wanted(options, names[name], name in selection.embeddings, name in raised)
         width = int(model.get_submodule(name).weight.shape[1])
         if options.strict_group_size:
             check_scheme(name, width, wanted)
@@ -117,6 +122,13 @@ def average_bits(schemes: Mapping[str, QuantScheme], shapes: Mapping[str, tuple[
     return bits / (sum(weights.values()) or 1)
 
 
+def average_code_bits(model: Any, selection: LayerSelection) -> float:
+    """Bits per weight of the quantized linear layers, of the codes alone."""
+    counts = {name: model.get_submodule(name).weight.numel() for name in selection.linears}
+    bits = sum(count * selection.schemes[name].bits for name, count in counts.items())
+    return float(bits / sum(counts.values()))
+
+
 def weight_shapes(model: Any, selection: LayerSelection) -> dict[str, tuple[int, int]]:
     """Layer name -> [O, I] of the quantized layers of a model."""
     return {name: tuple(model.get_submodule(name).weight.shape) for name in selection.schemes}
@@ -146,10 +158,10 @@ def _names(selection: LayerSelection, model: Any) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _wanted(options: SchemeOptions, names: tuple[str, ...], is_embedding: bool) -> QuantScheme:
+def _wanted(options: SchemeOptions, names: tuple[str, ...], is_embedding: bool, raised: bool) -> QuantScheme:
     """The scheme that the options give a layer."""
     rule = next((r for r in reversed(options.layer_rules()) if matches(r.pattern, names)), LayerRule(""))
-    linear = linear_scheme(options)
+    linear = linear_scheme(options, raised)
     base = INT8_PER_ROW if is_embedding and (rule.bits or 8) == 8 else linear
     bits = rule.bits or base.bits
     symmetric = base.symmetric if rule.symmetric is None else rule.symmetric

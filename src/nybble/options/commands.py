@@ -61,6 +61,8 @@ class CompressOptions(RunCommand):
         super().check()
         if self.model.dtype == "float16" and "blockwise" in self.compression.method:
             raise OptionError(_FLOAT16.format("blockwise"))
+        if self.model.dtype == "float16" and self.scheme.is_average:
+            raise OptionError(_FLOAT16.format(f"--bits {self.scheme.bits:g}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,11 @@ class TrainCommand(RunCommand):
         default = type(self.compression).method
         if self.compression.init_from is not None and self.compression.method != default:
             raise OptionError("--method and --init_from contradict each other; give one of them")
+        if self.compression.init_from is not None and self.scheme.is_average:
+            raise OptionError(
+                f"--init_from takes the bits of a finished run; --bits {self.scheme.bits:g} would choose them anew; "
+                "give --bits 2, 3, 4 or 8, and --layer for layers that have others in that run"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,8 @@ class InitialCompressionOptions(CompressionOptions):
     method: str = option(
         AUTO,
         "Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +. auto: "
-        "awq+se+gptq, without adapters awq+se+blockwise; without awq where it finds nothing to fold.",
+        "awq+se+gptq, without adapters awq+se+blockwise; without awq where it finds nothing to fold; rtn where the "
+        "decoder blocks are no chain.",
         basic=True,
     )
     init_from: str | None = option(None, "Start from the 4-bit weights of this finished run instead of compressing.")

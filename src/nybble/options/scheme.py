@@ -36,7 +36,13 @@ class SchemeOptions(Group):
 
     TITLE: ClassVar[str] = "Scheme"
 
-    bits: int = option(4, "Bits of a weight in the linear layers: 2, 3, 4 or 8. 8 bits are symmetric.", basic=True)
+    bits: float = option(
+        4,
+        "Bits of a weight in the linear layers: 2, 3, 4 or 8; 8 bits are symmetric. Another number from 2 to 8, such "
+        "as 4.5, is an average: layers that are sensitive on the training text get the width above it, others that "
+        "below.",
+        basic=True,
+    )
     group_size: int | None = option(
         None,
         "Weights that share a scale and a zero point; -1: the whole row. Default: 64, with --target npu 128.",
@@ -62,7 +68,8 @@ class SchemeOptions(Group):
 
     def check(self) -> None:
         """Raise OptionError for values outside of their range."""
-        self.require("bits", lambda value: value in _BITS, "2, 3, 4 or 8")
+        if not _BITS[0] <= self.bits <= _BITS[-1]:
+            raise OptionError(f"--bits must be 2, 3, 4 or 8, or an average from 2 to 8; got {self.bits:g}")
         self.require(
             "group_size",
             lambda value: value is None or value >= 1 or value == WHOLE_ROW,
@@ -70,7 +77,22 @@ class SchemeOptions(Group):
         )
         if self.target == "npu" and self.group_size not in (None, NPU_GROUP_SIZE, WHOLE_ROW):
             raise OptionError(f"--target npu needs --group_size {NPU_GROUP_SIZE} or -1; got {self.group_size}")
+        if self.target == "npu" and self.is_average:
+            raise OptionError(
+                f"--target npu needs the same --bits in all layers: 2, 3, 4 or 8; got the average {self.bits:g}; give "
+                "single layers others with --layer"
+            )
         self.layer_rules()
+
+    @property
+    def neighbouring_bits(self) -> tuple[int, int]:
+        """The largest number of bits up to --bits, and the smallest from there; equal unless it is an average."""
+        return max(bits for bits in _BITS if bits <= self.bits), min(bits for bits in _BITS if bits >= self.bits)
+
+    @property
+    def is_average(self) -> bool:
+        """Whether --bits is an average over layers of two widths."""
+        return self.bits not in _BITS
 
     def layer_rules(self) -> tuple[LayerRule, ...]:
         """The rules of --layer.

@@ -11,6 +11,19 @@ therefore computes with the compressed weight it was created from.
 
 Codes are computed with init_scale, so that a trained scale changes no code; only the adapters do. Otherwise a scale
 that moves by a percent would flip many of the codes that a compression method has fitted to each other.
+
+With a symmetric scheme this is NNCF 3.4's SymmetricLoraQuantizer (FQ_LORA, INT4_SYM), whose levels -8 .. 7 are
+code - 8 and whose scale is 8 of these. Both compute the same weights at every active rank, and adapters get the same
+gradients, except that here
+
+- weights up to half a step outside of the range, which round to the outermost codes, get a gradient: the reference
+  clips before it rounds;
+- codes keep init_scale; the reference computes them with the trained scale;
+- a scale gets the derivative of W_q with respect to its logarithm. The reference trains the scale itself, by 8/15 of
+  the derivative of LSQ inside of the range and 8/7 of it outside;
+- scales stay positive. Those of the reference may be negative, which mirrors the levels to -7 .. 8, and then move
+  against their gradient;
+- weight and adapters are added in float32, and not rounded to the dtype of the weight before they are quantized.
 """
 
 from __future__ import annotations

@@ -201,13 +201,19 @@ def layer_changes(results: RunResults) -> dict[str, dict[str, float]]:
 
 
 def layer_rows(results: RunResults) -> Cells:
-    """A row per 4-bit layer: errors of the compression, and what training changed."""
+    """A row per 4-bit layer: bits where they differ, errors of the compression, and what training changed."""
     changes = layer_changes(results)
+    bits = {} if results.layers is None else results.layers.bits
     rows = [
-        [name, *error_cells(error), *(f"{layers[name]:.2%}" if name in layers else "-" for layers in changes.values())]
+        [
+            name,
+            *([str(bits.get(name, "-"))] if bits else []),
+            *error_cells(error),
+            *(f"{layers[name]:.2%}" if name in layers else "-" for layers in changes.values()),
+        ]
         for name, error in results.layer_errors.items()
     ]
-    return [*LAYER_HEADINGS, *changes], rows
+    return [LAYER_HEADINGS[0], *(["bits"] if bits else []), *LAYER_HEADINGS[1:], *changes], rows
 
 
 def decoder_rows(results: RunResults) -> Cells:

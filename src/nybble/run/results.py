@@ -80,6 +80,7 @@ class LayerCounts:
         schemes: scheme in words -> number of layers.
         bits_per_weight: average over the quantized weights, with scales and zero points; None in older results.
         in_16_bits: number of layers that could be quantized and are not.
+        bits: linear layer -> bits, where they differ.
         notes: sentences on layers that have another scheme than was asked for.
     """
 
@@ -90,6 +91,7 @@ class LayerCounts:
     schemes: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float | None = None
     in_16_bits: int = 0
+    bits: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -38,7 +38,7 @@ from nybble.run.marker import is_run
 from nybble.run.resume import check_same_command, check_same_options, saved_options
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
-from nybble.workflows import init_from
+from nybble.workflows import init_from, mixed_precision
 from nybble.workflows.rehearsal import rehearse
 from nybble.workflows.text import check_token_ids
 
@@ -171,7 +171,7 @@ def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
 
 
 def select(loaded: LoadedModel, options: SchemeOptions) -> LayerSelection:
-    """Which layer gets which scheme.
+    """Which layer gets which scheme; where --bits is an average, all have the bits below it until `check_fit`.
 
     Raises:
         OptionError: a pattern matches nothing, or a layer cannot have its scheme.
@@ -180,13 +180,13 @@ def select(loaded: LoadedModel, options: SchemeOptions) -> LayerSelection:
     check_patterns(everything, loaded.model, options)
     selection = assign_schemes(everything, loaded.model, options)
     ignored = len(everything.linears) + len(everything.embeddings) - len(selection.schemes)
-    log.info(
-        "%s: %.1f M parameters; %s; %.2f bits a weight%s",
-        loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, describe(selection),
-        average_bits(selection.schemes, weight_shapes(loaded.model, selection)),
-        f"; {ignored} layers stay in 16 bits" if ignored else "",
-    )  # fmt: skip
-    for note in selection.notes:
+    average = average_bits(selection.schemes, weight_shapes(loaded.model, selection))
+    what, notes = f"{describe(selection)}; {average:.2f} bits a weight", selection.notes
+    if options.is_average:  # the choice of bits says which layer has which scheme
+        what, notes = f"{options.bits:g} bits a weight on average", ()
+    what += f"; {ignored} layers stay in 16 bits" if ignored else ""
+    log.info("%s: %.1f M parameters; %s", loaded.name, sum(p.numel() for p in loaded.model.parameters()) / 1e6, what)
+    for note in notes:
         log.warning(note)
     return selection
 
@@ -253,11 +253,13 @@ def check_fit(
     check_model(model, selection.linears, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
     embeddings = {name: model.get_submodule(name).weight for name in selection.embeddings}
     warn_of_small_weights(embeddings, selection.schemes)
+    head = LMHead.of(model, copy=True)
+    head.verify(model, probe_T[None].to(model.device))
+    if options.scheme.is_average:
+        selection = mixed_precision.choose_bits(options, evaluation.export, loaded, text)
     columns = {name: shape[1] for name, shape in weight_shapes(model, selection).items()}
     formats = check_exportable(evaluation.export, model.config, selection, columns)
     _check_export_memory(loaded, formats, options.folder)
-    head = LMHead.of(model, copy=True)
-    head.verify(model, probe_T[None].to(model.device))
     optional = [name for name in formats if name not in evaluation.export]
     if optional or not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
         trains = isinstance(options, TrainCommand)
@@ -289,8 +291,7 @@ def available_memory(loaded: LoadedModel) -> int:
 
 
 def measured_logit_bytes(planned: PlannedRun, tasks: Sequence[str]) -> int:
-    """Bytes of the logits that exist at once while a model is measured: of a test sequence, or of a forward of lm-eval
-    and the copy that it makes."""
+    """Bytes of the logits that exist at once while a model is measured: of a sequence, or of lm-eval, and a copy."""
     model, tokens = planned.loaded.model, planned.text.test.ids.shape[1]
     if tasks:
         window = max_window(model.config)

@@ -33,6 +33,7 @@ from nybble.qat.absorb import absorb_layers
 from nybble.qat.insert import insert_fake_quant_layers, quantize_embeddings
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.weight import QuantizedWeight
+from nybble.training.mixed_precision import choice_groups
 
 log = logging.getLogger("nybble")
 
@@ -174,7 +175,10 @@ def _token_ids(model: Any) -> torch.Tensor:
 def _compress(twin: LoadedModel, options: SchemeOptions, trains: bool) -> dict[str, QuantizedWeight]:
     """Round to nearest; with `trains`, take the gradients of adapters of rank 1 and absorb them."""
     model = twin.model
-    selection = assign_schemes(select_layers(model), model, replace(options, strict_group_size=False))
+    everything = select_layers(model)
+    # Of an average both widths are tried: every second group of layers that runtimes compute as one is raised.
+    raised = {name for group in choice_groups(model, everything.linears)[::2] for name in group}
+    selection = assign_schemes(everything, model, replace(options, strict_group_size=False), raised)
     schemes, inits = selection.schemes, {}
     for name in selection.linears:
         weight_OI = model.get_submodule(name).weight.detach().float()

@@ -88,15 +88,17 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
 
 def _layer_counts(selection: LayerSelection, model: Any) -> LayerCounts:
     everything = select_layers(model)
-    bits = sorted({selection.schemes[name].bits for name in selection.linears})
+    bits = {name: selection.schemes[name].bits for name in selection.linears}
+    widths = sorted(set(bits.values()))
     return LayerCounts(
         int4=len(selection.linears),
         int8=len(selection.embeddings),
         tied=selection.tied,
-        precision="/".join(f"INT{width}" for width in bits),
+        precision="/".join(f"INT{width}" for width in widths),
         schemes=dict(Counter(str(scheme) for scheme in selection.schemes.values())),
         bits_per_weight=average_bits(selection.schemes, weight_shapes(model, selection)),
         in_16_bits=len(everything.linears) + len(everything.embeddings) - len(selection.schemes),
+        bits=bits if len(widths) > 1 else {},
         notes=list(selection.notes),
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from nybble.data.prepare import TextData, TextRequest
 from nybble.errors import DataError
 from nybble.models.loading import LoadedModel
-from nybble.options.commands import CompressOptions, DistillOptions
-from nybble.options.compression import MIN_CALIBRATION_SAMPLES
+from nybble.options.commands import CompressOptions, DistillOptions, RunCommand
+from nybble.options.compression import MIN_CALIBRATION_SAMPLES, CompressionOptions
 from nybble.options.data import TextOptions
+from nybble.workflows.mixed_precision import num_sequences
 
 
 def compression_request(options: CompressOptions, calibrates: bool) -> TextRequest:
@@ -15,7 +16,7 @@ def compression_request(options: CompressOptions, calibrates: bool) -> TextReque
     return _request(
         options.text,
         options.run.seed,
-        num_calibration=options.compression.num_calibration_samples if calibrates else 0,
+        num_calibration=_num_calibration(options, options.compression, options.text, calibrates),
         num_test=options.evaluation.num_test_samples,
     )
 
@@ -28,11 +29,15 @@ def distill_request(options: DistillOptions, calibrates: bool) -> TextRequest:
         options.run.seed,
         num_train=training.num_train_samples * (1 if training.same_samples else training.epochs),
         num_generated=training.num_train_samples,
-        num_calibration=options.compression.num_calibration_samples if calibrates else 0,
+        num_calibration=_num_calibration(options, options.compression, options.text, calibrates),
         num_validation=training.num_validation_samples,
         num_test=options.evaluation.num_test_samples,
         min_train=training.batch_size,
     )
+
+
+def _num_calibration(options: RunCommand, compression: CompressionOptions, text: TextOptions, calibrates: bool) -> int:
+    return compression.num_calibration_samples if calibrates else num_sequences(options.scheme, text.seq_len)
 
 
 def _request(options: TextOptions, seed: int, **counts: int) -> TextRequest:
