@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.export.stacks import Place, expert_width, num_experts, stack_places
+from nybble.export.places import Place
+from nybble.export.stacks import expert_width, num_experts, stack_places
 
 _SIGMOID = 2
 """llama.cpp's number for routers with sigmoids (expert_gating_func)."""

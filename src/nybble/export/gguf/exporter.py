@@ -37,7 +37,8 @@ from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_
 from nybble.export.gguf.pretokenizers import UNKNOWN
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
-from nybble.export.stacks import expert_width, join_rows, join_tensors, stack_problem
+from nybble.export.places import join_tensors, join_weights
+from nybble.export.stacks import expert_width, stack_problem
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -163,11 +164,9 @@ class GGUFExporter(Exporter):
         content = GGUFContent(folder / MODEL_GGUF)
 
         def read(module: str) -> QuantizedWeight:
-            parts = [
-                (place.rows, from_blocks(content.read(place.tensor, place.expert), content.kinds[place.tensor]))
-                for place in content.modules[module]
-            ]
-            return reorder_weight(join_rows(parts), content.rope_heads(module), to_halves)
+            places = content.modules[module]
+            parts = [from_blocks(content.read(p.tensor, p.matrix), content.kinds[p.tensor]) for p in places]
+            return reorder_weight(join_weights(places, parts), content.rope_heads(module), to_halves)
 
         return LazyMapping(content.modules, read)
 
@@ -176,12 +175,9 @@ class GGUFExporter(Exporter):
         content = GGUFContent(folder / MODEL_GGUF)
 
         def read(module: str) -> Tensor:
-            weight_OI = join_tensors(
-                [
-                    (place.rows, torch.from_numpy(content.read_floats(place.tensor, place.expert)))
-                    for place in content.modules[module]
-                ]
-            )
+            places = content.modules[module]
+            parts = [torch.from_numpy(content.read_floats(place.tensor, place.matrix)) for place in places]
+            weight_OI = join_tensors(places, parts)
             heads = content.rope_heads(module)
             return weight_OI if heads is None else to_halves(weight_OI, heads)
 

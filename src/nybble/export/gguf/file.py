@@ -20,7 +20,7 @@ from nybble.errors import ExportError
 from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
 from nybble.export.gguf.blocks import BLOCK, row_bytes
 from nybble.export.gguf.experts import parameter_places
-from nybble.export.stacks import Place
+from nybble.export.places import Place
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"

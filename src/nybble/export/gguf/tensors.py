@@ -21,7 +21,8 @@ from nybble.export.gguf.blocks import block_type, to_blocks
 from nybble.export.gguf.experts import stack_arrays
 from nybble.export.gguf.file import TensorPlan, file_places, rope_heads
 from nybble.export.gguf.rope import RopeFields
-from nybble.export.stacks import expert_width, take_rows
+from nybble.export.places import take_rows
+from nybble.export.stacks import expert_width
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.quant.weight import QuantizedWeight
 
@@ -73,12 +74,12 @@ def plan_tensors(checkpoint: QuantizedCheckpoint) -> Iterator[TensorPlan]:
             )
         order = rope_heads(architecture, module, heads, key_value_heads)
         for place in places:
-            part = (len(range(*place.rows.indices(shape[0]))), *shape[1:])
+            part = (place.count(shape[0]), *shape[1:])
             tensor = TensorPlan(place.tensor, part, kind, reading(place.rows, order))
-            if place.expert is None:
+            if place.matrix is None:
                 yield tensor
             else:
-                stacks.setdefault(place.tensor, {})[place.expert] = tensor
+                stacks.setdefault(place.tensor, {})[place.matrix] = tensor
 
     for module, shape in checkpoint.shapes.items():
         kind = block_type(checkpoint.selection.schemes[module])

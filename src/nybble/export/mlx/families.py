@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nybble.errors import ExportError
-from nybble.export.stacks import Place, expert_width, num_experts, stack_places
+from nybble.export.places import Place
+from nybble.export.stacks import expert_width, num_experts, stack_places
 from nybble.export.transformers_folder import FLOAT16_OVERFLOWS
 
 _SILU = {"hidden_act": "silu"}
