@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ from nybble.export.gguf.experts import shared_width
 from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
 from nybble.export.gguf.latent import latent_heads, latent_widths
 from nybble.export.gguf.pretokenizers import UNKNOWN
-from nybble.export.gguf.rope import computed_config
 from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
 from nybble.export.gguf.tokenizer import tokenizer_fields
 from nybble.export.places import join_tensors, join_weights
 from nybble.export.stacks import expert_width, stack_problem
+from nybble.export.yarn import truncated_yarn
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -148,9 +147,9 @@ class GGUFExporter(Exporter):
             )
         check_tokenizer(path, checkpoint.tokenizer, config.vocab_size)
 
-    def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
-        """Compare logits with those of the rotary embeddings that llama.cpp computes; see `Exporter.compare_logits`."""
-        return super().compare_logits(replace(checkpoint, config=computed_config(checkpoint.config)), folder)
+    def computed_config(self, config: Any) -> Any:
+        """Return the configuration with the rotary embeddings that llama.cpp computes; see `Exporter`."""
+        return truncated_yarn(config)
 
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
         """Load the export in llama.cpp; see `Exporter.open_model`.

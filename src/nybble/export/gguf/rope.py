@@ -13,12 +13,13 @@ Everything else is refused.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nybble.export.yarn import truncation_limit
 
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1}
 """Parameters of yarn that llama.cpp takes from nowhere, and what they are in its formula."""
@@ -106,32 +107,7 @@ def _yarn(config: Any, full: dict[str, Any], fields: dict[str, int | float | str
     }
     if latent:
         fields["rope.scaling.yarn_log_multiplier"] = 0.1 * float(full["mscale_all_dim"])
-    if full.get("truncate", True):
-        return RopeFields(fields)
-    error = 1000 * _truncation_error(config)
-    limit = (
-        "llama.cpp rounds the ends of the ramp of yarn to whole dimensions, and this model does not (truncate False): "
-        f"in the GGUF export, rotary angles differ by up to {error:.2g} radians after 1000 tokens"
-    )
-    return RopeFields(fields, limit=limit)
-
-
-def computed_config(config: Any) -> Any:
-    """Return a configuration with the rotary embeddings that llama.cpp computes for the model: yarn is truncated."""
-    full = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if full.get("truncate", True):
-        return config
-    config = copy.deepcopy(config)
-    config.rope_parameters.get("full_attention", config.rope_parameters)["truncate"] = True
-    return config
-
-
-def _truncation_error(config: Any) -> float:
-    """Largest difference of an angle between neighbouring tokens that truncation makes, in radians."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    own, truncated = (ROPE_INIT_FUNCTIONS["yarn"](c, torch.device("cpu"))[0] for c in (config, computed_config(config)))
-    return float((own - truncated).abs().max())
+    return RopeFields(fields, limit=truncation_limit(config, "llama.cpp", "GGUF"))
 
 
 def _llama3_factors(config: Any, base: float, size: int) -> Tensor:

@@ -54,6 +54,7 @@ from nybble.export.transformers_folder import (
     update_config,
     words_to_codes,
 )
+from nybble.export.yarn import truncated_yarn
 from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
@@ -93,7 +94,7 @@ class MLXExporter(Exporter):
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
-            "olmoe", "granitemoe", "glm4_moe",
+            "olmoe", "granitemoe", "glm4_moe", "gpt_oss",
         }
     )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
@@ -123,6 +124,10 @@ class MLXExporter(Exporter):
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say up to which length the export is right, and where it is computed in float32; see `Exporter.limits`."""
         return families.limits(config)
+
+    def computed_config(self, config: Any) -> Any:
+        """Return the configuration with the rotary embeddings that mlx-lm computes; see `Exporter`."""
+        return truncated_yarn(config)
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`."""
