@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nybble.errors import ExportError, MissingExtraError, OptionError
+from nybble.errors import MissingExtraError, OptionError
 from nybble.export.containers import as_held, four_or_eight_bits, widened
-from nybble.export.read_back import compare_weights, decode_logits, runtime_errors
+from nybble.export.read_back import compare_weights, decode_logits, logit_difference, runtime_errors
 from nybble.export.text_part import text_part, text_part_config
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.composite import text_config
@@ -168,11 +168,7 @@ class Exporter(ABC):
         return self.logit_tolerance
 
     def computed_config(self, config: Any) -> Any:
-        """Return the configuration of what the runtime computes, where that differs (see `limits`).
-
-        Args:
-            config: transformers configuration of the model.
-        """
+        """Return the transformers configuration of what the runtime computes, where that differs (see `limits`)."""
         return config
 
     def export(self, checkpoint: QuantizedCheckpoint, folder: Path) -> ExportResult:
@@ -278,15 +274,7 @@ class Exporter(ABC):
                 logits_1TV = decode_logits(exported, ids_1T, _PROMPT_LENGTH)
             else:
                 logits_1TV = exported(input_ids=ids_1T, use_cache=False).logits
-        difference = float((logits_1TV.float() - expected_1TV).abs().max())
-        largest = float(expected_1TV.abs().max())
-        tolerance = self.tolerance(checkpoint.config)
-        if not difference <= tolerance * largest:  # also true for NaN
-            raise ExportError(
-                f"{folder} must give the logits of torch within {tolerance} of the largest in float32; they "
-                f"differ by {difference:.3g}, the largest is {largest:.3g}; please report this"
-            )
-        return difference
+        return logit_difference(logits_1TV, expected_1TV, self.tolerance(checkpoint.config), folder)
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether the folder holds an export in this format."""

@@ -99,6 +99,28 @@ def join_tensors(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
     return joined
 
 
+def to_neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of each head: row i of the first half comes before row i of the second. [O, ...] -> [O, ...]."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def to_halves(rows: Tensor, heads: int) -> Tensor:
+    """Undo `to_neighbours`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def reorder_weight(
+    weight: QuantizedWeight, heads: int | None, reorder: Callable[[Tensor, int], Tensor]
+) -> QuantizedWeight:
+    """Reorder the rows of a weight of `heads` heads; None leaves them as they are."""
+    if heads is None:
+        return weight
+    codes_OI, scale_OG, zero_point_OG = (
+        reorder(part, heads) for part in (weight.codes_OI, weight.scale_OG, weight.zero_point_OG)
+    )
+    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, weight.scheme)
+
+
 def _combined(weights: Sequence[QuantizedWeight], combine: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:
     codes_OI, scale_OG, zero_point_OG = (
         combine([getattr(weight, leaf) for weight in weights]) for leaf in ("codes_OI", "scale_OG", "zero_point_OG")

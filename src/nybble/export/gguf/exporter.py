@@ -37,9 +37,9 @@ from nybble.export.gguf.experts import shared_width
 from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
 from nybble.export.gguf.latent import latent_heads, latent_widths
 from nybble.export.gguf.pretokenizers import UNKNOWN
-from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
+from nybble.export.gguf.tensors import plan_tensors
 from nybble.export.gguf.tokenizer import tokenizer_fields
-from nybble.export.places import join_tensors, join_weights
+from nybble.export.places import join_tensors, join_weights, reorder_weight, to_halves
 from nybble.export.stacks import expert_width, stack_problem
 from nybble.export.yarn import truncated_yarn
 from nybble.models.checkpoint import QuantizedCheckpoint

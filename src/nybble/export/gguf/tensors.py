@@ -22,32 +22,9 @@ from nybble.export.gguf.blocks import block_type, to_blocks
 from nybble.export.gguf.file import FLOATS, TensorPlan, file_places, rope_heads
 from nybble.export.gguf.latent import latent_heads
 from nybble.export.gguf.rope import RopeFields
-from nybble.export.places import Place, by_tensor, stored_shape, take_rows
+from nybble.export.places import Place, by_tensor, reorder_weight, stored_shape, take_rows, to_neighbours
 from nybble.export.stacks import expert_width
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight
-
-
-def to_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head: row i of the first half comes before row i of the second. [O, ...] -> [O, ...]."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def to_halves(rows: Tensor, heads: int) -> Tensor:
-    """Undo `to_neighbours`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def reorder_weight(
-    weight: QuantizedWeight, heads: int | None, reorder: Callable[[Tensor, int], Tensor]
-) -> QuantizedWeight:
-    """Reorder the rows of a weight of `heads` heads; None leaves them as they are."""
-    if heads is None:
-        return weight
-    codes_OI, scale_OG, zero_point_OG = (
-        reorder(part, heads) for part in (weight.codes_OI, weight.scale_OG, weight.zero_point_OG)
-    )
-    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, weight.scheme)
 
 
 def plan_tensors(checkpoint: QuantizedCheckpoint) -> Iterator[TensorPlan]:
