@@ -1,7 +1,8 @@
 """Write one file model.gguf for llama.cpp and what is built on it (Ollama, LM Studio).
 
 4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme, which also holds codes of 2 and 3 bits; 8-bit codes
-(embedding and head) are Q8_0; everything else is float32 (blocks.py). Names of tensors are those of the package gguf,
+(embedding and head) are Q8_0 (blocks.py). Layers that stay in 16 bits are float16 or bfloat16, whichever is exact;
+everything else is float32. Names of tensors are those of the package gguf,
 fields those of llama.cpp's converter (architectures.py, tokenizer.py). One field is ours: nybble.quantized, the names
 of the quantized modules.
 

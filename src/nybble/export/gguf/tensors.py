@@ -13,10 +13,12 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.containers import exact_dtype
 from nybble.export.gguf.architectures import MODEL_TYPES, architecture_rope, query_factor
 from nybble.export.gguf.blocks import block_type, to_blocks
 from nybble.export.gguf.file import FLOATS, TensorPlan, file_places, rope_heads
@@ -25,6 +27,11 @@ from nybble.export.gguf.rope import RopeFields
 from nybble.export.places import Place, by_tensor, reorder_weight, stored_shape, take_rows, to_neighbours
 from nybble.export.stacks import expert_width
 from nybble.models.checkpoint import QuantizedCheckpoint
+
+_FLOAT_KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+_ROUTER = ".ffn_gate_inp"
+"""In float32, as llama.cpp's converter has it: with matrices in 16 bits, llama.cpp rounds activations to 16 bits."""
 
 
 def plan_tensors(checkpoint: QuantizedCheckpoint) -> Iterator[TensorPlan]:
@@ -64,7 +71,10 @@ def _kind(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> str:
     """The type of a tensor."""
     scheme = checkpoint.selection.schemes.get(_module(places[0].name))
     if scheme is None:
-        return "F32"
+        is_matrix = places[0].name.endswith(".weight") and checkpoint.others[places[0].name].ndim > 1
+        if not is_matrix or _ROUTER in places[0].tensor:
+            return "F32"
+        return _FLOAT_KINDS[exact_dtype(_floats(checkpoint, name) for name in dict.fromkeys(p.name for p in places))]
     if places[0].transposed:  # its rows are no rows of groups
         return "F16" if scheme.bits <= 4 else "F32"
     return block_type(scheme)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ExportError, describe_error
+from nybble.export.containers import exact_dtype
 from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, lazy_initializers, module_of
 from nybble.export.onnx.experts import experts_of_layers, mixture_builder
 from nybble.export.places import take_rows
@@ -97,6 +98,7 @@ def write_graph(checkpoint: QuantizedCheckpoint, model_file: Path) -> None:
             f"the ONNX graph must use the codes of every quantized layer; it does not use {len(unused)} of "
             f"{len(checkpoint.shapes)} (first: {unused[0]}); remove onnx from --export"
         )
+    _shrink_initializers(builder)
     builder.model.graph.sort()
     for value in list(builder.model.graph.initializers.values()):
         value.name = value.const_value.name
@@ -111,6 +113,32 @@ def write_graph(checkpoint: QuantizedCheckpoint, model_file: Path) -> None:
             f"the export to {run} must be written to disk; it cannot be ({describe_error(error)}); {free / 1e6:.0f} MB "
             f"are free; free some disk space, then run: nybble export {run}"
         ) from error
+
+
+def _shrink_initializers(builder: Any) -> None:
+    """Hold the weights of layers that stay in 16 bits in float16 or bfloat16, whichever has the same values, in place.
+
+    A Cast makes them float32, which onnxruntime does once, when it loads the graph.
+    """
+    import onnx_ir as ir
+
+    kinds = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+    for name, value in list(builder.model.graph.initializers.items()):
+        tensor, users = value.const_value, list(value.uses())
+        if tensor.dtype != ir.DataType.FLOAT or not any(use.node.op_type == "MatMul" for use in users):
+            continue
+        values = torch.tensor(tensor.numpy())
+        if (dtype := exact_dtype([values])) not in kinds:
+            continue
+        small = f"{name}.{kinds[dtype].name.lower()}"
+        builder.make_initializer(values.to(dtype), small)
+        builder.make_node(
+            "Cast", inputs=[small], outputs=[f"{small}/output_0"], name=f"{small}/Cast", to=ir.DataType.FLOAT
+        )
+        builder.make_value(f"{small}/output_0", ir.DataType.FLOAT, shape=list(values.shape))
+        for use in users:
+            use.node.replace_input_with(use.idx, builder.values[f"{small}/output_0"])
+        del builder.model.graph.initializers[name]
 
 
 def _import_builders() -> Any:

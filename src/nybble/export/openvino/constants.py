@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.containers import exact_dtype
 from nybble.export.openvino.experts import stack_places
 from nybble.export.openvino.trace import TracedModel
 from nybble.export.places import by_name, join_weights, stack_rows, take_rows
@@ -38,6 +39,9 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 _LEAVES = ("codes", "scale", "zero_point")
+_READERS = frozenset({"MatMul", "Gather"})
+"""Operations that read the weights of linear layers and embeddings."""
+
 # Element type -> (bits of a code, whether codes are signed).
 _TYPES = {"u4": (4, False), "u8": (8, False), "i4": (4, True), "i8": (8, True)}
 
@@ -69,6 +73,33 @@ def insert_codes(
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
         traced.graph.remove_parameter(node)
+
+
+def shrink_constants(graph: Any) -> None:
+    """Hold the weights of layers that stay in 16 bits in float16 or bfloat16, whichever has the same values, in place.
+
+    Args:
+        graph: openvino.Model with these weights as float32 constants.
+    """
+    import openvino as ov
+    from openvino import opset13 as op
+
+    for node in graph.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32 or len(node.shape) < 2:
+            continue
+        users = node.output(0).get_target_inputs()
+        if not any(user.get_node().get_type_name() in _READERS for user in users):
+            continue
+        values = torch.from_numpy(node.data.copy())
+        dtype = exact_dtype([values])
+        if dtype == torch.float32:
+            continue
+        kind = ov.Type.f16 if dtype == torch.float16 else ov.Type.bf16
+        array = values.to(dtype).view(torch.uint8).flatten().numpy()
+        tensor = ov.Tensor(array, ov.Shape(list(node.shape)), kind)
+        wide = op.convert(ov.op.Constant(tensor, shared_memory=False), "f32")
+        for user in users:
+            user.replace_source_output(wide.output(0))
 
 
 def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:

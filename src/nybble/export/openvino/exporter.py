@@ -105,10 +105,11 @@ class OpenVINOExporter(Exporter):
         Raises:
             ExportError: one of the reasons at the top of this file.
         """
-        from nybble.export.openvino.constants import insert_codes
+        from nybble.export.openvino.constants import insert_codes, shrink_constants
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
+        shrink_constants(traced.graph)
         insert_codes(traced, checkpoint.quantized, checkpoint.selection.embeddings)
         _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)
