@@ -62,7 +62,7 @@ class HFExporter(Exporter):
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v2", "deepseek_v3", "glm4_moe",
             "granitemoe", "olmoe", "lfm2_moe", "qwen3_5_moe_text", "qwen3_next", "ernie4_5_moe", "phimoe", "jetmoe",
-            "nemotron_h",
+            "nemotron_h", "kimi_linear",
         }
     )  # fmt: skip
     holds_codes = False

@@ -60,6 +60,7 @@ class OpenVINOExporter(Exporter):
             "bamba", "granitemoehybrid", "nemotron_h", "jamba",
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
             "llama4_text", "deepseek_v2", "deepseek_v3", "lfm2_moe", "qwen3_5_moe_text", "longcat_flash",
+            "jetmoe", "kimi_linear",
         }
     )  # fmt: skip
     scheme_requirement = "an even number of weights in a group"
