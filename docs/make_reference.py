@@ -141,6 +141,7 @@ _MIXTURES = {
     "deepseek_v3": ("DeepSeek V3, R1, Kimi K2", "latent attention, sigmoid router, shared experts"),
     "qwen3_next": ("Qwen3-Next", "linear attention, shared expert with a gate"),
     "qwen3_5_moe_text": ("Qwen3.5 MoE (text)", "linear attention, shared expert with a gate"),
+    "kimi_linear": ("Kimi Linear", "gated delta rule with a decay for each channel, latent attention"),
     "lfm2_moe": ("LFM2 MoE", "short convolutions"),
     "nemotron_h": ("Nemotron-H", "state space layers, experts without gates"),
     "jetmoe": ("JetMoe", "experts in attention"),
@@ -264,7 +265,7 @@ calibration tokens that the router sends to it; one that gets fewer than 16 is r
 
 {support_table(_MIXTURES)}
 
-In OpenVINO only the experts that a token needs are computed, but for Llama 4, Nemotron-H and LongCat-Flash.
+In OpenVINO only the experts that a token needs are computed, but for Llama 4, Nemotron-H, LongCat-Flash and JetMoe.
 
 ## Hybrids and others
 

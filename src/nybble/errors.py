@@ -47,6 +47,11 @@ class MissingExtraError(NybbleError):
         )
 
 
+def without_remedy(error: NybbleError) -> str:
+    """Return a message up to the last semicolon, behind which the remedy is."""
+    return str(error).rpartition("; ")[0] or str(error)
+
+
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
 

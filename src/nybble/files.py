@@ -169,8 +169,8 @@ class TensorReader:
         self._opened = ExitStack()
         self._file: Any = None
 
-    def read(self, name: str) -> Tensor:
-        """Return a copy of one tensor.
+    def read(self, name: str, *index: int | slice) -> Tensor:
+        """Return a copy of one tensor, or of the part of it at `index`.
 
         Raises:
             RunError: the file is missing, damaged, or not a safetensors file.
@@ -179,7 +179,8 @@ class TensorReader:
             self._opened.close()
             self._file, self._left = self._opened.enter_context(open_tensors(self._path)), _BYTES_MAPPED
         try:
-            tensor: Tensor = self._file.get_tensor(name).clone()
+            part = self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+            tensor: Tensor = part.clone()
         except (OSError, SafetensorError) as error:
             raise damaged(self._path, error) from error
         self._left -= tensor.nbytes

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from nybble.errors import ExportError, OptionError
 from nybble.export import EXPORTERS
-from nybble.export.published import Piece, published_layout
+from nybble.export.places import Place
+from nybble.export.published import published_layout
 from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
@@ -27,7 +28,7 @@ from tests.helpers.tiny import FAMILIES, make_config, make_tokenizer
 
 MIXTURES = sorted(set(mixtures.FAMILIES) - {"longcat_flash"})
 STACKED = {"gpt_oss", "llama4", "granitemoe", "jetmoe"}  # also on the hub
-ODD_ROWS = {"nemotron_h", "qwen3_5_moe"}  # rows that vLLM cannot split
+ODD_ROWS = {"nemotron_h", "qwen3_5_moe", "kimi_linear"}  # rows that vLLM cannot split
 
 
 DIFFERENT = {"mixtral", "gpt_oss", "llama4", "granitemoe", "nemotron_h"}  # together all that the layouts differ in
@@ -49,11 +50,10 @@ def test_every_row_has_one_place(family: str, tmp_path: Path) -> None:
     checkpoint = (make_checkpoint if in_tiny else mixture_checkpoint)(tmp_path / "quantized", family)
     layout = published_layout(checkpoint.config, checkpoint.shapes)
     rows = Counter(
-        (piece.module, row)
-        for tensor in layout.values()
-        for pieces in tensor.matrices
-        for piece in pieces
-        for row in range(piece.start, piece.stop, piece.step)
+        (place.name, row)
+        for places in layout.values()
+        for place in places
+        for row in range(place.rows.start, place.rows.stop, place.rows.step)
     )
     expected = {(name, row) for name, shape in checkpoint.shapes.items() for row in range(shape[0])}
     expected |= {(name, 0) for name in checkpoint.others}
@@ -65,12 +65,15 @@ def test_experts_of_mixtral_have_the_names_of_the_hub(tmp_path: Path) -> None:
     checkpoint = mixture_checkpoint(tmp_path / "quantized", "mixtral")
     layout = published_layout(checkpoint.config, checkpoint.shapes)
     expert = "model.layers.1.block_sparse_moe.experts.2"
-    module = "model.layers.1.mlp.experts.2"
-    assert layout[f"{expert}.w1.weight"].matrices == ((Piece(f"{module}.gate_up_proj", 0, 96),),)
-    assert layout[f"{expert}.w3.weight"].matrices == ((Piece(f"{module}.gate_up_proj", 96, 192),),)
-    assert layout[f"{expert}.w2.weight"].matrices == ((Piece(f"{module}.down_proj", 0, 64),),)
-    gate = "model.layers.1.mlp.gate.weight"
-    assert layout["model.layers.1.block_sparse_moe.gate.weight"].matrices == ((Piece(gate, 0, 1),),)
+    for leaf, module, rows in (
+        ("w1", "gate_up_proj", slice(0, 96, 1)),
+        ("w3", "gate_up_proj", slice(96, 192, 1)),
+        ("w2", "down_proj", slice(0, 64, 1)),
+    ):
+        name = f"{expert}.{leaf}.weight"
+        assert layout[name] == [Place(name, f"model.layers.1.mlp.experts.2.{module}", rows)]
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    assert layout[gate] == [Place(gate, "model.layers.1.mlp.gate.weight", slice(0, 1, 1))]
 
 
 def export(name: str, checkpoint: QuantizedCheckpoint, folder: Path) -> Any:

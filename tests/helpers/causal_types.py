@@ -16,7 +16,6 @@ from tests.helpers.tiny import VOCABULARY, make_tokenizer
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 NOT_MADE = {
-    "kimi_linear": "its linear attention takes minutes without the package flash-linear-attention",
     "blt": "its table of hashes alone has 193 M numbers",
     "dbrx": "transformers cannot build it from a configuration with a part of the fields",
     "dots3_note": "composite with layers of many kinds",
@@ -88,6 +87,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         _POSITIONS_AFTER_PADDING
     ),
     "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next olmo_hybrid": _LINEAR_FIRST,
+    "kimi_linear": _LINEAR_FIRST | _EQUAL_HEADS | {"linear_num_heads": 4, "linear_head_dim": 32} | _FOUR_EXPERTS,
     "xmod": {**_POSITIONS_AFTER_PADDING, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 128},

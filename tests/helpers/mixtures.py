@@ -86,6 +86,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96, "head_dim": 8,
         },
     ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {
+            **_LATENT_ATTENTION, "q_lora_rank": None, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "linear_head_dim": 32, "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "nemotron_h": (
         "NemotronHConfig",
         {

@@ -61,28 +61,28 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     results.method, results.init_from = "awq+se", "/a/b/start"
     export = {"linear_weights": 7, "embedding_weights": 1, "bytes": 10, "logit_difference": None, "limits": ["no dogs"]}
     results.exports = {"plain": export | {"rounded": {"model.embed_tokens": 1e-3}}}
-    card = model_card(results, "plain", {"pretrained": "org/model", "group_size": 64})
+    card = model_card(results, "plain", {"pretrained": "org/model", "group_size": 64}, {})
     assert "rounds model.embed_tokens by at most 1.0e-03" in card.replace("\\", "")
     assert "**Limit:** no dogs" in card
     assert "base_model: org/model" in card
     assert "--data c.txt self:e.txt=0.5 f.txt --init_from=run" in card
     assert "Training: scales and norms." in card
     results.lora_rank = 8
-    assert "Training: LoRA adapters of rank 8, absorbed into the codes." in model_card(results, "plain", {})
+    assert "Training: LoRA adapters of rank 8, absorbed into the codes." in model_card(results, "plain", {}, {})
     assert "largest difference" not in card
     results.test_data, results.other_data = "the test split of /a/b/own.txt (4 x 8 tokens)", "/c/d.txt (1 x 8 tokens)"
     measured = {"token_perplexity": 1.0, "other_token_perplexity": 1.0, "other_kl_to_teacher": 0.0, "bytes": 1}
     results.command, results.models = "compress", {"16bit": measured, "plain": measured}
-    card = model_card(results, "plain", {})
+    card = model_card(results, "plain", {}, {})
     assert "compressed to INT4 with awq+se from start" in card
     assert "measured on the test split of own.txt" in card
     assert "Another domain: d.txt" in card
     assert "/a/" not in card
     assert "/c/" not in card
-    built_in = model_card(results, "plain", {"pretrained": "smollm2"})
+    built_in = model_card(results, "plain", {"pretrained": "smollm2"}, {})
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in built_in
     for local in ("/a/b", "./b", "models/a.gguf", "model"):
-        assert "base_model" not in model_card(results, "plain", {"pretrained": local})
+        assert "base_model" not in model_card(results, "plain", {"pretrained": local}, {})
 
 
 PROGRAM = """
@@ -103,6 +103,17 @@ def export_command(hub: Hub, run: Path, *options: str, token: str = "hf_right") 
     }  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, "export", str(run), "--to", "plain", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_card_names_the_task_of_a_model_with_further_parts() -> None:
+    results = RunResults(model="m", exports={"hf": {"linear_weights": 7, "embedding_weights": 1}})
+    for config, task in (
+        ({}, "text-generation"),
+        ({"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}, "image-text-to-text"),
+        ({"audio_config": {"hidden_size": 8}}, "audio-text-to-text"),
+        ({"vision_config": None}, "text-generation"),
+    ):
+        assert f"\npipeline_tag: {task}\n" in model_card(results, "hf", {}, config)
 
 
 @pytest.mark.slow  # processes that import torch

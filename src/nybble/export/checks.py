@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import ExportError, OptionError
+from nybble.errors import ExportError, OptionError, without_remedy
 from nybble.export.base import EXPORTERS, Exporter, check_schemes
 from nybble.models.selection import LayerSelection
 
@@ -56,7 +56,8 @@ def check_exportable(
         try:
             _check(EXPORTERS[name], config, selection, columns)
         except (ExportError, OptionError) as error:
-            log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+            # The remedy is to leave the format out, which is done here.
+            log.warning("there is no export to %s: %s", EXPORTERS[name].label, without_remedy(error))
         else:
             named.append(name)
     for name in named:

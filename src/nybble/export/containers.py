@@ -3,12 +3,18 @@
 Codes of 2 and 3 bits, minus their zero point, fit the signed range of 4 bits, so symmetric 4-bit codes hold them. A
 group that a format does not have is held as several smaller groups with the same scale and zero point. The weights are
 equal to the last bit (`QuantizedWeight.recoded`); the file is larger than codes of the own scheme would be.
+
+Layers that stay in 16 bits are held in a type of 16 bits only where it has the same values: those of a bfloat16 model
+do not always fit float16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
@@ -59,3 +65,11 @@ def widened(schemes: Mapping[str, QuantScheme], containers: Mapping[str, QuantSc
             words = f"{scheme.bits} bits in {containers[name].bits}"
             counts[words] = counts.get(words, 0) + 1
     return counts
+
+
+def exact_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return float16 or bfloat16, whichever has all values of the tensors, float16 if both have; else float32."""
+    dtypes = [torch.float16, torch.bfloat16]
+    for tensor in tensors:
+        dtypes = [dtype for dtype in dtypes if torch.equal(tensor.to(dtype).to(torch.float32), tensor.float())]
+    return [*dtypes, torch.float32][0]

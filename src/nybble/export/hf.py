@@ -25,10 +25,9 @@ from nybble.export.transformers_folder import (
     float16_limits,
     load_with_transformers,
     metadata,
-    quantized_names,
     update_config,
 )
-from nybble.files import open_tensors
+from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -63,7 +62,7 @@ class HFExporter(Exporter):
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v2", "deepseek_v3", "glm4_moe",
             "granitemoe", "olmoe", "lfm2_moe", "qwen3_5_moe_text", "qwen3_next", "ernie4_5_moe", "phimoe", "jetmoe",
-            "nemotron_h",
+            "nemotron_h", "kimi_linear",
         }
     )  # fmt: skip
     holds_codes = False
@@ -86,10 +85,10 @@ class HFExporter(Exporter):
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors; see `Exporter.write`."""
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
-        layouts = {name: tensor_layout(checkpoint, tensor) for name, tensor in tensors.items()}
+        layouts = {name: tensor_layout(checkpoint, places) for name, places in tensors.items()}
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
-            for name, tensor in tensors.items():
-                writer.write_blocks(name, float16_blocks(checkpoint, tensor))
+            for name, places in tensors.items():
+                writer.write_blocks(name, float16_blocks(checkpoint, places))
         update_config(folder, empty_model(checkpoint.config, checkpoint.trust_remote_code))
 
     def recognizes(self, folder: Path) -> bool:
@@ -106,10 +105,5 @@ class HFExporter(Exporter):
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights of the modules that were quantized; see `Exporter.read_weights`."""
-        locations = locate_modules(folder)
-
-        def read(name: str) -> Tensor:
-            with open_tensors(folder / MODEL_FILE) as file:
-                return read_rows(file, locations[name]).float()
-
-        return LazyMapping(quantized_names(folder), read)
+        places, reader = locate_modules(folder), TensorReader(folder / MODEL_FILE)
+        return LazyMapping(places, lambda name: read_rows(reader, places[name]).float())

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.safetensors_writer import SafetensorsWriter, TensorLayout
-from nybble.export.transformers_folder import codes_to_words, read_tensor, tensor_names, words_to_codes
+from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout
+from nybble.export.transformers_folder import codes_to_words, tensor_names, words_to_codes
+from nybble.files import TensorReader
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.schema import read_json
@@ -33,6 +34,7 @@ _WORD = 8
 """4-bit codes in an int32."""
 
 _PACKED, _SCALE, _ZERO_POINT, _SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
+_LEAVES = (_PACKED, _SCALE, _ZERO_POINT, _SHAPE)
 
 
 def layer_layouts(name: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, TensorLayout]:
@@ -63,43 +65,59 @@ def write_layer(writer: SafetensorsWriter, name: str, weight: QuantizedWeight) -
         writer.write(name + _ZERO_POINT, codes_to_words(weight.zero_point_OG.T, weight.scheme.bits).T)
 
 
-def read_layer(folder: Path, name: str) -> QuantizedWeight:
-    """Read the tensors of a linear layer; the inverse of `write_layer`."""
-    settings = read_settings(folder, name)["weights"]
-    scheme = QuantScheme(settings["num_bits"], settings["group_size"], settings["symmetric"])
-    scale_OG = read_tensor(folder, name + _SCALE).float()
-    zero_point_OG = torch.full_like(scale_OG, scheme.middle_code, dtype=torch.uint8)
-    if not scheme.symmetric:
-        zero_point_OG = words_to_codes(read_tensor(folder, name + _ZERO_POINT).T, scheme.bits).T.contiguous()
-    codes_OI = words_to_codes(read_tensor(folder, name + _PACKED), scheme.bits)
-    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
+class PackedFolder:
+    """An export whose layers are read one at a time. The file is opened, and config.json read, once.
 
+    Args:
+        folder: the export.
 
-def decompress(folder: Path, name: str) -> Tensor:
-    """Read the weight of a linear layer as compressed-tensors dequantizes it, float32 [O, I]."""
-    from compressed_tensors.compressors import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationScheme
+    Attributes:
+        names: of all tensors.
+        packed: published names of all modules with codes.
+        dense: names of all modules with a plain weight. Of those that the checkpoint quantizes: embedding and head.
+    """
 
-    scheme = QuantizationScheme.model_validate(read_settings(folder, name))
-    leaves = PackedQuantizationCompressor.compression_param_names(scheme)
-    state = {leaf: read_tensor(folder, f"{name}.{leaf}") for leaf in leaves}
-    state["weight_scale"] = state["weight_scale"].float()
-    return PackedQuantizationCompressor.decompress(state, scheme)["weight"]  # type: ignore[no-any-return]
+    def __init__(self, folder: Path) -> None:
+        self._reader = TensorReader(folder / MODEL_FILE)
+        groups = read_json(folder / "config.json")["quantization_config"]["config_groups"].values()
+        self._settings = {target: group for group in groups for target in group["targets"]}
+        self.names = tensor_names(folder)
+        self.packed = {name.removesuffix(_PACKED) for name in self.names if name.endswith(_PACKED)}
+        self.dense = {name.removesuffix(".weight") for name in self.names if name.endswith(".weight")}
 
+    def read_layer(self, name: str) -> QuantizedWeight:
+        """Read the tensors of a linear layer; the inverse of `write_layer`."""
+        settings, read = self._settings_of(name)["weights"], self._reader.read
+        scheme = QuantScheme(settings["num_bits"], settings["group_size"], settings["symmetric"])
+        scale_OG = read(name + _SCALE).float()
+        zero_point_OG = torch.full_like(scale_OG, scheme.middle_code, dtype=torch.uint8)
+        if not scheme.symmetric:
+            zero_point_OG = words_to_codes(read(name + _ZERO_POINT).T, scheme.bits).T.contiguous()
+        return QuantizedWeight(words_to_codes(read(name + _PACKED), scheme.bits), scale_OG, zero_point_OG, scheme)
 
-def belongs_to_codes(name: str) -> bool:
-    """Whether a tensor is one of those that make a linear layer."""
-    return name.endswith((_PACKED, _SCALE, _ZERO_POINT, _SHAPE))
+    def decompress(self, name: str) -> Tensor:
+        """Read the weight of a linear layer as compressed-tensors dequantizes it, float32 [O, I]."""
+        from compressed_tensors.compressors import PackedQuantizationCompressor
+        from compressed_tensors.quantization import QuantizationScheme
 
+        scheme = QuantizationScheme.model_validate(self._settings_of(name))
+        leaves = PackedQuantizationCompressor.compression_param_names(scheme)
+        state = {leaf: self._reader.read(f"{name}.{leaf}") for leaf in leaves}
+        state["weight_scale"] = state["weight_scale"].float()
+        return PackedQuantizationCompressor.decompress(state, scheme)["weight"]  # type: ignore[no-any-return]
 
-def packed_modules(folder: Path) -> list[str]:
-    """Published names of all modules with codes."""
-    return [name.removesuffix(_PACKED) for name in tensor_names(folder) if name.endswith(_PACKED)]
+    def read_plain(self, name: str) -> Tensor:
+        """Read a tensor of a module without codes."""
+        return self._reader.read(name)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Read the model without codes: published name -> tensor."""
+        state = {f"{name}.weight": self.decompress(name) for name in self.packed}
+        return state | {name: self._reader.read(name) for name in self.names if not name.endswith(_LEAVES)}
 
-def dense_modules(folder: Path) -> set[str]:
-    """Names of all modules with a plain weight. Of those that the checkpoint quantizes: embedding and head."""
-    return {name.removesuffix(".weight") for name in tensor_names(folder) if name.endswith(".weight")}
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """The scheme of a linear layer, as compressed-tensors describes it."""
+        return self._settings.get(name) or self._settings["Linear"]  # type: ignore[no-any-return]
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Sequence[str]) -> dict[str, Any]:
@@ -128,9 +146,3 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Sequence[st
         "config_groups": groups,
         "ignore": list(ignored),
     }
-
-
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """The scheme of a linear layer, as compressed-tensors describes it."""
-    groups = read_json(folder / "config.json")["quantization_config"]["config_groups"].values()
-    return next(group for group in groups if name in group["targets"] or group["targets"] == ["Linear"])  # type: ignore[no-any-return]

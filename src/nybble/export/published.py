@@ -12,7 +12,6 @@ goes through `revert_weight_conversion`, and each row of what comes out tells wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,74 +21,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError, describe_error
+from nybble.export.places import Place, by_name, by_tensor, join_tensors, stored_shape, take_rows
 from nybble.export.safetensors_writer import TensorLayout, weight_blocks
 from nybble.export.transformers_folder import quantized_names
+from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
 from nybble.models.experts import find_stacks
-from nybble.quant.weight import QuantizedWeight
 
 _COLUMNS = 2
 """Of every matrix in the copy; their numbers tell rows from columns."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one weight in memory that follow each other in a published tensor.
-
-    Attributes:
-        module: the module in memory that is quantized, an expert or a Conv1D, or the name of any other tensor.
-        start, stop, step: which of its rows.
-    """
-
-    module: str
-    start: int
-    stop: int
-    step: int = 1
-
-    @property
-    def rows(self) -> slice:
-        """The rows as a slice."""
-        return slice(self.start, self.stop, self.step)
-
-    def __len__(self) -> int:
-        return len(range(self.start, self.stop, self.step))
-
-
-@dataclass(frozen=True)
-class PublishedTensor:
-    """A tensor of the published model.
-
-    Attributes:
-        matrices: pieces of each of its matrices, in their order: one list for [O, I], E of them for [E, O, I].
-        is_stack: the tensor has an axis for the matrices.
-        transposed: the matrices are [I, O].
-    """
-
-    matrices: tuple[tuple[Piece, ...], ...]
-    is_stack: bool = False
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a piece is in the published model.
-
-    Attributes:
-        tensor: published name.
-        matrix: number of the matrix in a stack; None for [O, I].
-        first_row: of the piece in this matrix.
-        piece: which rows of the module in memory these are.
-        transposed: the matrix is [I, O].
-    """
-
-    tensor: str
-    matrix: int | None
-    first_row: int
-    piece: Piece
-    transposed: bool
-
-
-def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, PublishedTensor]:
+def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Place]]:
     """Return the tensors of a published model and where their rows are in memory.
 
     Args:
@@ -97,8 +40,8 @@ def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict
         shapes: name of every quantized module in memory -> [O, I].
 
     Returns:
-        Published name -> tensor. Tensors that are no weights of such modules have one piece with one
-        row.
+        Published name -> its places. The name of a place is that of a module that is quantized, of an expert or a
+        Conv1D, or of any other tensor, which counts as one row.
 
     Raises:
         ExportError: transformers cannot undo what it does when it loads the model, or it mixes columns.
@@ -109,7 +52,7 @@ def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict
     rows: list[tuple[str, int]] = []
     try:
         reverted = revert_weight_conversion(model, _numbered_state(model, shapes, rows))
-        return {name: _decode(tensor, rows) for name, tensor in reverted.items()}
+        return by_tensor(place for name, tensor in reverted.items() for place in _decode(name, tensor, rows))
     except Exception as error:  # conversions of transformers have no common error
         raise ExportError(
             f"an export in the published layout needs a model that transformers saves as it loads it; "
@@ -117,71 +60,49 @@ def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict
         ) from error
 
 
-def locate(layout: Mapping[str, PublishedTensor]) -> dict[str, list[Location]]:
-    """Return where the rows of each module in memory are: module -> its pieces."""
-    found: dict[str, list[Location]] = {}
-    for name, tensor in layout.items():
-        for i, pieces in enumerate(tensor.matrices):
-            first_row = 0
-            for piece in pieces:
-                location = Location(name, i if tensor.is_stack else None, first_row, piece, tensor.transposed)
-                found.setdefault(piece.module, []).append(location)
-                first_row += len(piece)
-    return found
-
-
-def locate_modules(folder: Path) -> dict[str, list[Location]]:
-    """Return where the rows of each module are in an export in the published layout; see `locate`."""
+def locate_modules(folder: Path) -> dict[str, list[Place]]:
+    """Return where the rows of each quantized module are in an export in the published layout."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    model = empty_model(config, trust_remote_code=False)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in quantized_names(folder)}
-    return locate(published_layout(config, shapes))
+    model, names = empty_model(config, trust_remote_code=False), quantized_names(folder)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+    found = by_name(place for places in published_layout(config, shapes).values() for place in places)
+    return {name: found[name] for name in names}
 
 
-def tensor_layout(checkpoint: QuantizedCheckpoint, tensor: PublishedTensor) -> TensorLayout:
+def tensor_layout(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> TensorLayout:
     """Dtype and shape of a published tensor.
 
     The dtype is float16 where it holds quantized weights, that of the model where it holds none, and one that holds
     both exactly where experts in 16 bits are stacked with quantized ones.
     """
-    first = tensor.matrices[0][0]
-    if first.module in checkpoint.others:
-        other = checkpoint.others[first.module]
-        pieces = tensor.matrices[0]
-        return TensorLayout(other.dtype, (len(pieces), *other.shape) if len(pieces) > 1 else tuple(other.shape))
-    modules = {piece.module for pieces in tensor.matrices for piece in pieces}
-    dtypes = [
-        torch.float16 if module in checkpoint.shapes else _weight_in_16_bits(checkpoint, module).dtype
-        for module in modules
-    ]
-    shapes = checkpoint.shapes
-    columns = shapes[first.module] if first.module in shapes else _weight_in_16_bits(checkpoint, first.module).shape
-    rows = sum(map(len, tensor.matrices[0]))
-    matrix = (columns[1], rows) if tensor.transposed else (rows, columns[1])
-    dtype = reduce(torch.promote_types, dtypes)
-    return TensorLayout(dtype, (len(tensor.matrices), *matrix) if tensor.is_stack else matrix)
+    if places[0].name in checkpoint.others:
+        other = checkpoint.others[places[0].name]
+        return TensorLayout(other.dtype, (len(places), *other.shape) if len(places) > 1 else tuple(other.shape))
+    names, quantized = {place.name for place in places}, checkpoint.shapes
+    in_16_bits = {name: _weight_in_16_bits(checkpoint, name) for name in names if name not in quantized}
+    dtypes = [in_16_bits[name].dtype if name in in_16_bits else torch.float16 for name in names]
+    shape = stored_shape(places, lambda name: tuple(in_16_bits[name].shape if name in in_16_bits else quantized[name]))
+    return TensorLayout(reduce(torch.promote_types, dtypes), shape)
 
 
-def float16_blocks(checkpoint: QuantizedCheckpoint, tensor: PublishedTensor) -> Iterator[Tensor]:
+def float16_blocks(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> Iterator[Tensor]:
     """Yield the values of a published tensor as consecutive blocks, in the dtype of `tensor_layout`."""
-    dtype = tensor_layout(checkpoint, tensor).dtype
-    for pieces in tensor.matrices:
-        for piece in pieces:
-            if piece.module in checkpoint.others:
-                yield checkpoint.others[piece.module]
-                continue
-            if piece.module in checkpoint.shapes:
-                values = weight_blocks(rows_of(checkpoint.quantized, piece))
-                blocks = (block.dequantize().half().to(dtype) for block in values)
-            else:
-                blocks = (part.to(dtype) for part in [_weight_in_16_bits(checkpoint, piece.module)[piece.rows]])
-            if tensor.transposed:
-                assert len(pieces) == 1, "a transposed matrix is one module"
-                yield torch.cat(list(blocks)).T
-            else:
-                yield from blocks
+    dtype = tensor_layout(checkpoint, places).dtype
+    for place in places:
+        if place.name in checkpoint.others:
+            yield checkpoint.others[place.name]
+            continue
+        if place.name in checkpoint.shapes:
+            values = weight_blocks(take_rows(checkpoint.quantized[place.name], place.rows))
+            blocks = (block.dequantize().half().to(dtype) for block in values)
+        else:
+            blocks = (part.to(dtype) for part in [_weight_in_16_bits(checkpoint, place.name)[place.rows]])
+        if place.transposed:
+            yield torch.cat(list(blocks)).T
+        else:
+            yield from blocks
 
 
 def _weight_in_16_bits(checkpoint: QuantizedCheckpoint, module: str) -> Tensor:
@@ -189,35 +110,24 @@ def _weight_in_16_bits(checkpoint: QuantizedCheckpoint, module: str) -> Tensor:
     return checkpoint.others[f"{module}.weight"]
 
 
-def rows_of(quantized: Mapping[str, QuantizedWeight], piece: Piece) -> QuantizedWeight:
-    """The rows of a piece."""
-    weight, rows = quantized[piece.module], piece.rows
-    return QuantizedWeight(weight.codes_OI[rows], weight.scale_OG[rows], weight.zero_point_OG[rows], weight.scheme)
-
-
-def read_rows(file: Any, locations: Sequence[Location]) -> Tensor:
+def read_rows(reader: TensorReader, places: Sequence[Place]) -> Tensor:
     """Read the weight of a module back.
 
     Args:
-        file: an open safetensors file.
-        locations: of the module.
+        reader: of the file.
+        places: of the module.
 
     Returns:
         [O, I] in the dtype of the file.
     """
     parts = []
-    for location in locations:
-        stored = file.get_slice(location.tensor)
-        rows = slice(location.first_row, location.first_row + len(location.piece))
-        index = (slice(None), rows) if location.transposed else (rows,)
-        part = stored[index] if location.matrix is None else stored[(location.matrix, *index)]
-        parts.append(part.T if location.transposed else part)
-    if len(parts) == 1:
-        return parts[0].clone()  # type: ignore[no-any-return]
-    weight_OI = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1])
-    for location, part in zip(locations, parts, strict=True):
-        weight_OI[location.piece.rows] = part
-    return weight_OI  # type: ignore[no-any-return]
+    for place in places:
+        first = place.first_row
+        rows = slice(first, first + place.count(place.rows.stop))
+        index = (slice(None), rows) if place.transposed else (rows,)
+        part = reader.read(place.tensor, *(() if place.matrix is None else (place.matrix,)), *index)
+        parts.append(part.T if place.transposed else part)
+    return join_tensors(places, parts)
 
 
 def _numbered_state(
@@ -259,7 +169,7 @@ def _numbered(name: str, count: int, rows: list[tuple[str, int]]) -> Tensor:
     return (torch.arange(first, len(rows))[:, None] * _COLUMNS) + torch.arange(_COLUMNS)
 
 
-def _decode(tensor: Tensor, rows: list[tuple[str, int]]) -> PublishedTensor:
+def _decode(name: str, tensor: Tensor, rows: list[tuple[str, int]]) -> Iterator[Place]:
     """Find the rows of a published tensor. ValueError where it does not consist of whole rows."""
     is_stack = tensor.ndim == 3
     matrices = tensor if is_stack else tensor[None]
@@ -269,13 +179,16 @@ def _decode(tensor: Tensor, rows: list[tuple[str, int]]) -> PublishedTensor:
         matrices = matrices.transpose(1, 2)
     if matrices.shape[-1] != _COLUMNS or not bool((matrices % _COLUMNS == columns).all()):
         raise ValueError("columns are mixed")
-    pieces = tuple(_pieces([rows[i] for i in (matrix[:, 0] // _COLUMNS).tolist()]) for matrix in matrices)
-    return PublishedTensor(pieces, is_stack, transposed)
+    for i, matrix in enumerate(matrices):
+        runs = list(_runs([rows[number] for number in (matrix[:, 0] // _COLUMNS).tolist()]))
+        if transposed and len(runs) > 1:
+            raise ValueError("a transposed matrix has rows of several layers")
+        for first_row, module, part in runs:
+            yield Place(name, module, part, i if is_stack else None, first_row, transposed)
 
 
-def _pieces(rows: list[tuple[str, int]]) -> tuple[Piece, ...]:
-    """Rows that follow each other, as few pieces."""
-    pieces: list[Piece] = []
+def _runs(rows: list[tuple[str, int]]) -> Iterator[tuple[int, str, slice]]:
+    """Find rows that follow each other: the number of the first, the module, and which of its rows they are."""
     i = 0
     while i < len(rows):
         module, start = rows[i]
@@ -283,6 +196,5 @@ def _pieces(rows: list[tuple[str, int]]) -> tuple[Piece, ...]:
         end = i + 1
         while step > 0 and end < len(rows) and rows[end] == (module, start + (end - i) * step):
             end += 1
-        pieces.append(Piece(module, start, rows[end - 1][1] + 1, max(step, 1)))
+        yield i, module, slice(start, rows[end - 1][1] + 1, max(step, 1))
         i = end
-    return tuple(pieces)

@@ -105,6 +105,27 @@ def decode_logits(exported: Any, ids_1T: Tensor, prompt_length: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def logit_difference(logits_1TV: Tensor, expected_1TV: Tensor, tolerance: float, folder: Path) -> float:
+    """Return the largest absolute difference of logits.
+
+    Args:
+        logits_1TV: of an export.
+        expected_1TV: of torch.
+        tolerance: largest allowed difference, relative to the largest logit.
+        folder: the export, for the error message.
+
+    Raises:
+        ExportError: the difference is larger.
+    """
+    difference, largest = float((logits_1TV.float() - expected_1TV).abs().max()), float(expected_1TV.abs().max())
+    if not difference <= tolerance * largest:  # also true for NaN
+        raise ExportError(
+            f"{folder} must give the logits of torch within {tolerance} of the largest in float32; they "
+            f"differ by {difference:.3g}, the largest is {largest:.3g}; please report this"
+        )
+    return difference
+
+
 @contextmanager
 def runtime_errors(label: str, name: str) -> Iterator[None]:
     """Turn what the code of a format or of its runtime raises in this block into one line.

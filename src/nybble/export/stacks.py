@@ -11,34 +11,16 @@ The gates are the first half of the rows of gate_up_proj; in gpt_oss they are ev
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch import Tensor
-
+from nybble.export.places import Place
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
-from nybble.quant.weight import QuantizedWeight
 
 _EXPERT = re.compile(
     r"(?P<path>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_up_proj|down_proj)(?P<kind>\.weight|\.bias)?"
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where rows of a module or parameter are in a file.
-
-    Attributes:
-        tensor: name in the file.
-        expert: number of the matrix in the tensor; None where the tensor is no stack.
-        rows: which rows of the module or parameter these are.
-    """
-
-    tensor: str
-    expert: int | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
 
 
 def stack_places(name: str, expert_width: int, interleaved_gate: bool = False) -> list[Place]:
@@ -51,40 +33,15 @@ def stack_places(name: str, expert_width: int, interleaved_gate: bool = False) -
     """
     match = _EXPERT.fullmatch(name)
     if match is None:
-        return [Place(name)]
+        return [Place(name, name)]
     path, number, kind = match["path"], int(match["number"]), match["kind"] or ""
     if match["leaf"] == "down_proj":
-        return [Place(f"{path}.down_proj{kind}", number)]
+        return [Place(f"{path}.down_proj{kind}", name, matrix=number)]
     halves = (slice(0, expert_width), slice(expert_width, None))
     if interleaved_gate:
         halves = (slice(0, None, 2), slice(1, None, 2))
-    return [
-        Place(f"{path}.{leaf}{kind}", number, rows) for leaf, rows in zip(("gate_proj", "up_proj"), halves, strict=True)
-    ]
-
-
-def take_rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    """Return some rows of a weight."""
-    return QuantizedWeight(weight.codes_OI[rows], weight.scale_OG[rows], weight.zero_point_OG[rows], weight.scheme)
-
-
-def join_rows(parts: Sequence[tuple[slice, QuantizedWeight]]) -> QuantizedWeight:
-    """Put rows of weights with one scheme together: pairs of the rows in the result, and the weight that they are."""
-
-    def join(leaf: str) -> Tensor:
-        return join_tensors([(rows, getattr(weight, leaf)) for rows, weight in parts])
-
-    return QuantizedWeight(join("codes_OI"), join("scale_OG"), join("zero_point_OG"), parts[0][1].scheme)
-
-
-def join_tensors(parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
-    """Put rows of matrices together: pairs of the rows in the result, and the matrix that they are."""
-    if len(parts) == 1:
-        return parts[0][1]
-    joined = parts[0][1].new_empty(sum(len(part) for _, part in parts), parts[0][1].shape[1])
-    for rows, part in parts:
-        joined[rows] = part
-    return joined
+    leaves = ("gate_proj", "up_proj")
+    return [Place(f"{path}.{leaf}{kind}", name, rows, number) for leaf, rows in zip(leaves, halves, strict=True)]
 
 
 def num_experts(config: Any) -> int:

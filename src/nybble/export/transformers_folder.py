@@ -102,12 +102,6 @@ def quantized_names(folder: Path) -> list[str]:
     return read_metadata(folder).get(_QUANTIZED, "").split()
 
 
-def read_tensor(folder: Path, name: str) -> Tensor:
-    """Read one tensor of FOLDER/model.safetensors. It is copied, so that the file is not kept mapped."""
-    with open_tensors(folder / MODEL_FILE) as file:
-        return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-
-
 def tensor_names(folder: Path) -> set[str]:
     """Names of all tensors in FOLDER/model.safetensors."""
     with open_tensors(folder / MODEL_FILE) as file:

@@ -27,40 +27,16 @@ from torch import Tensor
 from nybble.errors import ExportError, OptionError
 from nybble.export.base import Exporter
 from nybble.export.containers import four_or_eight_bits, split_groups
-from nybble.export.packed_layers import (
-    belongs_to_codes,
-    decompress,
-    dense_modules,
-    layer_layouts,
-    packed_modules,
-    quantization_config,
-    read_layer,
-    write_layer,
-)
-from nybble.export.published import (
-    Location,
-    Piece,
-    PublishedTensor,
-    float16_blocks,
-    locate_modules,
-    published_layout,
-    rows_of,
-    tensor_layout,
-)
-from nybble.export.safetensors_writer import (
-    MODEL_FILE,
-    safetensors_writer,
-    written_by,
-)
+from nybble.export.packed_layers import PackedFolder, layer_layouts, quantization_config, write_layer
+from nybble.export.places import Place, join_tensors, join_weights, take_rows
+from nybble.export.published import float16_blocks, locate_modules, published_layout, tensor_layout
+from nybble.export.safetensors_writer import MODEL_FILE, safetensors_writer, written_by
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
     float16_limits,
     load_with_transformers,
     metadata,
-    quantized_names,
-    read_tensor,
-    tensor_names,
     update_config,
 )
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
@@ -151,25 +127,26 @@ class VLLMExporter(Exporter):
         int4, schemes = set(checkpoint.selection.linears), checkpoint.selection.schemes
         _check_fused(model, {name: schemes[name] for name in int4})
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
-        packed = {name: _single_piece(name, t) for name, t in tensors.items() if _layer(t) in int4}
-        layouts = {name: tensor_layout(checkpoint, t) for name, t in tensors.items() if name not in packed}
+        packed = {name: _single_place(name, places) for name, places in tensors.items() if places[0].name in int4}
+        layouts = {name: tensor_layout(checkpoint, places) for name, places in tensors.items() if name not in packed}
         dense = [name for name, layout in layouts.items() if len(layout.shape) == 2]
-        for name, piece in packed.items():
-            shape = (len(piece), checkpoint.shapes[piece.module][1])
-            layouts |= layer_layouts(_module(name), shape, schemes[piece.module])
+        for name, place in packed.items():
+            rows, columns = checkpoint.shapes[place.name]
+            layouts |= layer_layouts(_module(name), (place.count(rows), columns), schemes[place.name])
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
-            for name, tensor in tensors.items():
+            for name, places in tensors.items():
                 if name in packed:
-                    write_layer(writer, _module(name), rows_of(checkpoint.quantized, packed[name]))
+                    weight = take_rows(checkpoint.quantized[places[0].name], places[0].rows)
+                    write_layer(writer, _module(name), weight)
                 else:
-                    writer.write_blocks(name, float16_blocks(checkpoint, tensor))
+                    writer.write_blocks(name, float16_blocks(checkpoint, places))
         # vLLM looks for the published name of a layer, transformers for the one in memory: both are listed.
         in_memory = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in int4)
         embeddings = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
-        published = (_module(n) for n in dense if n.endswith(".weight") and _layer(tensors[n]) not in embeddings)
+        published = (_module(n) for n in dense if n.endswith(".weight") and tensors[n][0].name not in embeddings)
         ignored = sorted({_name_of_head(model), *published, *in_memory})
-        coded = {_module(name): schemes[piece.module] for name, piece in packed.items()}
-        coded |= {piece.module: schemes[piece.module] for piece in packed.values()}
+        coded = {_module(name): schemes[place.name] for name, place in packed.items()}
+        coded |= {place.name: schemes[place.name] for place in packed.values()}
         update_config(folder, model, quantization_config=quantization_config(coded, ignored))
 
     def recognizes(self, folder: Path) -> bool:
@@ -190,27 +167,29 @@ class VLLMExporter(Exporter):
         if not find_stacks(transformers_model(config, trust_remote_code=False)):
             return load_with_transformers(folder, strict)
         # transformers 5.23 forgets the zero points of experts when it stacks them.
-        state = {f"{name}.weight": decompress(folder, name) for name in packed_modules(folder)}
-        state |= {name: read_tensor(folder, name) for name in tensor_names(folder) if not belongs_to_codes(name)}
-        return load_with_transformers(folder, strict, state)
+        return load_with_transformers(folder, strict, PackedFolder(folder).weights())
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read the codes of the linear layers; see `Exporter.read_codes`."""
-        dense, locations = dense_modules(folder), locate_modules(folder)
-        names = [name for name in quantized_names(folder) if _module(locations[name][0].tensor) not in dense]
-        return LazyMapping(names, lambda name: _read_module(folder, locations[name]))
+        places, packed = locate_modules(folder), PackedFolder(folder)
+
+        def read(name: str) -> QuantizedWeight:
+            parts = [packed.read_layer(_module(place.tensor)) for place in places[name]]
+            return join_weights(places[name], parts)
+
+        return LazyMapping((name for name in places if _module(places[name][0].tensor) not in packed.dense), read)
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights with compressed-tensors' own decompression, in float32; see `Exporter.read_weights`."""
-        dense, locations = dense_modules(folder), locate_modules(folder)
+        places, packed = locate_modules(folder), PackedFolder(folder)
 
         def read(name: str) -> Tensor:
-            if _module(locations[name][0].tensor) in dense:
-                return read_tensor(folder, locations[name][0].tensor).float()
-            parts = [decompress(folder, _module(location.tensor)) for location in locations[name]]
-            return _in_memory(parts, locations[name])
+            tensor = places[name][0].tensor
+            if _module(tensor) in packed.dense:
+                return packed.read_plain(tensor).float()
+            return join_tensors(places[name], [packed.decompress(_module(place.tensor)) for place in places[name]])
 
-        return LazyMapping(quantized_names(folder), read)
+        return LazyMapping(places, read)
 
 
 def _module(name: str) -> str:
@@ -218,37 +197,14 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _layer(tensor: PublishedTensor) -> str:
-    """Name of the module in memory that a published tensor, or its first rows, belongs to."""
-    return tensor.matrices[0][0].module
-
-
-def _single_piece(name: str, tensor: PublishedTensor) -> Piece:
-    """The rows of a published tensor that holds a matrix of one layer. ExportError for others."""
-    if tensor.is_stack or tensor.transposed or len(tensor.matrices[0]) > 1:
+def _single_place(name: str, places: Sequence[Place]) -> Place:
+    """The place of a published tensor that is a matrix of one layer. ExportError for others."""
+    if len(places) > 1 or places[0].matrix is not None or places[0].transposed:
         raise ExportError(
             f"an export to vLLM needs models that are published with one matrix for each layer and expert; {name} "
             "holds several; remove vllm from --export"
         )
-    return tensor.matrices[0][0]
-
-
-def _in_memory(parts: Sequence[Tensor], locations: Sequence[Location]) -> Tensor:
-    """Put the rows of published layers [rows, ...] where they are in memory [O, ...]."""
-    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    for part, location in zip(parts, locations, strict=True):
-        whole[location.piece.rows] = part
-    return whole
-
-
-def _read_module(folder: Path, locations: Sequence[Location]) -> QuantizedWeight:
-    """Read the published layers that make a layer in memory."""
-    layers = [read_layer(folder, _module(location.tensor)) for location in locations]
-    codes_OI, scale_OG, zero_point_OG = (
-        _in_memory([getattr(layer, leaf) for layer in layers], locations)
-        for leaf in ("codes_OI", "scale_OG", "zero_point_OG")
-    )
-    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, layers[0].scheme)
+    return places[0]
 
 
 def _name_of_head(model: Any) -> str:

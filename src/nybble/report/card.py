@@ -26,22 +26,25 @@ from nybble.run.results import RunResults
 CARD = "README.md"
 _BUILT_IN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _TAGS = ("quantized", "nybble")
+_TASKS = {"vision_config": "image-text-to-text", "audio_config": "audio-text-to-text"}
+"""Configuration of a part that an export holds beside the text model -> what the hub calls its task."""
 
 
-def model_card(results: RunResults, name: str, options: Mapping[str, Any]) -> str:
+def model_card(results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The card of one export of a run.
 
     Args:
         results: of the run.
         name: of the export format.
         options: of the run, by name: pretrained.
+        config: content of config.json of the export.
 
     Returns:
         Markdown with the front matter that the Hugging Face hub reads.
     """
     label = format_label(name)
     parts = [
-        _front_matter(results, name, str(options.get("pretrained", ""))),
+        _front_matter(results, name, str(options.get("pretrained", "")), config),
         f"# {escape_markdown(results.model)}, {results.precision} ({escape_markdown(label)})",
         escape_markdown(_without_paths(summary(results))),
         as_markdown(*result_rows(results)),
@@ -71,9 +74,10 @@ def _precision_tags(results: RunResults) -> list[str]:
     return [tag for width in widths for tag in (f"int{width}", f"{width}-bit")]
 
 
-def _front_matter(results: RunResults, name: str, pretrained: str) -> str:
+def _front_matter(results: RunResults, name: str, pretrained: str, config: Mapping[str, Any]) -> str:
     library = (EXPORTERS[name].library if name in EXPORTERS else "") or name
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    task = next((task for part, task in _TASKS.items() if config.get(part)), "text-generation")
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     pretrained = _BUILT_IN.get(pretrained, pretrained)
     if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
         lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from nybble.errors import OptionError, RunError
+from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
 from nybble.models.checkpoint import open_checkpoint
@@ -15,6 +17,9 @@ from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
 from nybble.workflows.publish import check_repository, push_to_hub, write_cards
 from nybble.workflows.steps import export_run
+
+_OTHER_REMEDY = re.compile(r"(?:change [^;]+ or )?remove (\w+(?: and \w+)?) from --export(?:, or the pattern)?")
+"""What exporters advise in a run that compresses, where --export names the formats."""
 
 
 def export(options: ExportOptions) -> None:
@@ -45,10 +50,20 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
         check_complete(run.quantized)
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
-        formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
-        for name in formats:
-            export_run(run, name, trust_remote_code)
-            write_cards(run)  # also of those before one that fails
+        with remedies_of_this_command():
+            formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
+            for name in formats:
+                export_run(run, name, trust_remote_code)
+                write_cards(run)  # also of those before one that fails
     finally:
         run.close()
     return [path / name for name in formats]
+
+
+@contextmanager
+def remedies_of_this_command() -> Iterator[None]:
+    """Name --to in the remedies of exporters; the schemes of a finished run cannot be changed."""
+    try:
+        yield
+    except (ExportError, OptionError) as error:
+        raise type(error)(_OTHER_REMEDY.sub(r"remove \1 from --to", str(error))) from error

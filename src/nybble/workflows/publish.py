@@ -13,6 +13,7 @@ from nybble.files import write_text
 from nybble.report.card import CARD, model_card
 from nybble.run.folder import RunFolder
 from nybble.run.resume import saved_options
+from nybble.schema import read_json
 
 log = logging.getLogger("nybble")
 
@@ -21,8 +22,10 @@ def write_cards(run: RunFolder) -> None:
     """Write the model card of every export of a run, from what the run knows now. Saves the results."""
     options = saved_options(run.path)
     for name in run.results.exports:
-        if (run.path / name).is_dir():
-            write_text(run.path / name / CARD, model_card(run.results, name, options))
+        folder = run.path / name
+        if folder.is_dir():
+            config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+            write_text(folder / CARD, model_card(run.results, name, options, config))
             run.note_files(name)
     run.save()
 

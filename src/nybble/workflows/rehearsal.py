@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nybble.compression.init import QuantizedInit
-from nybble.errors import ExportError, ModelError, NybbleError, OptionError, describe_error
+from nybble.errors import ExportError, ModelError, NybbleError, OptionError, describe_error, without_remedy
 from nybble.export.base import EXPORTERS
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.composite import text_config
@@ -96,7 +96,7 @@ def rehearse(
             except (ExportError, OptionError) as error:
                 if name not in optional:
                     raise
-                log.warning("there is no export to %s: %s", EXPORTERS[name].label, error)
+                log.warning("there is no export to %s: %s", EXPORTERS[name].label, without_remedy(error))
             else:
                 kept.append(name)
     return tuple(kept)

@@ -34,6 +34,15 @@ GRANITE = {
     "attention_bias": True,
 }  # fmt: skip
 GLM = {"routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 3}
+# As it is published, for a shorter context.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LATENT_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 # What llama.cpp computes of each family.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,9 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": GRANITE,
     "glm4_moe": GLM,
     "ernie4_5_moe": {"num_hidden_layers": 3},
-    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
+    "gpt_oss": {"rope_parameters": GPT_OSS_ROPE},
+    "deepseek_v2": {"topk_method": "greedy", "n_group": 1},
+    "deepseek_v3": {"num_hidden_layers": 3},
 }
-FAST = {"mixtral", "glm4_moe", "gpt_oss"}
+FAST = {"mixtral", "glm4_moe", "gpt_oss", "deepseek_v3"}
 
 # Written out, to compare with the table of the package gguf.
 NAMES = {
@@ -125,11 +136,49 @@ def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(family: s
     for name, numbers in stacks.items():
         assert np.array_equal(found[name], numbers), name
     singles = [name for name in parameters if ".experts." not in name]
-    assert len(found) == len(stacks) + len(singles)
+    split = [name for name in singles if name.endswith("kv_b_proj.weight")]
+    assert len(found) == len(stacks) + len(singles) + len(split)
+    for name in split:
+        check_heads(parameters[name], found, name.split(".")[2], checkpoint.config)
     for parameter in singles:
         _, _, layer, inner = parameter.split(".", 3) if parameter.startswith("model.layers.") else ("", "", "", "")
         if inner in NAMES:
             assert np.array_equal(found[f"blk.{layer}.{NAMES[inner]}"], parameters[parameter]), parameter
+
+
+def check_heads(numbers: np.ndarray, found: dict[str, np.ndarray], layer: str, config: Any) -> None:
+    """Rows of the projection to keys and values, one by one: keys are columns of a matrix for each head."""
+    keys, values, row = found[f"blk.{layer}.attn_k_b.weight"], found[f"blk.{layer}.attn_v_b.weight"], 0
+    for head in range(config.num_attention_heads):
+        for i in range(config.qk_nope_head_dim):
+            assert np.array_equal(keys[head][:, i], numbers[row])
+            row += 1
+        for i in range(config.v_head_dim):
+            assert np.array_equal(values[head][i], numbers[row])
+            row += 1
+    assert row == len(numbers)
+
+
+def test_the_half_of_latent_attention_whose_rows_hold_no_groups_is_in_16_bits(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    checkpoint, _ = export(tmp_path, make_model("deepseek_v3"))
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    assert kinds["blk.0.attn_k_b.weight"] == "F16"
+    assert kinds["blk.0.attn_v_b.weight"] == "Q4_1"
+    codes = EXPORTER.read_codes(tmp_path / "gguf")
+    assert checkpoint.quantized.keys() - codes.keys() == {f"model.layers.{i}.self_attn.kv_b_proj" for i in range(3)}
+
+
+def test_rotary_angles_that_llama_cpp_rounds_are_said() -> None:
+    config = make_mixture("gpt_oss", rope_parameters=GPT_OSS_ROPE | {"original_max_position_embeddings": 4096}).config
+    config.head_dim = 64
+    assert EXPORTER.limits(config) == (
+        "llama.cpp rounds the ends of the ramp of yarn to whole dimensions, and this model does not (truncate False): "
+        "in the GGUF export, rotary angles differ by up to 0.22 radians after 1000 tokens",
+    )
+    config.rope_parameters["truncate"] = True
+    assert EXPORTER.limits(config) == ()
 
 
 def test_the_tested_families_are_those_of_these_tests() -> None:
@@ -144,6 +193,10 @@ def test_the_tested_families_are_those_of_these_tests() -> None:
         ("gpt_oss", {}, QuantScheme(8, 32, symmetric=True), "Q8_0"),
         ("glm4_moe", {"norm_topk_prob": False, "first_k_dense_replace": 2}, None, "Q4_1"),
         ("ernie4_5_moe", {"moe_num_shared_experts": 2, "moe_layer_start_index": 0}, None, "Q4_1"),
+        ("deepseek_v2", {"q_lora_rank": None, "routed_scaling_factor": 2.0, "n_shared_experts": 2}, None, "Q4_1"),
+        ("deepseek_v2", {"rope_parameters": LATENT_YARN, "norm_topk_prob": True}, None, "Q4_1"),
+        ("deepseek_v3", {"rope_parameters": LATENT_YARN, "n_group": 1}, None, "Q4_1"),
+        ("deepseek_v3", {"norm_topk_prob": False}, QuantScheme(8, 32, symmetric=True), "Q8_0"),
         ("qwen2_moe", {"num_experts": 12}, None, "Q4_1"),  # experts 10 and 11 stay behind expert 9
     ],
     ids=str,
@@ -215,6 +268,11 @@ def _other_field(key: str, value: Any) -> Callable[..., Any]:
         ("glm4_moe", "expert_gating_func", 1),
         ("glm4_moe", "rope.dimension_count", 32),
         ("gpt_oss", "attention.sliding_window", 9),
+        ("gpt_oss", "rope.scaling.factor", 31.0),
+        ("deepseek_v3", "expert_group_count", 1),
+        ("deepseek_v3", "expert_weights_scale", 1.0),
+        ("deepseek_v3", "expert_weights_norm", False),
+        ("deepseek_v2", "expert_gating_func", 2),
     ],
 )
 def test_the_comparison_of_logits_finds_faults(
@@ -239,7 +297,12 @@ def test_the_comparison_of_logits_finds_faults(
         ("olmoe", {"num_key_value_heads": 2}, "2 heads of keys and values for 4 of queries"),
         ("glm4_moe", {"n_group": 2}, "n_group 2"),
         ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit 6.0"),
-        ("gpt_oss", {"rope_parameters": None}, "rotary embeddings of the type yarn with truncate False"),
+        ("gpt_oss", {"rope_parameters": GPT_OSS_ROPE | {"beta_fast": 16.0}}, "of the type yarn with beta_fast 16.0"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "by their best expert (n_group 2)"),
+        ("deepseek_v2", {"num_hidden_layers": 27}, "q_lora_rank 32 in 27 layers"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
+        ("deepseek_v3", {"rope_parameters": LATENT_YARN | {"mscale": 1.0}}, "of the type yarn with mscale 1.0"),
+        ("deepseek_v3", {"rope_parameters": LATENT_YARN | {"mscale_all_dim": 0.0}}, "yarn with mscale 0.707"),
         ("mixtral", {"sliding_window": 8}, "a sliding window of 8 tokens"),
     ],
 )  # fmt: skip

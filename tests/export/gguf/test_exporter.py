@@ -269,7 +269,7 @@ def test_check_refuses_models_and_schemes_that_the_format_cannot_hold() -> None:
     EXPORTER.check(config, SELECTION)
     assert EXPORTER.container(QuantScheme(4, 96), 192, embedding=False) == QuantScheme(4, 32)
     with pytest.raises(
-        ExportError, match=r"needs a model type of ernie4_5_moe, .*, qwen3_moe; got mamba; remove gguf from --ex"
+        ExportError, match=r"needs a model type of deepseek_v2, .*, qwen3_moe; got mamba; remove gguf from --ex"
     ):
         EXPORTER.check(SimpleNamespace(model_type="mamba"), SELECTION)
     assert EXPORTER.container(QuantScheme(4, 48), 96, embedding=False) is None

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from nybble.cli.main import main
+from nybble.errors import OptionError
+from nybble.workflows.export import remedies_of_this_command
 from tests.helpers.tiny import make_model, save_model
 from tests.helpers.tokenizers import BYTE_LEVEL, byte_level_tokenizer
 
@@ -42,3 +44,16 @@ def test_a_run_refuses_what_the_format_cannot_hold_before_it_starts(
     assert main(["compress", "--pretrained", str(model), "--output_dir", str(tmp_path / "run"), *FLAGS]) == 2
     assert "this model has a sliding window of 8 tokens; remove gguf from --export" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_exporting_a_run_again_names_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "mistral"), tmp_path / "run"
+    flags = [*FLAGS[: FLAGS.index("--export")], "--export", "none", "--dtype", "float32"]
+    assert main(["compress", "--pretrained", str(model), "--output_dir", str(run), *flags]) == 0
+    capsys.readouterr()
+    assert main(["export", str(run), "--to", "gguf"]) == 2
+    assert "this model has a sliding window of 8 tokens; remove gguf from --to\n" in capsys.readouterr().err
+    message = "an export needs groups; there are none; change --bits or --layer, or remove a and b from --export"
+    expected = "^an export needs groups; there are none; remove a and b from --to$"
+    with pytest.raises(OptionError, match=expected), remedies_of_this_command():
+        raise OptionError(message)

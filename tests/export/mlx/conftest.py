@@ -22,6 +22,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "glm4_moe": {"routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True},
+    "gpt_oss": {
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 16.0, "beta_slow": 2.0,
+            "truncate": False, "original_max_position_embeddings": 64,
+        },
+    },
 }  # fmt: skip
 """Mixtures of experts that mlx-lm computes, with the options in which they differ."""
 

@@ -84,7 +84,12 @@ def test_every_family_has_facts() -> None:
         ("glm4_moe", {"n_group": 2}, "n_group = 1; glm4_moe has 2"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = None; olmoe has 8.0"),
         ("ernie4_5_moe", {}, "experts of glm4_moe, .*; ernie4_5_moe has others, which mlx-lm computes otherwise"),
-        ("gpt_oss", {}, "experts of glm4_moe, .*; gpt_oss has others"),
+        ("deepseek_v3", {}, "experts of glm4_moe, .*; deepseek_v3 has others"),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention"] * 2},
+            "sliding windows in others; gpt_oss has full_attention in",
+        ),
     ],
 )
 def test_mixtures_that_mlx_lm_computes_otherwise_are_refused(

@@ -9,6 +9,7 @@ import torch
 
 from nybble.export.onnx import codes as module
 from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, lazy_initializers, module_of
+from nybble.export.places import take_rows
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -34,7 +35,9 @@ ROW = QuantizedWeight(
 
 def initializers(weight: QuantizedWeight, part: Part | None = None) -> dict[str, Any]:
     rows, columns = weight.codes_OI.shape
-    return lazy_initializers(part or Part("a.b", 0, rows), columns, weight.scheme, lambda: weight)
+    part = part or Part("a.b", 0, rows)
+    taken = take_rows(weight, slice(part.begin, part.end))
+    return lazy_initializers(part.prefix, [part.end - part.begin], columns, weight.scheme, lambda: taken)
 
 
 def test_golden_bytes_of_4_bits() -> None:
@@ -160,8 +163,9 @@ def test_the_operators_compute_the_weights_of_a_saved_model(family: str, export:
             rows_OI = looked_up(tensors, len(tensors[CODES]), options["block_size"])
         else:
             continue
-        name, begin = module._split(next(name for name in node.input if name.endswith(CODES)))
-        computed.setdefault(name, {})[begin] = rows_OI
+        prefix = next(name for name in node.input if name.endswith(CODES)).removesuffix(CODES)
+        (place,) = module._places(prefix, rows_OI.shape)
+        computed.setdefault(place.name, {})[place.rows.start] = rows_OI
     assert computed.keys() == exported.checkpoint.quantized.keys()
     for name, parts in computed.items():
         weight_OI = torch.cat([rows_OI for _, rows_OI in sorted(parts.items())])

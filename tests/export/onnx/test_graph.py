@@ -16,7 +16,9 @@ from nybble.files import reporting_full_disk
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.export.onnx.conftest import EXPORTER, Export, Exported, attributes
+from tests.export.onnx.test_experts import FAMILIES as MIXTURES
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.mixtures import model_type
 from tests.helpers.small_disk import SMALL_DISKS
 from tests.helpers.tiny import FAMILIES, make_config
 
@@ -240,4 +242,5 @@ def test_a_symmetric_scheme_writes_no_zero_points(export: Export) -> None:
 
 def test_the_builders_know_the_tested_families() -> None:
     assert module.BUILDERS.keys() == EXPORTER.tested_families
-    assert EXPORTER.tested_families == {make_config(family).model_type for family in FAMILIES}
+    dense = {make_config(family).model_type for family in FAMILIES}
+    assert EXPORTER.tested_families == dense | {model_type(family) for family in MIXTURES}

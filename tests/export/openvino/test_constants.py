@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.openvino.constants import insert_codes, read_constants
-from nybble.export.openvino.experts import GraphWeight
 from nybble.export.openvino.runtime import core
 from nybble.export.openvino.trace import TracedModel
+from nybble.export.places import Place
 from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
@@ -31,7 +31,7 @@ def traced_with(**weights: Tensor) -> TracedModel:
 
     parameters = {name: op.parameter(list(weight_OI.shape), ov.Type.f32) for name, weight_OI in weights.items()}
     results = [op.result(parameter) for parameter in parameters.values()]
-    sources = {name: GraphWeight(tuple(weight.shape), (name,), (0, len(weight))) for name, weight in weights.items()}
+    sources = {name: [Place(name, name)] for name in weights}
     return TracedModel(ov.Model(results, list(parameters.values()), "test"), parameters, sources)
 
 

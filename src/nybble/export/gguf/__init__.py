@@ -3,6 +3,7 @@
 exporter.py          the exporter: what is refused, order of the steps
 architectures.py     what llama.cpp computes for each architecture, and the fields of a configuration
 experts.py           mixtures of experts as fields, and where the rows of each expert are
+latent.py            latent attention as fields, and where the rows of its heads are
 rope.py              rotary embeddings as fields and tensors
 tensors.py           names of tensors, order of rows, norms
 blocks.py            codes to blocks Q4_1, Q4_0 and Q8_0, and back

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nybble.export.gguf.experts import expert_fields, expert_problems
+from nybble.export.gguf.latent import latent_fields, latent_problems
 from nybble.export.gguf.rope import RopeFields, rope_fields
 
 Value = int | float | str
@@ -104,6 +105,8 @@ MODEL_TYPES: dict[str, Architecture] = {
         interleaved_gate=True,
         assumed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     ),
+    "deepseek_v2": Architecture("deepseek2", leading_dense=True),
+    "deepseek_v3": Architecture("deepseek2", leading_dense=True, assumed={"rope_interleave": True}),
 }
 """Model type of transformers -> architecture that computes it."""
 
@@ -172,6 +175,7 @@ def _problems(config: Any, architecture: Architecture, tied: bool) -> Iterator[s
     if isinstance(fields := architecture_rope(config), str):
         yield fields
     yield from _attention_problems(config, architecture)
+    yield from latent_problems(config)
     yield from expert_problems(config, architecture.assumed, architecture.leading_dense)
 
 
@@ -239,7 +243,7 @@ def metadata(config: Any) -> dict[str, Value]:
     rope = architecture_rope(config)
     assert isinstance(rope, RopeFields), rope
     fields |= rope.fields
-    fields |= expert_fields(config)
+    fields |= latent_fields(config) | expert_fields(config)
     if architecture.multipliers:
         fields["embedding_scale"] = float(config.embedding_multiplier)
         fields["attention.scale"] = float(config.attention_multiplier)

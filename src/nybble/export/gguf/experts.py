@@ -10,17 +10,16 @@ All experts of a tensor have one type of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from nybble.export.gguf.latent import LatentHeads, split_heads
+from nybble.export.places import Place
+from nybble.export.stacks import expert_width, num_experts, stack_places
 
-from nybble.export.stacks import Place, expert_width, num_experts, stack_places
-
-_SIGMOID = 2
-"""llama.cpp's number for routers with sigmoids (expert_gating_func)."""
+_SOFTMAX, _SIGMOID = 1, 2
+"""llama.cpp's numbers for the function of a router (expert_gating_func)."""
 
 _RENAMES = (
     (".block_sparse_moe.", ".mlp."),
@@ -32,7 +31,7 @@ _RENAMES = (
 
 
 def parameter_places(
-    name_of: Callable[[str], str | None], width: int, interleaved_gate: bool
+    name_of: Callable[[str], str | None], width: int, interleaved_gate: bool, heads: LatentHeads | None
 ) -> Callable[[str], list[Place]]:
     """Return the function: name of a parameter in transformers -> where its rows are, empty if there is no tensor.
 
@@ -40,11 +39,14 @@ def parameter_places(
         name_of: name of a parameter -> name in the file, as the package gguf has them.
         width: rows of the gates of an expert.
         interleaved_gate: gates and ups take turns in the rows of gate_up_proj.
+        heads: of latent attention, if the model has it.
     """
 
     def places(parameter: str) -> list[Place]:
         found = []
         for place in stack_places(parameter, width, interleaved_gate):
+            if heads is not None and (split := split_heads(place, heads, name_of)) is not None:
+                return split
             name = place.tensor
             for old, new in _RENAMES:
                 name = name.replace(old, new)
@@ -53,16 +55,6 @@ def parameter_places(
         return found
 
     return places
-
-
-def stack_arrays(parts: Sequence[Callable[[], NDArray[Any]]]) -> NDArray[Any]:
-    """Read arrays one at a time into one array with an axis in front."""
-    first = parts[0]()
-    stack = np.empty((len(parts), *first.shape), first.dtype)
-    stack[0] = first
-    for i, read in enumerate(parts[1:], start=1):
-        stack[i] = read()
-    return stack
 
 
 def shared_width(config: Any) -> int:
@@ -101,9 +93,13 @@ def expert_fields(config: Any) -> dict[str, int | float | str]:
         fields["expert_shared_feed_forward_length"] = shared
         fields["expert_shared_count"] = getattr(config, "n_shared_experts", 1)
     if hasattr(config, "routed_scaling_factor"):
+        softmax = hasattr(config, "topk_method")  # DeepSeek V2, which has norm_topk_prob without using it
         fields["expert_weights_scale"] = float(config.routed_scaling_factor)
-        fields["expert_weights_norm"] = bool(config.norm_topk_prob)
-        fields["expert_gating_func"] = _SIGMOID
+        fields["expert_weights_norm"] = bool(config.norm_topk_prob) and not softmax
+        fields["expert_gating_func"] = _SOFTMAX if softmax else _SIGMOID
+        if not softmax and (config.n_group or 1) > 1:
+            fields["expert_group_count"] = config.n_group
+            fields["expert_group_used_count"] = config.topk_group
     return fields
 
 

@@ -1,7 +1,8 @@
 """Write one file model.gguf for llama.cpp and what is built on it (Ollama, LM Studio).
 
 4-bit codes are blocks Q4_1, or Q4_0 for a symmetric scheme, which also holds codes of 2 and 3 bits; 8-bit codes
-(embedding and head) are Q8_0; everything else is float32 (blocks.py). Names of tensors are those of the package gguf,
+(embedding and head) are Q8_0 (blocks.py). Layers that stay in 16 bits are float16 or bfloat16, whichever is exact;
+everything else is float32. Names of tensors are those of the package gguf,
 fields those of llama.cpp's converter (architectures.py, tokenizer.py). One field is ours: nybble.quantized, the names
 of the quantized modules.
 
@@ -11,6 +12,7 @@ Changed on the way, so that llama.cpp computes the same:
     norms of Gemma: weight + 1
     query norms of Gemma 3, where the scale of its queries is not what llama.cpp takes: times the quotient
     experts: one tensor for each projection of all experts of a layer, gate and up apart (experts.py)
+    latent attention: two stacks with a matrix for each head, of which that for keys is transposed (latent.py)
 
 Refused: model types without an architecture in the table, and what its graph does not compute (ExportError); groups
 that are not made of blocks of 32 weights (OptionError: `container`).
@@ -34,10 +36,13 @@ from nybble.export.gguf.architectures import MODEL_TYPES, head_dim, limits, meta
 from nybble.export.gguf.blocks import BLOCK, block_type, from_blocks
 from nybble.export.gguf.experts import shared_width
 from nybble.export.gguf.file import ARCHITECTURE, QUANTIZED, GGUFContent, write_file
+from nybble.export.gguf.latent import latent_heads, latent_widths
 from nybble.export.gguf.pretokenizers import UNKNOWN
-from nybble.export.gguf.tensors import plan_tensors, reorder_weight, to_halves
+from nybble.export.gguf.tensors import plan_tensors
 from nybble.export.gguf.tokenizer import tokenizer_fields
-from nybble.export.stacks import expert_width, join_rows, join_tensors, stack_problem
+from nybble.export.places import join_tensors, join_weights, reorder_weight, to_halves
+from nybble.export.stacks import expert_width, stack_problem
+from nybble.export.yarn import truncated_yarn
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -70,7 +75,7 @@ class GGUFExporter(Exporter):
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
-            "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss",
+            "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
         }
     )  # fmt: skip
     scheme_requirement = f"groups, or whole rows, of a multiple of {BLOCK} weights"
@@ -98,8 +103,9 @@ class GGUFExporter(Exporter):
                 "an export to GGUF needs the same quantization for all experts of a layer; this model has "
                 f"{found}; change --layer or --ignore, or remove {self.name} from --export"
             )
-        widths = [config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config)]
-        widths += [expert_width(config), shared_width(config)]
+        latent = latent_heads(config) is not None
+        widths = latent_widths(config) if latent else [config.num_attention_heads * head_dim(config)]
+        widths += [config.hidden_size, config.intermediate_size, expert_width(config), shared_width(config)]
         if odd := [width for width in widths if width % BLOCK]:
             raise ExportError(
                 f"an export to GGUF needs rows that are multiples of {BLOCK} weights; this model has rows of {odd[0]}; "
@@ -142,6 +148,10 @@ class GGUFExporter(Exporter):
             )
         check_tokenizer(path, checkpoint.tokenizer, config.vocab_size)
 
+    def computed_config(self, config: Any) -> Any:
+        """Return the configuration with the rotary embeddings that llama.cpp computes; see `Exporter`."""
+        return truncated_yarn(config)
+
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
         """Load the export in llama.cpp; see `Exporter.open_model`.
 
@@ -159,29 +169,29 @@ class GGUFExporter(Exporter):
         return LlamaCppModel(folder / MODEL_GGUF, config, strict)
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
-        """Read codes, scales and zero points from the blocks; see `Exporter.read_codes`."""
+        """Read codes, scales and zero points from the blocks; see `Exporter.read_codes`.
+
+        A projection of latent attention, whose half for keys is no blocks, has none.
+        """
         content = GGUFContent(folder / MODEL_GGUF)
+        modules = {name: places for name, places in content.modules.items() if not any(p.transposed for p in places)}
 
         def read(module: str) -> QuantizedWeight:
-            parts = [
-                (place.rows, from_blocks(content.read(place.tensor, place.expert), content.kinds[place.tensor]))
-                for place in content.modules[module]
-            ]
-            return reorder_weight(join_rows(parts), content.rope_heads(module), to_halves)
+            places = modules[module]
+            parts = [from_blocks(content.read(p.tensor, p.matrix), content.kinds[p.tensor]) for p in places]
+            return reorder_weight(join_weights(places, parts), content.rope_heads(module), to_halves)
 
-        return LazyMapping(content.modules, read)
+        return LazyMapping(modules, read)
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read weights as the package gguf dequantizes them; see `Exporter.read_weights`."""
         content = GGUFContent(folder / MODEL_GGUF)
 
         def read(module: str) -> Tensor:
-            weight_OI = join_tensors(
-                [
-                    (place.rows, torch.from_numpy(content.read_floats(place.tensor, place.expert)))
-                    for place in content.modules[module]
-                ]
-            )
+            places = content.modules[module]
+            parts = [torch.from_numpy(content.read_floats(place.tensor, place.matrix)) for place in places]
+            parts = [part.T if place.transposed else part for place, part in zip(places, parts, strict=True)]
+            weight_OI = join_tensors(places, parts)
             heads = content.rope_heads(module)
             return weight_OI if heads is None else to_halves(weight_OI, heads)
 

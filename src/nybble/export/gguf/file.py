@@ -14,19 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nybble.errors import ExportError
 from nybble.export.gguf.architectures import ARCHITECTURES, Architecture
 from nybble.export.gguf.blocks import BLOCK, row_bytes
 from nybble.export.gguf.experts import parameter_places
-from nybble.export.stacks import Place
+from nybble.export.gguf.latent import LatentHeads, heads_of_fields
+from nybble.export.places import Place
 from nybble.models.gguf_file import read_gguf
 
 ARCHITECTURE = "general.architecture"
 QUANTIZED = "nybble.quantized"
 """Field with the names of the quantized modules."""
 
+FLOATS: dict[str, Callable[[Tensor], NDArray[Any]]] = {
+    "F32": lambda numbers: numbers.float().numpy(),
+    "F16": lambda numbers: numbers.half().numpy(),
+    "BF16": lambda numbers: numbers.bfloat16().view(torch.int16).numpy(),
+}
+"""Types of tensors without blocks -> function that makes an array of their bytes."""
+
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ROWS = 4096
 """Rows that are dequantized at once."""
 
@@ -38,7 +49,7 @@ class TensorPlan:
     Attributes:
         name: in the file.
         shape: of its numbers.
-        kind: F32, or the type of its blocks.
+        kind: F32, F16, BF16, or the type of its blocks.
         read: returns its numbers, or the bytes of the blocks of each row.
     """
 
@@ -50,7 +61,8 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers or blocks."""
-        row = 4 * self.shape[-1] if self.kind == "F32" else row_bytes(self.kind, self.shape[-1])
+        floats, columns = _FLOAT_BYTES.get(self.kind), self.shape[-1]
+        row = floats * columns if floats else row_bytes(self.kind, columns)
         return prod(self.shape[:-1]) * row
 
 
@@ -98,7 +110,7 @@ class GGUFContent:
     Attributes:
         fields: key -> value.
         architecture: what llama.cpp computes.
-        kinds: name of a tensor -> F32, or the type of its blocks.
+        kinds: name of a tensor -> F32, F16, BF16, or the type of its blocks.
         modules: quantized module -> where its rows are.
     """
 
@@ -116,7 +128,9 @@ class GGUFContent:
             tensor.name: (tensor.data.offset, tensor.data.dtype, tensor.data.shape) for tensor in parsed.tensors
         }
         width = self.fields.get(f"{self.architecture.name}.expert_feed_forward_length", 0)
-        places = file_places(self.architecture, self.number("block_count"), width)
+        latent = f"{self.architecture.name}.attention.kv_lora_rank" in self.fields
+        heads = heads_of_fields(self.number) if latent else None
+        places = file_places(self.architecture, self.number("block_count"), width, heads)
         self.modules = {module: places(f"{module}.weight") for module in self.fields[QUANTIZED]}
 
     def number(self, key: str) -> int:
@@ -125,8 +139,10 @@ class GGUFContent:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the numbers of a tensor."""
-        shape, kind = self._places[name][2], self.kinds[name]
-        return shape if kind == "F32" else (*shape[:-1], shape[-1] // row_bytes(kind, BLOCK) * BLOCK)
+        (_, dtype, shape), kind = self._places[name], self.kinds[name]
+        if kind in FLOATS:
+            return (*shape[:-1], shape[-1] * dtype.itemsize // _FLOAT_BYTES[kind])  # BF16 are bytes
+        return (*shape[:-1], shape[-1] // row_bytes(kind, BLOCK) * BLOCK)
 
     def read(self, name: str, expert: int | None = None) -> NDArray[Any]:
         """Return the numbers of a tensor, or the bytes of the blocks of each row.
@@ -182,13 +198,16 @@ def write_floats(content: GGUFContent, path: Path) -> None:
     write_file(path, content.fields, plans)
 
 
-def file_places(architecture: Architecture, num_layers: int, expert_width: int) -> Callable[[str], list[Place]]:
+def file_places(
+    architecture: Architecture, num_layers: int, expert_width: int, heads: LatentHeads | None
+) -> Callable[[str], list[Place]]:
     """Return the function: name of a parameter in transformers -> where its rows are, empty where there is no tensor.
 
     Args:
         architecture: what llama.cpp computes.
         num_layers: of the model.
         expert_width: rows of the gates of an expert; 0 for a model without experts.
+        heads: of latent attention, if the model has it.
     """
     import gguf
 
@@ -196,7 +215,7 @@ def file_places(architecture: Architecture, num_layers: int, expert_width: int) 
     table = gguf.get_tensor_name_map(kind, num_layers)
     suffixes = (".weight", ".bias")
     return parameter_places(
-        lambda name: table.get_name(name, try_suffixes=suffixes), expert_width, architecture.interleaved_gate
+        lambda name: table.get_name(name, try_suffixes=suffixes), expert_width, architecture.interleaved_gate, heads
     )
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_YARN = {
-    "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True,
-}  # fmt: skip
+from nybble.export.yarn import truncation_limit
+
+_YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1}
 """Parameters of yarn that llama.cpp takes from nowhere, and what they are in its formula."""
 
 SHORTEST_CONTEXT = 256
@@ -77,7 +77,7 @@ def rope_fields(config: Any, rope_freqs: bool, long_rope: bool, partial_rope: bo
     if kind == "linear":
         return RopeFields(fields | {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])})
     if kind == "yarn":
-        return _yarn(full, fields)
+        return _yarn(config, full, fields)
     if kind == "dynamic":
         return RopeFields(
             fields,
@@ -91,16 +91,23 @@ def rope_fields(config: Any, rope_freqs: bool, long_rope: bool, partial_rope: bo
     return f"rotary embeddings of the type {kind}"
 
 
-def _yarn(full: dict[str, Any], fields: dict[str, Any]) -> RopeFields | str:
-    for name, known in _YARN.items():
-        if (value := full.get(name)) is not None and value != known:
-            return f"rotary embeddings of the type yarn with {name} {value}"
+def _yarn(config: Any, full: dict[str, Any], fields: dict[str, int | float | str]) -> RopeFields | str:
+    latent = hasattr(config, "kv_lora_rank")  # llama.cpp then takes mscale for equal to mscale_all_dim
+    scale = full.get("mscale_all_dim") or None
+    known = _YARN | {"mscale": scale if latent else None, "mscale_all_dim": scale if latent else None}
+    for name, value in known.items():
+        if (found := full.get(name)) != value and found is not None:
+            return f"rotary embeddings of the type yarn with {name} {found}"
+    if latent and scale is None:
+        return "rotary embeddings of the type yarn without mscale_all_dim"
     fields |= {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(full["factor"]),
         "rope.scaling.original_context_length": int(full[_ORIGINAL]),
     }
-    return RopeFields(fields)
+    if latent:
+        fields["rope.scaling.yarn_log_multiplier"] = 0.1 * float(full["mscale_all_dim"])
+    return RopeFields(fields, limit=truncation_limit(config, "llama.cpp", "GGUF"))
 
 
 def _llama3_factors(config: Any, base: float, size: int) -> Tensor:

@@ -7,110 +7,122 @@ codes, scales and zero points stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.export.containers import exact_dtype
 from nybble.export.gguf.architectures import MODEL_TYPES, architecture_rope, query_factor
 from nybble.export.gguf.blocks import block_type, to_blocks
-from nybble.export.gguf.experts import stack_arrays
-from nybble.export.gguf.file import TensorPlan, file_places, rope_heads
+from nybble.export.gguf.file import FLOATS, TensorPlan, file_places, rope_heads
+from nybble.export.gguf.latent import latent_heads
 from nybble.export.gguf.rope import RopeFields
-from nybble.export.stacks import expert_width, take_rows
+from nybble.export.places import Place, by_tensor, reorder_weight, stored_shape, take_rows, to_neighbours
+from nybble.export.stacks import expert_width
 from nybble.models.checkpoint import QuantizedCheckpoint
-from nybble.quant.weight import QuantizedWeight
 
-_Reading = Callable[[slice, int | None], Callable[[], NDArray[Any]]]
-"""Rows of a parameter, and heads whose rows are reordered -> the function that reads them."""
+_FLOAT_KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
-
-def to_neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head: row i of the first half comes before row i of the second. [O, ...] -> [O, ...]."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def to_halves(rows: Tensor, heads: int) -> Tensor:
-    """Undo `to_neighbours`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def reorder_weight(
-    weight: QuantizedWeight, heads: int | None, reorder: Callable[[Tensor, int], Tensor]
-) -> QuantizedWeight:
-    """Reorder the rows of a weight of `heads` heads; None leaves them as they are."""
-    if heads is None:
-        return weight
-    codes_OI, scale_OG, zero_point_OG = (
-        reorder(part, heads) for part in (weight.codes_OI, weight.scale_OG, weight.zero_point_OG)
-    )
-    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, weight.scheme)
+_ROUTER = ".ffn_gate_inp"
+"""In float32, as llama.cpp's converter has it: with matrices in 16 bits, llama.cpp rounds activations to 16 bits."""
 
 
 def plan_tensors(checkpoint: QuantizedCheckpoint) -> Iterator[TensorPlan]:
-    """Plan all tensors of the file.
+    """Plan all tensors of the file, stacks behind the others.
 
     Raises:
         ExportError: llama.cpp has no tensor for a parameter.
     """
     config = checkpoint.config
-    architecture = MODEL_TYPES[config.model_type]
-    places_of = file_places(architecture, config.num_hidden_layers, expert_width(config))
-    heads = config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    stacks: dict[str, dict[int, TensorPlan]] = {}
-
-    def plan(parameter: str, shape: tuple[int, ...], kind: str, reading: _Reading) -> Iterator[TensorPlan]:
-        places, module = places_of(parameter), parameter.rpartition(".")[0]
-        if not places:
-            raise ExportError(
-                "an export to GGUF needs a tensor of llama.cpp for every parameter; there is none for "
-                f"{parameter}; remove gguf from --export"
-            )
-        order = rope_heads(architecture, module, heads, key_value_heads)
-        for place in places:
-            part = (len(range(*place.rows.indices(shape[0]))), *shape[1:])
-            tensor = TensorPlan(place.tensor, part, kind, reading(place.rows, order))
-            if place.expert is None:
-                yield tensor
-            else:
-                stacks.setdefault(place.tensor, {})[place.expert] = tensor
-
-    for module, shape in checkpoint.shapes.items():
-        kind = block_type(checkpoint.selection.schemes[module])
-        yield from plan(f"{module}.weight", shape, kind, partial(_reading_blocks, checkpoint, module))
-    for parameter in checkpoint.others:
-        numbers_shape = tuple(checkpoint.others[parameter].shape)
-        yield from plan(parameter, numbers_shape, "F32", partial(_reading_floats, checkpoint, parameter))
-    for name, stack in stacks.items():
-        experts = [stack[i] for i in sorted(stack)]
-        reads = [expert.read for expert in experts]
-        yield TensorPlan(name, (len(experts), *experts[0].shape), experts[0].kind, partial(stack_arrays, reads))
+    find = file_places(
+        MODEL_TYPES[config.model_type], config.num_hidden_layers, expert_width(config), latent_heads(config)
+    )
+    shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in checkpoint.shapes.items()}
+    shapes |= {parameter: tuple(tensor.shape) for parameter, tensor in checkpoint.others.items()}
+    tensors = by_tensor(place for parameter in shapes for place in _existing(find, parameter))
+    for name in sorted(tensors, key=lambda name: tensors[name][0].matrix is not None):
+        places, kind = tensors[name], _kind(checkpoint, tensors[name])
+        read = partial(_read, checkpoint, places, kind)
+        yield TensorPlan(name, stored_shape(places, shapes.__getitem__), kind, read)
     rope = architecture_rope(config)
     assert isinstance(rope, RopeFields), rope
     for name, factors in rope.tensors.items():
         yield TensorPlan(name, tuple(factors.shape), "F32", factors.numpy)
 
 
-def _reading_blocks(
-    checkpoint: QuantizedCheckpoint, module: str, rows: slice, order: int | None
-) -> Callable[[], NDArray[np.uint8]]:
-    return lambda: to_blocks(reorder_weight(take_rows(checkpoint.quantized[module], rows), order, to_neighbours))
+def _existing(find: Callable[[str], list[Place]], parameter: str) -> list[Place]:
+    places = find(parameter)
+    if not places:
+        raise ExportError(
+            "an export to GGUF needs a tensor of llama.cpp for every parameter; there is none for "
+            f"{parameter}; remove gguf from --export"
+        )
+    return places
 
 
-def _reading_floats(
-    checkpoint: QuantizedCheckpoint, parameter: str, rows: slice, order: int | None
-) -> Callable[[], NDArray[Any]]:
+def _kind(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> str:
+    """The type of a tensor."""
+    scheme = checkpoint.selection.schemes.get(_module(places[0].name))
+    if scheme is None:
+        is_matrix = places[0].name.endswith(".weight") and checkpoint.others[places[0].name].ndim > 1
+        if not is_matrix or _ROUTER in places[0].tensor:
+            return "F32"
+        return _FLOAT_KINDS[exact_dtype(_floats(checkpoint, name) for name in dict.fromkeys(p.name for p in places))]
+    if places[0].transposed:  # its rows are no rows of groups
+        return "F16" if scheme.bits <= 4 else "F32"
+    return block_type(scheme)
+
+
+def _read(checkpoint: QuantizedCheckpoint, places: Sequence[Place], kind: str) -> NDArray[Any]:
+    """Read the numbers of a tensor, or the bytes of its blocks, one matrix at a time."""
+    arrays = _arrays(checkpoint, places, kind)
+    first = next(arrays)
+    if places[0].matrix is None:
+        return first
+    stack = np.empty((len(places), *first.shape), first.dtype)
+    stack[0] = first
+    for i, array in enumerate(arrays, start=1):
+        stack[i] = array
+    return stack
+
+
+def _arrays(checkpoint: QuantizedCheckpoint, places: Sequence[Place], kind: str) -> Iterator[NDArray[Any]]:
+    """Yield what is at each place. A weight with several places is read once."""
+    config = checkpoint.config
+    heads, key_value_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    for parameter, parts in groupby(places, lambda place: place.name):
+        module, layer = _module(parameter), parameter.rpartition(".")[0]  # differ for biases
+        order = rope_heads(MODEL_TYPES[config.model_type], layer, heads, key_value_heads or heads)
+        if module not in checkpoint.shapes:
+            numbers = _floats(checkpoint, parameter)
+            for place in parts:
+                rows = numbers[place.rows] if order is None else to_neighbours(numbers[place.rows], order)
+                yield _array(rows, place, kind)
+            continue
+        weight = checkpoint.quantized[module]
+        for place in parts:
+            part = reorder_weight(take_rows(weight, place.rows), order, to_neighbours)
+            yield _array(part.dequantize(), place, kind) if kind in FLOATS else to_blocks(part)
+
+
+def _module(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _array(numbers: Tensor, place: Place, kind: str) -> NDArray[Any]:
+    return FLOATS[kind]((numbers.T if place.transposed else numbers).contiguous())
+
+
+def _floats(checkpoint: QuantizedCheckpoint, parameter: str) -> Tensor:
+    """The numbers of a parameter that is not quantized, as llama.cpp needs them, float32."""
     architecture = MODEL_TYPES[checkpoint.config.model_type]
     offset = architecture.norm_offset if parameter.endswith("norm.weight") else 0.0
     factor = query_factor(checkpoint.config) if parameter.endswith("q_norm.weight") else 1.0
-
-    def read() -> NDArray[Any]:
-        numbers = (checkpoint.others[parameter][rows].float() + offset) * factor
-        return (numbers if order is None else to_neighbours(numbers, order)).contiguous().numpy()
-
-    return read
+    return (checkpoint.others[parameter].float() + offset) * factor

@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from nybble.errors import ExportError
 from nybble.export.base import Exporter
 from nybble.export.containers import split_groups
 from nybble.export.mlx import families
+from nybble.export.places import Place, by_tensor, join_tensors, join_weights, stored_shape, take_rows
 from nybble.export.safetensors_writer import (
     MODEL_FILE,
     SafetensorsWriter,
@@ -46,7 +46,7 @@ from nybble.export.safetensors_writer import (
     safetensors_writer,
     written_by,
 )
-from nybble.export.stacks import Place, join_rows, join_tensors, stack_problem, take_rows
+from nybble.export.stacks import stack_problem
 from nybble.export.transformers_folder import (
     codes_to_words,
     metadata,
@@ -54,7 +54,8 @@ from nybble.export.transformers_folder import (
     update_config,
     words_to_codes,
 )
-from nybble.files import open_tensors
+from nybble.export.yarn import truncated_yarn
+from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
@@ -93,7 +94,7 @@ class MLXExporter(Exporter):
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
-            "olmoe", "granitemoe", "glm4_moe",
+            "olmoe", "granitemoe", "glm4_moe", "gpt_oss",
         }
     )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 32 weights"
@@ -124,28 +125,30 @@ class MLXExporter(Exporter):
         """Say up to which length the export is right, and where it is computed in float32; see `Exporter.limits`."""
         return families.limits(config)
 
+    def computed_config(self, config: Any) -> Any:
+        """Return the configuration with the rotary embeddings that mlx-lm computes; see `Exporter`."""
+        return truncated_yarn(config)
+
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`."""
-        schemes, dtype = checkpoint.selection.schemes, _dtype(checkpoint)
-        layers, others = _stacked(checkpoint.config, checkpoint.shapes), _stacked(checkpoint.config, checkpoint.others)
-        layouts = {}
+        schemes, shapes, tensors = checkpoint.selection.schemes, checkpoint.shapes, checkpoint.others
+        places, dtype, layouts = families.places(checkpoint.config), _dtype(checkpoint), dict[str, TensorLayout]()
+        layers, others = (by_tensor(place for name in names for place in places(name)) for names in (shapes, tensors))
         for name, parts in others.items():
-            tensor = parts[0].take(checkpoint.others[parts[0].name])
-            shape = parts[0].stacked(len(parts), tuple(tensor.shape))
-            layouts[name] = TensorLayout(dtype if tensor.is_floating_point() else tensor.dtype, shape)
+            kind = tensors[parts[0].name].dtype
+            shape = stored_shape(parts, lambda other: tuple(tensors[other].shape))
+            layouts[name] = TensorLayout(dtype if kind.is_floating_point else kind, shape)
         for name, parts in layers.items():
-            scheme, (rows, columns) = schemes[parts[0].name], checkpoint.shapes[parts[0].name]
-            rows = len(range(*parts[0].rows.indices(rows)))
-            words = parts[0].stacked(len(parts), (rows, columns * scheme.bits // 32))
-            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, words)
+            scheme, (*rows, columns) = schemes[parts[0].name], stored_shape(parts, shapes.__getitem__)
+            layouts[f"{name}.weight"] = TensorLayout(torch.uint32, (*rows, columns * scheme.bits // 32))
             for leaf in ("scales", "biases"):
                 scales = dtype if scheme.bits == 8 else torch.float16
-                shape = parts[0].stacked(len(parts), (rows, scheme.num_groups(columns)))
-                layouts[f"{name}.{leaf}"] = TensorLayout(scales, shape)
+                layouts[f"{name}.{leaf}"] = TensorLayout(scales, (*rows, scheme.num_groups(columns)))
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
             for name, parts in others.items():
-                blocks = (part.take(checkpoint.others[part.name]).to(layouts[name].dtype) for part in parts)
-                writer.write_blocks(name, blocks)
+                values = (tensors[part.name] for part in parts)
+                blocks = (value[part.rows] if value.ndim else value for part, value in zip(parts, values, strict=True))
+                writer.write_blocks(name, (block.to(layouts[name].dtype) for block in blocks))
             for name, parts in layers.items():
                 weights = [take_rows(checkpoint.quantized[part.name], part.rows) for part in parts]
                 _write_layer(writer, name, weights, layouts[f"{name}.scales"])
@@ -177,24 +180,16 @@ class MLXExporter(Exporter):
 
     def read_codes(self, folder: Path) -> Mapping[str, QuantizedWeight]:
         """Read codes, scales and zero points; see `Exporter.read_codes`."""
-        quantization, places = _read_config(folder)
-
-        def read(module: str) -> QuantizedWeight:
-            return join_rows([(place.rows, _read_layer(folder, place, quantization)) for place in places(module)])
-
-        return LazyMapping(quantized_names(folder), read)
+        read_layer, places = _Layers(folder).read_layer, _places(folder)
+        return LazyMapping(places, lambda name: join_weights(places[name], [read_layer(part) for part in places[name]]))
 
     def read_weights(self, folder: Path) -> Mapping[str, Tensor]:
         """Read the weights with mlx's own dequantization; see `Exporter.read_weights`.
 
         4 bits in the dtype of the file, 8 bits in float32, as mlx would round them in float16.
         """
-        quantization, places = _read_config(folder)
-
-        def read(module: str) -> Tensor:
-            return join_tensors([(place.rows, _dequantize(folder, place, quantization)) for place in places(module)])
-
-        return LazyMapping(quantized_names(folder), read)
+        dequantize, places = _Layers(folder).dequantize, _places(folder)
+        return LazyMapping(places, lambda name: join_tensors(places[name], [dequantize(part) for part in places[name]]))
 
 
 def _settings(scheme: QuantScheme) -> dict[str, Any]:
@@ -212,33 +207,6 @@ def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
     return torch.float16 if exact and not families.overflows_in_float16(checkpoint.config) else torch.float32
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a module or tensor in memory: the whole of a tensor in the file, or one matrix of a stack."""
-
-    name: str
-    rows: slice
-    in_stack: bool
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor; all of a scalar."""
-        return tensor[self.rows] if tensor.ndim else tensor
-
-    def stacked(self, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the tensor in the file: of `count` parts, or of this one."""
-        return (count, *shape) if self.in_stack else shape
-
-
-def _stacked(config: Any, names: Iterable[str]) -> dict[str, list[_Part]]:
-    """Name in the file -> the parts that it consists of, in the order of the experts."""
-    places, found = families.places(config), dict[str, dict[int, _Part]]()
-    for name in names:
-        for place in places(name):
-            part = _Part(name, place.rows, place.expert is not None)
-            found.setdefault(place.tensor, {})[place.expert or 0] = part
-    return {tensor: [parts[i] for i in sorted(parts)] for tensor, parts in found.items()}
-
-
 def _write_layer(
     writer: SafetensorsWriter, name: str, weights: Sequence[QuantizedWeight], scales: TensorLayout
 ) -> None:
@@ -250,51 +218,59 @@ def _write_layer(
     writer.write_blocks(f"{name}.biases", biases)
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], Callable[[str], list[Place]]]:
-    """`quantization` of config.json, and where the rows of each module are."""
+def _places(folder: Path) -> dict[str, list[Place]]:
+    """Where the rows of each quantized module are in an export."""
     from transformers import AutoConfig
 
-    fields = read_json(folder / "config.json")
-    return fields["quantization"], families.places(AutoConfig.from_pretrained(folder))
+    find = families.places(AutoConfig.from_pretrained(folder))
+    return {name: find(name) for name in quantized_names(folder)}
 
 
-def _read_layer(folder: Path, place: Place, quantization: dict[str, Any]) -> QuantizedWeight:
-    """Read one weight of a quantized layer; the inverse of `_write_layer`."""
-    words, scale_OG, bias_OG = _read_tensors(folder, place)
-    zero_point_OG = (-bias_OG.float() / scale_OG.float()).to(torch.uint8)
-    settings = quantization.get(place.tensor, quantization)
-    bits, group_size = settings["bits"], settings["group_size"]
-    symmetric = bool((zero_point_OG == QuantScheme(bits).middle_code).all())
-    scheme = QuantScheme(bits, group_size, symmetric)
-    return QuantizedWeight(words_to_codes(words, bits), scale_OG.float(), zero_point_OG, scheme)
+class _Layers:
+    """The quantized layers of an export, read one at a time."""
 
+    def __init__(self, folder: Path) -> None:
+        self._reader = TensorReader(folder / MODEL_FILE)
+        self._quantization = read_json(folder / "config.json")["quantization"]
 
-def _dequantize(folder: Path, place: Place, quantization: dict[str, Any]) -> Tensor:
-    """Dequantize one weight of a quantized layer with mlx, float32 [O, I]."""
-    import mlx.core as mx
+    def read_layer(self, place: Place) -> QuantizedWeight:
+        """Read one weight of a layer; the inverse of `_write_layer`."""
+        words, scale_OG, bias_OG = self._tensors(place)
+        zero_point_OG = (-bias_OG.float() / scale_OG.float()).to(torch.uint8)
+        bits, group_size = self._settings(place)
+        symmetric = bool((zero_point_OG == QuantScheme(bits).middle_code).all())
+        scheme = QuantScheme(bits, group_size, symmetric)
+        return QuantizedWeight(words_to_codes(words, bits), scale_OG.float(), zero_point_OG, scheme)
 
-    words, scale_OG, bias_OG = _read_tensors(folder, place)
-    settings = quantization.get(place.tensor, quantization)
-    bits = settings["bits"]
-    if bits == 8:
-        scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
-    weight_OI = torch.empty(len(words), words.shape[1] * 32 // bits)
-    for part in row_blocks(weight_OI.shape):  # mlx keeps memory that it has freed
-        block_OI = mx.dequantize(
-            mx.array(words[part].numpy()),
-            mx.array(scale_OG[part].numpy()),
-            mx.array(bias_OG[part].numpy()),
-            group_size=settings["group_size"],
-            bits=bits,
+    def dequantize(self, place: Place) -> Tensor:
+        """Dequantize one weight of a layer with mlx, float32 [O, I]."""
+        import mlx.core as mx
+
+        words, scale_OG, bias_OG = self._tensors(place)
+        bits, group_size = self._settings(place)
+        if bits == 8:
+            scale_OG, bias_OG = scale_OG.float(), bias_OG.float()
+        weight_OI = torch.empty(len(words), words.shape[1] * 32 // bits)
+        for part in row_blocks(weight_OI.shape):  # mlx keeps memory that it has freed
+            block_OI = mx.dequantize(
+                mx.array(words[part].numpy()),
+                mx.array(scale_OG[part].numpy()),
+                mx.array(bias_OG[part].numpy()),
+                group_size=group_size,
+                bits=bits,
+            )
+            weight_OI[part] = torch.from_numpy(np.array(block_OI.astype(mx.float32)))
+        return weight_OI
+
+    def _settings(self, place: Place) -> tuple[int, int]:
+        """Bits and group size of a layer."""
+        settings = self._quantization.get(place.tensor, self._quantization)
+        return settings["bits"], settings["group_size"]
+
+    def _tensors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, scales and biases of one weight of a layer, as they are in the file."""
+        index = () if place.matrix is None else (place.matrix,)
+        words, scales, biases = (
+            self._reader.read(f"{place.tensor}.{leaf}", *index) for leaf in ("weight", "scales", "biases")
         )
-        weight_OI[part] = torch.from_numpy(np.array(block_OI.astype(mx.float32)))
-    return weight_OI
-
-
-def _read_tensors(folder: Path, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, scales and biases of one weight of a quantized layer, as they are in the file."""
-    with open_tensors(folder / MODEL_FILE) as file:
-        stored = [file.get_slice(f"{place.tensor}.{leaf}") for leaf in ("weight", "scales", "biases")]
-        index = slice(None) if place.expert is None else place.expert
-        words, scales, biases = (part[index].clone() for part in stored)  # so that the file is not kept mapped
-    return words, scales, biases
+        return words, scales, biases

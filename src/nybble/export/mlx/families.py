@@ -7,6 +7,7 @@ mlx-lm reads few fields of a configuration, and computes the same whatever the o
 - rotary embeddings of a type that mlx-lm does not compute as transformers does;
 - attention windows of fewer than 1024 tokens, where mlx-lm attends to all tokens;
 - mixtures of experts whose code in mlx-lm is not known here, or computes otherwise;
+- layers of gpt-oss that are all of one kind;
 - layers of Gemma 3 in another order than mlx-lm has: every p-th attends to all tokens.
 
 Facts of mlx-lm 0.32.
@@ -20,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nybble.errors import ExportError
-from nybble.export.stacks import Place, expert_width, num_experts, stack_places
+from nybble.export.places import Place
+from nybble.export.stacks import expert_width, num_experts, stack_places
 from nybble.export.transformers_folder import FLOAT16_OVERFLOWS
+from nybble.export.yarn import truncation_limit
 
 _SILU = {"hidden_act": "silu"}
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
@@ -39,13 +42,15 @@ class MLXFamily:
         assumed: field of the configuration that mlx-lm does not read -> the value that it computes with.
         rope_types: types of rotary embeddings that it computes as transformers does.
         experts: modules of transformers -> the same modules as mlx-lm names them, for mixtures of experts.
-        windows: whether it attends to sliding windows, in the layers that `full_attention_period` allows.
+        interleaved_gate: gates and ups take turns in the rows of an expert's gate_up_proj.
+        windows: whether it attends to sliding windows, in the layers that `_unmet_order` allows.
     """
 
     assumed: Mapping[str, Any] = field(default_factory=dict)
     rope_types: frozenset[str] = _ROPE_TYPES
     windows: bool = False
     experts: Mapping[str, str] = field(default_factory=dict)
+    interleaved_gate: bool = False
 
 
 _STACKED = {".mlp.experts.": ".mlp.switch_mlp."}
@@ -80,6 +85,13 @@ _FAMILIES = {
             ".block_sparse_moe.experts.": ".block_sparse_moe.switch_mlp.",
             ".block_sparse_moe.router.": ".block_sparse_moe.router.layer.",
         },
+    ),
+    "gpt_oss": MLXFamily(
+        _SILU | {"attention_bias": True, "tie_word_embeddings": False, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        frozenset({"default", "yarn"}),
+        windows=True,
+        experts={".mlp.experts.": ".mlp.experts."},
+        interleaved_gate=True,
     ),
     "glm4_moe": MLXFamily(_SILU | {"n_group": 1, "topk_group": 1, "tie_word_embeddings": False}, experts=_STACKED),
 }
@@ -118,6 +130,13 @@ def _unmet(config: Any) -> tuple[str, Any]:
     window = _window(config)
     if window is not None and not family.windows and window < _SHORTEST_WINDOW:
         return f"attention to at least {_SHORTEST_WINDOW} tokens in every layer", f"windows of {window}"
+    return _unmet_order(config)
+
+
+def _unmet_order(config: Any) -> tuple[str, Any]:
+    """The same for the order of layers with full attention and with sliding windows."""
+    if config.model_type == "gpt_oss" and len(set(config.layer_types)) == 1:
+        return "full attention in some layers and sliding windows in others", f"{config.layer_types[0]} in all"
     if config.model_type == "gemma3_text" and full_attention_period(config) is None:
         return "full attention in every p-th layer", ", ".join(config.layer_types)
     return "", None
@@ -129,11 +148,11 @@ def places(config: Any) -> Callable[[str], list[Place]]:
     Args:
         config: transformers configuration.
     """
-    renames, width = _FAMILIES.get(config.model_type, MLXFamily()).experts, expert_width(config)
+    family, width = _FAMILIES.get(config.model_type, MLXFamily()), expert_width(config)
 
     def find(name: str) -> list[Place]:
-        found = stack_places(name, width)
-        for old, new in renames.items():
+        found = stack_places(name, width, family.interleaved_gate)
+        for old, new in family.experts.items():
             found = [replace(place, tensor=place.tensor.replace(old, new)) for place in found]
         return found
 
@@ -192,6 +211,8 @@ def limits(config: Any) -> tuple[str, ...]:
                 f"the MLX export is right up to {rope['original_max_position_embeddings']} tokens: beyond them this "
                 "model changes its rotary embeddings, and the export keeps those of short contexts"
             )
+    if (limit := truncation_limit(config, "mlx-lm", "MLX")) is not None:
+        sentences.append(limit)
     if overflows_in_float16(config):
         sentences.append(
             f"activations of {config.model_type} exceed the range of float16, so mlx-lm computes this export in float32"

@@ -11,6 +11,9 @@ A weight [O, I] in blocks of K weights, G = I / K blocks a row, is three initial
 The operators MatMulNBits and GatherBlockQuantized read them and compute scale * (code - zero_point) in float32, which
 is exact. A block is a group of 16, 32, 64, 128 or 256 weights.
 
+Experts of a layer are one weight PATH.*.NAME with the number of the expert as the first axis of all initializers.
+QMoE reads it; rows of gate_up_proj are gates and ups in turns there (experts.py).
+
 A layer that the graph splits, such as a fused projection of query, key and value, is one weight for each range of
 rows, with the names NAME[BEGIN:END].codes and so on.
 """
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.export.places import Place, by_name, join_weights, reorder_weight, to_halves
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
@@ -38,8 +42,14 @@ CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 _PREFIX = re.compile(r"(?P<name>.+?)(\[(?P<begin>\d+):\d+\])?")
 """Name of an initializer without its last component."""
 
-_CODES_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
-"""Operator -> position of the codes in its inputs."""
+_CODES_INPUTS = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5)}
+"""Operator -> positions of codes in its inputs."""
+
+ANY_EXPERT = ".*."
+"""Stands for the number of the expert in the name of a stack."""
+
+GATE_UP = "gate_up_proj"
+"""Projection whose rows are interleaved in a stack."""
 
 
 class Part(NamedTuple):
@@ -63,40 +73,41 @@ class Part(NamedTuple):
 
 
 def lazy_initializers(
-    part: Part, columns: int, scheme: QuantScheme, read: Callable[[], QuantizedWeight]
+    prefix: str, rows: Sequence[int], columns: int, scheme: QuantScheme, read: Callable[[], QuantizedWeight]
 ) -> dict[str, Any]:
     """Describe the initializers of a weight. Their values are read when they are written.
 
     Args:
-        part: the rows.
+        prefix: of their names.
+        rows: [O], or [E, O] of a stack of experts.
         columns: I.
         scheme: of the weight; its groups have one of BLOCK_SIZES.
-        read: returns the weight with all of its rows.
+        read: returns the weight with these rows.
 
     Returns:
         CODES, SCALES and, for asymmetric 4-bit codes, ZERO_POINTS -> onnx_ir.LazyTensor with the name in the graph.
     """
     import onnx_ir as ir
 
-    rows, blocks = part.end - part.begin, scheme.num_groups(columns)
-    size = columns // blocks
+    blocks = scheme.num_groups(columns)
+    row_bytes = columns * scheme.bits // 8
 
     def codes() -> np.ndarray:
-        codes_OI = read().codes_OI[part.begin : part.end]
-        return pack_codes(codes_OI, scheme.bits).reshape(rows, blocks, -1).numpy()
+        return pack_codes(read().codes_OI, scheme.bits).numpy()
 
     def scales() -> np.ndarray:
-        return read().scale_OG[part.begin : part.end].float().contiguous().numpy()
+        return read().scale_OG.float().contiguous().numpy()
 
     def zero_points() -> np.ndarray:
-        zero_point_OG = read().zero_point_OG[part.begin : part.end]
-        return pack_codes(torch.nn.functional.pad(zero_point_OG, (0, blocks % 2)), 4).numpy()
+        return pack_codes(torch.nn.functional.pad(read().zero_point_OG, (0, blocks % 2)), 4).numpy()
 
-    def lazy(leaf: str, values: Callable[[], np.ndarray], dtype: Any, *shape: int) -> Any:
-        return ir.LazyTensor(lambda: ir.Tensor(values()), dtype, ir.Shape([rows, *shape]), name=part.prefix + leaf)
+    def lazy(leaf: str, values: Callable[[], np.ndarray], dtype: Any, *axes: int) -> Any:
+        shape = [*rows, *axes]
+        return ir.LazyTensor(lambda: ir.Tensor(values().reshape(shape)), dtype, ir.Shape(shape), name=prefix + leaf)
 
+    axes = (row_bytes,) if len(rows) > 1 else (blocks, row_bytes // blocks)  # of QMoE, of MatMulNBits
     initializers = {
-        CODES: lazy(CODES, codes, ir.DataType.UINT8, blocks, size * scheme.bits // 8),
+        CODES: lazy(CODES, codes, ir.DataType.UINT8, *axes),
         SCALES: lazy(SCALES, scales, ir.DataType.FLOAT, blocks),
     }
     if not scheme.symmetric:
@@ -106,14 +117,9 @@ def lazy_initializers(
 
 def module_of(initializer: str) -> str:
     """Return the name of the module whose codes, scales or zero points an initializer holds."""
-    return _split(initializer)[0]
-
-
-def _split(initializer: str) -> tuple[str, int]:
-    """Return the name of the module and the first of its rows."""
     matched = _PREFIX.fullmatch(initializer.rpartition(".")[0])
     assert matched, initializer
-    return matched["name"], int(matched["begin"] or 0)
+    return matched["name"]
 
 
 def read_graph(model_file: Path) -> Mapping[str, QuantizedWeight]:
@@ -129,50 +135,38 @@ def read_graph(model_file: Path) -> Mapping[str, QuantizedWeight]:
 
     graph = onnx.load(model_file, load_external_data=False).graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    parts: dict[str, dict[int, QuantizedPart]] = {}
+    bits, places = dict[str, int](), list[Place]()
     for node in graph.node:
-        if node.op_type in _CODES_INPUT:
-            codes = node.input[_CODES_INPUT[node.op_type]]
-            bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
-            name, begin = _split(codes)
-            parts.setdefault(name, {})[begin] = QuantizedPart(codes.removesuffix(CODES), bits)
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        for position in _CODES_INPUTS.get(node.op_type, ()):
+            prefix = node.input[position].removesuffix(CODES)
+            if prefix not in bits:  # the codes of a tied head are used twice
+                places += _places(prefix, initializers[prefix + SCALES].dims)
+            bits[prefix] = attributes["bits" if "bits" in attributes else "expert_weight_bits"]
+    modules = by_name(places)
 
-    def read(part: QuantizedPart) -> QuantizedWeight:
-        names = {leaf: part.prefix + leaf for leaf in (CODES, SCALES, ZERO_POINTS)}
-        return _unpack(
-            {
-                leaf: _read_initializer(initializers[name], model_file.parent)
-                for leaf, name in names.items()
-                if name in initializers
-            },
-            part.bits,
-        )
+    def read(place: Place) -> QuantizedWeight:
+        names = {leaf: place.tensor + leaf for leaf in (CODES, SCALES, ZERO_POINTS)}
+        leaves = {
+            leaf: _read_initializer(initializers[name], model_file.parent, place.matrix)
+            for leaf, name in names.items()
+            if name in initializers
+        }
+        interleaved = place.matrix is not None and place.tensor.endswith(GATE_UP)
+        return reorder_weight(_unpack(leaves, bits[place.tensor]), 1 if interleaved else None, to_halves)
 
-    return LazyMapping(parts, lambda name: _join([read(part) for _, part in sorted(parts[name].items())]))
-
-
-class QuantizedPart(NamedTuple):
-    """Some rows of a quantized module in a saved graph.
-
-    Attributes:
-        prefix: of the names of its initializers.
-        bits: 4 or 8.
-    """
-
-    prefix: str
-    bits: int
+    return LazyMapping(modules, lambda name: join_weights(modules[name], [read(place) for place in modules[name]]))
 
 
-def _join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Put the rows of the parts below each other."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedWeight(
-        torch.cat([part.codes_OI for part in parts]),
-        torch.cat([part.scale_OG for part in parts]),
-        torch.cat([part.zero_point_OG for part in parts]),
-        parts[0].scheme,
-    )
+def _places(prefix: str, scales: Sequence[int]) -> list[Place]:
+    """Where the rows of initializers are in memory; `scales` is the shape of their scales."""
+    path, is_stack, leaf = prefix.partition(ANY_EXPERT)
+    if is_stack:
+        return [Place(prefix, f"{path}.{i}.{leaf}", matrix=i) for i in range(scales[0])]
+    matched = _PREFIX.fullmatch(prefix)
+    assert matched, prefix
+    begin = int(matched["begin"] or 0)
+    return [Place(prefix, matched["name"], slice(begin, begin + scales[0]))]
 
 
 def _unpack(leaves: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
@@ -187,12 +181,13 @@ def _unpack(leaves: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
     return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
 
 
-def _read_initializer(tensor: Any, folder: Path) -> Tensor:
-    """Read the values of an initializer from the file of external data."""
+def _read_initializer(tensor: Any, folder: Path, matrix: int | None) -> Tensor:
+    """Read the values of an initializer, or of one expert of a stack, from the file of external data."""
     import onnx
     from onnx.external_data_helper import ExternalDataInfo
 
-    place = ExternalDataInfo(tensor)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    values = np.fromfile(folder / place.location, dtype, int(np.prod(tensor.dims)), offset=place.offset or 0)
-    return torch.from_numpy(values).reshape(*tensor.dims)
+    place, dtype = ExternalDataInfo(tensor), np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    shape = list(tensor.dims) if matrix is None else list(tensor.dims)[1:]
+    count = int(np.prod(shape))
+    offset = (place.offset or 0) + (matrix or 0) * count * dtype.itemsize
+    return torch.from_numpy(np.fromfile(folder / place.location, dtype, count, offset=offset)).reshape(*shape)

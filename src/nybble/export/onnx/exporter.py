@@ -4,20 +4,23 @@ Files: model.onnx and model.onnx.data, genai_config.json, and the configuration 
 onnxruntime-genai loads the folder. codes.py describes the layout of the codes.
 
 Refused (ExportError): model types that the tests do not cover, and rotary embeddings, activations and attention that
-the graph cannot compute. Refused (OptionError): groups that blocks of the operator MatMulNBits do not fill, and an
-embedding or a head in 16 bits.
+the graph cannot compute; experts of a layer with several schemes, with 8 bits, or in 16 bits. Refused (OptionError):
+groups that blocks of the operator MatMulNBits do not fill, and an embedding or a head in 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import ExportError, OptionError
 from nybble.export.base import Exporter
-from nybble.export.containers import four_or_eight_bits, split_groups
+from nybble.export.containers import as_held, four_or_eight_bits, split_groups
 from nybble.export.onnx.codes import BLOCK_SIZES, read_graph
+from nybble.export.onnx.experts import PROJECTIONS, experts_of_layers, experts_problem
+from nybble.export.stacks import expert_width, num_experts
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -72,7 +75,11 @@ class OnnxExporter(Exporter):
     extra = "onnx"
     library = "onnxruntime-genai"
     usage = USAGE
-    tested_families = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+    tested_families = frozenset(
+        {
+            "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+        }
+    )  # fmt: skip
     scheme_requirement = "groups, or whole rows, of a multiple of 16 weights"
 
     def check(self, config: Any, selection: LayerSelection) -> None:
@@ -93,6 +100,24 @@ class OnnxExporter(Exporter):
                 f"an export to ONNX needs a quantized embedding and head; --ignore leaves one in 16 bits; remove "
                 f"{self.name} from --export, or the pattern"
             )
+        if (found := self._experts_problem(config, selection)) is not None:
+            raise ExportError(
+                f"an export to ONNX needs one scheme of 4 bits for all experts of a layer; this model has {found}; "
+                f"change --bits, --layer or --ignore, or remove {self.name} from --export"
+            )
+
+    def _experts_problem(self, config: Any, selection: LayerSelection) -> str | None:
+        """Return what the operator for experts cannot hold; None if it can hold them."""
+        widths = dict(zip(PROJECTIONS, (config.hidden_size, expert_width(config)), strict=True))
+        for path, names in experts_of_layers(selection.linears).items():
+            schemes = {name: selection.schemes[name] for name in names if name in selection.schemes}
+            held = [self.container(scheme, widths[n.rpartition(".")[2]], False) for n, scheme in schemes.items()]
+            if None in held:
+                continue  # `check_schemes` refuses these groups
+            missing = len(PROJECTIONS) * num_experts(config) - len(names)
+            if (found := experts_problem([*held, *[None] * bool(missing)])) is not None:
+                return f"{found} in {path}"
+        return None
 
     def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
         """Return a scheme of 4 or 8 bits, for embedding and head 8, with blocks of the operators; see `Exporter`."""
@@ -100,6 +125,15 @@ class OnnxExporter(Exporter):
         if embedding and held.bits != 8:
             held = QuantScheme(8, held.group_size, symmetric=True)
         return split_groups(held, columns, BLOCK_SIZES)
+
+    def held(self, checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
+        """Return the model with one block size for the experts of a layer; see `Exporter.held`."""
+        held = super().held(checkpoint)
+        schemes = dict(held.selection.schemes)
+        for names in experts_of_layers(held.selection.linears).values():
+            size = min(schemes[name].group_size or 0 for name in names)
+            schemes |= {name: replace(schemes[name], group_size=size) for name in names}
+        return as_held(held, schemes)
 
     def limits(self, config: Any) -> tuple[str, ...]:
         """Say where generation differs with rotary embeddings that depend on the length; see `Exporter.limits`."""

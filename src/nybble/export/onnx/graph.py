@@ -32,7 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ExportError, describe_error
+from nybble.export.containers import exact_dtype
 from nybble.export.onnx.codes import CODES, SCALES, ZERO_POINTS, Part, lazy_initializers, module_of
+from nybble.export.onnx.experts import experts_of_layers, mixture_builder
+from nybble.export.places import take_rows
 from nybble.models.checkpoint import QuantizedCheckpoint
 
 BUILDERS = {
@@ -43,11 +46,17 @@ BUILDERS = {
     "gemma2": "Gemma2Model",
     "gemma3_text": "Gemma3Model",
     "phi3": "Phi3MiniModel",
+    "mixtral": "MistralModel",
+    "qwen2_moe": "QwenModel",
+    "qwen3_moe": "Qwen3Model",
 }
-"""Model type -> builder class. The model types are also the types in genai_config.json."""
+"""Model type -> builder class."""
+
+_GENAI_TYPES = {"mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+"""Model type -> type in genai_config.json, where that is another one: with the same inputs and outputs."""
 
 _LONG_ROPE_BUILDER = "Phi3MiniLongRoPEModel"
-_WINDOW_IN_ALL_LAYERS = frozenset({"mistral", "phi3"})
+_WINDOW_IN_ALL_LAYERS = frozenset({"mistral", "phi3", "mixtral", "qwen3_moe"})
 """Model types whose sliding window is in all layers, which the configuration does not say layer by layer."""
 
 _FUSED = {
@@ -89,6 +98,7 @@ def write_graph(checkpoint: QuantizedCheckpoint, model_file: Path) -> None:
             f"the ONNX graph must use the codes of every quantized layer; it does not use {len(unused)} of "
             f"{len(checkpoint.shapes)} (first: {unused[0]}); remove onnx from --export"
         )
+    _shrink_initializers(builder)
     builder.model.graph.sort()
     for value in list(builder.model.graph.initializers.values()):
         value.name = value.const_value.name
@@ -103,6 +113,32 @@ def write_graph(checkpoint: QuantizedCheckpoint, model_file: Path) -> None:
             f"the export to {run} must be written to disk; it cannot be ({describe_error(error)}); {free / 1e6:.0f} MB "
             f"are free; free some disk space, then run: nybble export {run}"
         ) from error
+
+
+def _shrink_initializers(builder: Any) -> None:
+    """Hold the weights of layers that stay in 16 bits in float16 or bfloat16, whichever has the same values, in place.
+
+    A Cast makes them float32, which onnxruntime does once, when it loads the graph.
+    """
+    import onnx_ir as ir
+
+    kinds = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+    for name, value in list(builder.model.graph.initializers.items()):
+        tensor, users = value.const_value, list(value.uses())
+        if tensor.dtype != ir.DataType.FLOAT or not any(use.node.op_type == "MatMul" for use in users):
+            continue
+        values = torch.tensor(tensor.numpy())
+        if (dtype := exact_dtype([values])) not in kinds:
+            continue
+        small = f"{name}.{kinds[dtype].name.lower()}"
+        builder.make_initializer(values.to(dtype), small)
+        builder.make_node(
+            "Cast", inputs=[small], outputs=[f"{small}/output_0"], name=f"{small}/Cast", to=ir.DataType.FLOAT
+        )
+        builder.make_value(f"{small}/output_0", ir.DataType.FLOAT, shape=list(values.shape))
+        for use in users:
+            use.node.replace_input_with(use.idx, builder.values[f"{small}/output_0"])
+        del builder.model.graph.initializers[name]
 
 
 def _import_builders() -> Any:
@@ -133,10 +169,12 @@ def _make_builder(checkpoint: QuantizedCheckpoint, used: set[str]) -> Any:
         "hf_token": False,
         "hf_remote": checkpoint.trust_remote_code,
     }
-    builder_class = _builder_class(getattr(_import_builders(), kind), checkpoint, model, used)
+    builder_class = _builder_class(
+        mixture_builder(getattr(_import_builders(), kind), checkpoint, used), checkpoint, model, used
+    )
     dtype = ir.DataType.INT4 if scheme.symmetric else ir.DataType.UINT4
     builder = builder_class(config, ir.DataType.FLOAT, dtype, "cpu", "", options)
-    builder.model_type = config.model_type
+    builder.model_type, builder.stand_in = _GENAI_TYPES.get(config.model_type, config.model_type), model
     builder.builder_config = config
     builder.embed_attrs["scale"] = float(getattr(model.get_input_embeddings(), "embed_scale", 1))
     return builder
@@ -147,6 +185,9 @@ def _builder_config(checkpoint: QuantizedCheckpoint) -> SimpleNamespace:
     config, layers = SimpleNamespace(**checkpoint.config.to_dict()), checkpoint.config.num_hidden_layers
     config.architectures, config._name_or_path = [config.model_type], str(checkpoint.folder)
     config.context_length = config.max_position_embeddings
+    # The builder's own mixtures have other routers, and it takes the width of experts for that of dense layers.
+    for name in ("num_experts", "num_local_experts", "moe_intermediate_size"):
+        vars(config).pop(name, None)
     if config.model_type in _WINDOW_IN_ALL_LAYERS:
         config.layer_types = [f"{'full' if config.sliding_window is None else 'sliding'}_attention"] * layers
     elif config.model_type == "llama":
@@ -189,7 +230,9 @@ class _Projection(nn.Module):
 def _stand_in(checkpoint: QuantizedCheckpoint) -> Any:
     """Return the model with a _Projection for every quantized linear layer, and one for every part of a fused one."""
     model = checkpoint.build(lambda name: torch.zeros(1).expand(checkpoint.shapes[name]))
-    for name in checkpoint.selection.linears:
+    linears = checkpoint.selection.linears
+    experts = {name for names in experts_of_layers(linears).values() for name in names}
+    for name in (name for name in linears if name not in experts):
         parent, _, leaf = name.rpartition(".")
         module, bias = model.get_submodule(parent), model.get_submodule(name).bias
         if leaf not in _FUSED:
@@ -218,8 +261,11 @@ def _fused_rows(config: Any, leaf: str) -> tuple[int, ...]:
 def _projection(checkpoint: QuantizedCheckpoint, part: Part, bias: Tensor | None) -> _Projection:
     """Return the stand-in for rows of a linear layer."""
     columns, scheme = checkpoint.shapes[part.name][1], checkpoint.selection.schemes[part.name]
-    initializers = lazy_initializers(part, columns, scheme, lambda: checkpoint.quantized[part.name])
+    rows = slice(part.begin, part.end)
     shape = (part.end - part.begin, columns)
+    initializers = lazy_initializers(
+        part.prefix, shape[:1], columns, scheme, lambda: take_rows(checkpoint.quantized[part.name], rows)
+    )
     return _Projection(initializers, shape, scheme.bits, columns // scheme.num_groups(columns), bias)
 
 

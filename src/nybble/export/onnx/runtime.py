@@ -16,7 +16,7 @@ from nybble.errors import ExportError
 from nybble.export.runtime_model import RuntimeModel
 
 FLOAT32_LEVEL = 1
-"""Accuracy level of MatMulNBits under which it computes in float32."""
+"""Accuracy level of MatMulNBits and QMoE under which they compute in float32."""
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -27,7 +27,7 @@ class OnnxModel(RuntimeModel):
     Args:
         model_file: the graph.
         config: transformers configuration of the model.
-        accuracy_level: of MatMulNBits; None keeps that of the file.
+        accuracy_level: of MatMulNBits and QMoE; None keeps that of the file.
     """
 
     def __init__(self, model_file: Path, config: Any, accuracy_level: int | None) -> None:
@@ -94,6 +94,6 @@ def _open_session(model_file: Path, accuracy_level: int | None) -> Any:
     )
     model = onnx.load(model_file, load_external_data=False)
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "QMoE"):
             next(attribute for attribute in node.attribute if attribute.name == "accuracy_level").i = accuracy_level
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -30,13 +30,18 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.openvino.experts import ANY_EXPERT, modules_of_stacks, stack_rows
+from nybble.export.containers import exact_dtype
+from nybble.export.openvino.experts import stack_places
 from nybble.export.openvino.trace import TracedModel
+from nybble.export.places import by_name, join_weights, stack_rows, take_rows
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
 
 _LEAVES = ("codes", "scale", "zero_point")
+_READERS = frozenset({"MatMul", "Gather"})
+"""Operations that read the weights of linear layers and embeddings."""
+
 # Element type -> (bits of a code, whether codes are signed).
 _TYPES = {"u4": (4, False), "u8": (8, False), "i4": (4, True), "i8": (8, True)}
 
@@ -61,11 +66,40 @@ def insert_codes(
             f"{len(traced.weights)} (first: {unused[0]}); this architecture cannot be exported to OpenVINO yet"
         )
     for name, node in traced.weights.items():
-        source = traced.sources[name]
-        replacement = _dequantize_node(name, source.read(quantized), source.shape, name in embeddings)
+        places = traced.sources[name]
+        weight = stack_rows([take_rows(quantized[place.name], place.rows) for place in places])
+        experts = 0 if places[0].matrix is None else len(places)
+        replacement = _dequantize_node(name, weight, experts, name in embeddings)
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(replacement.output(0))
         traced.graph.remove_parameter(node)
+
+
+def shrink_constants(graph: Any) -> None:
+    """Hold the weights of layers that stay in 16 bits in float16 or bfloat16, whichever has the same values, in place.
+
+    Args:
+        graph: openvino.Model with these weights as float32 constants.
+    """
+    import openvino as ov
+    from openvino import opset13 as op
+
+    for node in graph.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32 or len(node.shape) < 2:
+            continue
+        users = node.output(0).get_target_inputs()
+        if not any(user.get_node().get_type_name() in _READERS for user in users):
+            continue
+        values = torch.from_numpy(node.data.copy())
+        dtype = exact_dtype([values])
+        if dtype == torch.float32:
+            continue
+        kind = ov.Type.f16 if dtype == torch.float16 else ov.Type.bf16
+        array = values.to(dtype).view(torch.uint8).flatten().numpy()
+        tensor = ov.Tensor(array, ov.Shape(list(node.shape)), kind)
+        wide = op.convert(ov.op.Constant(tensor, shared_memory=False), "f32")
+        for user in users:
+            user.replace_source_output(wide.output(0))
 
 
 def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:
@@ -82,15 +116,12 @@ def read_constants(graph: Any) -> Mapping[str, QuantizedWeight]:
         name, _, leaf = node.get_friendly_name().rpartition(".")
         if node.get_type_name() == "Constant" and leaf in _LEAVES:
             nodes.setdefault(name, {})[leaf] = node
-    stacks = {name: leaves["codes"].shape[0] for name, leaves in nodes.items() if ANY_EXPERT in name}
-    experts = modules_of_stacks(stacks)
+    places = by_name(place for name, leaves in nodes.items() for place in stack_places(name, leaves["codes"].shape))
 
     def read(name: str) -> QuantizedWeight:
-        if name in experts:
-            return stack_rows([_read_weight(nodes[stack], i) for stack, i in experts[name]])
-        return _read_weight(nodes[name])
+        return join_weights(places[name], [_read_weight(nodes[place.tensor], place.matrix) for place in places[name]])
 
-    return LazyMapping([*(name for name in nodes if name not in stacks), *experts], read)
+    return LazyMapping(places, read)
 
 
 def _read_weight(leaves: Mapping[str, Any], expert: int | None = None) -> QuantizedWeight:
@@ -105,11 +136,19 @@ def _read_weight(leaves: Mapping[str, Any], expert: int | None = None) -> Quanti
     return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, scheme)
 
 
-def _dequantize_node(name: str, weight: QuantizedWeight, result: tuple[int, ...], embedding: bool) -> Any:
-    """Return the node that computes the float32 weight of shape `result`; the patterns are at the top of this file."""
+def _dequantize_node(name: str, weight: QuantizedWeight, experts: int, embedding: bool) -> Any:
+    """Return the node that computes a float32 weight; the patterns are at the top of this file.
+
+    Args:
+        name: of the constants.
+        weight: [O, I], or [E * O, I] of E experts.
+        experts: E; 0 for a matrix.
+        embedding: whether it is the weight of the embedding or of the head.
+    """
     from openvino import opset13 as op
 
-    bits, (*rows, columns), groups = weight.scheme.bits, result, weight.scale_OG.shape[1]
+    (count, columns), groups, bits = weight.codes_OI.shape, weight.scale_OG.shape[1], weight.scheme.bits
+    rows = [experts, count // experts] if experts else [count]
     signed = weight.scheme.symmetric and not embedding
     flat = groups == 1 and (signed or bits == 8)
     shape = [*rows, columns] if flat else [*rows, groups, columns // groups]
@@ -124,7 +163,7 @@ def _dequantize_node(name: str, weight: QuantizedWeight, result: tuple[int, ...]
         node = op.subtract(node, op.convert(zero_point, compute_type))
     node = op.multiply(node, scale)
     if not flat:
-        node = op.reshape(node, op.constant(np.array(result)), special_zero=False)
+        node = op.reshape(node, op.constant(np.array([*rows, columns])), special_zero=False)
     return op.convert(node, "f32") if bits == 4 else node
 
 

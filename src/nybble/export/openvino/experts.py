@@ -12,57 +12,33 @@ computes the chosen experts only. Mixtures with an activation of their own get t
 A weight of the graph is a stack of some rows of all experts: PATH.*.gate_up_proj.0 are the gates, .1 the rows behind
 them. A projection whose experts have different schemes, or stay in 16 bits, is no stack: each expert computes its own
 product.
+
+JetMoe sorts tokens by expert, and splits them at numbers that a trace would keep. Its routers do not sort here: each
+row keeps its place, and the number of its expert goes to the experts in place of the sizes. All of them compute all
+rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
-from nybble.models.experts import DenseExperts, RoutedAndIdentityExperts, RoutedExperts, SplitExperts
+from nybble.export.places import Place
+from nybble.models.experts import DenseExperts, RoutedAndIdentityExperts, RoutedExperts, SortedExperts, SplitExperts
 from nybble.quant.scheme import QuantScheme
-from nybble.quant.weight import QuantizedWeight
 
-ANY_EXPERT = ".*."
+_ANY_EXPERT = ".*."
 """Stands for the number of the expert in the name of a stack."""
-
-
-@dataclass(frozen=True)
-class GraphWeight:
-    """A quantized weight as the graph holds it.
-
-    Attributes:
-        shape: (O, I), or (E, O, I) for a stack.
-        modules: names of the quantized modules that it is read from: one, or one for each expert.
-        rows: the first row that is taken of each, and the row behind the last.
-    """
-
-    shape: tuple[int, ...]
-    modules: tuple[str, ...]
-    rows: tuple[int, int]
-
-    def read(self, quantized: Mapping[str, QuantizedWeight]) -> QuantizedWeight:
-        """Codes, scales and zero points of the rows, one expert after the other: [E * O, ...]."""
-        return stack_rows([quantized[name] for name in self.modules], slice(*self.rows))
-
-
-def stack_rows(weights: Sequence[QuantizedWeight], rows: slice = slice(None)) -> QuantizedWeight:
-    """Put some rows of weights with one scheme and one width below each other."""
-    codes_OI, scale_OG, zero_point_OG = (
-        torch.cat([getattr(weight, leaf)[rows] for weight in weights])
-        for leaf in ("codes_OI", "scale_OG", "zero_point_OG")
-    )
-    return QuantizedWeight(codes_OI, scale_OG, zero_point_OG, weights[0].scheme)
 
 
 def graph_weights(
     model: nn.Module, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]
-) -> dict[str, GraphWeight]:
+) -> dict[str, list[Place]]:
     """Return the weights of the graph of a model.
 
     Args:
@@ -71,23 +47,46 @@ def graph_weights(
         schemes: name of every quantized module -> scheme.
 
     Returns:
-        Name in the graph -> weight. Modules that are in no stack keep their names.
+        Name in the graph -> where its rows are in memory. Modules that are in no stack keep their names.
     """
-    weights = {name: GraphWeight(shape, (name,), (0, shape[0])) for name, shape in shapes.items()}
+    weights = {name: [Place(name, name)] for name in shapes}
     for path, experts in _mixtures(model):
-        for leaf in dict(experts.get_submodule("0").named_children()):
-            modules = tuple(f"{path}.{i}.{leaf}" for i in range(experts.split_count))
+        for leaf in dict(experts.get_submodule("0").named_children()) or [""]:
+            modules = [_module(path, i, leaf) for i in range(experts.split_count)]
             if len({schemes.get(name) for name in modules}) > 1 or modules[0] not in schemes:
                 continue
-            rows, columns = shapes[modules[0]]
             for name in modules:
                 del weights[name]
-            step = rows // 2 if leaf == "gate_up_proj" and _has_plain_gate(experts) else rows
-            for part, start in enumerate(range(0, rows, step)):
-                shape = (experts.split_count, step, columns)
-                name = f"{path}{ANY_EXPERT}{leaf}.{part}"
-                weights[name] = GraphWeight(shape, modules, (start, start + step))
+            parts = 2 if leaf == "gate_up_proj" and _has_plain_gate(experts) else 1
+            for part in range(parts):
+                name = _stack(path, leaf, part)
+                weights[name] = stack_places(name, (experts.split_count, shapes[modules[0]][0] // parts))
     return weights
+
+
+def stack_places(name: str, shape: Sequence[int]) -> list[Place]:
+    """Return where the rows of a weight of the graph are in memory.
+
+    Args:
+        name: of a stack in the graph, or of a module.
+        shape: of the stack, [E, O, ...].
+    """
+    path, is_stack, leaf = name.partition(_ANY_EXPERT)
+    if not is_stack:
+        return [Place(name, name)]
+    leaf, _, part = leaf.rpartition(".")
+    count, rows = shape[0], slice(int(part) * shape[1], (int(part) + 1) * shape[1])
+    return [Place(name, _module(path, i, leaf), rows, i) for i in range(count)]
+
+
+def _module(path: str, i: int, leaf: str) -> str:
+    """Name of a linear layer of an expert, which may be one itself."""
+    return f"{path}.{i}.{leaf}".removesuffix(".")
+
+
+def _stack(path: str, leaf: str, part: int = 0) -> str:
+    """Name of a stack in the graph."""
+    return path + _ANY_EXPERT + f"{leaf}.{part}".removeprefix(".")
 
 
 def trace_experts(model: nn.Module, weight_of: Callable[[str], Tensor], names: Collection[str]) -> None:
@@ -99,29 +98,26 @@ def trace_experts(model: nn.Module, weight_of: Callable[[str], Tensor], names: C
         names: of all graph weights.
     """
     for path, experts in _mixtures(model):
-        experts.forward = _TracedExperts(path, experts, weight_of, names).forward  # type: ignore[method-assign]
+        traced = _TracedExperts(path, experts, weight_of, names)
+        is_sorted = isinstance(experts, SortedExperts)
+        experts.forward = traced.forward_rows if is_sorted else traced.forward  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(getattr(module, "input_linear", None), SortedExperts):
+            module.router.forward = partial(_route_unsorted, module.router)  # type: ignore[union-attr]
 
 
-def modules_of_stacks(counts: Mapping[str, int]) -> dict[str, list[tuple[str, int]]]:
-    """Return where the rows of each expert's modules are.
-
-    Args:
-        counts: name of a stack -> number of experts.
-
-    Returns:
-        Module name -> stacks that hold its rows, in their order, and the number of the expert in each.
-    """
-    modules: dict[str, list[tuple[str, int]]] = {}
-    for stack in sorted(counts):
-        path, _, leaf = stack.partition(ANY_EXPERT)
-        for i in range(counts[stack]):
-            modules.setdefault(f"{path}.{i}.{leaf.rpartition('.')[0]}", []).append((stack, i))
-    return modules
+def _route_unsorted(router: Any, hidden_ND: Tensor) -> tuple[Tensor, ...]:
+    """Forward of a router of JetMoe that leaves the choices in the order of the tokens; see the top of this file."""
+    logits_NE = router.layer(hidden_ND).float()
+    best_NK, index_NK = logits_NE.topk(router.top_k, dim=1)
+    experts = index_NK.flatten()
+    order = torch.arange(experts.shape[0])
+    return order, order.div(router.top_k, rounding_mode="floor"), best_NK.softmax(1).flatten(), experts, logits_NE
 
 
 def _mixtures(model: nn.Module) -> list[tuple[str, SplitExperts]]:
     """Paths and modules of the mixtures that can be traced here."""
-    known = (RoutedExperts, DenseExperts)
+    known = (RoutedExperts, DenseExperts, SortedExperts)
     return [(path, module) for path, module in model.named_modules() if isinstance(module, known)]
 
 
@@ -153,6 +149,13 @@ class _TracedExperts:
         output = (outputs_END.view(count, -1, width) * routing_EN1).sum(0)
         return output + hidden * routing_NE[:, count:].sum(1, keepdim=True) if identity else output
 
+    def forward_rows(self, inputs_MI: Tensor, expert_M: Tensor) -> Tensor:
+        """Outputs [M, O] of the expert of each row."""
+        count = self.experts.split_count
+        (outputs_EMO,) = self._products(inputs_MI.expand(count, -1, -1), "")
+        chosen_EM = expert_M == torch.arange(count)[:, None]
+        return (outputs_EMO * chosen_EM[..., None]).sum(0)
+
     def _outputs(self, hidden_END: Tensor) -> Tensor:
         """Outputs [E, N, D] of all experts."""
         experts = self.experts
@@ -168,13 +171,13 @@ class _TracedExperts:
 
     def _products(self, hidden_ENI: Tensor, projection: str, parts: int = 1) -> list[Tensor]:
         """Products of all experts with a projection, plus their biases if they have any: `parts` of the rows each."""
-        layers = [expert.get_submodule(projection) for expert in self.experts.experts()]
-        stack = f"{self.path}{ANY_EXPERT}{projection}"
-        if f"{stack}.0" not in self.names:
+        layers: list[Any] = [expert.get_submodule(projection) for expert in self.experts.experts()]
+        if _stack(self.path, projection) not in self.names:
             outputs_ENO = torch.stack([layer(hidden_ENI[i]) for i, layer in enumerate(layers)])
             return list(outputs_ENO.chunk(parts, dim=-1))
         products = [
-            torch.matmul(hidden_ENI, self.weight_of(f"{stack}.{part}").transpose(1, 2)) for part in range(parts)
+            torch.matmul(hidden_ENI, self.weight_of(_stack(self.path, projection, part)).transpose(1, 2))
+            for part in range(parts)
         ]
         if layers[0].bias is None:
             return products

@@ -60,6 +60,7 @@ class OpenVINOExporter(Exporter):
             "bamba", "granitemoehybrid", "nemotron_h", "jamba",
             "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe", "olmoe", "ernie4_5_moe", "phimoe",
             "llama4_text", "deepseek_v2", "deepseek_v3", "lfm2_moe", "qwen3_5_moe_text", "longcat_flash",
+            "jetmoe", "kimi_linear",
         }
     )  # fmt: skip
     scheme_requirement = "an even number of weights in a group"
@@ -105,10 +106,11 @@ class OpenVINOExporter(Exporter):
         Raises:
             ExportError: one of the reasons at the top of this file.
         """
-        from nybble.export.openvino.constants import insert_codes
+        from nybble.export.openvino.constants import insert_codes, shrink_constants
         from nybble.export.openvino.trace import trace_model
 
         traced = trace_model(checkpoint)
+        shrink_constants(traced.graph)
         insert_codes(traced, checkpoint.quantized, checkpoint.selection.embeddings)
         _save_graph(traced.graph, folder / MODEL_XML)
         _save_tokenizer(checkpoint.tokenizer, folder)

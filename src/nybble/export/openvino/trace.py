@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError, describe_error
-from nybble.export.openvino.experts import GraphWeight, graph_weights, trace_experts
+from nybble.export.openvino.experts import graph_weights, trace_experts
 from nybble.export.openvino.states import State, TracedCache, find_states
 from nybble.export.openvino.substitutes import attention_mask as additive_mask
 from nybble.export.openvino.substitutes import substituted
+from nybble.export.places import Place, stored_shape
 from nybble.models.checkpoint import QuantizedCheckpoint
 
 _INPUT_SHAPES = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1], "beam_idx": [-1]}
@@ -43,12 +44,12 @@ class TracedModel(NamedTuple):
         graph: openvino.Model with the inputs input_ids [B, T] (i64), attention_mask [B, past + T] (i64), position_ids
             [B, T] (i64), beam_idx [B] (i32) and `weights`, and the output logits [B, T, V] (f32).
         weights: name -> Parameter of the graph for a weight (f32).
-        sources: name -> what the weight is made of.
+        sources: name -> where the rows of the weight are in memory.
     """
 
     graph: Any
     weights: dict[str, Any]
-    sources: dict[str, GraphWeight]
+    sources: dict[str, list[Place]]
 
 
 def trace_model(checkpoint: QuantizedCheckpoint) -> TracedModel:
@@ -129,7 +130,7 @@ class _ModelWithPast:
         return additive_mask(attention_mask, input_ids.shape[1], window)
 
 
-def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, dict[str, GraphWeight], tuple[State, ...]]:
+def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, dict[str, list[Place]], tuple[State, ...]]:
     """Trace the wrapped model with example inputs. Raises ExportError where that fails.
 
     Returns:
@@ -143,7 +144,8 @@ def _convert(checkpoint: QuantizedCheckpoint) -> tuple[Any, dict[str, GraphWeigh
     wrapped.model = checkpoint.build(lambda name: wrapped.weights[name])
     sources = graph_weights(wrapped.model, checkpoint.shapes, checkpoint.selection.schemes)
     trace_experts(wrapped.model, lambda name: wrapped.weights[name], sources)
-    weights = [torch.zeros(1).expand(weight.shape) for weight in sources.values()]
+    shapes = (stored_shape(places, checkpoint.shapes.__getitem__) for places in sources.values())
+    weights = [torch.zeros(1).expand(shape) for shape in shapes]
     wrapped.names = tuple(sources)
     wrapped.weights = dict(zip(sources, weights, strict=True))
     with torch.no_grad(), warnings.catch_warnings(), _fixed_rope(wrapped.model):
