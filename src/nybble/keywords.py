@@ -33,6 +33,7 @@ class CompressKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     eval_tasks: str | Sequence[str]
     limit: int | None
     num_test_samples: int
@@ -71,6 +72,7 @@ class DistillKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int
@@ -127,6 +129,7 @@ class TuneKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int
@@ -188,6 +191,7 @@ class CompareKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int

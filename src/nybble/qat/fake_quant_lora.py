@@ -73,6 +73,13 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
         centered_OGK = fake_quant.centered_codes(self.merged_OI(), self.init_scale, self.zero_point, self.scheme)
         return (centered_OGK * self.scale_OG()[..., None]).flatten(-2)
 
+    @torch.no_grad()
+    def latent_OI(self) -> Tensor:
+        """Compute the weight before rounding in units of the current scales, with the codes of the forward; float32."""
+        groups = self.init_scale.shape[-1]
+        factor_OG1 = (self.scale_OG() / self.init_scale)[..., None]
+        return (quant_grid.to_groups(self.merged_OI(), groups) * factor_OG1).flatten(-2)
+
     def compute_weight(self) -> Tensor:
         return self.fake_quantized_OI().to(self.dtype)
 

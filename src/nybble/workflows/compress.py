@@ -28,6 +28,7 @@ from nybble.workflows.measure import (
     other_domain,
     size_in_16_bits,
 )
+from nybble.workflows.positions import compressed_positions
 
 
 def compress(
@@ -75,7 +76,10 @@ def compress(
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
             # The model is not needed any more: what is measured is loaded from the folder.
-            save_quantized(run.quantized, loaded, steps.compress_model(context).weights, release=True)
+            compressed = steps.compress_model(context)
+            positions = compressed_positions(context, compressed)
+            compressed.inits.clear()
+            save_quantized(run.quantized, loaded, compressed.weights, positions, release=True)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
         failed = steps.measure_shipped(context, evaluator, "compressed")

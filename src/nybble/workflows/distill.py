@@ -44,7 +44,8 @@ from nybble.workflows.measure import (
     size_in_16_bits,
     size_when_shipped,
 )
-from nybble.workflows.plan import CompressionPlan, PlannedRun
+from nybble.workflows.plan import PlannedRun
+from nybble.workflows.positions import TrainedPositions
 from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
@@ -104,7 +105,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
 def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptions:
     """The options with everything automatic resolved. Says what will be trained, and warns of what has no effect."""
     training, prepared = options.training, planned.text
-    _warn(training, planned.compression)
+    _warn(training)
     steps_, count = training.steps_per_epoch * training.epochs, prepared.num_distinct_train
     seq_len = options.text.seq_len
     sequences = steps_ * training.batch_size
@@ -128,18 +129,11 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
     )
 
 
-def _warn(training: DistillTrainingOptions, compression: CompressionPlan) -> None:
-    """Warn of options without effect, and of adapters that will hardly move a code."""
+def _warn(training: DistillTrainingOptions) -> None:
+    """Warn of options without effect."""
     changed = (training.lr, training.weight_decay) != (DistillTrainingOptions.lr, DistillTrainingOptions.weight_decay)
     if not training.lora_rank and changed:
         log.warning("--lr and --weight_decay have no effect: they are those of adapters, and --lora_rank is 0")
-    if training.trains_adapters and (compression.init_from is not None or "blockwise" in compression.method):
-        log.warning(
-            "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of "
-            "their "
-            "cells; --lora_rank 0 trains scales and norms, in less time and memory; --method awq+se+gptq leaves "
-            "adapters room"
-        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +164,7 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     model = loaded.model
     compressed = steps.compress_model(context)
     layers = train.insert_quantized_layers(context, compressed, options.lora_rank)
+    positions = TrainedPositions.of(context, compressed, codes_stay=not options.lora_rank)
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}
@@ -178,9 +173,10 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     run.reach(Phase.TRAINED)
     with run.stage("absorb"):
         bake_norms(model)
+        kept = positions.after(layers)
         tuned = absorb_layers(model, layers)
         run.results.changes = weight_changes(compressed.weights, tuned)
-        save_quantized(run.quantized, loaded, compressed.weights | tuned)
+        save_quantized(run.quantized, loaded, compressed.weights | tuned, kept)
         run.reach(Phase.QUANTIZED)
 
 

@@ -209,6 +209,8 @@ def plan_compression(
     if source is not None:
         run = Path(source)
         init_from.check_fits(run, loaded, selection)
+        if trains_adapters:
+            init_from.warn_of_centres(run)
         plan = CompressionPlan(init_from.method_of(run), False, run)
     else:
         method = compression.method
