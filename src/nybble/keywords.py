@@ -91,6 +91,7 @@ class DistillKeywords(TypedDict, total=False):
     num_train_samples: int
     num_validation_samples: int
     same_samples: bool
+    train: Literal["lora", "full"]
     lora_rank: int
     eval_tasks: str | Sequence[str]
     limit: int | None

@@ -76,6 +76,7 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
             {"task": "t", "lr": 0.0, "scale_lr": 0.0, "norm_lr": 0.0},
             "--lr, --scale_lr or --norm_lr must be above 0",
         ),
+        (DistillOptions, {"train": "full", "lora_rank": 8}, "--train full has no adapters and takes no --lora_rank"),
         (DistillOptions, {"norm_lr": -1.0}, "--norm_lr must be 0 or more; got -1.0"),
         (DistillOptions, {"lr": float("inf")}, "--lr must be 0 or more; got inf"),
         (

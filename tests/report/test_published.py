@@ -31,6 +31,11 @@ def test_models_and_their_mean_improvement() -> None:
     ]
 
 
+def test_a_training_of_all_weights_says_so() -> None:
+    rows = published({"full": distilled(train="full", lora_rank=0)})
+    assert [row[1] for row in rows[:3]][-1] == "INT4, QAT of all weights"
+
+
 def test_the_baseline_is_taken_in_the_runtime_that_it_is_deployed_in() -> None:
     exported = compressed(models=compressed().models | {"toy": metrics(13.0, 0.3, 1)})
     rows = published({"distilled": distilled(), "awq": exported})

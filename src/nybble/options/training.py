@@ -70,6 +70,10 @@ class DistillTrainingOptions(TrainingOptions):
     same_samples: bool = option(False, "Train on the same sequences in every epoch.")
     epochs: int = with_default(TrainingOptions, "epochs", 10)
     batch_size: int = with_default(TrainingOptions, "batch_size", 16)
+    train: Literal["lora", "full"] = option(
+        "lora",
+        "lora: adapters; full: the weights themselves, in 16 to 24 bytes a weight. Scales and norms in either case.",
+    )
     lora_rank: int = option(
         256,
         "Rank of the adapters, clamped in narrower layers. 0: no adapters; codes stay, scales and norms are trained, "
@@ -82,9 +86,14 @@ class DistillTrainingOptions(TrainingOptions):
     warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
 
     @property
-    def trains_adapters(self) -> bool:
-        """Whether adapters are trained inside the rounding, so that codes change."""
-        return self.lora_rank > 0 and self.lr > 0
+    def codes_stay(self) -> bool:
+        """Whether layers have fixed codes: neither adapters nor weights that could change them."""
+        return self.train == "lora" and not self.lora_rank
+
+    @property
+    def trains_codes(self) -> bool:
+        """Whether adapters or weights are trained inside the rounding, so that codes change."""
+        return self.lr > 0 and not self.codes_stay
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,7 +105,12 @@ class DistillTrainingOptions(TrainingOptions):
         super().check()
         self.require("num_train_samples num_validation_samples", lambda value: value >= 1, "at least 1")
         self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")
-        if not (self.trains_adapters or self.scale_lr or self.norm_lr):
+        if self.train == "full" and self.lora_rank != type(self).lora_rank:
+            raise OptionError(
+                "--train full has no adapters and takes no --lora_rank, as it trains the weights themselves; got "
+                f"--lora_rank {self.lora_rank}; leave one of them out"
+            )
+        if not (self.trains_codes or self.scale_lr or self.norm_lr):
             raise OptionError(
                 "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, otherwise nothing is trained; nybble "
                 "compress makes a model without training"
@@ -128,7 +142,7 @@ class TuneTrainingOptions(TrainingOptions):
     scale_epochs: int = option(1, "With --quantize after: epochs of training scales and norms in 4 bits.")
 
     @property
-    def trains_adapters(self) -> bool:
+    def trains_codes(self) -> bool:
         """Whether adapters are trained inside the rounding, so that codes change."""
         return self.quantize == "during"
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nybble.compression.init import QuantizedInit
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.qat.fixed_codes import FixedCodesLinear
 from nybble.qat.lora import LoRALinear
@@ -51,6 +52,31 @@ def insert_fake_quant_layers(
     for name, init in inits.items():
         linear = _linear(model, name)
         layers[name] = FakeQuantizedLoRALinear(init, schemes[name], linear.bias, rank, linear.weight.dtype, generator)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def insert_fake_quant_full_layers(
+    model: nn.Module, inits: Mapping[str, QuantizedInit], schemes: Mapping[str, QuantScheme], seed: int
+) -> dict[str, FakeQuantizedFullLinear]:
+    """Replace linear layers, in place, by fake-quantized ones whose weights are trained.
+
+    Until it is trained, the model computes with the compressed weights.
+
+    Args:
+        model: the model whose layers are replaced.
+        inits: layer name -> result of compression.
+        schemes: layer name -> scheme that the weight was compressed with.
+        seed: seed of the log scale shifts.
+
+    Returns:
+        Layer name -> new layer, in the order of `inits`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, init in inits.items():
+        linear = _linear(model, name)
+        layers[name] = FakeQuantizedFullLinear(init, schemes[name], linear.bias, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 

@@ -55,8 +55,7 @@ def compress(
     request = text.compression_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
-    wanted = options.compression.num_calibration_samples
-    plan.plan_compression_memory(options, planned, wanted, evaluation.eval_tasks)
+    plan.plan_compression_memory(options, planned, options.compression, evaluation.eval_tasks)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
 
     facts = session.RunFacts(

@@ -69,8 +69,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
-    adapters = options.training.trains_adapters
-    compression = plan.plan_compression(options.compression, loaded, selection, adapters)
+    compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
     request = text.distill_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
@@ -114,10 +113,11 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
         steps_, training.batch_size, seq_len, sequences * seq_len / 1e6, sequences / count, count,
     )  # fmt: skip
     size = train.TrainingSize(
-        rank=training.lora_rank,
+        rank=0 if training.train == "full" else training.lora_rank,
+        full=training.train == "full",
         seq_len=seq_len,
         teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
-        weight_copies=2 if training.scale_lr and training.lora_rank else 1,
+        weight_copies=2 if training.train == "full" or (training.scale_lr and training.lora_rank) else 1,
     )
     execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
@@ -132,7 +132,7 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
 def _warn(training: DistillTrainingOptions) -> None:
     """Warn of options without effect."""
     changed = (training.lr, training.weight_decay) != (DistillTrainingOptions.lr, DistillTrainingOptions.weight_decay)
-    if not training.lora_rank and changed:
+    if training.codes_stay and changed:
         log.warning("--lr and --weight_decay have no effect: they are those of adapters, and --lora_rank is 0")
 
 
@@ -163,8 +163,14 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     run, loaded = context.run, context.loaded
     model = loaded.model
     compressed = steps.compress_model(context)
-    layers = train.insert_quantized_layers(context, compressed, options.lora_rank)
-    positions = TrainedPositions.of(context, compressed, codes_stay=not options.lora_rank)
+    layers: dict[str, QuantizedLinear] = {}
+    if options.train == "full":
+        layers |= train.insert_full_layers(context, compressed)
+    else:
+        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank)
+    positions = TrainedPositions.of(context, compressed, options.codes_stay)
+    if options.train == "full":
+        compressed.inits.clear()  # the layers have weights of their own
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}

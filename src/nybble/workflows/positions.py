@@ -15,7 +15,7 @@ from torch import Tensor
 from nybble.compression.init import QuantizedInit
 from nybble.options.compression import KeepPositions
 from nybble.qat.base import QuantizedLinear
-from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
+from nybble.qat.fake_quant_linear import FakeQuantizedLinear
 from nybble.quant.grid import to_groups
 from nybble.quant.position import pack_positions
 from nybble.workflows.steps import CompressedModel, RunContext
@@ -77,7 +77,7 @@ class TrainedPositions:
 
     def _of_layer(self, name: str, layer: QuantizedLinear) -> Tensor:
         quantized = layer.absorb()
-        if not isinstance(layer, FakeQuantizedLoRALinear):
+        if not isinstance(layer, FakeQuantizedLinear):
             if self.keep == "fixed":
                 return self.start[name]  # the code stays, and so does the position in code units
             factor_OG1 = (quantized.scale_OG.cpu() / self.scales[name])[..., None]

@@ -18,7 +18,13 @@ from nybble.models.schemes import num_scales
 from nybble.options.commands import TrainCommand
 from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
-from nybble.qat.insert import insert_fake_quant_layers, insert_fixed_codes_layers, insert_lora_layers
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
+from nybble.qat.insert import (
+    insert_fake_quant_full_layers,
+    insert_fake_quant_layers,
+    insert_fixed_codes_layers,
+    insert_lora_layers,
+)
 from nybble.qat.lora import LoRALinear
 from nybble.run.folder import RunFolder
 from nybble.run.results import Phase, Training, read_results
@@ -46,6 +52,7 @@ class TrainingSize:
 
     Attributes:
         rank: of the adapters; 0 = none.
+        full: the weights themselves are trained.
         seq_len: tokens in the longest sequence that is trained on.
         teacher_tokens: tokens whose teacher states are kept on disk.
         weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
@@ -57,6 +64,7 @@ class TrainingSize:
     teacher_tokens: int
     weight_copies: int
     max_rows: int | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,12 @@ def plan_memory(
         RunError: the disk is too small.
     """
     device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
+    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
     setup = TrainingSetup(
-        shapes=ModelShapes.of(planned.loaded.model, planned.selection.linears),
+        shapes=shapes,
         rank=size.rank,
+        full=size.full,
+        positions_bytes=memory.positions_bytes(shapes, options.compression.keep_positions),
         num_scales=num_scales(planned.loaded.model, planned.selection),
         chunk_tokens=chunk_tokens(device),
         weight_copies=size.weight_copies,
@@ -115,7 +126,8 @@ def plan_memory(
             "estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk",
             needed / 1e9, cache, available / 1e9, disk / 1e9,
         )  # fmt: skip
-        remedy = "a smaller rank, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
+        fewer = "--train lora" if size.full else "a smaller rank"
+        remedy = f"{fewer}, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
         plan.warn_of_memory(needed, available, remedy)
     return ExecutionPlan(cache, microbatch_size)
 
@@ -134,6 +146,16 @@ def insert_quantized_layers(context: RunContext, compressed: CompressedModel, ra
         codes = {name: compressed.weights[name] for name in compressed.inits}
         layers |= insert_fixed_codes_layers(model, codes, context.seed)
     _note_rank(context.run, layers, rank)
+    return layers
+
+
+def insert_full_layers(context: RunContext, compressed: CompressedModel) -> dict[str, FakeQuantizedFullLinear]:
+    """Replace the compressed layers by ones whose weights are trained inside the rounding."""
+    context.run.results.train = "full"
+    layers = insert_fake_quant_full_layers(
+        context.loaded.model, compressed.inits, context.selection.schemes, context.seed
+    )
+    _note_rank(context.run, layers, 0)
     return layers
 
 
@@ -160,7 +182,7 @@ def train_layers(
     norms: Mapping[str, nn.Parameter],
     name: str = "",
 ) -> None:
-    """Train adapters, scales and norms; afterwards they hold the values with the best validation.
+    """Train adapters or weights, scales and norms; afterwards they hold the values with the best validation.
 
     Args:
         options: with weight cache and microbatch size resolved.
@@ -175,12 +197,15 @@ def train_layers(
 
 
 def parameter_groups(options: TrainingOptions, layers: Mapping[str, CachedWeightLinear]) -> list[ParameterGroup]:
-    """What is trained in the layers: adapters, and scales. Scales that are not trained need no gradient."""
+    """What is trained in the layers: adapters or weights, and scales. Scales that are not trained need no gradient."""
     adapters = {
         f"{name}.{leaf}": getattr(layer, leaf)
         for name, layer in layers.items()
         if layer.rank
         for leaf in ("lora_a", "lora_b")
+    }
+    weights = {
+        f"{name}.latent": layer.latent for name, layer in layers.items() if isinstance(layer, FakeQuantizedFullLinear)
     }
     scales = {
         f"{name}.log_scale_shift": layer.log_scale_shift
@@ -189,7 +214,8 @@ def parameter_groups(options: TrainingOptions, layers: Mapping[str, CachedWeight
     }
     for shift in scales.values():
         shift.requires_grad_(options.scale_lr > 0)
-    groups = [ParameterGroup(adapters, options.lr, options.weight_decay)] if adapters else []
+    moving = adapters | weights
+    groups = [ParameterGroup(moving, options.lr, options.weight_decay)] if moving else []
     return [*groups, ParameterGroup(scales, options.scale_lr, 0.0)] if scales and options.scale_lr else groups
 
 

@@ -1,0 +1,56 @@
+"""FakeQuantizedFullLinear: the weight itself is trained inside the rounding, without adapters.
+
+    codes  = clamp(round(2^bits * latent) + zero_point, 0, 2^bits - 1)
+    scale  = round_scale(init_scale * exp(log_scale_shift))
+    W_q    = scale * (codes - zero_point)
+    output = input @ W_q.T + bias
+
+latent = weight / (2^bits * init_scale) is the weight relative to the range that the codes of its group span. Its
+learning rate is therefore relative as well, as those of scales and norms are: with Adam, 1e-3 moves a weight of 4 bits
+by about 1.6 % of the distance between two codes per step. Division by a power of two is exact, so the untrained layer
+computes with the compressed weight it was created from, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nybble.compression.init import QuantizedInit
+from nybble.qat.fake_quant_linear import FakeQuantizedLinear
+from nybble.quant import grid as quant_grid
+from nybble.quant.scheme import QuantScheme
+
+
+class FakeQuantizedFullLinear(FakeQuantizedLinear):
+    """Fake-quantized linear layer with a trainable weight and trainable scales.
+
+    The weight gets the straight-through gradient of W_q: none where its code is clipped.
+
+    Args:
+        init: initial weight (any float dtype), scales and zero points. The weight is not kept.
+        scheme, bias, dtype: see `QuantizedLinear`.
+        generator: CPU random generator for log_scale_shift. None uses the global one.
+    """
+
+    def __init__(
+        self,
+        init: QuantizedInit,
+        scheme: QuantScheme,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        device = init.weight_OI.device
+        qparams = init.scale_OG.to(device), init.zero_point_OG.to(device)
+        super().__init__(init.weight_OI.shape, qparams, scheme, bias, dtype, generator)
+        scale_OG = self.init_scale
+        latent_OGK = quant_grid.to_groups(init.weight_OI.float(), scale_OG.shape[-1]) / scale_OG[..., None]
+        self.latent = nn.Parameter(latent_OGK.mul_(2.0**-scheme.bits).flatten(-2))
+
+    def merged_OI(self) -> Tensor:
+        return self.latent
+
+    def rounding_scale_OG(self) -> Tensor:
+        """2^-bits for all groups: the distance between two codes, relative to the range of a group."""
+        return self.init_scale.new_tensor(2.0**-self.scheme.bits).expand_as(self.init_scale)
