@@ -93,6 +93,8 @@ class DistillKeywords(TypedDict, total=False):
     same_samples: bool
     train: Literal["lora", "full"]
     lora_rank: int
+    kl_temperature: float
+    cross_entropy_share: float
     eval_tasks: str | Sequence[str]
     limit: int | None
     num_test_samples: int

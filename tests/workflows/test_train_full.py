@@ -34,6 +34,16 @@ def test_all_weights_are_trained_and_an_interrupted_run_ends_with_the_same_bits(
     assert losses(other) == losses(run)
 
 
+def test_the_ingredients_of_the_loss_reach_the_training(tmp_path: Path) -> None:
+    model, found = save_model(tmp_path / "model", "llama"), []
+    for name, changes in {"kl": {}, "warm": {"kl_temperature": 2.0}, "labels": {"cross_entropy_share": 0.1}}.items():
+        distill(distill_options(model, tmp_path / name, lora_rank=0, epochs=1, **changes))
+        found.append(losses(tmp_path / name)[0])
+    kl, warm, mixed = found
+    assert warm != kl
+    assert mixed == pytest.approx(0.9 * kl + 0.1 * 5.6, abs=0.1), "log 260 for an untrained model is 5.6"
+
+
 @pytest.mark.slow
 def test_it_goes_on_from_exact_positions_as_in_one_run(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")

@@ -84,6 +84,12 @@ class DistillTrainingOptions(TrainingOptions):
     scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)
     norm_lr: float = with_default(TrainingOptions, "norm_lr", 5e-4)
     warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
+    kl_temperature: float = option(
+        1.0, "Temperature of the KL divergence in training; above 1, unlikely tokens count more. Measured at 1."
+    )
+    cross_entropy_share: float = option(
+        0.0, "Share of the cross-entropy of the text in the loss, the rest is KL; 0 to 1. It lowers perplexity there."
+    )
 
     @property
     def codes_stay(self) -> bool:
@@ -104,6 +110,8 @@ class DistillTrainingOptions(TrainingOptions):
         """Raise OptionError for values outside of their range, or with which nothing would be trained."""
         super().check()
         self.require("num_train_samples num_validation_samples", lambda value: value >= 1, "at least 1")
+        self.require("kl_temperature", lambda value: 0 < value < float("inf"), "more than 0")
+        self.require("cross_entropy_share", lambda value: 0 <= value <= 1, "from 0 to 1")
         self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")
         if self.train == "full" and self.lora_rank != type(self).lora_rank:
             raise OptionError(

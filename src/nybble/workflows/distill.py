@@ -2,7 +2,8 @@
 
 validate -> load -> plan -> open the run -> compress -> train -> absorb -> export -> measure -> report
 
-The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py).
+The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py),
+with --cross_entropy_share partly the cross-entropy of the text.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nybble.qat.absorb import absorb_layers, weight_changes
 from nybble.qat.base import QuantizedLinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
 from nybble.run.results import Phase
-from nybble.training.losses import kl_to_teacher
+from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
 from nybble.workflows import plan, session, steps, text, train
@@ -197,10 +198,12 @@ def _objective(
 
     def loss(indices: Tensor) -> Tensor:
         batch = rows[indices]
-        mask = batch.loss_mask.to(model.device)
-        hidden = last_hidden_states(model, batch.ids.to(model.device))
+        ids, mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
+        hidden = last_hidden_states(model, ids)
         taught = teacher.states["train"][teacher.of_row[indices]].to(model.device)
-        return kl_to_teacher(hidden[mask], taught[mask], student, head)
+        kl = kl_to_teacher(hidden[mask], taught[mask], student, head, options.kl_temperature)
+        share = options.cross_entropy_share
+        return kl if not share else kl.lerp(next_token_cross_entropy(hidden, ids, mask, student), share)
 
     def validate() -> dict[str, float]:
         held = context.text.validation
