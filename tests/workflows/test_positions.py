@@ -141,7 +141,7 @@ def test_positions_may_be_deleted_and_then_a_training_does_not_resume(
         distill(options)
     assert "positions between the codes too" in caplog.text
     (first / "quantized" / positions_file.POSITIONS_FILE).unlink()
-    with pytest.raises(RunError, match="the positions of --init_from changed; bring it back, or start again"):
+    with pytest.raises(RunError, match="the 4-bit model of --init_from changed; bring it back, or start again"):
         distill(options.replace(resume=True))
     caplog.clear()
     distill(options.replace(overwrite=True, lora_rank=0))

@@ -127,11 +127,11 @@ def _start(weight: QuantizedWeight, position: Tensor | None, dtype: torch.dtype)
     return QuantizedInit.with_codes(weight, weight_OI, dtype).weight_OI
 
 
-def fingerprints(run: Path) -> dict[str, str]:
-    """Of what is read of the run."""
-    found = {"4-bit model of --init_from": quantized_file.weights_fingerprint(run / QUANTIZED)}
+def fingerprint(run: Path) -> str:
+    """Of the 4-bit model of the run, and of its positions if there are any."""
+    weights = quantized_file.weights_fingerprint(run / QUANTIZED)
     kept = positions_file.has_positions(run / QUANTIZED)
-    return found | {"positions of --init_from": positions_file.fingerprint(run / QUANTIZED) if kept else "none"}
+    return f"{weights} {positions_file.fingerprint(run / QUANTIZED)}" if kept else weights
 
 
 def warn_of_centres(run: Path) -> None:

@@ -81,7 +81,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
     if compression.init_from is not None:
-        fingerprints |= init_from.fingerprints(compression.init_from)
+        fingerprints["4-bit model of --init_from"] = init_from.fingerprint(compression.init_from)
     check_same_inputs(results, fingerprints)
 
 
