@@ -93,6 +93,7 @@ class DistillKeywords(TypedDict, total=False):
     same_samples: bool
     train: Literal["lora", "full"]
     lora_rank: int
+    cage_lambda: float
     kl_temperature: float
     cross_entropy_share: float
     eval_tasks: str | Sequence[str]

@@ -77,6 +77,8 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
             "--lr, --scale_lr or --norm_lr must be above 0",
         ),
         (DistillOptions, {"train": "full", "lora_rank": 8}, "--train full has no adapters and takes no --lora_rank"),
+        (DistillOptions, {"cage_lambda": 1.0}, "--cage_lambda needs --train full"),
+        (DistillOptions, {"cage_lambda": -1.0}, "--cage_lambda must be 0 or more; got -1"),
         (DistillOptions, {"kl_temperature": 0.0}, "--kl_temperature must be more than 0; got 0"),
         (DistillOptions, {"cross_entropy_share": 1.5}, "--cross_entropy_share must be from 0 to 1; got 1.5"),
         (DistillOptions, {"norm_lr": -1.0}, "--norm_lr must be 0 or more; got -1.0"),

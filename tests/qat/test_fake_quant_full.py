@@ -88,6 +88,18 @@ def test_gradients_equal_the_float64_reference(cached: bool, scales_trained: boo
         assert layer.log_scale_shift.grad is None
 
 
+def test_the_pull_moves_weights_towards_the_values_of_their_codes() -> None:
+    layer, _ = full_layer()
+    before, codes = layer.latent.detach().double(), layer.absorb().codes_OI
+    zero_points = layer.zero_point.repeat_interleave(SCHEME.group_size or 1, 1)
+    targets = (codes.double() - zero_points) / 2**SCHEME.bits
+    layer.pull_to_codes(0.25)
+    torch.testing.assert_close(layer.latent.detach().double(), before + 0.25 * (targets - before), rtol=1e-6, atol=1e-7)
+    assert torch.equal(layer.absorb().codes_OI, codes)
+    layer.pull_to_codes(1.0)
+    torch.testing.assert_close(layer.latent.detach().double(), targets, rtol=1e-6, atol=1e-7)
+
+
 def test_without_cache_the_forward_saves_nothing_of_the_size_of_a_weight() -> None:
     layer, _ = full_layer()
     assert max(saved_tensor_sizes(layer, torch.randn(2, INPUTS, requires_grad=True)), default=0) <= 2 * INPUTS

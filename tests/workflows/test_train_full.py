@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from nybble.cli.main import main
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.run.results import read_results
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
@@ -42,6 +43,17 @@ def test_the_ingredients_of_the_loss_reach_the_training(tmp_path: Path) -> None:
     kl, warm, mixed = found
     assert warm != kl
     assert mixed == pytest.approx(0.9 * kl + 0.1 * 5.6, abs=0.1), "log 260 for an untrained model is 5.6"
+
+
+@pytest.mark.slow
+def test_weights_are_pulled_in_the_last_fifth_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(FakeQuantizedFullLinear, "pull_to_codes", lambda layer, share: shares.append(share))
+    model = save_model(tmp_path / "model", "llama")
+    changes = {"cage_lambda": 100.0, "epochs": 5, "lr_scheduler_type": "constant", "num_train_samples": 8} | FULL
+    distill(distill_options(model, tmp_path / "run", **changes))
+    assert sorted(set(shares)) == pytest.approx([0.05, 0.1]), "steps 9 and 10 of 10: lr x lambda is 0.1"
+    assert len(shares) == 2 * 14
 
 
 @pytest.mark.slow

@@ -84,6 +84,11 @@ class DistillTrainingOptions(TrainingOptions):
     scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)
     norm_lr: float = with_default(TrainingOptions, "norm_lr", 5e-4)
     warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
+    cage_lambda: float = option(
+        0.0,
+        "With --train full, in the last fifth of the steps: pull weights to the values of their codes, per step by up "
+        "to learning rate x lambda of the distance (CAGE). 0: never.",
+    )
     kl_temperature: float = option(
         1.0, "Temperature of the KL divergence in training; above 1, unlikely tokens count more. Measured at 1."
     )
@@ -110,6 +115,9 @@ class DistillTrainingOptions(TrainingOptions):
         """Raise OptionError for values outside of their range, or with which nothing would be trained."""
         super().check()
         self.require("num_train_samples num_validation_samples", lambda value: value >= 1, "at least 1")
+        self.require("cage_lambda", lambda value: 0 <= value < float("inf"), "0 or more")
+        if self.cage_lambda and self.train != "full":
+            raise OptionError("--cage_lambda needs --train full, as it pulls the trained weights; add it, or leave out")
         self.require("kl_temperature", lambda value: 0 < value < float("inf"), "more than 0")
         self.require("cross_entropy_share", lambda value: 0 <= value <= 1, "from 0 to 1")
         self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")

@@ -9,6 +9,10 @@ latent = weight / (2^bits * init_scale) is the weight relative to the range that
 learning rate is therefore relative as well, as those of scales and norms are: with Adam, 1e-3 moves a weight of 4 bits
 by about 1.6 % of the distance between two codes per step. Division by a power of two is exact, so the untrained layer
 computes with the compressed weight it was created from, to the last bit.
+
+CAGE (https://arxiv.org/abs/2510.18784) pulls the weight to its code after each step, like decoupled weight decay:
+
+    latent -= lr * lambda * (latent - Q(latent))          Q(latent) = 2^-bits * (codes - zero_point)
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from nybble.compression.init import QuantizedInit
 from nybble.qat.fake_quant_linear import FakeQuantizedLinear
+from nybble.quant import fake_quant
 from nybble.quant import grid as quant_grid
 from nybble.quant.scheme import QuantScheme
 
@@ -50,6 +55,12 @@ class FakeQuantizedFullLinear(FakeQuantizedLinear):
 
     def merged_OI(self) -> Tensor:
         return self.latent
+
+    @torch.no_grad()
+    def pull_to_codes(self, share: float) -> None:
+        """Move the weight by a share, 0 .. 1, of its distance to the value of its code."""
+        centered_OGK = fake_quant.centered_codes(self.latent, self.rounding_scale_OG(), self.zero_point, self.scheme)
+        self.latent.lerp_(centered_OGK.mul_(2.0**-self.scheme.bits).flatten(-2), share)
 
     def rounding_scale_OG(self) -> Tensor:
         """2^-bits for all groups: the distance between two codes, relative to the range of a group."""

@@ -29,6 +29,7 @@ from nybble.options.commands import DistillOptions
 from nybble.options.training import DistillTrainingOptions
 from nybble.qat.absorb import absorb_layers, weight_changes
 from nybble.qat.base import QuantizedLinear
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
 from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
@@ -50,6 +51,9 @@ from nybble.workflows.positions import TrainedPositions
 from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
+
+# CAGE acts late: before, it would hold weights in cells that training has yet to leave.
+_CAGE_FROM = 0.8
 
 
 def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path:
@@ -222,5 +226,16 @@ def _objective(
             f"validation KL divergence {metrics['kl_to_teacher']:.4f}, "
             f"token perplexity {metrics['token_perplexity']:.3f}"
         ),
+        after_step=lambda done, multiplier: _pull_to_codes(layers, options, done, multiplier),
         throughput=lambda step, seconds: f"{options.batch_size * rows.ids.shape[1] / seconds:.0f} tokens/s",
     )
+
+
+def _pull_to_codes(
+    layers: Mapping[str, QuantizedLinear], options: DistillTrainingOptions, done: float, multiplier: float
+) -> None:
+    """CAGE: nothing before the last fifth of the steps, then linearly more."""
+    share = options.lr * multiplier * options.cage_lambda * (done - _CAGE_FROM) / (1 - _CAGE_FROM)
+    for layer in layers.values() if share > 0 else ():
+        if isinstance(layer, FakeQuantizedFullLinear):
+            layer.pull_to_codes(min(share, 1.0))
