@@ -91,7 +91,7 @@ class DistillKeywords(TypedDict, total=False):
     num_train_samples: int
     num_validation_samples: int
     same_samples: bool
-    train: Literal["lora", "full"]
+    train: Literal["lora", "full", "rounding"]
     lora_rank: int
     cage_lambda: float
     kl_temperature: float

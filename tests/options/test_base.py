@@ -77,6 +77,7 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
             "--lr, --scale_lr or --norm_lr must be above 0",
         ),
         (DistillOptions, {"train": "full", "lora_rank": 8}, "--train full has no adapters and takes no --lora_rank"),
+        (DistillOptions, {"train": "rounding", "lora_rank": 0}, "--train rounding has no adapters and takes no"),
         (DistillOptions, {"cage_lambda": 1.0}, "--cage_lambda needs --train full"),
         (DistillOptions, {"cage_lambda": -1.0}, "--cage_lambda must be 0 or more; got -1"),
         (DistillOptions, {"kl_temperature": 0.0}, "--kl_temperature must be more than 0; got 0"),

@@ -59,9 +59,11 @@ def test_without_adapters_layers_hold_one_byte_per_weight() -> None:
 
 
 def test_trained_weights_replace_those_of_the_layers() -> None:
-    full, fixed = (memory.training_memory(replace(SETUP, rank=0, full=full), 256) for full in (True, False))
+    setups = [replace(SETUP, rank=0, train=train) for train in ("full", "lora", "rounding")]
+    full, fixed, rounding = (memory.training_memory(setup, 256) for setup in setups)
     assert full - fixed == (24 - 1) * SHAPES.linear_weights  # 16 bytes of Adam, two float32 copies for averaging
-    full, fixed = (memory.training_disk(replace(SETUP, rank=0, full=full), 0) for full in (True, False))
+    assert rounding - fixed == (3 + 24 / 8) * SHAPES.linear_weights + 24 * SHAPES.int4_features
+    full, fixed, _ = (memory.training_disk(setup, 0) for setup in setups)
     assert full - fixed == 10 * 4 * SHAPES.linear_weights
 
 

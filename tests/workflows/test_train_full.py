@@ -1,4 +1,4 @@
-"""nybble distill --train full: the weights themselves are trained."""
+"""nybble distill --train full and --train rounding, and ingredients of the loss."""
 
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,18 @@ def test_the_ingredients_of_the_loss_reach_the_training(tmp_path: Path) -> None:
     kl, warm, mixed = found
     assert warm != kl
     assert mixed == pytest.approx(0.9 * kl + 0.1 * 5.6, abs=0.1), "log 260 for an untrained model is 5.6"
+
+
+@pytest.mark.slow
+def test_the_scales_that_round_are_trained_and_do_not_ship(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    changes = {"train": "rounding", "lora_rank": 256, "lr": 1e-2}
+    distill(distill_options(model, tmp_path / "run", **changes))
+    results = read_results(tmp_path / "run")
+    assert (results.train, results.lora_rank) == ("rounding", 0)
+    assert results.changes is not None
+    assert results.changes.codes_changed > 0.005
+    assert results.models["tuned"]["kl_to_teacher"] < results.models["compressed"]["kl_to_teacher"]
 
 
 @pytest.mark.slow

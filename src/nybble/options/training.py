@@ -9,6 +9,7 @@ from nybble.errors import OptionError
 from nybble.options.base import Group, option, with_default
 
 WeightCache = Literal["auto", "step", "recompute"]
+TrainedPart = Literal["lora", "full", "rounding"]
 Schedule = Literal["cosine", "constant", "constant_with_averaging"]
 
 
@@ -70,9 +71,10 @@ class DistillTrainingOptions(TrainingOptions):
     same_samples: bool = option(False, "Train on the same sequences in every epoch.")
     epochs: int = with_default(TrainingOptions, "epochs", 10)
     batch_size: int = with_default(TrainingOptions, "batch_size", 16)
-    train: Literal["lora", "full"] = option(
+    train: TrainedPart = option(
         "lora",
-        "lora: adapters; full: the weights themselves, in 16 to 24 bytes a weight. Scales and norms in either case.",
+        "lora: adapters; full: the weights themselves, in 16 to 24 bytes a weight; rounding: the scale that rounds, "
+        "one for 8 weights, which does not ship (FOCUS). Scales and norms in any case.",
     )
     lora_rank: int = option(
         256,
@@ -121,10 +123,10 @@ class DistillTrainingOptions(TrainingOptions):
         self.require("kl_temperature", lambda value: 0 < value < float("inf"), "more than 0")
         self.require("cross_entropy_share", lambda value: 0 <= value <= 1, "from 0 to 1")
         self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")
-        if self.train == "full" and self.lora_rank != type(self).lora_rank:
+        if self.train != "lora" and self.lora_rank != type(self).lora_rank:
             raise OptionError(
-                "--train full has no adapters and takes no --lora_rank, as it trains the weights themselves; got "
-                f"--lora_rank {self.lora_rank}; leave one of them out"
+                f"--train {self.train} has no adapters and takes no --lora_rank; got --lora_rank {self.lora_rank}; "
+                "leave one of them out"
             )
         if not (self.trains_codes or self.scale_lr or self.norm_lr):
             raise OptionError(

@@ -38,6 +38,8 @@ class FakeQuantizedFullLinear(FakeQuantizedLinear):
         generator: CPU random generator for log_scale_shift. None uses the global one.
     """
 
+    TRAINED = ("latent",)
+
     def __init__(
         self,
         init: QuantizedInit,

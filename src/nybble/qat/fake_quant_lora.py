@@ -37,6 +37,7 @@ class FakeQuantizedLoRALinear(FakeQuantizedLinear):
         generator: CPU random generator for lora_a and log_scale_shift. None uses the global one.
     """
 
+    TRAINED = ("lora_a", "lora_b")
     VARIANCE = 1.0  # of the entries of lora_a, times I: the rows of lora_a have a mean square length of 1
 
     def __init__(

@@ -88,7 +88,8 @@ class TrainingSetup:
     Attributes:
         shapes: sizes of the model.
         rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
-        full: the weights themselves are trained, in float32; there are no adapters, and no other weights.
+        train: as --train has it. full: the weights themselves are trained, in float32, and there are no others.
+            rounding: one number for 8 weights is.
         positions_bytes: bytes of the positions of weights between their codes, as they are kept.
         num_scales: scales of the linear layers that are trained.
         chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
@@ -103,14 +104,15 @@ class TrainingSetup:
     chunk_tokens: int
     weight_copies: int
     logits_bytes: int
-    full: bool = False
+    train: str = "lora"
     positions_bytes: int = 0
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers in adapters or weights, and scales, at most."""
-        weights = self.shapes.linear_weights if self.full else self.shapes.int4_features * self.rank
-        return weights + self.num_scales
+        """Numbers in adapters, weights or the scales that round them, and scales, at most."""
+        shapes = self.shapes
+        parts = {"full": shapes.linear_weights, "rounding": shapes.linear_weights // 8 + shapes.int4_features}
+        return parts.get(self.train, shapes.int4_features * self.rank) + self.num_scales
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     """
     shapes = setup.shapes
     untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
-    int4 = 0 if setup.full else shapes.linear_weights * (shapes.itemsize if setup.rank else 1)
+    of_weight = {"full": 0, "rounding": shapes.itemsize}.get(setup.train, shapes.itemsize if setup.rank else 1)
+    int4 = shapes.linear_weights * of_weight
     int4 += setup.positions_bytes
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * _FLOAT32

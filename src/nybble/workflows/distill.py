@@ -118,11 +118,11 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
         steps_, training.batch_size, seq_len, sequences * seq_len / 1e6, sequences / count, count,
     )  # fmt: skip
     size = train.TrainingSize(
-        rank=0 if training.train == "full" else training.lora_rank,
-        full=training.train == "full",
+        rank=training.lora_rank if training.train == "lora" else 0,
+        train=training.train,
         seq_len=seq_len,
         teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
-        weight_copies=2 if training.train == "full" or (training.scale_lr and training.lora_rank) else 1,
+        weight_copies=2 if training.train != "lora" or (training.scale_lr and training.lora_rank) else 1,
     )
     execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
@@ -169,10 +169,10 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     model = loaded.model
     compressed = steps.compress_model(context)
     layers: dict[str, QuantizedLinear] = {}
-    if options.train == "full":
-        layers |= train.insert_full_layers(context, compressed)
-    else:
+    if options.train == "lora":
         layers |= train.insert_quantized_layers(context, compressed, options.lora_rank)
+    else:
+        layers |= train.insert_layers_without_adapters(context, compressed, options.train)
     positions = TrainedPositions.of(context, compressed, options.codes_stay)
     if options.train == "full":
         compressed.inits.clear()  # the layers have weights of their own
