@@ -28,7 +28,7 @@ class TrainingOptions(Group):
     norm_lr: float = option(MISSING, "Peak relative learning rate of the norm weights in 4 bits; 0: not trained.")
     warmup_ratio: float = option(MISSING, "Share of the steps with a rising learning rate.")
     microbatch_size: int = option(0, "Sequences per forward pass; 0: chosen by the memory estimate.")
-    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of what is trained at --lr.")
     lr_scheduler_type: Schedule = option(
         "cosine",
         "After the warmup: cosine decay to zero; constant; constant_with_averaging: constant, and the result is the "
@@ -82,7 +82,12 @@ class DistillTrainingOptions(TrainingOptions):
         "which is faster and better with little text.",
         basic=True,
     )
-    lr: float = with_default(TrainingOptions, "lr", 6e-4)
+    lr: float = option(
+        6e-4,
+        "Peak learning rate of the adapters. With --train full relative to the range of a group (1e-3 is 1.6 % of the "
+        "distance between two 4-bit codes per step), with --train rounding to the scale.",
+        basic=True,
+    )
     scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)
     norm_lr: float = with_default(TrainingOptions, "norm_lr", 5e-4)
     warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
