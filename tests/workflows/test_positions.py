@@ -45,7 +45,7 @@ def positions(run: Path) -> dict[str, Tensor]:
     ("method", "dtype", "rank"),
     [
         ("se", "bfloat16", 4),
-        ("se", "float32", 0),
+        pytest.param("se", "float32", 0, marks=pytest.mark.slow),
         pytest.param("awq+se+blockwise", "bfloat16", 4, marks=pytest.mark.slow),
         pytest.param("awq+se+blockwise", "float32", 4, marks=pytest.mark.slow),
         pytest.param("awq+se+gptq", "bfloat16", 4, marks=pytest.mark.slow),
