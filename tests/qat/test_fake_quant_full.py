@@ -28,7 +28,7 @@ def full_layer(
     layer = FakeQuantizedFullLinear(init, scheme, bias_O, dtype, generator)
     if trained:
         with torch.no_grad():
-            layer.latent += torch.randn(layer.latent.shape, generator=generator) * 0.3 / 2**scheme.bits
+            layer.latent += torch.randn(layer.latent.shape, generator=generator) * 0.3
         nn.init.normal_(layer.log_scale_shift, 0, 0.1, generator=generator)
     return layer, init
 
@@ -75,7 +75,7 @@ def test_gradients_equal_the_float64_reference(cached: bool, scales_trained: boo
     latent, shift = (p.detach().double().requires_grad_() for p in (layer.latent, layer.log_scale_shift))
     exact_scale = layer.init_scale.double() * shift.exp()
     scale = exact_scale + (layer.scale_OG().detach().double() - exact_scale).detach()
-    unit = torch.full_like(scale, 2.0**-SCHEME.bits)
+    unit = torch.ones_like(scale)
     rounded = slow.fake_quantize(latent, unit.detach(), layer.zero_point.double(), SCHEME.bits)
     weight = (rounded.unflatten(1, (unit.shape[1], -1)) * (scale / unit.detach())[..., None]).flatten(1)
     (F.linear(inputs.double(), weight) * upstream.double()).sum().backward()
@@ -92,7 +92,7 @@ def test_the_pull_moves_weights_towards_the_values_of_their_codes() -> None:
     layer, _ = full_layer()
     before, codes = layer.latent.detach().double(), layer.absorb().codes_OI
     zero_points = layer.zero_point.repeat_interleave(SCHEME.group_size or 1, 1)
-    targets = (codes.double() - zero_points) / 2**SCHEME.bits
+    targets = codes.double() - zero_points
     layer.pull_to_codes(0.25)
     torch.testing.assert_close(layer.latent.detach().double(), before + 0.25 * (targets - before), rtol=1e-6, atol=1e-7)
     assert torch.equal(layer.absorb().codes_OI, codes)

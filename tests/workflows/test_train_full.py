@@ -14,7 +14,7 @@ from tests.helpers.distill import distill_options, interrupt_after, shipped_byte
 from tests.helpers.tiny import save_model
 from tests.workflows.test_positions import compress_options, losses
 
-FULL: dict[str, Any] = {"train": "full", "lora_rank": 256, "lr": 1e-3}
+FULL: dict[str, Any] = {"train": "full", "lora_rank": 256, "lr": 1.6e-2}
 
 
 def test_all_weights_are_trained_and_an_interrupted_run_ends_with_the_same_bits(
@@ -62,7 +62,7 @@ def test_weights_are_pulled_in_the_last_fifth_of_the_steps(tmp_path: Path, monke
     shares: list[float] = []
     monkeypatch.setattr(FakeQuantizedFullLinear, "pull_to_codes", lambda layer, share: shares.append(share))
     model = save_model(tmp_path / "model", "llama")
-    changes = {"cage_lambda": 100.0, "epochs": 5, "lr_scheduler_type": "constant", "num_train_samples": 8} | FULL
+    changes = {"cage_lambda": 6.25, "epochs": 5, "lr_scheduler_type": "constant", "num_train_samples": 8} | FULL
     distill(distill_options(model, tmp_path / "run", **changes))
     assert sorted(set(shares)) == pytest.approx([0.05, 0.1]), "steps 9 and 10 of 10: lr x lambda is 0.1"
     assert len(shares) == 2 * 14

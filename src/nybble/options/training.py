@@ -84,8 +84,8 @@ class DistillTrainingOptions(TrainingOptions):
     )
     lr: float = option(
         6e-4,
-        "Peak learning rate of the adapters. With --train full relative to the range of a group (1e-3 is 1.6 % of the "
-        "distance between two 4-bit codes per step), with --train rounding to the scale.",
+        "Peak learning rate of the adapters. With --train full in code units: 1e-3 moves a weight by about 0.1 % of "
+        "the distance between two codes per step. With --train rounding relative to the scale.",
         basic=True,
     )
     scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)

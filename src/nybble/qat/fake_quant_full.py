@@ -1,18 +1,18 @@
 """FakeQuantizedFullLinear: the weight itself is trained inside the rounding, without adapters.
 
-    codes  = clamp(round(2^bits * latent) + zero_point, 0, 2^bits - 1)
+    codes  = clamp(round(latent) + zero_point, 0, 2^bits - 1)
     scale  = round_scale(init_scale * exp(log_scale_shift))
     W_q    = scale * (codes - zero_point)
     output = input @ W_q.T + bias
 
-latent = weight / (2^bits * init_scale) is the weight relative to the range that the codes of its group span. Its
-learning rate is therefore relative as well, as those of scales and norms are: with Adam, 1e-3 moves a weight of 4 bits
-by about 1.6 % of the distance between two codes per step. Division by a power of two is exact, so the untrained layer
-computes with the compressed weight it was created from, to the last bit.
+latent = weight / init_scale is the weight in code units. Its learning rate is therefore relative as well, as those of
+scales and norms are: with Adam, 1e-3 moves a weight by about 0.1 % of the distance between two codes per step, so about
+that share of the codes can change, whatever the scheme. The quotient is the one that rounding computes, so the
+untrained layer computes with the compressed weight it was created from, to the last bit.
 
 CAGE (https://arxiv.org/abs/2510.18784) pulls the weight to its code after each step, like decoupled weight decay:
 
-    latent -= lr * lambda * (latent - Q(latent))          Q(latent) = 2^-bits * (codes - zero_point)
+    latent -= lr * lambda * (latent - (codes - zero_point))
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FakeQuantizedFullLinear(FakeQuantizedLinear):
         super().__init__(init.weight_OI.shape, qparams, scheme, bias, dtype, generator)
         scale_OG = self.init_scale
         latent_OGK = quant_grid.to_groups(init.weight_OI.float(), scale_OG.shape[-1]) / scale_OG[..., None]
-        self.latent = nn.Parameter(latent_OGK.mul_(2.0**-scheme.bits).flatten(-2))
+        self.latent = nn.Parameter(latent_OGK.flatten(-2))
 
     def merged_OI(self) -> Tensor:
         return self.latent
@@ -62,8 +62,8 @@ class FakeQuantizedFullLinear(FakeQuantizedLinear):
     def pull_to_codes(self, share: float) -> None:
         """Move the weight by a share, 0 .. 1, of its distance to the value of its code."""
         centered_OGK = fake_quant.centered_codes(self.latent, self.rounding_scale_OG(), self.zero_point, self.scheme)
-        self.latent.lerp_(centered_OGK.mul_(2.0**-self.scheme.bits).flatten(-2), share)
+        self.latent.lerp_(centered_OGK.flatten(-2), share)
 
     def rounding_scale_OG(self) -> Tensor:
-        """2^-bits for all groups: the distance between two codes, relative to the range of a group."""
-        return self.init_scale.new_tensor(2.0**-self.scheme.bits).expand_as(self.init_scale)
+        """1 for all groups: the weight is in code units already."""
+        return torch.ones_like(self.init_scale)
