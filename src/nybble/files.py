@@ -9,6 +9,7 @@ full is a RunError.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -187,6 +188,12 @@ class TensorReader:
         if self._left <= 0:
             self._opened.close()
         return tensor
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def damaged(path: Path, error: BaseException) -> RunError:

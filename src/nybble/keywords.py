@@ -33,6 +33,7 @@ class CompressKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     eval_tasks: str | Sequence[str]
     limit: int | None
     num_test_samples: int
@@ -71,6 +72,7 @@ class DistillKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int
@@ -89,7 +91,11 @@ class DistillKeywords(TypedDict, total=False):
     num_train_samples: int
     num_validation_samples: int
     same_samples: bool
+    train: Literal["lora", "full", "rounding"]
     lora_rank: int
+    cage_lambda: float
+    kl_temperature: float
+    cross_entropy_share: float
     eval_tasks: str | Sequence[str]
     limit: int | None
     num_test_samples: int
@@ -127,6 +133,7 @@ class TuneKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int
@@ -188,6 +195,7 @@ class CompareKeywords(TypedDict, total=False):
     gptq_act_order: bool
     blockwise_epochs: float
     limit_blocks: int | None
+    keep_positions: Literal["fixed", "exact", "none"]
     init_from: str | None
     lr: float
     epochs: int

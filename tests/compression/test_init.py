@@ -5,7 +5,9 @@ import torch
 
 from nybble.compression.init import QuantizedInit, RoundedWeight
 from nybble.quant.grid import dequantize, min_max_qparams, quantize
+from nybble.quant.position import pack_positions, weight_at_positions
 from nybble.quant.scheme import QuantScheme
+from nybble.quant.weight import QuantizedWeight
 
 SCHEME = QuantScheme(group_size=32)
 
@@ -48,3 +50,19 @@ def test_quantized_has_whole_zero_points_and_the_scheme() -> None:
     assert quantized.zero_point_OG.dtype == quantized.codes_OI.dtype == torch.uint8
     assert quantized.scheme == SCHEME
     assert torch.equal(quantized.codes_OI, quantize(weight, *min_max_qparams(weight, SCHEME), SCHEME))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_init_from_stored_codes_keeps_them_in_every_dtype(dtype: torch.dtype) -> None:
+    """A run that was compressed in float32 can be trained further in bfloat16, from positions of both kinds."""
+    rounded = near_boundary()
+    zero_point_OG = rounded.zero_point_OG.to(torch.uint8)
+    quantized = QuantizedWeight(rounded.codes_OI, rounded.scale_OG, zero_point_OG, SCHEME)
+    fixed = weight_at_positions(pack_positions(rounded.weight_OI, quantized), quantized)
+    for weight_OI in (rounded.weight_OI, fixed):
+        init = QuantizedInit.with_codes(quantized, weight_OI, dtype)
+        assert torch.equal(init.quantized(SCHEME).codes_OI, rounded.codes_OI)
+        kept = (
+            quantize(weight_OI.to(dtype).float(), rounded.scale_OG, rounded.zero_point_OG, SCHEME) == rounded.codes_OI
+        )
+        assert torch.equal(init.weight_OI[kept], weight_OI.to(dtype)[kept])

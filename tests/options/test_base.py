@@ -76,6 +76,12 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
             {"task": "t", "lr": 0.0, "scale_lr": 0.0, "norm_lr": 0.0},
             "--lr, --scale_lr or --norm_lr must be above 0",
         ),
+        (DistillOptions, {"train": "full", "lora_rank": 8}, "--train full has no adapters and takes no --lora_rank"),
+        (DistillOptions, {"train": "rounding", "lora_rank": 0}, "--train rounding has no adapters and takes no"),
+        (DistillOptions, {"cage_lambda": 1.0}, "--cage_lambda needs --train full"),
+        (DistillOptions, {"cage_lambda": -1.0}, "--cage_lambda must be 0 or more; got -1"),
+        (DistillOptions, {"kl_temperature": 0.0}, "--kl_temperature must be more than 0; got 0"),
+        (DistillOptions, {"cross_entropy_share": 1.5}, "--cross_entropy_share must be from 0 to 1; got 1.5"),
         (DistillOptions, {"norm_lr": -1.0}, "--norm_lr must be 0 or more; got -1.0"),
         (DistillOptions, {"lr": float("inf")}, "--lr must be 0 or more; got inf"),
         (

@@ -31,6 +31,12 @@ def test_models_and_their_mean_improvement() -> None:
     ]
 
 
+def test_a_training_without_adapters_says_what_was_trained() -> None:
+    for train, words in {"full": "QAT of all weights", "rounding": "QAT of rounding scales"}.items():
+        rows = published({"run": distilled(train=train, lora_rank=0)})
+        assert [row[1] for row in rows[:3]][-1] == f"INT4, {words}"
+
+
 def test_the_baseline_is_taken_in_the_runtime_that_it_is_deployed_in() -> None:
     exported = compressed(models=compressed().models | {"toy": metrics(13.0, 0.3, 1)})
     rows = published({"distilled": distilled(), "awq": exported})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nybble.models.head import LMHead
 from nybble.training import losses
-from nybble.training.losses import cross_entropy, kl_to_teacher
+from nybble.training.losses import cross_entropy, kl_to_teacher, next_token_cross_entropy
 
 N, D, V = 37, 16, 101
 
@@ -35,14 +35,17 @@ def float64_logits(hidden_ND: Tensor, head: LMHead) -> Tensor:
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
-def test_kl_and_its_gradient_equal_those_of_torch(cap: float | None, multiplier: float, bias: bool) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+def test_kl_and_its_gradient_equal_those_of_torch(
+    cap: float | None, multiplier: float, bias: bool, temperature: float
+) -> None:
     student_head, teacher_head = make_heads(cap, multiplier, bias)
     student, teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, D)
     student64 = student.detach().double().requires_grad_()
-    loss = kl_to_teacher(student, teacher, student_head, teacher_head)
-    log_q = F.log_softmax(float64_logits(student64, student_head), -1)
-    log_p = F.log_softmax(float64_logits(teacher.double(), teacher_head), -1)
-    expected = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    loss = kl_to_teacher(student, teacher, student_head, teacher_head, temperature)
+    log_q = F.log_softmax(float64_logits(student64, student_head) / temperature, -1)
+    log_p = F.log_softmax(float64_logits(teacher.double(), teacher_head) / temperature, -1)
+    expected = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     (3 * loss).backward()
     (3 * expected).backward()
     # float32 sums over 101 logits: 101 * 2**-24 = 6e-6 relative, and more where terms cancel.
@@ -63,6 +66,21 @@ def test_cross_entropy_and_its_gradient_equal_those_of_torch(cap: float | None, 
     (expected * weights).sum().backward()
     torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-5)  # as above
     torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cross_entropy_of_next_tokens_is_the_mean_over_those_that_count() -> None:
+    head, _ = make_heads()
+    hidden, ids = torch.randn(3, 5, D, requires_grad=True), torch.randint(V, (3, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 1]]).bool()
+    loss = next_token_cross_entropy(hidden, ids, mask, head)
+    labels = ids[:, 1:].masked_fill(~mask[:, :-1], -100)
+    hidden64 = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(float64_logits(hidden64[:, :-1], head).flatten(0, 1), labels.flatten())
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-5)
+    assert next_token_cross_entropy(hidden, ids, torch.zeros_like(mask), head) == 0
 
 
 @pytest.mark.usefixtures("chunks_of_8")

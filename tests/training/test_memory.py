@@ -58,6 +58,23 @@ def test_without_adapters_layers_hold_one_byte_per_weight() -> None:
     assert with_rank - without == SHAPES.linear_weights * (4 - 1) + adapters
 
 
+def test_trained_weights_replace_those_of_the_layers() -> None:
+    setups = [replace(SETUP, rank=0, train=train) for train in ("full", "lora", "rounding")]
+    full, fixed, rounding = (memory.training_memory(setup, 256) for setup in setups)
+    assert full - fixed == (24 - 1) * SHAPES.linear_weights  # 16 bytes of Adam, two float32 copies for averaging
+    assert rounding - fixed == (3 + 24 / 8) * SHAPES.linear_weights + 24 * SHAPES.int4_features
+    full, fixed, _ = (memory.training_disk(setup, 0) for setup in setups)
+    assert full - fixed == 10 * 4 * SHAPES.linear_weights
+
+
+@pytest.mark.parametrize(("keep", "size"), [("none", 0), ("fixed", 0.5), ("exact", 4)])
+def test_positions_count_in_memory_and_on_disk(keep: str, size: float) -> None:
+    kept = replace(SETUP, positions_bytes=memory.positions_bytes(SHAPES, keep))
+    expected = int(size * SHAPES.linear_weights)
+    assert memory.training_memory(kept, 256) - memory.training_memory(SETUP, 256) == expected
+    assert memory.training_disk(kept, 0) - memory.training_disk(SETUP, 0) == expected
+
+
 def test_logits_of_measuring_count_where_they_exceed_the_activations() -> None:
     small, none, large, larger = (
         memory.training_memory(replace(SETUP, logits_bytes=logits), 256) for logits in (1000, 0, GB, 2 * GB)

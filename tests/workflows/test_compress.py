@@ -214,20 +214,6 @@ def test_the_automatic_method_needs_no_facts_about_the_family(
     distill(distill_options(model, run, resume=True, **settings))
 
 
-@pytest.mark.parametrize(
-    ("first", "rank", "warned"), [("RUN", 4, True), ("RUN", 0, False), ("se+blockwise", 4, True), ("se", 4, False)]
-)
-def test_adapters_over_codes_that_they_hardly_move_are_reported(
-    first: str, rank: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = save_model(tmp_path / "model", "llama")
-    compress(options(model, tmp_path / "first", method="rtn"))
-    caplog.clear()
-    begin = {"init_from": str(tmp_path / "first")} if first == "RUN" else {"method": first}
-    distill(distill_options(model, tmp_path / "run", num_calibration_samples=8, group_size=32, lora_rank=rank, **begin))
-    assert ("adapters hardly move the codes" in caplog.text) == warned
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_distillation_continues_from_a_finished_run(dtype: str, tmp_path: Path) -> None:
     """Codes, scales, zero points and folded norms are those of the run; the teacher is the 16-bit model."""

@@ -464,17 +464,6 @@ def test_malformed_shares_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("method", "rank", "warned"), [("se+blockwise", 4, True), ("se", 4, False)])
-def test_adapters_that_hardly_move_codes_are_warned_of(
-    method: str, rank: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = save_model(tmp_path / "model", "llama")
-    changes = {"method": method, "lora_rank": rank, "group_size": 32, "num_calibration_samples": 8, "epochs": 1}
-    with caplog.at_level("WARNING", "nybble"):
-        distill(distill_options(model, tmp_path / "run", **changes))
-    assert ("adapters hardly move the codes" in caplog.text) == warned
-
-
 def test_a_run_that_compressed_can_be_trained(tmp_path: Path) -> None:
     """--init_from takes over the codes and scales of a finished run exactly."""
     model, first, second = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "second"

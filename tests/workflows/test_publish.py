@@ -69,6 +69,8 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     assert "Training: scales and norms." in card
     results.lora_rank = 8
     assert "Training: LoRA adapters of rank 8, absorbed into the codes." in model_card(results, "plain", {}, {})
+    results.train, results.lora_rank = "full", 0
+    assert "Training: the weights themselves, inside the rounding." in model_card(results, "plain", {}, {})
     assert "largest difference" not in card
     results.test_data, results.other_data = "the test split of /a/b/own.txt (4 x 8 tokens)", "/c/d.txt (1 x 8 tokens)"
     measured = {"token_perplexity": 1.0, "other_token_perplexity": 1.0, "other_kl_to_teacher": 0.0, "bytes": 1}

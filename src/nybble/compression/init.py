@@ -59,6 +59,19 @@ class QuantizedInit:
         code_value_OI = dequantize(rounded.codes_OI, scale_OG, zero_point_OG).to(dtype)
         return QuantizedInit(torch.where(kept_OI, weight_OI, code_value_OI), scale_OG, zero_point_OG)
 
+    @staticmethod
+    def with_codes(quantized: QuantizedWeight, weight_OI: Tensor, dtype: torch.dtype) -> QuantizedInit:
+        """An init in `dtype` with the codes of `quantized`, as near to `weight_OI` as it can be.
+
+        Args:
+            quantized: the codes, on the device of `weight_OI`.
+            weight_OI: any float dtype. Where it does not have these codes, the value of the code is taken.
+            dtype: of the init.
+        """
+        scale_OG, zero_point_OG = quantized.scale_OG.float(), quantized.zero_point_OG.float()
+        rounded = RoundedWeight(quantized.codes_OI, at_least_float32(weight_OI), scale_OG, zero_point_OG)
+        return QuantizedInit.from_rounded(rounded, quantized.scheme, dtype)
+
     def quantized(self, scheme: QuantScheme) -> QuantizedWeight:
         """The codes of this layer if it is not trained any further."""
         codes_OI = quantize(at_least_float32(self.weight_OI), self.scale_OG, self.zero_point_OG, scheme)

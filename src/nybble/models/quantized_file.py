@@ -15,7 +15,6 @@ the note, zero points and scales against their grid.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import RunError
-from nybble.files import TensorReader, note_of, open_tensors, save_tensors
+from nybble.files import TensorReader, fingerprint_of, note_of, open_tensors, save_tensors
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import BITS, CODES_PER_UNIT, QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
@@ -214,5 +213,4 @@ def _off_grid(weight: QuantizedWeight) -> str:
 
 def weights_fingerprint(folder: Path) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the weights file."""
-    with (folder / WEIGHTS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return fingerprint_of(folder / WEIGHTS_FILE)

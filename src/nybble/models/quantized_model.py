@@ -1,7 +1,7 @@
 """The quantized model on disk: the folder quantized/ of a run.
 
 The folder is complete in itself: weights.safetensors, config.json, generation_config.json, the files of the tokenizer,
-and Python code that came with the model.
+and Python code that came with the model. positions.safetensors is for further training alone (positions_file.py).
 
 quantized_file.py describes weights.safetensors, and checks it when it is read. Here it is checked against the model in
 config.json.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_ge
 from nybble.models.composite import auto_class, text_config
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
+from nybble.models.positions_file import save_positions
 from nybble.models.quantized_file import REMEDY, WeightsLayout, open_weights, read_layout, save_weights
 from nybble.quant.weight import QuantizedWeight
 from nybble.runtime import hand_back_freed_memory, returning_freed_memory
@@ -68,7 +70,11 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def save_quantized(
-    folder: Path, loaded: LoadedModel, quantized: Mapping[str, QuantizedWeight], release: bool = False
+    folder: Path,
+    loaded: LoadedModel,
+    quantized: Mapping[str, QuantizedWeight],
+    positions: Mapping[str, Tensor] = MappingProxyType({}),
+    release: bool = False,
 ) -> None:
     """Write a quantized model atomically. An earlier folder of the same name is replaced.
 
@@ -76,6 +82,7 @@ def save_quantized(
         folder: where to write.
         loaded: the model, of which the weights of quantized modules are not read, and its tokenizer and files.
         quantized: module name -> quantized weight.
+        positions: of the linear layers, see positions_file.py; empty = none are written.
         release: free the memory of the model first; it is then on the meta device.
 
     Raises:
@@ -90,6 +97,8 @@ def save_quantized(
         hand_back_freed_memory()
     with atomic_folder(folder) as temporary:
         save_weights(temporary, quantized, others)
+        if positions:
+            save_positions(temporary, positions)
         if model._auto_class is not None:  # the model came with Python code
             custom_object_save(model, temporary, config=model.config)
         model.config.save_pretrained(temporary)

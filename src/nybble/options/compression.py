@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from nybble.options.base import Group, option
 
@@ -11,6 +11,8 @@ from nybble.options.base import Group, option
 MIN_CALIBRATION_SAMPLES = 8
 # The method is chosen when the model is known.
 AUTO = "auto"
+
+KeepPositions = Literal["fixed", "exact", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class CompressionOptions(Group):
     blockwise_epochs: float = option(2.0, "Passes of block-wise reconstruction over the calibration sequences.")
     limit_blocks: int | None = option(
         None, "Apply the method to this many decoder blocks and rtn to the rest, for a trial."
+    )
+    keep_positions: KeepPositions = option(
+        "fixed",
+        "Keep where weights lie between their codes, for --init_from. fixed: 4 bits a weight; exact: the weights "
+        "before rounding, so that --init_from gives the bits of one run; none.",
     )
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from nybble.errors import OptionError
 from nybble.options.base import Group, option, with_default
 
 WeightCache = Literal["auto", "step", "recompute"]
+TrainedPart = Literal["lora", "full", "rounding"]
 Schedule = Literal["cosine", "constant", "constant_with_averaging"]
 
 
@@ -27,7 +28,7 @@ class TrainingOptions(Group):
     norm_lr: float = option(MISSING, "Peak relative learning rate of the norm weights in 4 bits; 0: not trained.")
     warmup_ratio: float = option(MISSING, "Share of the steps with a rising learning rate.")
     microbatch_size: int = option(0, "Sequences per forward pass; 0: chosen by the memory estimate.")
-    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of what is trained at --lr.")
     lr_scheduler_type: Schedule = option(
         "cosine",
         "After the warmup: cosine decay to zero; constant; constant_with_averaging: constant, and the result is the "
@@ -70,21 +71,47 @@ class DistillTrainingOptions(TrainingOptions):
     same_samples: bool = option(False, "Train on the same sequences in every epoch.")
     epochs: int = with_default(TrainingOptions, "epochs", 10)
     batch_size: int = with_default(TrainingOptions, "batch_size", 16)
+    train: TrainedPart = option(
+        "lora",
+        "lora: adapters; full: the weights themselves, in 16 to 24 bytes a weight; rounding: the scale that rounds, "
+        "one for 8 weights, which does not ship (FOCUS). Scales and norms in any case.",
+    )
     lora_rank: int = option(
         256,
         "Rank of the adapters, clamped in narrower layers. 0: no adapters; codes stay, scales and norms are trained, "
         "which is faster and better with little text.",
         basic=True,
     )
-    lr: float = with_default(TrainingOptions, "lr", 6e-4)
+    lr: float = option(
+        6e-4,
+        "Peak learning rate of the adapters. With --train full in code units: 1e-3 moves a weight by about 0.1 % of "
+        "the distance between two codes per step. With --train rounding relative to the scale.",
+        basic=True,
+    )
     scale_lr: float = with_default(TrainingOptions, "scale_lr", 1e-3)
     norm_lr: float = with_default(TrainingOptions, "norm_lr", 5e-4)
     warmup_ratio: float = with_default(TrainingOptions, "warmup_ratio", 0.05)
+    cage_lambda: float = option(
+        0.0,
+        "With --train full, in the last fifth of the steps: pull weights to the values of their codes, per step by up "
+        "to learning rate x lambda of the distance (CAGE). 0: never.",
+    )
+    kl_temperature: float = option(
+        1.0, "Temperature of the KL divergence in training; above 1, unlikely tokens count more. Measured at 1."
+    )
+    cross_entropy_share: float = option(
+        0.0, "Share of the cross-entropy of the text in the loss, the rest is KL; 0 to 1. It lowers perplexity there."
+    )
 
     @property
-    def trains_adapters(self) -> bool:
-        """Whether adapters are trained inside the rounding, so that codes change."""
-        return self.lora_rank > 0 and self.lr > 0
+    def codes_stay(self) -> bool:
+        """Whether layers have fixed codes: neither adapters nor weights that could change them."""
+        return self.train == "lora" and not self.lora_rank
+
+    @property
+    def trains_codes(self) -> bool:
+        """Whether adapters or weights are trained inside the rounding, so that codes change."""
+        return self.lr > 0 and not self.codes_stay
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,8 +122,18 @@ class DistillTrainingOptions(TrainingOptions):
         """Raise OptionError for values outside of their range, or with which nothing would be trained."""
         super().check()
         self.require("num_train_samples num_validation_samples", lambda value: value >= 1, "at least 1")
+        self.require("cage_lambda", lambda value: 0 <= value < float("inf"), "0 or more")
+        if self.cage_lambda and self.train != "full":
+            raise OptionError("--cage_lambda needs --train full, as it pulls the trained weights; add it, or leave out")
+        self.require("kl_temperature", lambda value: 0 < value < float("inf"), "more than 0")
+        self.require("cross_entropy_share", lambda value: 0 <= value <= 1, "from 0 to 1")
         self.require("lora_rank", lambda value: value >= 0, "0 (no adapters) or more")
-        if not (self.trains_adapters or self.scale_lr or self.norm_lr):
+        if self.train != "lora" and self.lora_rank != type(self).lora_rank:
+            raise OptionError(
+                f"--train {self.train} has no adapters and takes no --lora_rank; got --lora_rank {self.lora_rank}; "
+                "leave one of them out"
+            )
+        if not (self.trains_codes or self.scale_lr or self.norm_lr):
             raise OptionError(
                 "--scale_lr, --norm_lr, or --lora_rank and --lr must be above 0, otherwise nothing is trained; nybble "
                 "compress makes a model without training"
@@ -128,7 +165,7 @@ class TuneTrainingOptions(TrainingOptions):
     scale_epochs: int = option(1, "With --quantize after: epochs of training scales and norms in 4 bits.")
 
     @property
-    def trains_adapters(self) -> bool:
+    def trains_codes(self) -> bool:
         """Whether adapters are trained inside the rounding, so that codes change."""
         return self.quantize == "during"
 

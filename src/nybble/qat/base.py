@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,10 @@ class CachedWeightLinear(nn.Module):
         rank: rank of the LoRA adapters; 0 if the layer has none.
         active_rank: number of leading ranks that the forward uses, 0 .. rank.
         cached_weight: [O, I] in `dtype`, or None if the cache is empty.
+        TRAINED: names of the parameters that move the weight, which are trained at --lr.
     """
 
+    TRAINED: ClassVar[tuple[str, ...]] = ()
     rank: int = 0
     active_rank: int = 0
 

@@ -3,14 +3,11 @@
     merged = weight + lora_b[:, :r] @ lora_a[:r]                           r = active_rank
     codes  = clamp(round(merged / init_scale) + zero_point, 0, 2^bits - 1)
     scale  = round_scale(init_scale * exp(log_scale_shift))
-    W_q    = scale * (codes - zero_point)
+    W_q    = scale * (codes - zero_point)                                  fake_quant_linear.py
     output = input @ W_q.T + bias
 
 lora_b starts at zero and log_scale_shift starts at values that leave the rounded scales unchanged. The untrained layer
 therefore computes with the compressed weight it was created from.
-
-Codes are computed with init_scale, so that a trained scale changes no code; only the adapters do. Otherwise a scale
-that moves by a percent would flip many of the codes that a compression method has fitted to each other.
 
 With a symmetric scheme this is NNCF 3.4's SymmetricLoraQuantizer (FQ_LORA, INT4_SYM), whose levels -8 .. 7 are
 code - 8 and whose scale is 8 of these. Both compute the same weights at every active rank, and adapters get the same
@@ -29,20 +26,15 @@ gradients, except that here
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nybble.compression.init import QuantizedInit
-from nybble.qat.base import QuantizedLinear
+from nybble.qat.fake_quant_linear import FakeQuantizedLinear
 from nybble.qat.lora import AdapterGradient, add_adapters, init_adapters
-from nybble.quant import fake_quant
-from nybble.quant import grid as quant_grid
 from nybble.quant.scheme import QuantScheme
-from nybble.quant.weight import QuantizedWeight
 
 
-class FakeQuantizedLoRALinear(QuantizedLinear):
+class FakeQuantizedLoRALinear(FakeQuantizedLinear):
     """Fake-quantized linear layer with trainable LoRA adapters and scales.
 
     If log_scale_shift requires a gradient, adapters and scales get the straight-through gradient of W_q. If it does
@@ -58,6 +50,7 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
         generator: CPU random generator for lora_a and log_scale_shift. None uses the global one.
     """
 
+    TRAINED = ("lora_a", "lora_b")
     VARIANCE = 1.0  # of the entries of lora_a, times I: the rows of lora_a have a mean square length of 1
 
     def __init__(
@@ -81,46 +74,17 @@ class FakeQuantizedLoRALinear(QuantizedLinear):
         """Compute weight + lora_b @ lora_a at the active rank; float32, differentiable."""
         return add_adapters(self.weight, self.lora_a, self.lora_b, self.active_rank)
 
-    def fake_quantized_OI(self) -> Tensor:
-        """Compute W_q, the weight of the forward before the cast to `dtype`; float32, differentiable."""
-        centered_OGK = fake_quant.centered_codes(self.merged_OI(), self.init_scale, self.zero_point, self.scheme)
-        return (centered_OGK * self.scale_OG()[..., None]).flatten(-2)
+    def rounding_scale_OG(self) -> Tensor:
+        """The initial scales."""
+        return self.init_scale
 
-    def compute_weight(self) -> Tensor:
-        return self.fake_quantized_OI().to(self.dtype)
-
-    @torch.no_grad()
-    def absorb(self) -> QuantizedWeight:
-        """Return W_q as codes, scales and zero points, from the same sum and by the same rounding as the forward."""
-        codes_OI = quant_grid.quantize(self.merged_OI(), self.init_scale, self.zero_point, self.scheme)
-        return QuantizedWeight(codes_OI, self.scale_OG(), self.zero_point.to(torch.uint8), self.scheme)
+    @property
+    def trains_weight(self) -> bool:
+        """Whether scales are trained; adapters alone need no gradient of the size of a weight."""
+        return self.log_scale_shift.requires_grad
 
     def forward(self, inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not self.log_scale_shift.requires_grad:
             r = self.active_rank
             return AdapterGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
-        if self.cached_weight is not None:
-            return F.linear(inputs, self.cached_weight, self.bias)
-        if not torch.is_grad_enabled():
-            return self._linear(inputs)
-        return checkpoint(self._linear, inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-
-    def _linear(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.compute_weight(), self.bias)
-
-    def fill_weight_cache(self) -> None:
-        """Compute W_q once. If scales are trained, the cached weight is a leaf that accumulates gradients."""
-        super().fill_weight_cache()
-        assert self.cached_weight is not None
-        self.cached_weight.requires_grad_(self.log_scale_shift.requires_grad)
-
-    def flush_weight_cache(self) -> None:
-        """Propagate the accumulated gradient of W_q to adapters and scales; empty the cache.
-
-        Raises:
-            AssertionError: the cache is empty.
-        """
-        leaf = self.cached_weight
-        super().flush_weight_cache()
-        if leaf is not None and leaf.grad is not None:
-            self.fake_quantized_OI().backward(leaf.grad.float())
+        return super().forward(inputs)

@@ -7,18 +7,22 @@ Weights and biases that a new layer keeps are shared with the model, not copied.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from nybble.compression.init import QuantizedInit
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
+from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
 from nybble.qat.fixed_codes import FixedCodesLinear
 from nybble.qat.lora import LoRALinear
 from nybble.quant.grid import at_least_float32, dequantize, min_max_qparams, quantize
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
+
+L = TypeVar("L", FakeQuantizedFullLinear, FakeQuantizedRoundingLinear)
 
 # Rows of an embedding that are quantized at once. Their float32 copies take 32 MB with a hidden size of 2048, while
 # those of a whole embedding with 150,000 rows would take 1.2 GB.
@@ -51,6 +55,36 @@ def insert_fake_quant_layers(
     for name, init in inits.items():
         linear = _linear(model, name)
         layers[name] = FakeQuantizedLoRALinear(init, schemes[name], linear.bias, rank, linear.weight.dtype, generator)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def insert_fake_quant_layers_of(
+    kind: type[L],
+    model: nn.Module,
+    inits: Mapping[str, QuantizedInit],
+    schemes: Mapping[str, QuantScheme],
+    seed: int,
+) -> dict[str, L]:
+    """Replace linear layers, in place, by fake-quantized ones without adapters.
+
+    Until it is trained, the model computes with the compressed weights.
+
+    Args:
+        kind: class of the layers: weights are trained, or the scales that round.
+        model: the model whose layers are replaced.
+        inits: layer name -> result of compression.
+        schemes: layer name -> scheme that the weight was compressed with.
+        seed: seed of the log scale shifts.
+
+    Returns:
+        Layer name -> new layer, in the order of `inits`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, init in inits.items():
+        linear = _linear(model, name)
+        layers[name] = kind(init, schemes[name], linear.bias, linear.weight.dtype, generator)
         model.set_submodule(name, layers[name])
     return layers
 

@@ -101,6 +101,7 @@ class LoRALinear(CachedWeightLinear):
         generator: CPU random generator for lora_a. None uses the global one.
     """
 
+    TRAINED = ("lora_a", "lora_b")
     # Both as in the peft library with lora_alpha = 2 * rank, whose kaiming_uniform_(lora_a, a=sqrt(5)) has the variance
     # 1 / (3 I). Without the scaling and with the variance 1 / I, tasks were learned less well.
     SCALING = 2.0

@@ -121,7 +121,11 @@ def _recipe(results: RunResults) -> list[str]:
     parts = [f"Compression: {results.method}."]
     if results.trains:
         adapters = f"LoRA adapters of rank {results.lora_rank}, absorbed into the codes"
-        parts.append(f"Training: {adapters if results.lora_rank else 'scales and norms'}.")
+        without = {
+            "full": "the weights themselves, inside the rounding",
+            "rounding": "the scales that round, one for 8 weights, which do not ship",
+        }.get(results.train, "scales and norms")
+        parts.append(f"Training: {adapters if results.lora_rank else without}.")
     if results.changes is not None:
         parts.append(f"{changes_text(results.changes)}.")
     minutes = sum(results.seconds.values()) / 60

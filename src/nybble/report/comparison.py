@@ -222,6 +222,8 @@ def _training_name(results: RunResults) -> str:
     task = results.task
     if task is not None and len(task.rank_space) > 1:
         return "QAT + NLS" + (", chosen on test rows" if task.chosen_on_test else "")
+    if results.train != "lora":
+        return "QAT of all weights" if results.train == "full" else "QAT of rounding scales"
     return "QAT" if results.lora_rank == 0 else "QAT + LoRA"
 
 

@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from nybble.errors import RunError
 from nybble.files import settle_folder, write_text
+from nybble.models.positions_file import POSITIONS_FILE
 from nybble.options.commands import RunCommand
 from nybble.options.toml import CONFIG, to_toml
 from nybble.run.machine import peak_memory
@@ -100,8 +101,12 @@ class RunFolder:
         self.save()
 
     def note_files(self, name: str) -> None:
-        """Note the files of a folder that was just written, for `is_complete`. Call `save` afterwards."""
-        self.results.files[name] = _file_sizes(self.path / name)
+        """Note the files of a folder that was just written, for `is_complete`. Call `save` afterwards.
+
+        Positions of weights are not noted: they may be deleted.
+        """
+        sizes = _file_sizes(self.path / name)
+        self.results.files[name] = {file: size for file, size in sizes.items() if file != POSITIONS_FILE}
 
     def is_complete(self, name: str) -> bool:
         """Whether a folder of the run still has every file that it was written with; see `missing_files`."""

@@ -242,6 +242,7 @@ class RunResults:
     other_data: str = ""
     limit: int | None = None
     lora_rank: int | None = None
+    train: str = "lora"
     command_line: str = ""
     resumed_by: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)

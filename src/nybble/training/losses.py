@@ -2,11 +2,12 @@
 
     z  = cap * tanh(head(hidden) * multiplier / cap)          logits; without a soft cap: z = head(hidden) * multiplier
     KL(teacher || student) = sum_v p_v (log p_v - log q_v)    p = softmax(z_teacher), q = softmax(z_student)
+    at a temperature T: T^2 KL with the logits z / T          https://arxiv.org/abs/1503.02531
     CE = -log q_target
 
 Logits [N, V] of a whole microbatch would need more memory than the rest of the training step. Each chunk of tokens
 therefore gets its logits, its loss and its gradient before the next chunk starts. The head is frozen, so only the
-gradient of the hidden states is needed. It is known in closed form: dKL/dz_student = q - p and dCE/dz = q - onehot.
+gradient of the hidden states is needed. It is known in closed form: dKL/dz_student = T (q - p), dCE/dz = q - onehot.
 The forward computes it and the backward multiplies it with the incoming gradient.
 Liger-Kernel fuses its losses in the same way: https://arxiv.org/abs/2410.10989
 """
@@ -36,7 +37,9 @@ def chunk_tokens(device: torch.device) -> int:
     return CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
 
 
-def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student_head: LMHead, teacher_head: LMHead) -> Tensor:
+def kl_to_teacher(
+    student_ND: Tensor, teacher_ND: Tensor, student_head: LMHead, teacher_head: LMHead, temperature: float = 1.0
+) -> Tensor:
     """Return the mean over tokens of KL(teacher || student), differentiable in the student's hidden states.
 
     The logits of a chunk take about 4 * chunk_tokens * V * 4 bytes.
@@ -46,13 +49,15 @@ def kl_to_teacher(student_ND: Tensor, teacher_ND: Tensor, student_head: LMHead, 
         teacher_ND: last hidden states of the teacher for the same tokens, [tokens, D_teacher].
         student_head: frozen head of the student.
         teacher_head: frozen head of the teacher, with the same vocabulary.
+        temperature: T, above 0. Above 1, tokens of low probability count more.
 
     Returns:
         Scalar, float32, in nats.
     """
 
     def chunk_loss(z_student_CV: Tensor, tokens: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-        return _kl_of_chunk(z_student_CV, teacher_head.logits(teacher_ND[tokens]), student_head, needs_grad)
+        z_teacher_CV = teacher_head.logits(teacher_ND[tokens])
+        return _kl_of_chunk(z_student_CV, z_teacher_CV, student_head, temperature, needs_grad)
 
     return _TokenLosses.apply(student_ND, student_head, chunk_loss).mean()  # type: ignore[no-any-return]
 
@@ -73,6 +78,23 @@ def cross_entropy(hidden_ND: Tensor, targets_N: Tensor, head: LMHead) -> Tensor:
         return _cross_entropy_of_chunk(z_CV, targets_N[tokens], head, needs_grad)
 
     return _TokenLosses.apply(hidden_ND, head, chunk_loss)  # type: ignore[no-any-return]
+
+
+def next_token_cross_entropy(hidden_BTD: Tensor, ids_BT: Tensor, loss_mask_BT: Tensor, head: LMHead) -> Tensor:
+    """Return the mean cross-entropy of the tokens after each position, differentiable in the hidden states.
+
+    Args:
+        hidden_BTD: last hidden states.
+        ids_BT: the tokens, int64.
+        loss_mask_BT: positions that count, bool; the last of a sequence has no token after it and never counts.
+        head: frozen head of the model.
+
+    Returns:
+        Scalar, float32, in nats; 0 where no position counts.
+    """
+    counted = loss_mask_BT[:, :-1]
+    losses_N = cross_entropy(hidden_BTD[:, :-1][counted], ids_BT[:, 1:][counted], head)
+    return losses_N.sum() / max(1, len(losses_N))
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -99,20 +121,26 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _kl_of_chunk(
-    z_student_CV: Tensor, z_teacher_CV: Tensor, student_head: LMHead, needs_grad: bool
+    z_student_CV: Tensor, z_teacher_CV: Tensor, student_head: LMHead, temperature: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL per token [C] and dKL / dhead(hidden) of the student [C, V]. Overwrites the teacher's logits.
 
     KL = sum_v p_v (z_teacher - z_student)_v - (log Z_teacher - log Z_student), with log Z = max z - log max p.
     This form needs one exponential per logit and model.
     """
+    capped_CV = z_student_CV
+    if temperature != 1:
+        z_student_CV, z_teacher_CV = z_student_CV / temperature, z_teacher_CV.div_(temperature)
     p_CV = z_teacher_CV.softmax(-1)
     log_z_teacher_C = z_teacher_CV.amax(-1) - p_CV.amax(-1).log()
     difference_CV = z_teacher_CV.sub_(z_student_CV)
     kl_C = torch.bmm(p_CV[:, None], difference_CV[..., None])[:, 0, 0]
     q_CV = torch.softmax(z_student_CV, -1, out=difference_CV)
     kl_C += z_student_CV.amax(-1) - q_CV.amax(-1).log() - log_z_teacher_C
-    return kl_C, _grad_before_cap(q_CV.sub_(p_CV), z_student_CV, student_head) if needs_grad else None
+    grad_CV = q_CV.sub_(p_CV)
+    if temperature != 1:
+        kl_C, grad_CV = kl_C.mul_(temperature**2), grad_CV.mul_(temperature)
+    return kl_C, _grad_before_cap(grad_CV, capped_CV, student_head) if needs_grad else None
 
 
 def _cross_entropy_of_chunk(

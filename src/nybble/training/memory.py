@@ -88,6 +88,9 @@ class TrainingSetup:
     Attributes:
         shapes: sizes of the model.
         rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
+        train: as --train has it. full: the weights themselves are trained, in float32, and there are no others.
+            rounding: one number for 8 weights is.
+        positions_bytes: bytes of the positions of weights between their codes, as they are kept.
         num_scales: scales of the linear layers that are trained.
         chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
         weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
@@ -101,11 +104,15 @@ class TrainingSetup:
     chunk_tokens: int
     weight_copies: int
     logits_bytes: int
+    train: str = "lora"
+    positions_bytes: int = 0
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers in adapters and scales, at most."""
-        return self.shapes.int4_features * self.rank + self.num_scales
+        """Numbers in adapters, weights or the scales that round them, and scales, at most."""
+        shapes = self.shapes
+        parts = {"full": shapes.linear_weights, "rounding": shapes.linear_weights // 8 + shapes.int4_features}
+        return parts.get(self.train, shapes.int4_features * self.rank) + self.num_scales
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,9 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     """
     shapes = setup.shapes
     untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
-    int4 = shapes.linear_weights * (shapes.itemsize if setup.rank else 1)
+    of_weight = {"full": 0, "rounding": shapes.itemsize}.get(setup.train, shapes.itemsize if setup.rank else 1)
+    int4 = shapes.linear_weights * of_weight
+    int4 += setup.positions_bytes
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * _FLOAT32
     # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
@@ -203,7 +212,19 @@ def training_disk(setup: TrainingSetup, teacher_tokens: int) -> int:
     """
     shapes = setup.shapes
     states = teacher_tokens * shapes.hidden_size * shapes.itemsize
-    return states + (2 * 4 + 2) * setup.trained_parameters * _FLOAT32 + 3 * shapes.parameters
+    checkpoints = (2 * 4 + 2) * setup.trained_parameters * _FLOAT32
+    return states + checkpoints + 3 * shapes.parameters + setup.positions_bytes
+
+
+def positions_bytes(shapes: ModelShapes, keep: str) -> int:
+    """Return the bytes of the positions of weights between their codes, in memory or on disk.
+
+    Args:
+        shapes: sizes of the model.
+        keep: as --keep_positions has it.
+    """
+    weights = shapes.linear_weights
+    return {"none": 0, "fixed": (weights + 1) // 2, "exact": weights * shapes.itemsize}[keep]
 
 
 def pick_microbatch_size(setup: TrainingSetup, limits: MicrobatchLimits) -> int:

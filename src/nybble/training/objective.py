@@ -15,6 +15,10 @@ def _no_preparation(step: int, number: int) -> None:
     """Prepare nothing before a pass."""
 
 
+def _no_change(done: float, multiplier: float) -> None:
+    """Change nothing after a step."""
+
+
 @dataclass(frozen=True)
 class TrainingObjective:
     """What is trained on, which loss is minimized, and how the result is validated.
@@ -36,6 +40,9 @@ class TrainingObjective:
         passes_per_step: forward and backward passes over the whole batch in one step. More than one pass is needed
             where a step trains several configurations of the model.
         prepare_pass: called as prepare_pass(step, number of the pass) before each pass.
+        after_step: called as after_step(share of the steps that are done, learning rate as a multiple of its peak)
+            after the optimizer has changed the parameters. It may change them further, by nothing but these numbers
+            and the parameters, so that a resumed training ends with the same bits.
     """
 
     steps_per_epoch: int
@@ -48,3 +55,4 @@ class TrainingObjective:
     throughput: Callable[[int, float], str]
     passes_per_step: int = 1
     prepare_pass: Callable[[int, int], None] = _no_preparation
+    after_step: Callable[[float, float], None] = _no_change

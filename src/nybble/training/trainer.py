@@ -175,6 +175,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
+            self.objective.after_step(self.progress.step / config.steps, multiplier)
             self._update_averages()
             yield {
                 "step": self.progress.step,

@@ -28,6 +28,7 @@ from nybble.workflows.measure import (
     other_domain,
     size_in_16_bits,
 )
+from nybble.workflows.positions import compressed_positions
 
 
 def compress(
@@ -54,8 +55,7 @@ def compress(
     request = text.compression_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
-    wanted = options.compression.num_calibration_samples
-    plan.plan_compression_memory(options, planned, wanted, evaluation.eval_tasks)
+    plan.plan_compression_memory(options, planned, options.compression, evaluation.eval_tasks)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
 
     facts = session.RunFacts(
@@ -75,7 +75,10 @@ def compress(
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
             # The model is not needed any more: what is measured is loaded from the folder.
-            save_quantized(run.quantized, loaded, steps.compress_model(context).weights, release=True)
+            compressed = steps.compress_model(context)
+            positions = compressed_positions(context, compressed)
+            compressed.inits.clear()
+            save_quantized(run.quantized, loaded, compressed.weights, positions, release=True)
             run.reach(Phase.QUANTIZED)
         remove_folder(run.path / "compress")
         failed = steps.measure_shipped(context, evaluator, "compressed")

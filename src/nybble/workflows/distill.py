@@ -2,7 +2,8 @@
 
 validate -> load -> plan -> open the run -> compress -> train -> absorb -> export -> measure -> report
 
-The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py).
+The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py),
+with --cross_entropy_share partly the cross-entropy of the text.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from nybble.options.commands import DistillOptions
 from nybble.options.training import DistillTrainingOptions
 from nybble.qat.absorb import absorb_layers, weight_changes
 from nybble.qat.base import QuantizedLinear
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
 from nybble.run.results import Phase
-from nybble.training.losses import kl_to_teacher
+from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
 from nybble.workflows import plan, session, steps, text, train
@@ -44,10 +46,14 @@ from nybble.workflows.measure import (
     size_in_16_bits,
     size_when_shipped,
 )
-from nybble.workflows.plan import CompressionPlan, PlannedRun
+from nybble.workflows.plan import PlannedRun
+from nybble.workflows.positions import TrainedPositions
 from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
+
+# CAGE acts late: before, it would hold weights in cells that training has yet to leave.
+_CAGE_FROM = 0.8
 
 
 def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path:
@@ -68,8 +74,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
-    adapters = options.training.trains_adapters
-    compression = plan.plan_compression(options.compression, loaded, selection, adapters)
+    compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
     request = text.distill_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
@@ -104,7 +109,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
 def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptions:
     """The options with everything automatic resolved. Says what will be trained, and warns of what has no effect."""
     training, prepared = options.training, planned.text
-    _warn(training, planned.compression)
+    _warn(training)
     steps_, count = training.steps_per_epoch * training.epochs, prepared.num_distinct_train
     seq_len = options.text.seq_len
     sequences = steps_ * training.batch_size
@@ -113,10 +118,11 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
         steps_, training.batch_size, seq_len, sequences * seq_len / 1e6, sequences / count, count,
     )  # fmt: skip
     size = train.TrainingSize(
-        rank=training.lora_rank,
+        rank=training.lora_rank if training.train == "lora" else 0,
+        train=training.train,
         seq_len=seq_len,
         teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
-        weight_copies=2 if training.scale_lr and training.lora_rank else 1,
+        weight_copies=2 if training.train != "lora" or (training.scale_lr and training.lora_rank) else 1,
     )
     execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
@@ -128,18 +134,11 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
     )
 
 
-def _warn(training: DistillTrainingOptions, compression: CompressionPlan) -> None:
-    """Warn of options without effect, and of adapters that will hardly move a code."""
+def _warn(training: DistillTrainingOptions) -> None:
+    """Warn of options without effect."""
     changed = (training.lr, training.weight_decay) != (DistillTrainingOptions.lr, DistillTrainingOptions.weight_decay)
-    if not training.lora_rank and changed:
+    if training.codes_stay and changed:
         log.warning("--lr and --weight_decay have no effect: they are those of adapters, and --lora_rank is 0")
-    if training.trains_adapters and (compression.init_from is not None or "blockwise" in compression.method):
-        log.warning(
-            "adapters hardly move the codes of a finished run or of blockwise, whose weights lie in the middle of "
-            "their "
-            "cells; --lora_rank 0 trains scales and norms, in less time and memory; --method awq+se+gptq leaves "
-            "adapters room"
-        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,14 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     run, loaded = context.run, context.loaded
     model = loaded.model
     compressed = steps.compress_model(context)
-    layers = train.insert_quantized_layers(context, compressed, options.lora_rank)
+    layers: dict[str, QuantizedLinear] = {}
+    if options.train == "lora":
+        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank)
+    else:
+        layers |= train.insert_layers_without_adapters(context, compressed, options.train)
+    positions = TrainedPositions.of(context, compressed, options.codes_stay)
+    if options.train == "full":
+        compressed.inits.clear()  # the layers have weights of their own
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}
@@ -178,9 +184,10 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     run.reach(Phase.TRAINED)
     with run.stage("absorb"):
         bake_norms(model)
+        kept = positions.after(layers)
         tuned = absorb_layers(model, layers)
         run.results.changes = weight_changes(compressed.weights, tuned)
-        save_quantized(run.quantized, loaded, compressed.weights | tuned)
+        save_quantized(run.quantized, loaded, compressed.weights | tuned, kept)
         run.reach(Phase.QUANTIZED)
 
 
@@ -195,10 +202,12 @@ def _objective(
 
     def loss(indices: Tensor) -> Tensor:
         batch = rows[indices]
-        mask = batch.loss_mask.to(model.device)
-        hidden = last_hidden_states(model, batch.ids.to(model.device))
+        ids, mask = batch.ids.to(model.device), batch.loss_mask.to(model.device)
+        hidden = last_hidden_states(model, ids)
         taught = teacher.states["train"][teacher.of_row[indices]].to(model.device)
-        return kl_to_teacher(hidden[mask], taught[mask], student, head)
+        kl = kl_to_teacher(hidden[mask], taught[mask], student, head, options.kl_temperature)
+        share = options.cross_entropy_share
+        return kl if not share else kl.lerp(next_token_cross_entropy(hidden, ids, mask, student), share)
 
     def validate() -> dict[str, float]:
         held = context.text.validation
@@ -217,5 +226,16 @@ def _objective(
             f"validation KL divergence {metrics['kl_to_teacher']:.4f}, "
             f"token perplexity {metrics['token_perplexity']:.3f}"
         ),
+        after_step=lambda done, multiplier: _pull_to_codes(layers, options, done, multiplier),
         throughput=lambda step, seconds: f"{options.batch_size * rows.ids.shape[1] / seconds:.0f} tokens/s",
     )
+
+
+def _pull_to_codes(
+    layers: Mapping[str, QuantizedLinear], options: DistillTrainingOptions, done: float, multiplier: float
+) -> None:
+    """CAGE: nothing before the last fifth of the steps, then linearly more."""
+    share = options.lr * multiplier * options.cage_lambda * (done - _CAGE_FROM) / (1 - _CAGE_FROM)
+    for layer in layers.values() if share > 0 else ():
+        if isinstance(layer, FakeQuantizedFullLinear):
+            layer.pull_to_codes(min(share, 1.0))

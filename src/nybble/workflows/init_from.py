@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nybble.compression.init import QuantizedInit
 from nybble.errors import OptionError
-from nybble.models import quantized_file, quantized_model
+from nybble.models import positions_file, quantized_file, quantized_model
 from nybble.models.loading import LoadedModel
 from nybble.models.selection import LayerSelection
 from nybble.options.scheme import WHOLE_ROW
+from nybble.quant.position import weight_at_positions
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import QUANTIZED, check_complete
@@ -84,13 +87,17 @@ def take_over(
 ) -> tuple[dict[str, QuantizedInit], dict[str, QuantizedWeight]]:
     """Give the model the weights of a finished run, in place, and everything else that the run has (folded norms).
 
-    Returns: where each 4-bit layer starts, with exactly the codes, scales and zero points of the run; and all quantized
-    weights, those in 8 bits too.
+    Returns: where each 4-bit layer starts, with exactly the codes, scales and zero points of the run, and between the
+    codes where the run has it, otherwise in the middle of the cells; and all quantized weights, those in 8 bits too.
+
+    Raises:
+        RunError: the positions are damaged.
     """
     model = loaded.model
     quantized, others = quantized_file.load_weights(run / QUANTIZED)
+    positions = _open_positions(run, selection)
     for name, weight in quantized.items():
-        model.get_submodule(name).weight.data.copy_(weight.dequantize())
+        model.get_submodule(name).weight.data.copy_(_start(weight, positions.get(name), model.dtype))
     model.load_state_dict(others, strict=False)  # check_fits has seen that these are all others
     inits = {}
     for name in selection.linears:
@@ -99,5 +106,40 @@ def take_over(
             tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_point_OG)
         )
         inits[name] = QuantizedInit(model.get_submodule(name).weight.detach(), scale_OG, zero_point_OG)
-    log.info("initial 4-bit weights: those of %s, %d layers", run, len(inits))
+    where = "positions between the codes too" if positions else "no positions between the codes"
+    log.info("initial 4-bit weights: those of %s, %d layers; %s", run, len(inits), where)
     return inits, quantized
+
+
+def _open_positions(run: Path, selection: LayerSelection) -> Mapping[str, Tensor]:
+    """Positions of the linear layers; empty where the run has none."""
+    if not positions_file.has_positions(run / QUANTIZED):
+        return {}
+    layers = quantized_file.read_layout(run / QUANTIZED).quantized
+    return positions_file.open_positions(run / QUANTIZED, {name: layers[name] for name in selection.linears})
+
+
+def _start(weight: QuantizedWeight, position: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight [O, I] before rounding: at its stored position, or without one the value of its code."""
+    if position is None:
+        return weight.dequantize()
+    weight_OI = position if position.is_floating_point() else weight_at_positions(position, weight)
+    return QuantizedInit.with_codes(weight, weight_OI, dtype).weight_OI
+
+
+def fingerprint(run: Path) -> str:
+    """Of the 4-bit model of the run, and of its positions if there are any."""
+    weights = quantized_file.weights_fingerprint(run / QUANTIZED)
+    kept = positions_file.has_positions(run / QUANTIZED)
+    return f"{weights} {positions_file.fingerprint(run / QUANTIZED)}" if kept else weights
+
+
+def warn_of_centres(run: Path) -> None:
+    """Say that adapters will move few codes, where the run has no positions."""
+    if not positions_file.has_positions(run / QUANTIZED):
+        log.warning(
+            "--init_from %s keeps no positions of weights between their codes (an earlier version made it, or "
+            "--keep_positions none): training starts from the middle of the cells, where it hardly moves a code; "
+            "--lora_rank 0 trains scales and norms in less time, and nybble compress makes a run with positions",
+            run,
+        )

@@ -195,12 +195,12 @@ def plan_compression(
     compression: CompressionOptions,
     loaded: LoadedModel,
     selection: LayerSelection,
-    trains_adapters: bool = False,
+    trains_codes: bool = False,
 ) -> CompressionPlan:
     """Resolve --method auto and --init_from, and warn of options that the method does not use.
 
     Args:
-        trains_adapters: adapters are trained inside the rounding afterwards.
+        trains_codes: adapters or weights are trained inside the rounding afterwards.
 
     Raises:
         OptionError: the run of --init_from does not fit the model.
@@ -209,11 +209,13 @@ def plan_compression(
     if source is not None:
         run = Path(source)
         init_from.check_fits(run, loaded, selection)
+        if trains_codes:
+            init_from.warn_of_centres(run)
         plan = CompressionPlan(init_from.method_of(run), False, run)
     else:
         method = compression.method
         if method == AUTO:
-            method = automatic_method(loaded.model, selection.linears, adapters=trains_adapters)
+            method = automatic_method(loaded.model, selection.linears, adapters=trains_codes)
         plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
     _warn_of_unused(compression, plan)
     return plan
@@ -319,27 +321,27 @@ def calibration_disk(shapes: ModelShapes, planned: PlannedRun) -> int:
     return memory.compression_disk(shapes, count * length if planned.compression.calibrates else 0)
 
 
-def plan_compression_memory(options: RunCommand, planned: PlannedRun, wanted: int, tasks: Sequence[str]) -> None:
+def plan_compression_memory(
+    options: RunCommand, planned: PlannedRun, compression: CompressionOptions, tasks: Sequence[str]
+) -> None:
     """Estimate a run that only compresses; refuse a disk that is too small, and warn of memory.
 
     Args:
-        wanted: calibration sequences that were asked for.
+        compression: calibration sequences that were asked for, and what is kept.
         tasks: lm-eval tasks that are measured.
     """
-    loaded = planned.loaded
-    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
+    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
     needed = max(
-        calibration_memory(shapes, planned, wanted),
+        calibration_memory(shapes, planned, compression.num_calibration_samples),
         memory.measuring_memory(shapes, measured_logit_bytes(planned, tasks)),
     )
-    available = available_memory(loaded)
-    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
-    disk = states + calibration_disk(shapes, planned) + 3 * shapes.parameters
+    available, states = available_memory(planned.loaded), planned.text.test.ids.numel() * shapes.hidden_size
+    disk = states * shapes.itemsize + 3 * shapes.parameters + calibration_disk(shapes, planned)
+    disk += memory.positions_bytes(shapes, compression.keep_positions)
     check_free_disk(options.folder, disk)
     if planned.compression.calibrates:
-        log.info(
-            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", needed / 1e9, available / 1e9, disk / 1e9
-        )
+        sizes = needed / 1e9, available / 1e9, disk / 1e9
+        log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", *sizes)
         warn_of_memory(needed, available, "fewer --num_calibration_samples or a smaller --seq_len need less")
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
+from torch import Tensor
+
 from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
 from nybble.nls import ranks
@@ -21,6 +23,7 @@ from nybble.tasks.attention import plain_attention
 from nybble.training.fit import checkpoint_names
 from nybble.workflows import steps, train
 from nybble.workflows.measure import measure_row, size_in_16_bits, size_when_shipped
+from nybble.workflows.positions import TrainedPositions
 from nybble.workflows.task_run import TaskRun
 
 # Name of the training of scales and norms in 4 bits that follows the training of adapters on 16-bit weights.
@@ -34,11 +37,13 @@ class TunedRun:
     Attributes:
         layers: by module name.
         compressed: all quantized weights that the adapters are trained inside; None where they are on 16-bit weights.
+        positions: of the same weights; None where the adapters are on 16-bit weights.
     """
 
     task_run: TaskRun
     layers: dict[str, CachedWeightLinear]
     compressed: dict[str, QuantizedWeight] | None
+    positions: TrainedPositions | None = None
 
     @property
     def quantized_after(self) -> bool:
@@ -61,8 +66,8 @@ def quantize_and_save(tuned: TunedRun, configuration: RankConfiguration, by_sear
     if run.results.phase == Phase.REPLACING:
         discard_quantized(task_run)
     ranks.activate_ranks(tuned.layers, configuration)
-    quantized = to_4_bits(tuned)
-    save_quantized(run.quantized, loaded, quantized)
+    quantized, positions = to_4_bits(tuned)
+    save_quantized(run.quantized, loaded, quantized, positions)
     run.reach(Phase.QUANTIZED)
 
 
@@ -82,25 +87,31 @@ def discard_quantized(task_run: TaskRun) -> None:
     run.reach(Phase.TRAINED)
 
 
-def to_4_bits(tuned: TunedRun) -> dict[str, QuantizedWeight]:
-    """The layers, with the ranks that are active, become plain ones in place. Returns: all quantized weights."""
+def to_4_bits(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """The layers, with the ranks that are active, become plain ones in place.
+
+    Returns: all quantized weights, and the positions that are kept.
+    """
     context = tuned.task_run.context
-    if tuned.compressed is None:
-        before, layers = _compress_merged(tuned)
+    if tuned.compressed is None or tuned.positions is None:
+        before, layers, positions = _compress_merged(tuned)
     else:
-        before = tuned.compressed
+        before, positions = tuned.compressed, tuned.positions
         layers = cast(dict[str, QuantizedLinear], tuned.layers)  # the same object, which absorb_layers empties
     with context.run.stage("absorb"):
         bake_norms(context.loaded.model)
+        kept = positions.after(layers)
         absorbed = absorb_layers(context.loaded.model, layers)
         context.run.results.changes = weight_changes(before, absorbed)
-    return before | absorbed
+    return before | absorbed, kept
 
 
-def _compress_merged(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedLinear]]:
+def _compress_merged(
+    tuned: TunedRun,
+) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedLinear], TrainedPositions]:
     """Merge adapters into the 16-bit weights, compress these, and train scales and norms on the task with fixed codes.
 
-    Returns: all quantized weights as compressed, and the trained layers.
+    Returns: all quantized weights as compressed, the trained layers, and what their positions follow from.
     """
     task_run, context = tuned.task_run, tuned.task_run.context
     run, loaded, model = context.run, context.loaded, context.loaded.model
@@ -108,6 +119,7 @@ def _compress_merged(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[
     measure_row(run, task_run.evaluator, "tuned16", loaded, size_in_16_bits(model))
     compressed = steps.compress_model(context)
     layers = train.insert_quantized_layers(context, compressed, rank=0)
+    positions = TrainedPositions.of(context, compressed, codes_stay=True)
     measure_compressed(tuned, compressed.weights, layers)
     training = task_run.options.training
     training = replace(training, epochs=training.scale_training_epochs)
@@ -116,7 +128,7 @@ def _compress_merged(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[
         trained: dict[str, CachedWeightLinear] = dict(layers)
         with plain_attention(model, task_run.data.max_text_length):
             train.train_layers(context, training, trained, task_run.objective(trained, training), norms, SCALES)
-    return compressed.weights, layers
+    return compressed.weights, layers, positions
 
 
 def measure_compressed(

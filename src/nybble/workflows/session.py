@@ -13,18 +13,17 @@ from nybble.console import console, log_to, say
 from nybble.errors import ExportError
 from nybble.files import write_text
 from nybble.models.loading import model_fingerprint
-from nybble.models.quantized_file import weights_fingerprint
 from nybble.models.schemes import average_bits, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.commands import RunCommand
 from nybble.report.markdown import run_markdown
 from nybble.report.run import result_rows, summary
 from nybble.report.tables import as_table
-from nybble.run.folder import QUANTIZED, RunFolder, open_run
+from nybble.run.folder import RunFolder, open_run
 from nybble.run.machine import describe_machine
 from nybble.run.results import LayerCounts, Phase
 from nybble.run.resume import check_same_inputs
-from nybble.workflows.init_from import was_trained
+from nybble.workflows import init_from
 from nybble.workflows.plan import PlannedRun
 from nybble.workflows.publish import write_cards
 
@@ -73,7 +72,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.dtype = str(loaded.model.dtype).removeprefix("torch.")
     results.method = compression.method
     results.init_from = None if compression.init_from is None else str(compression.init_from)
-    results.init_trained = compression.init_from is not None and was_trained(compression.init_from)
+    results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)
     results.layers = _layer_counts(selection, loaded.model)
     results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
     if len(text.other):
@@ -82,7 +81,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
     if compression.init_from is not None:
-        fingerprints["4-bit model of --init_from"] = weights_fingerprint(compression.init_from / QUANTIZED)
+        fingerprints["4-bit model of --init_from"] = init_from.fingerprint(compression.init_from)
     check_same_inputs(results, fingerprints)
 
 

@@ -28,6 +28,7 @@ from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, model_fingerprint
+from nybble.models.positions_file import has_positions
 from nybble.models.schemes import describe
 from nybble.models.selection import LayerSelection
 from nybble.options.commands import RunCommand
@@ -35,7 +36,7 @@ from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
 from nybble.qat.insert import quantize_embeddings
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.folder import RunFolder
+from nybble.run.folder import QUANTIZED, RunFolder
 from nybble.run.results import read_results
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted, returning_freed_memory
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
@@ -106,10 +107,12 @@ class CompressedModel:
     Attributes:
         inits: where each 4-bit layer starts, by name.
         weights: all quantized weights, those in 8 bits too, on the CPU.
+        has_positions: inits lie where the compression left them; False where they lie in the middle of their cells.
     """
 
     inits: dict[str, QuantizedInit]
     weights: dict[str, QuantizedWeight]
+    has_positions: bool = True
 
 
 def generate_text(context: RunContext) -> RunContext:
@@ -208,7 +211,7 @@ def _take_over(context: RunContext, source: Path) -> CompressedModel:
     if results.command == "compress":
         run.results.layer_errors, run.results.block_losses = results.layer_errors, results.block_losses
     run.save()
-    return CompressedModel(inits, weights)
+    return CompressedModel(inits, weights, has_positions(source / QUANTIZED))
 
 
 def _error_lines(result: CompressionResult) -> list[str]:

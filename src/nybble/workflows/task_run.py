@@ -113,8 +113,7 @@ def open_task_run(
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
-    adapters = options.training.trains_adapters
-    compression = plan.plan_compression(options.compression, loaded, selection, adapters)
+    compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
     data = _load_data(options, loaded, selection, custom)
     teacher = _load_teacher(options, loaded)
     text = _text(options, loaded, data, teacher)

@@ -16,9 +16,16 @@ from nybble.callbacks import Callback, CallbackList
 from nybble.files import check_free_disk
 from nybble.models.schemes import num_scales
 from nybble.options.commands import TrainCommand
-from nybble.options.training import TrainingOptions
+from nybble.options.training import TrainedPart, TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
-from nybble.qat.insert import insert_fake_quant_layers, insert_fixed_codes_layers, insert_lora_layers
+from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
+from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
+from nybble.qat.insert import (
+    insert_fake_quant_layers,
+    insert_fake_quant_layers_of,
+    insert_fixed_codes_layers,
+    insert_lora_layers,
+)
 from nybble.qat.lora import LoRALinear
 from nybble.run.folder import RunFolder
 from nybble.run.results import Phase, Training, read_results
@@ -46,6 +53,7 @@ class TrainingSize:
 
     Attributes:
         rank: of the adapters; 0 = none.
+        train: what is trained beside scales and norms.
         seq_len: tokens in the longest sequence that is trained on.
         teacher_tokens: tokens whose teacher states are kept on disk.
         weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
@@ -57,6 +65,7 @@ class TrainingSize:
     teacher_tokens: int
     weight_copies: int
     max_rows: int | None = None
+    train: TrainedPart = "lora"
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,12 @@ def plan_memory(
         RunError: the disk is too small.
     """
     device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
+    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
     setup = TrainingSetup(
-        shapes=ModelShapes.of(planned.loaded.model, planned.selection.linears),
+        shapes=shapes,
         rank=size.rank,
+        train=size.train,
+        positions_bytes=memory.positions_bytes(shapes, options.compression.keep_positions),
         num_scales=num_scales(planned.loaded.model, planned.selection),
         chunk_tokens=chunk_tokens(device),
         weight_copies=size.weight_copies,
@@ -115,7 +127,8 @@ def plan_memory(
             "estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk",
             needed / 1e9, cache, available / 1e9, disk / 1e9,
         )  # fmt: skip
-        remedy = "a smaller rank, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
+        fewer = "--train lora" if size.train == "full" else "a smaller rank"
+        remedy = f"{fewer}, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
         plan.warn_of_memory(needed, available, remedy)
     return ExecutionPlan(cache, microbatch_size)
 
@@ -134,6 +147,20 @@ def insert_quantized_layers(context: RunContext, compressed: CompressedModel, ra
         codes = {name: compressed.weights[name] for name in compressed.inits}
         layers |= insert_fixed_codes_layers(model, codes, context.seed)
     _note_rank(context.run, layers, rank)
+    return layers
+
+
+def insert_layers_without_adapters(
+    context: RunContext, compressed: CompressedModel, train: Literal["full", "rounding"]
+) -> dict[str, QuantizedLinear]:
+    """Replace the compressed layers by ones whose weights, or the scales that round them, are trained."""
+    context.run.results.train, model, layers = train, context.loaded.model, dict[str, QuantizedLinear]()
+    given = model, compressed.inits, context.selection.schemes, context.seed
+    if train == "full":
+        layers |= insert_fake_quant_layers_of(FakeQuantizedFullLinear, *given)
+    else:
+        layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given)
+    _note_rank(context.run, layers, 0)
     return layers
 
 
@@ -160,7 +187,7 @@ def train_layers(
     norms: Mapping[str, nn.Parameter],
     name: str = "",
 ) -> None:
-    """Train adapters, scales and norms; afterwards they hold the values with the best validation.
+    """Train what `parameter_groups` names, and norms; afterwards they hold the values with the best validation.
 
     Args:
         options: with weight cache and microbatch size resolved.
@@ -175,13 +202,8 @@ def train_layers(
 
 
 def parameter_groups(options: TrainingOptions, layers: Mapping[str, CachedWeightLinear]) -> list[ParameterGroup]:
-    """What is trained in the layers: adapters, and scales. Scales that are not trained need no gradient."""
-    adapters = {
-        f"{name}.{leaf}": getattr(layer, leaf)
-        for name, layer in layers.items()
-        if layer.rank
-        for leaf in ("lora_a", "lora_b")
-    }
+    """What is trained in the layers: what moves weights, and scales. Scales that are not trained need no gradient."""
+    moving = {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in layers.items() for leaf in layer.TRAINED}
     scales = {
         f"{name}.log_scale_shift": layer.log_scale_shift
         for name, layer in layers.items()
@@ -189,7 +211,7 @@ def parameter_groups(options: TrainingOptions, layers: Mapping[str, CachedWeight
     }
     for shift in scales.values():
         shift.requires_grad_(options.scale_lr > 0)
-    groups = [ParameterGroup(adapters, options.lr, options.weight_decay)] if adapters else []
+    groups = [ParameterGroup(moving, options.lr, options.weight_decay)] if moving else []
     return [*groups, ParameterGroup(scales, options.scale_lr, 0.0)] if scales and options.scale_lr else groups
 
 

@@ -30,6 +30,7 @@ from nybble.tasks.attention import plain_attention
 from nybble.workflows import session, steps, train
 from nybble.workflows.judge import judge_tuning
 from nybble.workflows.measure import SIXTEEN_BIT, measure_row, size_in_16_bits
+from nybble.workflows.positions import TrainedPositions
 from nybble.workflows.quantize_tuned import (
     TunedRun,
     discard_quantized,
@@ -128,7 +129,8 @@ def _insert(task_run: TaskRun) -> TunedRun:
         return TunedRun(task_run, layers, None)
     compressed = steps.compress_model(context)
     layers |= train.insert_quantized_layers(context, compressed, rank)
-    return TunedRun(task_run, layers, compressed.weights)
+    positions = TrainedPositions.of(context, compressed, codes_stay=False)
+    return TunedRun(task_run, layers, compressed.weights, positions)
 
 
 def reopen(task_run: TaskRun) -> TunedRun:

@@ -1,0 +1,90 @@
+"""--keep_positions: where weights lie between their codes, kept in quantized/ so that --init_from trains on from there.
+
+fixed    4 bits a weight, in code units (quant/position.py)
+exact    the weight before rounding, in the dtype of the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.compression.init import QuantizedInit
+from nybble.options.compression import KeepPositions
+from nybble.qat.base import QuantizedLinear
+from nybble.qat.fake_quant_linear import FakeQuantizedLinear
+from nybble.quant.grid import to_groups
+from nybble.quant.position import pack_positions
+from nybble.workflows.steps import CompressedModel, RunContext
+
+
+def compressed_positions(context: RunContext, compressed: CompressedModel) -> dict[str, Tensor]:
+    """Positions of the linear layers as they were compressed, for `save_positions`; none where none are to be kept."""
+    keep = _kept(context, compressed)
+    if keep == "none":
+        return {}
+    if keep == "exact":
+        return {name: init.weight_OI for name, init in compressed.inits.items()}
+    return {
+        name: pack_positions(init.weight_OI, compressed.weights[name].to(init.weight_OI.device)).cpu()
+        for name, init in compressed.inits.items()
+    }
+
+
+def _kept(context: RunContext, compressed: CompressedModel) -> KeepPositions:
+    """What is kept: nothing where the weights come from a run that has no positions."""
+    return context.calibration.keep_positions if compressed.has_positions else "none"
+
+
+@dataclass(frozen=True)
+class TrainedPositions:
+    """What is needed to know the positions after a training.
+
+    Attributes:
+        keep: what is kept.
+        start: layer name -> positions before the training, of layers whose codes stay.
+        scales: layer name -> scales before the training, of the same layers.
+    """
+
+    keep: KeepPositions
+    start: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(context: RunContext, compressed: CompressedModel, codes_stay: bool) -> TrainedPositions:
+        """Before the training. Where codes stay, the weights before rounding are released.
+
+        Args:
+            compressed: loses its inits where codes stay.
+        """
+        keep = _kept(context, compressed)
+        if not codes_stay:
+            return TrainedPositions(keep, {}, {})
+        start = compressed_positions(context, compressed)
+        scales = {name: compressed.weights[name].scale_OG for name in start}
+        compressed.inits.clear()
+        return TrainedPositions(keep, start, scales)
+
+    @torch.no_grad()
+    def after(self, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+        """Positions of trained layers, for `save_positions`."""
+        if self.keep == "none":
+            return {}
+        return {name: self._of_layer(name, layer) for name, layer in layers.items()}
+
+    def _of_layer(self, name: str, layer: QuantizedLinear) -> Tensor:
+        quantized = layer.absorb()
+        if not isinstance(layer, FakeQuantizedLinear):
+            if self.keep == "fixed":
+                return self.start[name]  # the code stays, and so does the position in code units
+            factor_OG1 = (quantized.scale_OG.cpu() / self.scales[name])[..., None]
+            start_OGK = to_groups(self.start[name].cpu().float(), factor_OG1.shape[1])
+            weight_OI = (start_OGK * factor_OG1).flatten(-2)
+            return QuantizedInit.with_codes(quantized.to("cpu"), weight_OI, layer.dtype).weight_OI
+        weight_OI = layer.latent_OI()
+        if self.keep == "fixed":
+            return pack_positions(weight_OI, quantized).cpu()
+        return QuantizedInit.with_codes(quantized, weight_OI, layer.dtype).weight_OI.cpu()
