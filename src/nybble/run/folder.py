@@ -26,12 +26,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from nybble import processes
 from nybble.errors import RunError
 from nybble.files import settle_folder, write_text
 from nybble.options.commands import RunCommand
@@ -44,6 +46,8 @@ from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 from nybble.schema import SchemaError, read_json
 
 log = logging.getLogger("nybble")
+
+T = TypeVar("T")
 
 QUANTIZED, MERGED, TEXTS = "quantized", "merged", "texts"
 _LOCK = ".lock"
@@ -91,6 +95,12 @@ class RunFolder:
         finally:
             self.save()
             self._stage = None
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function in the first process; returns its result, and gives all processes the results of the run."""
+        value, results = processes.on_first(lambda: (function(), self.results))
+        vars(self.results).update(vars(results))  # others hold the object
+        return value
 
     def reach(self, phase: Phase) -> None:
         """Note that the run has reached a phase, and write results.json."""
@@ -193,14 +203,33 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
-    """Start a run folder, or continue one.
+    """Start a run folder, or continue one. Of several processes, the first one does, and the others get its results.
 
     Args:
         keep_options: leave config.toml as it is, for measurements that are no part of the run.
 
     Raises:
-        RunError: in use, not empty, not writable, or made with other options (on resume; the option is named).
+        RunError: in use, not empty, not writable, made with other options (on resume; the option is named), or not seen
+            by all processes.
     """
+    opened: list[RunFolder] = []
+
+    def open_here() -> RunResults:
+        opened.append(_open(options, keep_options))
+        return opened[0].results
+
+    results = processes.on_first(open_here)
+    if opened:
+        return opened[0]
+    if not is_run(options.folder):
+        raise RunError(
+            f"--output_dir {options.folder} must be a folder that all processes see; process {processes.index()} does "
+            "not see it; choose a folder on a file system that the machines share"
+        )
+    return RunFolder(options.folder, results)
+
+
+def _open(options: RunCommand, keep_options: bool) -> RunFolder:
     path, resume, overwrite = options.folder, options.run.resume, options.run.overwrite
     used = check_folder(path, resume, overwrite)
     lock = _lock(path)

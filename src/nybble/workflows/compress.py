@@ -28,6 +28,7 @@ from nybble.workflows.measure import (
     other_domain,
     size_in_16_bits,
 )
+from nybble.workflows.steps import RunContext
 
 
 def compress(
@@ -74,10 +75,15 @@ def compress(
         evaluator = Evaluator(prepared.test, reference, tasks, other=other, decoder_outputs=outputs)
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model), known)
         if not run.results.phase.reached(Phase.QUANTIZED):
+            weights = steps.compress_model(context).weights
             # The model is not needed any more: what is measured is loaded from the folder.
-            save_quantized(run.quantized, loaded, steps.compress_model(context).weights, release=True)
+            run.on_first(lambda: save_quantized(run.quantized, loaded, weights, release=True))
             run.reach(Phase.QUANTIZED)
-        remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "compressed")
-        session.finish(run, [], failed)
+        run.on_first(lambda: _finish(context, evaluator))
         return run.path
+
+
+def _finish(context: RunContext, evaluator: Evaluator) -> None:
+    """Delete what is no longer needed, export, measure, report."""
+    remove_folder(context.run.path / "compress")
+    session.finish(context.run, [], steps.measure_shipped(context, evaluator, "compressed"))

@@ -29,6 +29,7 @@ from nybble.options.training import DistillTrainingOptions
 from nybble.qat.absorb import absorb_layers, weight_changes
 from nybble.qat.base import QuantizedLinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
+from nybble.quant.weight import QuantizedWeight
 from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher
 from nybble.training.objective import TrainingObjective
@@ -93,12 +94,18 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))
         if not run.results.phase.reached(Phase.QUANTIZED):
             _train(context, options.training, evaluator, teacher)
-        for leftover in run.path.glob("teacher/train.*"):
-            leftover.unlink()
-        remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "tuned")
-        session.finish(run, judge_distillation(run.results), failed)
+        run.on_first(lambda: _finish(context, evaluator))
         return run.path
+
+
+def _finish(context: RunContext, evaluator: Evaluator) -> None:
+    """Delete what is no longer needed, export, measure, report."""
+    run = context.run
+    for leftover in run.path.glob("teacher/train.*"):
+        leftover.unlink()
+    remove_folder(run.path / "compress")
+    failed = steps.measure_shipped(context, evaluator, "tuned")
+    session.finish(run, judge_distillation(run.results), failed)
 
 
 def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptions:
@@ -176,11 +183,17 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     objective = _objective(context, options, teacher, layers)
     train.train_layers(context, options, layers, objective, norms)
     run.reach(Phase.TRAINED)
+    run.on_first(lambda: _absorb(context, compressed.weights, layers))
+
+
+def _absorb(context: RunContext, compressed: dict[str, QuantizedWeight], layers: dict[str, QuantizedLinear]) -> None:
+    """Turn the trained layers into codes, and save the 4-bit model."""
+    run, model = context.run, context.loaded.model
     with run.stage("absorb"):
         bake_norms(model)
         tuned = absorb_layers(model, layers)
-        run.results.changes = weight_changes(compressed.weights, tuned)
-        save_quantized(run.quantized, loaded, compressed.weights | tuned)
+        run.results.changes = weight_changes(compressed, tuned)
+        save_quantized(run.quantized, context.loaded, compressed | tuned)
         run.reach(Phase.QUANTIZED)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import nn
 
+from nybble import processes
 from nybble.callbacks import Callback, CallbackList
 from nybble.files import check_free_disk
 from nybble.models.schemes import num_scales
@@ -117,7 +118,8 @@ def plan_memory(
         )  # fmt: skip
         remedy = "a smaller rank, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
         plan.warn_of_memory(needed, available, remedy)
-    return ExecutionPlan(cache, microbatch_size)
+    # Free memory differs between processes; what they choose by it must not.
+    return processes.on_first(lambda: ExecutionPlan(cache, microbatch_size))
 
 
 def _is_trained(options: TrainCommand) -> bool:
@@ -217,6 +219,9 @@ def train_parameters(
     with run.stage(config.stage):
         record = fit(groups, objective, config, run.path, CallbackList(callbacks), pass_context)
         training = Training(name, record.steps, record.validation, record.best_step)
+        if processes.count() > 1:
+            size = processes.bytes_sent()["gradients"]
+            log.info("gradients: each process added %.3f MB in all", size / 1e6)
         run.results.trainings = [other for other in run.results.trainings if other.name != name] + [training]
 
 
