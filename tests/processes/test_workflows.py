@@ -108,13 +108,14 @@ def test_compress_in_two_processes_gives_the_same_codes_in_float64(
     in_one_and_in_two(launcher, tmp_path, command, _FLOAT64)
     assert changed_codes(tmp_path) == 0
     one, two = (load_file(tmp_path / name / "quantized" / "weights.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-9, atol=1e-12)  # norms into which scales were folded
 
 
 @pytest.mark.parametrize("method", ["se+gptq", "awq+se+gptq", "blockwise"])
 def test_compress_in_two_processes(method: str, tmp_path: Path, launcher: Launcher) -> None:
     model = save_model(tmp_path / "model", "llama")
-    more = ["--method", method, "--dtype", "float32", "--num_calibration_samples", "5"]
+    more = ["--method", method, "--dtype", "float32", "--num_calibration_samples", "9"]
     one, two = in_one_and_in_two(launcher, tmp_path, compress_command(model, tmp_path, *more))
     assert changed_codes(tmp_path) < 1e-3  # sums in another order: a weight halfway between two codes
     assert one.models["compressed"] == pytest.approx(two.models["compressed"], rel=1e-2)
@@ -128,7 +129,9 @@ def test_lm_eval_in_two_processes(tmp_path: Path, launcher: Launcher) -> None:
     one, two = in_one_and_in_two(launcher, tmp_path, command)
     assert set(one.models["16bit"]) >= {"task:arc_easy acc", "word_perplexity", "right:arc_easy acc"}
     for row, metrics in one.models.items():
-        assert metrics == pytest.approx(two.models[row], rel=1e-5), row
+        for name, value in metrics.items():
+            expected = two.models[row][name]
+            assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-5)), (row, name)
 
 
 def write_tasks(folder: Path) -> None:
