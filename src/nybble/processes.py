@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import time
 import zlib
@@ -192,7 +193,10 @@ def merge(shares: Sequence[T], total: int) -> list[T]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Call a function in the first process, which is alone meanwhile; returns its result in all of them."""
+    """Call a function in the first process, which is alone meanwhile; returns its result in all of them.
+
+    An error of the function has to end the command: the others wait for a result.
+    """
     if _group is None or _group.alone:
         return function()
     import torch
@@ -265,7 +269,7 @@ def collect(tensor: Tensor, what: str) -> list[Tensor]:
 
 
 def bytes_sent() -> dict[str, int]:
-    """Kind of transfer -> bytes that this process handed to it so far.
+    """Kind of transfer -> bytes that this process handed to it so far; empty with one process.
 
     A ring of N processes sends 2 (N - 1) / N times as many over each connection to add them up.
     """
@@ -302,11 +306,7 @@ def _unpickled(content: Tensor) -> Any:
 
 
 def _finish(begin: Callable[[], Any]) -> None:
-    """Begin a collective operation, and wait for it.
-
-    Raises:
-        RunError: another process ended.
-    """
+    """Begin a collective operation, and wait for it. RunError if another process ended."""
     assert _group is not None
     with _peers_alive():
         work, pause, checked = begin(), _SHORTEST_PAUSE, time.monotonic()
@@ -326,9 +326,10 @@ def _peers_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # DistBackendError and the errors of the store are RuntimeErrors too
+        reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without gloo's place in its source
         raise RunError(
-            "all processes must live until the end; another one ended without a message (killed, or out of memory); "
-            "the same command with --resume continues from the last checkpoint"
+            f"all processes must live until the end; one was killed or cannot be reached ({reason}); the same command "
+            "with --resume continues from the last checkpoint"
         ) from error
 
 

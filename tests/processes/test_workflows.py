@@ -1,6 +1,7 @@
 """distill and tune in two processes: the curve and the codes of one process."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,11 @@ def test_distill_in_two_processes(more: list[str], tmp_path: Path, launcher: Lau
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     states = [(tmp_path / name / "teacher" / "test.bin").read_bytes() for name in ("one", "two")]
     assert states[0] == states[1]
-    sent = [line for line in (tmp_path / "two" / "log.txt").read_text().splitlines() if "gradients:" in line]
-    assert len(sent) == 1
+    megabytes = re.search(r"2 processes add up ([0-9.]+) MB of gradients", (tmp_path / "two" / "log.txt").read_text())
+    assert megabytes is not None
+    # Beside the gradients: the loss, and for each parameter whether there is one.
+    assert two.machine["bytes_sent"]["gradients"] == pytest.approx(20e6 * float(megabytes[1]), rel=0.05)
+    assert one.machine["bytes_sent"] == {}
 
 
 def test_a_mixture_of_experts_in_two_processes(tmp_path: Path, launcher: Launcher) -> None:

@@ -24,16 +24,19 @@ def pick_device(device: str) -> torch.device:
     Raises:
         ModelError: torch cannot compute on it here.
     """
+    chosen, several = device, processes.local_count() > 1
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu" or processes.local_count() == 1:
+        if device == "cpu" or not several:
             return torch.device(device)
-    if device == "cuda" and processes.local_count() > 1:
+    if device == "cuda" and several:
         device = f"cuda:{processes.local_index()}"
     try:
         picked = torch.device(device)
         if picked.type == "meta":
             raise RuntimeError("it has no memory")
+        if several and (chosen == "mps" or ":" in chosen):
+            raise RuntimeError("each process needs a device of its own")
         torch.empty(0, device=picked)
         if picked.type == "cuda":
             torch.cuda.set_device(picked)

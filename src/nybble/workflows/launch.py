@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import zlib
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import nybble
 from nybble import processes
 from nybble.errors import OptionError
 from nybble.options.commands import RunCommand
-from nybble.run.machine import describe_machine
+from nybble.run.machine import package_versions
 
 
 def check_processes(options: RunCommand) -> None:
@@ -26,10 +27,9 @@ def check_processes(options: RunCommand) -> None:
         )
     if count == 1:
         return
-    machine = describe_machine()
     facts = {f"--{name}": str(value) for name, value in options.flat().items()}
-    facts |= {f"version of {name}": version for name, version in machine["versions"].items()}
-    facts |= {"version of python": machine["python"], "code of nybble": _code()}
+    facts |= {f"version of {name}": version for name, version in package_versions().items()}
+    facts |= {"version of python": platform.python_version(), "code of nybble": _code()}
     processes.check_same(facts)
     batch = options.flat().get("batch_size", count)
     if batch < count:

@@ -216,12 +216,12 @@ def train_parameters(
     callbacks: list[Callback] = [_SaveSeconds(run), context.callback]
     if "tensorboard" in options.report_to:
         callbacks.append(TensorBoardCallback(run.path / "tensorboard"))
+    if processes.count() > 1:
+        size = sum(parameter.nbytes for group in groups for parameter in group.parameters.values())
+        log.info("%d processes add up %.3f MB of gradients in each step", processes.count(), size / 1e6)
     with run.stage(config.stage):
         record = fit(groups, objective, config, run.path, CallbackList(callbacks), pass_context)
         training = Training(name, record.steps, record.validation, record.best_step)
-        if processes.count() > 1:
-            size = processes.bytes_sent()["gradients"]
-            log.info("gradients: each process added %.3f MB in all", size / 1e6)
         run.results.trainings = [other for other in run.results.trainings if other.name != name] + [training]
 
 
