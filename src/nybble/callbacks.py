@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nybble import processes
+
 
 class Callback:
     """Base class for callbacks. Every method does nothing; a subclass overrides the ones that it needs.
@@ -65,14 +67,14 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Forwards every call to several callbacks, in their order.
+    """Forwards every call to several callbacks, in their order; of several processes, only the first one does.
 
     Args:
         callbacks: the callbacks to forward to.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks) if processes.is_first() else ()
 
     def on_stage_start(self, stage: str, total: int) -> None:
         """Forward the call."""

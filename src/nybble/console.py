@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nybble import processes
+
 console = Console(markup=False)  # paths may have brackets
 if not console.is_terminal:  # a file or a pipe: do not fold lines at 80
     console = Console(width=160, markup=False)
@@ -95,7 +97,10 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Write the log to a file as well."""
+    """Write the log to a file as well; of several processes the first one does."""
+    if not processes.is_first():
+        yield
+        return
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

@@ -4,6 +4,9 @@ Everything is written under a temporary name (NAME.tmp) in the same folder and t
 synced to the disk before. A folder that is replaced is renamed to NAME.old.tmp first, so that at every moment the old
 folder or the new one is whole; `settle_folder` brings back what a killed process left under that name. A disk that is
 full is a RunError.
+
+Of several processes, only the first one writes what replaces a file or deletes a folder; in the others these functions
+do nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nybble import processes
 from nybble.errors import NybbleError, RunError, first_line
 from nybble.schema import SchemaError, parse_json
 
@@ -69,6 +73,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full.
     """
+    if not processes.is_first():
+        return
     with _replacing(path) as temporary, temporary.open("x", encoding="utf-8", newline="") as file:
         file.write(text)
 
@@ -84,6 +90,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, A
     Raises:
         RunError: the file cannot be written, usually because the disk is full.
     """
+    if not processes.is_first():
+        return
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         with _replacing(path) as temporary:
@@ -238,6 +246,8 @@ def settle_folder(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder if it exists. It is renamed first, so that a killed process leaves no half-deleted `path`."""
+    if not processes.is_first():
+        return
     settle_folder(path)
     with suppress(FileNotFoundError):
         os.replace(path, _temporary(path))

@@ -23,6 +23,7 @@ _M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -3, -1, -2
 _END_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 _received: Interrupted | None = None
+_only_once = False
 _keeps_freed_memory = False
 
 
@@ -39,14 +40,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupt_on_signals() -> Iterator[None]:
+def interrupt_on_signals(only_once: bool = False) -> Iterator[None]:
     """Raise Interrupted on Ctrl-C, SIGTERM and SIGHUP, so that work is put away before the process ends.
+
+    With `only_once`, later signals are ignored, and the handlers stay: a launcher of several processes repeats the
+    signal of the terminal while they end.
 
     A signal that the process was started to ignore (nohup) stays ignored. Outside of the main thread nothing changes,
     because Python allows no handlers there.
     """
-    global _received
-    _received = None
+    global _received, _only_once
+    _received, _only_once = None, only_once
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -58,9 +62,10 @@ def interrupt_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        _received = None  # what comes afterwards in this process was not interrupted
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not only_once:
+            _received = None  # what comes afterwards in this process was not interrupted
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def raise_if_interrupted() -> None:
@@ -81,6 +86,8 @@ def forget_interruption() -> None:
 
 def _interrupt(number: int, frame: Any) -> None:
     global _received
+    if _only_once and _received is not None:
+        return
     _received = Interrupted(number)
     raise _received
 

@@ -99,3 +99,21 @@ def test_free_memory_of_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert devices.free_memory(MPS) == 700
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=500))
     assert devices.free_memory(MPS) == 500
+
+
+def test_each_of_several_processes_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(devices.processes, "local_count", lambda: 4)
+    monkeypatch.setattr(devices.processes, "local_index", lambda: 3)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    third = torch.device("cuda:3")
+    assert devices.pick_device("auto") == devices.pick_device("cuda") == third
+    assert current == [third, third]
+    assert devices.pick_device("cpu") == CPU
+    for shared in ("cuda:1", "mps"):
+        with pytest.raises(ModelError, match=r"is not usable .* \(each process needs a device of its own\)"):
+            devices.pick_device(shared)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert devices.free_memory(CPU) == 250

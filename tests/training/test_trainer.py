@@ -1,9 +1,6 @@
 """nybble.training.trainer: schedule, gradient accumulation, clipping, averaging, resume, several processes."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -161,33 +158,3 @@ def test_nonfinite_numbers_name_step_and_remedy_and_leave_the_weights(
     ):
         next(records)
     assert torch.equal(toy.parameters["a"], before)
-
-
-_TWO_PROCESSES = """
-import sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from tests.helpers.toy_training import make_toy, make_trainer, trainer_config
-toy = make_toy()
-trainer = make_trainer(toy, trainer_config(microbatch_size=1))
-records = [(record["loss"], record["grad_norm"]) for record in trainer.run()]
-if trainer.accelerator.is_main_process:
-    state = {"records": records, "a": toy.parameters["a"].detach(), "processes": trainer.accelerator.num_processes}
-    torch.save(state, sys.argv[2])
-"""
-
-
-@pytest.mark.slow  # two processes import torch and accelerate
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(_TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = Path(__file__).parents[2]
-    subprocess.run([*launch, str(root), str(tmp_path / "out.pt")], check=True, capture_output=True, timeout=120)
-    both = torch.load(tmp_path / "out.pt", weights_only=True)
-    toy = make_toy()
-    assert both["processes"] == 2
-    # The norm as well, as neither clipping nor Adam would let the weights show gradients that are wrong by a factor.
-    for measured, record in zip(both["records"], make_trainer(toy).run(), strict=True):
-        assert measured == pytest.approx((record["loss"], record["grad_norm"]), rel=1e-5)
-    torch.testing.assert_close(both["a"], toy.parameters["a"].detach(), rtol=1e-4, atol=1e-5)

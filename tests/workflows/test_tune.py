@@ -825,7 +825,7 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     from nybble.errors import OptionError
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionError, match="nybble tune must run in one process"):
+    with pytest.raises(OptionError, match="nybble tune must run in one process when Python calls it"):
         tune(options(tmp_path))
     assert not (tmp_path / "run").exists()
 

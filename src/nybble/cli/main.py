@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
-from nybble import runtime
+from nybble import processes, runtime
 from nybble.cli.help import USAGE, help_text
 from nybble.cli.parse import parse
 from nybble.errors import NybbleError, OptionError, first_line
@@ -33,6 +33,8 @@ _FUNCTIONS = {
     "inspect": "nybble.workflows.inspect:inspect",
     "report": "nybble.workflows.report:report",
 }
+# Commands that divide their work among the processes of torchrun or accelerate launch.
+_IN_SEVERAL_PROCESSES = ("compress", "distill", "tune")
 _HELP = ("-h", "--help", "help")
 _HELP_ALL = ("--help-all", "--help_all")
 
@@ -44,16 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime.set_openmp_spin()
     runtime.keep_freed_memory()
     try:
-        with runtime.interrupt_on_signals():
-            return _exit_code(arguments)
+        with runtime.interrupt_on_signals(only_once=processes.launched() > 1):
+            code = _exit_code(arguments)
     except KeyboardInterrupt as interruption:  # also one that came while an error was handled
-        return _interrupted(arguments, interruption)
+        code = _interrupted(arguments, interruption)
+    processes.end(code)
+    return code
 
 
 def _exit_code(arguments: list[str]) -> int:
     """Run the command; its errors become a line on stderr."""
     try:
-        _run(arguments)
+        with processes.joined():
+            _run(arguments)
     except Exception as error:
         runtime.raise_if_interrupted()  # the error may be what a library made of the interruption
         if isinstance(error, NybbleError | OSError):  # OSError: a full disk, no permission, a name that is too long
@@ -68,8 +73,11 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"nybble: {message}", file=sys.stderr)
-    return code
+    """Print the line of an error, unless another process has printed why all of them end; returns the exit code."""
+    said = processes.claim_end(code)
+    if said is None:
+        print(f"nybble: {message}", file=sys.stderr)
+    return code if said is None else said
 
 
 def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:
@@ -96,6 +104,11 @@ def _unforeseen(arguments: list[str], error: Exception) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    if processes.count() > 1 and (not arguments or arguments[0] not in _IN_SEVERAL_PROCESSES):
+        raise OptionError(
+            f"only {', '.join(_IN_SEVERAL_PROCESSES)} run in several processes; nybble {' '.join(arguments[:1])} was "
+            f"started in {processes.count()}; start it without torchrun and accelerate launch"
+        )
     if not arguments or arguments[0] in _HELP:
         print(USAGE, end="")
     elif arguments[0] == "--version":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble import processes
 from nybble.compression.base import RefinementMethod
 from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, InputStatistics, get_linear, set_weight
 from nybble.compression.calibration import Calibration
@@ -81,6 +82,8 @@ class BlockCompressor:
         stored = store.load(prefix, self._stored_tensors(i), _StoredNote) if store else None
         if stored is None:
             result = self._run_stages(i)
+            scales = processes.checksum(init.scale_OG for init in result.inits.values())
+            processes.check_same({f"scales of {prefix[:-1]}": scales})
             if store:
                 store.save(prefix, *self._to_store(i, result))
         else:

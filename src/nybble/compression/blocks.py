@@ -15,6 +15,9 @@ Statistics of the input x of a layer in the 16-bit model:        gram = mean ove
 
 The statistics come from the 16-bit stream. Inputs that come through the compressed blocks gave no better models, and
 they would need another pass.
+
+Several processes divide the sequences, and add up the statistics. Where blocks are trained on the streams, each
+process keeps all sequences and computes the same.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from nybble import processes
 from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
 from nybble.errors import ModelError, RunError
 from nybble.quant.grid import at_least_float32
@@ -122,6 +126,9 @@ class DecoderBlocks:
         ]
         record = record_blocks(model, self.modules, input_ids[:1].to(self.device))
         self._arguments, self._width = record.arguments, record.hidden[0].shape[-1]
+        self._tokens, self._divided = input_ids.numel(), processes.count() > 1 and not with_quantized
+        if self._divided:
+            input_ids = input_ids[list(processes.share(len(input_ids)))]
         self.full = self._new_stream(input_ids)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
@@ -170,7 +177,6 @@ class DecoderBlocks:
         """
         grams: dict[tuple[str, ...], Tensor] = {}
         seen: Counter[tuple[str, ...]] = Counter()
-        tokens = self.full.shape[0] * self.full.shape[1]
         for part in self.batches():
             with self._recorded_inputs(i) as inputs:
                 output_BTD = self.run(i, self.full[part].to(self.device))
@@ -178,10 +184,12 @@ class DecoderBlocks:
                 x_NI = at_least_float32(x_NI)
                 if layers not in grams:
                     grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
-                _add_lower(grams[layers], x_NI, 1 / tokens)
+                _add_lower(grams[layers], x_NI, 1 / self._tokens)
                 seen[layers] += len(x_NI)
             # Only now: a block without a norm at its beginning (olmo2) records views of the stream.
             self.full[part] = output_BTD.cpu()
+        if self._divided:
+            grams, seen = self._add_up(grams, seen)
         for layers, gram_II in grams.items():
             if not bool(gram_II.isfinite().all()):
                 raise ModelError(
@@ -192,6 +200,21 @@ class DecoderBlocks:
             InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T, seen[layers])
             for layers, gram_II in grams.items()
         ]
+
+    def _add_up(
+        self, grams: dict[tuple[str, ...], Tensor], seen: Counter[tuple[str, ...]]
+    ) -> tuple[dict[tuple[str, ...], Tensor], Counter[tuple[str, ...]]]:
+        """Second moments and token counts of all processes; an expert may have had tokens in some of them only."""
+        parts = processes.gather({layers: (len(gram_II), seen[layers]) for layers, gram_II in grams.items()})
+        sizes = {layers: size for part in parts for layers, (size, _) in part.items()}
+        dtype = at_least_float32(torch.empty(0, dtype=self.dtype)).dtype
+        added = {
+            layers: grams[layers] if layers in grams else torch.zeros(size, size, dtype=dtype, device=self.device)
+            for layers, size in sizes.items()
+        }
+        for gram_II in added.values():
+            processes.add_up([gram_II], "statistics")
+        return added, Counter({layers: sum(part.get(layers, (0, 0))[1] for part in parts) for layers in sizes})
 
     def _new_stream(self, input_ids: Tensor) -> Tensor:
         """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nybble import processes
 from nybble.errors import DataError, MissingExtraError, ModelError, NybbleError, OptionError
 from nybble.evaluation.lm_eval_model import disable_git_lookup, wrap_model
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
@@ -144,7 +145,11 @@ def run_tasks(model: Any, tokenizer: Any, config: LmEvalConfig) -> dict[str, dic
             log_samples=True,
             task_manager=task_manager(),
         )
-    assert output is not None  # it is None only in processes other than the first
+    return processes.on_first(lambda: _metrics_by_task(output))  # others have no output
+
+
+def _metrics_by_task(output: Any) -> dict[str, dict[str, Any]]:
+    """What `run_tasks` returns, from what lm-eval does."""
     results: dict[str, dict[str, Any]] = {}
     for task, metrics in output["results"].items():
         numbers = {

@@ -4,7 +4,7 @@ disable_git_lookup   lm-eval asks git for the commit of the working folder, and 
                      repository.
 wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents. Texts have no
                      end tokens: a tokenizer that ends every text would make lm-eval score the end token in place of
-                     the answer's first one. The tokenizer itself stays as it is.
+                     the answer's first one. The tokenizer itself stays as it is. Several processes divide the requests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nybble import processes
 from nybble.console import bar
 from nybble.data.boundaries import added_tokens, num_equal
 from nybble.errors import DataError
@@ -112,18 +113,27 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
         def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
             longest = max((len(context) + len(answer) for _, context, answer in requests), default=1)
             self.batch_size_per_gpu = batch_size or default_batch_size(model.config, min(longest, window))
-            if "override_bs" in options:  # called by loglikelihood_rolling, which has a bar of its own
+            if "override_bs" in options:  # called by loglikelihood_rolling, which divides the documents and has a bar
                 options["disable_tqdm"] = True
-            return super()._loglikelihood_tokens(requests, *arguments, **options)
+                return super()._loglikelihood_tokens(requests, *arguments, **options)
+            own = [requests[i] for i in processes.share(len(requests))]
+            scores = super()._loglikelihood_tokens(own, *arguments, **options) if own else []
+            return processes.merge(scores, len(requests))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            """Generate texts."""
+            own = [requests[i] for i in processes.share(len(requests))]
+            texts = super().generate_until(own, disable_tqdm) if own else []
+            return processes.merge(texts, len(requests))
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Score whole documents, one at a time. lm-eval itself draws a bar for every forward."""
             scores: list[float] = []
             with bar(f"{requests[0].task_name}, documents", len(requests)) as advance:
-                for request in requests:
-                    scores += super().loglikelihood_rolling([request], disable_tqdm=True)
-                    advance(1)
-            return scores
+                for i in processes.share(len(requests)):
+                    scores += super().loglikelihood_rolling([requests[i]], disable_tqdm=True)
+                    advance(min(processes.count(), len(requests) - i))
+            return processes.merge(scores, len(requests))
 
     initial = batch_size or default_batch_size(model.config, window)
     return SizedHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=window)

@@ -1,5 +1,7 @@
 """Token perplexity and KL divergence to a teacher, for torch models and for exported models alike.
 
+Several processes divide the sequences.
+
     token perplexity = exp(mean over tokens of -log q(token | preceding tokens of its sequence))
     KL to teacher    = mean over the same positions of sum_v p_v (log p_v - log q_v)      p: teacher, q: model; in nats
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble import processes
 from nybble.models.head import LMHead
 from nybble.training.teacher import HiddenStates
 
@@ -76,7 +79,8 @@ def measure_sequences(
         "token_perplexity", "tokens" (predictions that were measured) and, with a teacher, "kl_to_teacher".
     """
     loss, divergence, tokens = 0.0, 0.0, 0
-    for i, ids_T in enumerate(input_ids):
+    for i in processes.share(len(input_ids)):
+        ids_T = input_ids[i]
         mask_T = torch.ones_like(ids_T, dtype=torch.bool) if loss_mask is None else loss_mask[i]
         predicting = mask_T[:-1].nonzero()[:, 0]  # the last position has no next token
         model_at, teacher_at = logits(i), teacher(i) if teacher is not None else None
@@ -87,6 +91,7 @@ def measure_sequences(
                 log_p = F.log_softmax(teacher_at(positions), dim=-1).to(log_q.device)
                 divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
         tokens += len(predicting)
-        advance(1)
+        advance(min(processes.count(), len(input_ids) - i))
+    loss, divergence, tokens = map(sum, zip(*processes.gather((loss, divergence, tokens)), strict=True))
     measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), _MAX_LOSS)), "tokens": tokens}
     return measured if teacher is None else measured | {"kl_to_teacher": divergence / max(tokens, 1)}

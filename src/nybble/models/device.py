@@ -5,13 +5,14 @@ from __future__ import annotations
 import psutil
 import torch
 
+from nybble import processes
 from nybble.errors import ModelError, first_line
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def pick_device(device: str) -> torch.device:
-    """Choose the device and check that it works.
+    """Choose the device and check that it works. Each process on a machine gets a GPU of its own.
 
     Args:
         device: "auto", or a name that torch knows: "cpu", "cuda", "cuda:1", "mps". "auto" is CUDA if there is a GPU and
@@ -23,12 +24,19 @@ def pick_device(device: str) -> torch.device:
     Raises:
         ModelError: torch cannot compute on it here.
     """
+    chosen, several = device, processes.local_count() > 1
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" or not several:
+            return torch.device(device)
+    if device == "cuda" and several:
+        device = f"cuda:{processes.local_index()}"
     try:
         picked = torch.device(device)
         if picked.type == "meta":
             raise RuntimeError("it has no memory")
+        if several and (chosen == "mps" or ":" in chosen):
+            raise RuntimeError("each process needs a device of its own")
         torch.empty(0, device=picked)
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
@@ -68,10 +76,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device. Devices without memory of their own share that of the machine."""
+    """Return the bytes that are free on a device. Devices without memory of their own share that of the machine, and
+    so do the processes on it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available) // processes.local_count()
     if device.type == "mps":  # Metal gives a process only a part of the memory
         return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return available

@@ -26,25 +26,29 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from nybble import processes
 from nybble.errors import RunError
 from nybble.files import settle_folder, write_text
 from nybble.models.positions_file import POSITIONS_FILE
 from nybble.options.commands import RunCommand
 from nybble.options.toml import CONFIG, to_toml
 from nybble.run.machine import peak_memory
-from nybble.run.marker import MARKER, is_run, write_marker
+from nybble.run.marker import MARKER, check_deletable, is_run, write_marker
 from nybble.run.results import RESULTS, Phase, RunResults, has_results, read_results
 from nybble.run.resume import check_same_options
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 from nybble.schema import SchemaError, read_json
 
 log = logging.getLogger("nybble")
+
+T = TypeVar("T")
 
 QUANTIZED, MERGED, TEXTS = "quantized", "merged", "texts"
 _LOCK = ".lock"
@@ -92,6 +96,12 @@ class RunFolder:
         finally:
             self.save()
             self._stage = None
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function in the first process; returns its result, and gives all processes the results of the run."""
+        value, results = processes.on_first(lambda: (function(), self.results))
+        vars(self.results).update(vars(results))  # others hold the object
+        return value
 
     def reach(self, phase: Phase) -> None:
         """Note that the run has reached a phase, and write results.json."""
@@ -193,19 +203,38 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
             f"--output_dir {path} already holds a run; add --resume to continue it, or --overwrite to delete it"
         )
     if overwrite:
-        _check_deletable(path)
+        check_deletable(path)
     return used
 
 
 def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
-    """Start a run folder, or continue one.
+    """Start a run folder, or continue one. Of several processes, the first one does, and the others get its results.
 
     Args:
         keep_options: leave config.toml as it is, for measurements that are no part of the run.
 
     Raises:
-        RunError: in use, not empty, not writable, or made with other options (on resume; the option is named).
+        RunError: in use, not empty, not writable, made with other options (on resume; the option is named), or not seen
+            by all processes.
     """
+    opened: list[RunFolder] = []
+
+    def open_here() -> RunResults:
+        opened.append(_open(options, keep_options))
+        return opened[0].results
+
+    results = processes.on_first(open_here)
+    if opened:
+        return opened[0]
+    if not is_run(options.folder):
+        raise RunError(
+            f"--output_dir {options.folder} must be a folder that all processes see; process {processes.index()} does "
+            "not see it; choose a folder on a file system that the machines share"
+        )
+    return RunFolder(options.folder, results)
+
+
+def _open(options: RunCommand, keep_options: bool) -> RunFolder:
     path, resume, overwrite = options.folder, options.run.resume, options.run.overwrite
     used = check_folder(path, resume, overwrite)
     lock = _lock(path)
@@ -295,20 +324,6 @@ def _lock(path: Path) -> FileLock:
     except OSError as error:
         raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
     return lock
-
-
-def _check_deletable(path: Path) -> None:
-    """Raise RunError where --overwrite would delete from a folder that is more than a run, marker or not."""
-    resolved, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
-    if resolved == here or resolved in here.parents:
-        what = "the current folder or one above it"
-    elif resolved == home or resolved in home.parents:
-        what = "the home folder or one above it"
-    elif (path / ".git").exists():
-        what = "a git repository"
-    else:
-        return
-    raise RunError(f"--overwrite must name the folder of a run alone; {path} is {what}; choose another --output_dir")
 
 
 def _delete_run(path: Path) -> None:

@@ -45,19 +45,24 @@ def _peak_resident() -> int:
     return int(psutil.Process().memory_info().peak_wset)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Versions and hardware, for results.json and `nybble env`."""
+def package_versions() -> dict[str, str]:
+    """Package -> its version, or that it is not installed."""
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    return versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware, for results.json and `nybble env`."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": package_versions(),
     }

@@ -1,4 +1,4 @@
-"""Scores of a model on questions; see nybble.tasks.dataset for the formula."""
+"""Scores of a model on questions; see nybble.tasks.dataset for the formula. Several processes divide the questions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from nybble import processes
 from nybble.models.head import LMHead
 from nybble.tasks import likelihood
 from nybble.tasks.dataset import Question, TaskDataset
@@ -90,14 +91,17 @@ def score_questions(
     head = LMHead.of(model) if model.get_output_embeddings() is not None else None
     texts = encode_choices(tokenizer, questions, seq_len)
     prefixes = likelihood.prefix_lengths(model, head, texts)
-    log_likelihoods, correct = [0.0] * len(questions), [False] * len(questions)
-    for group in likelihood.group_questions(texts, prefixes, MAX_TOKENS):
+    groups = list(likelihood.group_questions(texts, prefixes, MAX_TOKENS))
+    scored: dict[int, tuple[float, bool]] = {}
+    for group in (groups[number] for number in processes.share(len(groups))):
         losses_A = likelihood.answer_losses(model, head, [texts[i] for i in group], [prefixes[i] for i in group])
         for i, losses in zip(group, losses_A.split([len(texts[i]) for i in group]), strict=True):
             log_probs = [-loss for loss in losses.tolist()]
-            log_likelihoods[i], correct[i] = _score_question(questions[i], texts[i], log_probs, length_normalized)
-    with_alternatives = [right for right, question in zip(correct, questions, strict=True) if question.has_alternatives]
-    return QuestionScores(tuple(log_likelihoods), tuple(with_alternatives))
+            scored[i] = _score_question(questions[i], texts[i], log_probs, length_normalized)
+    for part in processes.gather(scored):
+        scored |= part
+    correct = [scored[i][1] for i, question in enumerate(questions) if question.has_alternatives]
+    return QuestionScores(tuple(scored[i][0] for i in range(len(questions))), tuple(correct))
 
 
 def _score_question(

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nybble import files
+from nybble import files, processes
 from nybble.callbacks import Callback
 from nybble.console import bar
 from nybble.errors import TrainingError
@@ -206,6 +206,8 @@ class _Fit:
         """Measure the averaged weights on held-out data, and save them if they are the best so far."""
         progress, criterion = self.trainer.progress, self.objective.criterion
         with self.trainer.averaged_weights():
+            trained = processes.checksum(self.trainer.parameters.values())
+            processes.check_same({f"trained parameters after step {progress.step}": trained})
             metrics = self.objective.validate()
             progress.history.append({"step": progress.step} | metrics)
             log.info("step %d of %d: %s", progress.step, self.config.trainer.steps, self.objective.describe(metrics))
@@ -226,4 +228,5 @@ class _Fit:
 
     def load_best(self) -> None:
         """Give the parameters the values of the best validation."""
+        processes.wait()  # until the first one has written them
         load_parameters(self.best, self.trainer.parameters)

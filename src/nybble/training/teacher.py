@@ -3,7 +3,8 @@
 Hidden states take D numbers per token where logits would take V, and the teacher's head turns them into exactly the
 same logits. The states are one raw file [S, T, D] in the dtype of the model. A JSON file next to it says what they
 were computed from, how many sequences are done, and the CRC-32 of these. An interrupted computation continues after the
-last sequence that the JSON file names; states that do not have this size and checksum are computed again.
+last sequence that the JSON file names; states that do not have this size and checksum are computed again. Several
+processes compute a batch each, and the first one writes them in the order of the sequences.
 
 The file is written, not mapped, and its space is allocated first: a store to a mapped page for which the disk has no
 space would end the process with SIGBUS.
@@ -15,7 +16,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from nybble import processes
 from nybble.data.packing import token_fingerprint
 from nybble.files import is_out_of_space, reporting_full_disk, write_text
 from nybble.models.head import last_hidden_states
@@ -89,25 +91,45 @@ def teacher_hidden_states(
     source = _Source(token_fingerprint(input_ids, identity), [num_sequences, length, width], str(parameter.dtype))
     note_file = path.with_suffix(".json")
     row_bytes = length * width * parameter.dtype.itemsize
-    progress = _read_progress(path, note_file, source, row_bytes)
+    progress = processes.on_first(lambda: _read_progress(path, note_file, source, row_bytes))
     advance(progress.done)
-    if progress.done < num_sequences:
+    batches = _computed_batches(model, input_ids[progress.done :], batch_size)
+    if not processes.is_first():
+        for _ in batches:
+            pass
+    elif progress.done < num_sequences:
         path.parent.mkdir(parents=True, exist_ok=True)
         with reporting_full_disk(path), path.open("r+b" if progress.done else "wb") as file:
             _allocate(file, num_sequences * row_bytes)
             file.seek(progress.done * row_bytes)
-            for start in range(progress.done, num_sequences, batch_size):
-                ids = input_ids[start : start + batch_size]
-                states_NTD = last_hidden_states(model, ids.to(parameter.device)).to("cpu").contiguous()
+            for states_NTD in batches:
                 content = states_NTD.view(torch.uint8).numpy().tobytes()
                 file.write(content)
-                progress = _Progress(start + len(ids), zlib.crc32(content, progress.crc32))
+                progress = _Progress(progress.done + len(states_NTD), zlib.crc32(content, progress.crc32))
                 file.flush()
                 if progress.done == num_sequences:
                     os.fsync(file.fileno())  # before the note: what it says has survived a power failure
                 write_text(note_file, json.dumps(asdict(source) | asdict(progress)))
-                advance(len(ids))
+                advance(len(states_NTD))
+    processes.wait()  # until the file is written
     return HiddenStates(path, (num_sequences, length, width), parameter.dtype)
+
+
+def _computed_batches(model: Any, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """States [N, T, D] of one batch after the other, on the CPU; several processes compute as many at a time.
+
+    Yields: all batches in the first process, none in the others.
+    """
+    parameter, width = next(model.parameters()), model.get_output_embeddings().weight.shape[1]
+    batches = input_ids.split(batch_size) if len(input_ids) else ()
+    for start in range(0, len(batches), processes.count()):
+        together = batches[start : start + processes.count()]
+        states_NTD = torch.zeros(*together[0].shape, width, dtype=parameter.dtype)  # the last round may lack some
+        for i in processes.share(processes.count())[:1]:
+            if i < len(together):
+                states_NTD[: len(together[i])] = last_hidden_states(model, together[i].to(parameter.device)).cpu()
+        for ids_NT, part_NTD in zip(together, processes.collect(states_NTD, "teacher states"), strict=False):
+            yield part_NTD[: len(ids_NT)]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ The trainer minimizes the loss of a `TrainingObjective` over named parameters. I
     gradient of a step = sum over passes and microbatches m of  weight_m / (sum_m weight_m * passes) * grad loss_m
     learning rate      = peak * lr_multiplier(step)        one peak for each parameter group
 
-With several processes (accelerate launch), each process takes a share of the sequences of a batch and the gradients are
-added up.
+Of several processes (nybble.processes), each takes a share of the sequences of a batch. Its gradients of the trained
+parameters are added up once per step, after those of cached weights went through the quantizer.
 
 A step depends on its number and on the saved state alone. Training that is stopped after any step and continued from
 its saved state ends with the same bits as undisturbed training.
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nybble import processes
 from nybble.errors import TrainingError
 from nybble.schema import SchemaError
 from nybble.training.objective import TrainingObjective
@@ -110,6 +111,21 @@ def lr_multiplier(step: int, steps: int, warmup_ratio: float, lr_scheduler_type:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps + 1) / (steps - warmup_steps + 1)))
 
 
+def _add_up_gradients(parameters: Sequence[nn.Parameter], losses: Tensor) -> None:
+    """Add up the gradients of all processes, and their losses, in place.
+
+    A parameter that no process has a gradient of keeps none, so that AdamW leaves it alone as in one process.
+    """
+    found = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=losses.device)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    processes.add_up([losses, found, *(parameter.grad for parameter in parameters)], "gradients")  # type: ignore[list-item]
+    for parameter, number in zip(parameters, found.tolist(), strict=True):
+        if not number:
+            parameter.grad = None
+
+
 class Trainer:
     """Optimizer and state of one training.
 
@@ -132,12 +148,8 @@ class Trainer:
         config: TrainerConfig,
         pass_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        from accelerate import Accelerator
-
         self.objective, self.config, self._pass_context = objective, config, pass_context
         self.parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-        # The parameters stay where the model is. accelerate only has to know whether to synchronize over CPU or GPU.
-        self.accelerator = Accelerator(cpu=not any(parameter.is_cuda for parameter in self.parameters.values()))
         torch_groups: list[dict[str, Any]] = [
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
             for group in groups
@@ -188,9 +200,9 @@ class Trainer:
 
     def _accumulate_gradients(self, step: int) -> tuple[float, float]:
         """Fill the gradients of one step. Returns the losses of the step and of its last pass, over all processes."""
-        accelerator, objective = self.accelerator, self.objective
+        objective = self.objective
         batch, passes = objective.draw(step), objective.passes_per_step
-        local_batch = batch[accelerator.process_index :: accelerator.num_processes]
+        local_batch = batch[list(processes.share(len(batch)))]
         total_weight = objective.weight(batch)
         losses = torch.zeros(passes, device=next(iter(self.parameters.values())).device)
         for number in range(passes):
@@ -198,12 +210,10 @@ class Trainer:
             with self._pass_context():
                 for microbatch in local_batch.split(self.config.microbatch_size):
                     loss = objective.loss(microbatch) * (objective.weight(microbatch) / (total_weight * passes))
-                    accelerator.backward(loss)
+                    loss.backward()
                     losses[number] += loss.detach()
-        if accelerator.num_processes > 1:
-            losses = accelerator.reduce(losses, "sum")
-            for parameter in self.parameters.values():
-                parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        if processes.count() > 1:
+            _add_up_gradients(list(self.parameters.values()), losses)
         return float(losses.sum()), float(losses[-1]) * passes
 
     @torch.no_grad()

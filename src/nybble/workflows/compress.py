@@ -29,6 +29,7 @@ from nybble.workflows.measure import (
     size_in_16_bits,
 )
 from nybble.workflows.positions import compressed_positions
+from nybble.workflows.steps import RunContext
 
 
 def compress(
@@ -78,9 +79,14 @@ def compress(
             compressed = steps.compress_model(context)
             positions = compressed_positions(context, compressed)
             compressed.inits.clear()
-            save_quantized(run.quantized, loaded, compressed.weights, positions, release=True)
+            weights = compressed.weights
+            run.on_first(lambda: save_quantized(run.quantized, loaded, weights, positions, release=True))
             run.reach(Phase.QUANTIZED)
-        remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "compressed")
-        session.finish(run, [], failed)
+        run.on_first(lambda: _finish(context, evaluator))
         return run.path
+
+
+def _finish(context: RunContext, evaluator: Evaluator) -> None:
+    """Delete what is no longer needed, export, measure, report."""
+    remove_folder(context.run.path / "compress")
+    session.finish(context.run, [], steps.measure_shipped(context, evaluator, "compressed"))

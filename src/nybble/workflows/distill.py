@@ -31,6 +31,7 @@ from nybble.qat.absorb import absorb_layers, weight_changes
 from nybble.qat.base import QuantizedLinear
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
+from nybble.quant.weight import QuantizedWeight
 from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
@@ -98,12 +99,18 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
         measure_row(run, evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))
         if not run.results.phase.reached(Phase.QUANTIZED):
             _train(context, options.training, evaluator, teacher)
-        for leftover in run.path.glob("teacher/train.*"):
-            leftover.unlink()
-        remove_folder(run.path / "compress")
-        failed = steps.measure_shipped(context, evaluator, "tuned")
-        session.finish(run, judge_distillation(run.results), failed)
+        run.on_first(lambda: _finish(context, evaluator))
         return run.path
+
+
+def _finish(context: RunContext, evaluator: Evaluator) -> None:
+    """Delete what is no longer needed, export, measure, report."""
+    run = context.run
+    for leftover in run.path.glob("teacher/train.*"):
+        leftover.unlink()
+    remove_folder(run.path / "compress")
+    failed = steps.measure_shipped(context, evaluator, "tuned")
+    session.finish(run, judge_distillation(run.results), failed)
 
 
 def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptions:
@@ -182,12 +189,23 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     objective = _objective(context, options, teacher, layers)
     train.train_layers(context, options, layers, objective, norms)
     run.reach(Phase.TRAINED)
+    run.on_first(lambda: _absorb(context, compressed.weights, layers, positions))
+
+
+def _absorb(
+    context: RunContext,
+    compressed: Mapping[str, QuantizedWeight],
+    layers: dict[str, QuantizedLinear],
+    positions: TrainedPositions,
+) -> None:
+    """Turn the trained layers into codes, and save the 4-bit model."""
+    run, model = context.run, context.loaded.model
     with run.stage("absorb"):
         bake_norms(model)
         kept = positions.after(layers)
         tuned = absorb_layers(model, layers)
-        run.results.changes = weight_changes(compressed.weights, tuned)
-        save_quantized(run.quantized, loaded, compressed.weights | tuned, kept)
+        run.results.changes = weight_changes(compressed, tuned)
+        save_quantized(run.quantized, context.loaded, {**compressed, **tuned}, kept)
         run.reach(Phase.QUANTIZED)
 
 

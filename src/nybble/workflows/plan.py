@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from nybble import processes
 from nybble.compression.checks import check_length, check_model, warn_of_small_weights
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
@@ -39,6 +39,7 @@ from nybble.run.resume import check_same_command, check_same_options, saved_opti
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
 from nybble.workflows import init_from, mixed_precision
+from nybble.workflows.launch import check_processes
 from nybble.workflows.rehearsal import rehearse
 from nybble.workflows.text import check_token_ids
 
@@ -112,10 +113,7 @@ def validate(
         NybbleError: an option, the model's path, the run folder or a format is unusable.
     """
     folder, run = options.folder, options.run
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError(
-            f"nybble {options.NAME} must run in one process for now; start it without accelerate launch or torchrun"
-        )
+    check_processes(options)
     if compression.method != AUTO:
         parse_method(compression.method, "--method")
     if isinstance(compression, InitialCompressionOptions) and compression.init_from is not None:
@@ -265,7 +263,8 @@ def check_fit(
     optional = [name for name in formats if name not in evaluation.export]
     if optional or not (options.run.resume and is_run(options.folder)):  # a run was tried when it began
         trains = isinstance(options, TrainCommand)
-        formats = rehearse(loaded, options.scheme, formats, trains, options.model.trust_remote_code, optional)
+        trust = options.model.trust_remote_code
+        formats = processes.on_first(lambda: rehearse(loaded, options.scheme, formats, trains, trust, optional))
     return PlannedRun(loaded, selection, compression, text, head, formats)
 
 

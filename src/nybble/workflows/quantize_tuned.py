@@ -67,7 +67,7 @@ def quantize_and_save(tuned: TunedRun, configuration: RankConfiguration, by_sear
         discard_quantized(task_run)
     ranks.activate_ranks(tuned.layers, configuration)
     quantized, positions = to_4_bits(tuned)
-    save_quantized(run.quantized, loaded, quantized, positions)
+    run.on_first(lambda: save_quantized(run.quantized, loaded, quantized, positions))
     run.reach(Phase.QUANTIZED)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from nybble import processes
 from nybble.console import console, log_to, say
 from nybble.errors import ExportError
 from nybble.files import write_text
@@ -68,7 +69,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results, planned = run.results, facts.planned
     loaded, compression, selection, text = planned.loaded, planned.compression, planned.selection, planned.text
     results.command, results.model, results.seed = facts.command, loaded.name, options.run.seed
-    results.machine = describe_machine()
+    results.machine = describe_machine() | {"processes": processes.count()}
     results.dtype = str(loaded.model.dtype).removeprefix("torch.")
     results.method = compression.method
     results.init_from = None if compression.init_from is None else str(compression.init_from)
@@ -82,6 +83,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
     if compression.init_from is not None:
         fingerprints["4-bit model of --init_from"] = init_from.fingerprint(compression.init_from)
+    processes.check_same(fingerprints)
     check_same_inputs(results, fingerprints)
 
 
@@ -112,6 +114,7 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     limits = [limit for counts in results.exports.values() for limit in counts.get("limits", ())]
     notes = [] if results.layers is None else results.layers.notes
     results.warnings = [*warnings, *notes, *limits, *(f"not exported: {error}" for error in failed_exports)]
+    results.machine |= {"bytes_sent": processes.bytes_sent()}
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nybble import processes
 from nybble.callbacks import Callback, CallbackList
 from nybble.compression import pipeline
 from nybble.compression.calibration import BlockwiseConfig, Calibration
@@ -131,7 +132,8 @@ def generate_text(context: RunContext) -> RunContext:
     path = run.path / GENERATED_FILE
     try:
         with run.stage("generate"), bar("generate", pending.count) as advance:
-            ids = generate_pending(pending, model, context.loaded.tokenizer, path, min(pending.count, fitting), advance)
+            batch, tokenizer = min(pending.count, fitting), context.loaded.tokenizer
+            ids = processes.on_first(lambda: generate_pending(pending, model, tokenizer, path, batch, advance))
     except DataError:
         if not run.results.models:
             run.delete()

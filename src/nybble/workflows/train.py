@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import nn
 
+from nybble import processes
 from nybble.callbacks import Callback, CallbackList
 from nybble.files import check_free_disk
 from nybble.models.schemes import num_scales
@@ -130,7 +131,8 @@ def plan_memory(
         fewer = "--train lora" if size.train == "full" else "a smaller rank"
         remedy = f"{fewer}, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
         plan.warn_of_memory(needed, available, remedy)
-    return ExecutionPlan(cache, microbatch_size)
+    # Free memory differs between processes; what they choose by it must not.
+    return processes.on_first(lambda: ExecutionPlan(cache, microbatch_size))
 
 
 def _is_trained(options: TrainCommand) -> bool:
@@ -236,6 +238,9 @@ def train_parameters(
     callbacks: list[Callback] = [_SaveSeconds(run), context.callback]
     if "tensorboard" in options.report_to:
         callbacks.append(TensorBoardCallback(run.path / "tensorboard"))
+    if processes.count() > 1:
+        size = sum(parameter.nbytes for group in groups for parameter in group.parameters.values())
+        log.info("%d processes add up %.3f MB of gradients in each step", processes.count(), size / 1e6)
     with run.stage(config.stage):
         record = fit(groups, objective, config, run.path, CallbackList(callbacks), pass_context)
         training = Training(name, record.steps, record.validation, record.best_step)

@@ -31,8 +31,9 @@ def _metric_of(task_run: TaskRun, loaded: LoadedModel) -> float:
     evaluator, dataset = task_run.evaluator, task_run.data.dataset
     if evaluator.task is not None and dataset.scored:
         return next(iter(evaluator.task.measure(loaded.model, loaded.tokenizer).values()))
-    config = replace(evaluator.lm_eval, tasks=(task_run.options.task.task,))
-    return float(run_tasks(loaded.model, loaded.tokenizer, config)[task_run.options.task.task][dataset.metric])
+    task = task_run.options.task.task
+    config = replace(evaluator.lm_eval, tasks=(task,))
+    return float(run_tasks(loaded.model, loaded.tokenizer, config)[task][dataset.metric])
 
 
 def measure_configuration(tuned: TunedRun, custom: RankConfiguration) -> None:

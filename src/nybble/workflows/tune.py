@@ -63,7 +63,7 @@ def tune(
     options = _with_ranks_of_the_run(options)
     with open_task_run(options, custom, callbacks) as task_run:
         if options.ranks.eval_only:
-            measure_configuration(reopen(task_run), custom)
+            task_run.context.run.on_first(lambda: measure_configuration(reopen(task_run), custom))
         else:
             _run(task_run, known or {})
         return task_run.context.run.path
@@ -115,8 +115,14 @@ def _run(task_run: TaskRun, known: Mapping[str, Mapping[str, Any]]) -> None:
                 run.reach(Phase.TRAINED)
             configuration = _chosen_before(task_run) or _choose(tuned)
         quantize_and_save(tuned, configuration)
+    run.on_first(lambda: _finish(task_run))
+
+
+def _finish(task_run: TaskRun) -> None:
+    """Delete what is no longer needed, export, measure, report."""
+    run = task_run.context.run
     remove_leftovers(task_run)
-    failed = steps.measure_shipped(context, task_run.evaluator, "tuned")
+    failed = steps.measure_shipped(task_run.context, task_run.evaluator, "tuned")
     session.finish(run, judge_tuning(run.results), failed)
 
 
