@@ -8,7 +8,6 @@ rounding for all of them.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -39,7 +38,7 @@ def num_sequences(options: SchemeOptions, seq_len: int) -> int:
 
 def _num_measured(seq_len: int) -> int:
     """Sequences that gains are measured on."""
-    return math.ceil(_TOKENS / seq_len)
+    return -(-_TOKENS // seq_len)
 
 
 def _both_selections(loaded: LoadedModel, options: SchemeOptions) -> tuple[LayerSelection, LayerSelection]:
