@@ -31,6 +31,7 @@ def full_results() -> RunResults:
         phase=Phase.TRAINED,
         model="m",
         method="awq+se",
+        train="full",
         init_from="runs/a",
         init_trained=True,
         seed=3,
