@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
 from nybble.compression.calibration import TOKENS_PER_FORWARD
 from nybble.models.composite import text_config
 from nybble.models.configuration import config_value
+from nybble.models.streamed import MAX_BYTES_IN_MEMORY
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
 USABLE_SHARE = 0.7

@@ -26,6 +26,7 @@ from torch import Tensor
 from nybble.data.packing import token_fingerprint
 from nybble.files import is_out_of_space, reporting_full_disk, write_text
 from nybble.models.head import last_hidden_states
+from nybble.models.streamed import forwards
 from nybble.schema import SchemaError, from_json, read_json
 
 _READ_BYTES = 1 << 24  # at a time, for the checksum
@@ -96,9 +97,11 @@ def teacher_hidden_states(
         with reporting_full_disk(path), path.open("r+b" if progress.done else "wb") as file:
             _allocate(file, num_sequences * row_bytes)
             file.seek(progress.done * row_bytes)
-            for start in range(progress.done, num_sequences, batch_size):
+            done, at = progress.done, forwards(model, input_ids[progress.done :], batch_size, path.parent)
+            for start in range(done, num_sequences, batch_size):
                 ids = input_ids[start : start + batch_size]
-                states_NTD = last_hidden_states(model, ids.to(parameter.device)).to("cpu").contiguous()
+                with at(start - done):
+                    states_NTD = last_hidden_states(model, ids.to(parameter.device)).to("cpu").contiguous()
                 content = states_NTD.view(torch.uint8).numpy().tobytes()
                 file.write(content)
                 progress = _Progress(start + len(ids), zlib.crc32(content, progress.crc32))

@@ -180,7 +180,7 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
         bake_norms(model)
         tuned = absorb_layers(model, layers)
         run.results.changes = weight_changes(compressed.weights, tuned)
-        save_quantized(run.quantized, loaded, compressed.weights | tuned)
+        save_quantized(run.quantized, loaded, {**compressed.weights, **tuned})
         run.reach(Phase.QUANTIZED)
 
 

@@ -27,11 +27,12 @@ from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
 from nybble.models.schemes import assign_schemes, average_bits, check_patterns, describe, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
+from nybble.models.streamed import check_streamed
 from nybble.options.base import Command
 from nybble.options.commands import RunCommand, TrainCommand
 from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
 from nybble.options.evaluation import EvaluationOptions
-from nybble.options.model import DeviceOptions, ModelOptions
+from nybble.options.model import DeviceOptions, ModelOptions, OffloadOptions
 from nybble.options.scheme import SchemeOptions
 from nybble.run.folder import check_folder
 from nybble.run.marker import is_run
@@ -160,8 +161,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
         ModelError: not found, not readable, or not supported.
     """
     device, dtype = pick_place(options)
+    offload = isinstance(options, OffloadOptions) and options.offload == "disk"
     log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
-    return load(options.pretrained, dtype, device, options.trust_remote_code)
+    return load(options.pretrained, dtype, device, options.trust_remote_code, offload)
 
 
 def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
@@ -250,9 +252,11 @@ def check_fit(
     check_token_ids(text, model.get_input_embeddings().num_embeddings, loaded.name)
     check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
-    check_model(model, selection.linears, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
+    probes = torch.stack([probe_T, probe_T.flip(0)])
+    check_streamed(model, probes)
+    check_model(model, selection.linears, probes, compression.steps)
     embeddings = {name: model.get_submodule(name).weight for name in selection.embeddings}
-    warn_of_small_weights(embeddings, selection.schemes)
+    warn_of_small_weights(embeddings.items(), selection.schemes)
     columns = {name: shape[1] for name, shape in weight_shapes(model, selection).items()}
     formats = check_exportable(evaluation.export, model.config, selection, columns)
     _check_export_memory(loaded, formats, options.folder)
@@ -284,7 +288,7 @@ def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Pa
 
 def available_memory(loaded: LoadedModel) -> int:
     """Bytes that are free on the model's device, including those of the model itself."""
-    held: int = sum(p.numel() * p.dtype.itemsize for p in loaded.model.parameters())
+    held: int = sum(p.nbytes for p in loaded.model.parameters() if p.device.type != "meta")
     return free_memory(loaded.model.device) + held
 
 

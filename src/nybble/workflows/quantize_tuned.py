@@ -116,7 +116,7 @@ def _compress_merged(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[
         trained: dict[str, CachedWeightLinear] = dict(layers)
         with plain_attention(model, task_run.data.max_text_length):
             train.train_layers(context, training, trained, task_run.objective(trained, training), norms, SCALES)
-    return compressed.weights, layers
+    return dict(compressed.weights), layers
 
 
 def measure_compressed(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,16 @@ from nybble.models import quantized_model
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
+from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.loading import LoadedModel, model_fingerprint
+from nybble.models.quantized_file import LayerLayout, LazyMapping
 from nybble.models.schemes import describe
 from nybble.models.selection import LayerSelection
 from nybble.options.commands import RunCommand
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
 from nybble.qat.insert import quantize_embeddings
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
@@ -108,8 +112,8 @@ class CompressedModel:
         weights: all quantized weights, those in 8 bits too, on the CPU.
     """
 
-    inits: dict[str, QuantizedInit]
-    weights: dict[str, QuantizedWeight]
+    inits: Mapping[str, QuantizedInit]
+    weights: Mapping[str, QuantizedWeight]
 
 
 def generate_text(context: RunContext) -> RunContext:
@@ -165,7 +169,8 @@ def compress_model(context: RunContext) -> CompressedModel:
                 advance(finished, now=text)
                 run.save()  # a killed process keeps the seconds so far
 
-            result = pipeline.compress(model, schemes, method, _calibration(context), progress)
+            store = _block_store(context)
+            result = pipeline.compress(model, schemes, method, _calibration(context, store), progress, store)
         rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.embeddings})
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
@@ -175,20 +180,42 @@ def compress_model(context: RunContext) -> CompressedModel:
         log.info(line)
     hand_back_freed_memory()
     weights = {name: weight.to("cpu") for name, weight in rows.items()}
-    weights |= {name: init.quantized(schemes[name]).to("cpu") for name, init in result.inits.items()}
-    return CompressedModel(result.inits, weights)
+    return CompressedModel(result.inits, _all_weights(weights, result.inits, schemes, model))
 
 
-def _calibration(context: RunContext) -> Calibration | None:
-    """What the method calibrates on, and where finished blocks are kept; None if it does not calibrate."""
-    if not context.compression.calibrates:
-        return None
-    options, ids_ST, folder = context.calibration, context.text.calibration, context.run.path
+def _all_weights(
+    rows: dict[str, QuantizedWeight],
+    inits: Mapping[str, QuantizedInit],
+    schemes: Mapping[str, QuantScheme],
+    model: Any,
+) -> Mapping[str, QuantizedWeight]:
+    """The quantized weights of embedding, head and compressed layers; those on disk are read at each access."""
+
+    def quantized(name: str) -> QuantizedWeight:
+        return inits[name].quantized(schemes[name]).to("cpu")
+
+    if isinstance(inits, dict):
+        return rows | {name: quantized(name) for name in inits}
+    every = {name: weight.scheme for name, weight in rows.items()} | dict(schemes)
+    layouts = {name: LayerLayout(tuple(model.get_submodule(name).weight.shape), every[name]) for name in every}
+    return LazyMapping(every, lambda name: rows[name] if name in rows else quantized(name), layouts)
+
+
+def _block_store(context: RunContext) -> BlockStore:
+    """Where finished blocks are kept until the 4-bit model is saved."""
     # Of the model as it is now: in tune it has learned the task before it is compressed.
     identity = (
         f"{context.options.pretrained} {model_fingerprint(context.loaded.model)} "
-        f"{token_fingerprint(ids_ST, context.compression.method)}"
+        f"{token_fingerprint(context.text.calibration, context.compression.method)}"
     )
+    return BlockStore(context.run.path / "compress", identity)
+
+
+def _calibration(context: RunContext, store: BlockStore) -> Calibration | None:
+    """What the method calibrates on; None if it does not calibrate."""
+    if not context.compression.calibrates:
+        return None
+    options, ids_ST, folder = context.calibration, context.text.calibration, context.run.path
     return Calibration(
         input_ids=ids_ST,
         seed=context.seed,
@@ -197,7 +224,7 @@ def _calibration(context: RunContext) -> Calibration | None:
         blockwise=BlockwiseConfig(epochs=options.blockwise_epochs),
         limit_blocks=options.limit_blocks,
         folder=folder,
-        store=BlockStore(folder / "compress", identity),
+        store=store,
     )
 
 
@@ -249,8 +276,13 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
     context.loaded.model.to("meta")  # frees the weights of the 16-bit model
     if row not in run.results.models:
         device, dtype = pick_place(options)
-        model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, options.trust_remote_code)
-        shipped = LoadedModel(model.to(device), tokenizer, context.loaded.name)
+        trust = options.trust_remote_code
+        if layers_on_disk(context.loaded.model) is None:
+            model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, trust)
+            model.to(device)
+        else:
+            model, tokenizer, quantized = quantized_model.load_quantized_on_disk(run.quantized, dtype, device, trust)
+        shipped = LoadedModel(model, tokenizer, context.loaded.name)
         measure_row(run, evaluator, row, shipped, size_when_shipped(model, quantized))
         del model, shipped
     failed = []

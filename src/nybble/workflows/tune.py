@@ -128,7 +128,7 @@ def _insert(task_run: TaskRun) -> TunedRun:
         return TunedRun(task_run, layers, None)
     compressed = steps.compress_model(context)
     layers |= train.insert_quantized_layers(context, compressed, rank)
-    return TunedRun(task_run, layers, compressed.weights)
+    return TunedRun(task_run, layers, dict(compressed.weights))
 
 
 def reopen(task_run: TaskRun) -> TunedRun:

@@ -1,0 +1,205 @@
+"""BlockwiseForward: many sequences go through a model one block at a time, so a model on disk is read once for all.
+
+    for each block:                    outputs = block(what the model passes it after the outputs of the block before)
+    for each batch, as often as asked: model(batch), in which the last block returns the outputs that are known
+
+Every step is a forward of the model itself, in which the blocks before the current one return what they returned
+before. Masks, rotary embeddings and whatever the model does between its blocks are therefore those of the model, and
+results have the bits of an ordinary forward. It fails where blocks exchange more than hidden states: `check_streamed`
+compares with an ordinary forward.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import ModelError, RunError
+from nybble.models.head import last_hidden_states
+from nybble.models.layers_on_disk import layers_on_disk
+
+MAX_BYTES_IN_MEMORY = 512 << 20
+"""Larger streams of hidden states are kept in temporary files."""
+
+# Forwards of the same numbers by the same kernels; what blocks exchange beside hidden states changes far more.
+_MAX_DIFFERENCE = 1e-4
+
+
+class BlockwiseForward:
+    """Forwards of a model with some sequences, the blocks of which are computed once.
+
+    Args:
+        model: a transformers model.
+        input_ids: token ids [S, T], int64.
+        batch: sequences in one forward.
+        folder: for temporary files. None: the system's.
+    """
+
+    def __init__(self, model: Any, input_ids: Tensor, batch: int, folder: Path | None = None) -> None:
+        layers = layers_on_disk(model)
+        assert layers is not None, "a model in memory needs no other forward"
+        self._model, self._layers, self._ids, self._batch = model, layers, input_ids, batch
+        self._folder = folder
+        self._outputs_STD: Tensor | None = None
+        self._kinds: list[int | None] = []  # for each block: length of the tuple that it returns; None: no tuple
+
+    @contextmanager
+    def at(self, start: int) -> Iterator[None]:
+        """Let the last block of the model return the outputs of the batch that begins with a sequence.
+
+        Args:
+            start: index of the first sequence of the batch. The forward must be that of this very batch.
+        """
+        if self._outputs_STD is None:
+            self._outputs_STD = self._run_blocks()
+        hidden_BTD = self._outputs_STD[start : start + self._batch].to(self._layers.device)
+        with self._returning(len(self._layers.modules), hidden_BTD):
+            yield
+
+    @torch.no_grad()
+    def _run_blocks(self) -> Tensor:
+        stream: Tensor | None = None
+        for i in range(len(self._layers.modules)):
+            with self._layers.loaded(i):
+                for start in range(0, len(self._ids), self._batch):
+                    before = None if stream is None else stream[start : start + self._batch].to(self._layers.device)
+                    output = self._output_of(i, self._ids[start : start + self._batch], before)
+                    if stream is None:
+                        shape = (len(self._ids), *output.shape[1:])
+                        stream = new_stream(shape, output.dtype, self._folder)
+                    stream[start : start + self._batch] = output.cpu()
+        assert stream is not None
+        return stream
+
+    def _output_of(self, i: int, ids: Tensor, before: Tensor | None) -> Tensor:
+        """Output of block i; `before` is that of the block before it."""
+        caught: list[Any] = []
+
+        def catch(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output)
+            raise _BlockReached
+
+        handle = self._layers.modules[i].register_forward_hook(catch)
+        try:
+            with self._returning(i, before):
+                self._model(input_ids=ids.to(self._layers.device), use_cache=False)
+        except _BlockReached:
+            pass
+        finally:
+            handle.remove()
+        output = caught[0] if caught else None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != len(ids):
+            raise _no_chain(self._model, i)
+        if len(self._kinds) == i:
+            self._kinds.append(len(output) if isinstance(output, tuple) else None)
+        return hidden
+
+    @contextmanager
+    def _returning(self, count: int, hidden: Tensor | None) -> Iterator[None]:
+        """Let the first `count` blocks return hidden states instead of computing them."""
+        with ExitStack() as stack:
+            stack.enter_context(self._layers.bypassed(count))
+            for block, length in zip(self._layers.modules[:count], self._kinds, strict=False):
+                output = hidden if length is None else (hidden, *[None] * (length - 1))
+                block.forward = _constant(output)
+                stack.callback(delattr, block, "forward")
+            yield
+
+
+class _BlockReached(Exception):
+    """Ends a forward after a block."""
+
+
+def _constant(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def forwards(model: Any, input_ids: Tensor, batch: int, folder: Path | None = None) -> Callable[[int], Any]:
+    """Return a function from the index of the first sequence of a batch to a context for the forward of this batch.
+
+    For a model in memory the context changes nothing. For one on disk, the blocks compute all batches when the first
+    context is entered.
+
+    Args:
+        model: a transformers model, or an exported one.
+        input_ids: token ids [S, T], int64.
+        batch: sequences in one forward.
+        folder: for temporary files. None: the system's.
+    """
+    if not isinstance(model, nn.Module) or layers_on_disk(model) is None:
+        return lambda start: nullcontext()
+    return BlockwiseForward(model, input_ids, batch, folder).at
+
+
+@torch.no_grad()
+def check_streamed(model: Any, input_ids: Tensor) -> None:
+    """Refuse a model on disk whose blocks exchange more than hidden states; nothing is checked for one in memory.
+
+    Args:
+        model: a transformers model.
+        input_ids: [S, T] token ids, two different sequences.
+
+    Raises:
+        ModelError: its blocks are no chain.
+    """
+    if layers_on_disk(model) is None:
+        return
+    calls = BlockwiseForward(model, input_ids, 1)
+    for start in range(len(input_ids)):
+        ids = input_ids[start : start + 1].to(model.device)
+        expected = last_hidden_states(model, ids).float()
+        with calls.at(start):
+            streamed = last_hidden_states(model, ids).float()
+        if not bool(((streamed - expected).norm(dim=-1) <= _MAX_DIFFERENCE * expected.norm(dim=-1)).all()):
+            raise _no_chain(model, None)
+
+
+def _no_chain(model: Any, i: int | None) -> ModelError:
+    which = "they are not" if i is None else f"block {i} is not"
+    return ModelError(
+        f"--offload disk needs decoder blocks that are a chain, each taking nothing but the hidden states of the one "
+        f"before; in {model.config.model_type} {which}; use --offload none"
+    )
+
+
+def new_stream(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Return an uninitialized tensor for hidden states, in memory or in a temporary file that vanishes with it.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        folder: for the file. None: the system's.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    if size <= MAX_BYTES_IN_MEMORY:
+        return torch.empty(tuple(shape), dtype=dtype)
+    # The name is deleted at once; the memory mapping keeps the data.
+    with tempfile.NamedTemporaryFile(prefix="nybble-", dir=folder) as file:
+        try:
+            _reserve(file, size)
+        except OSError as error:
+            raise RunError(
+                f"{folder or tempfile.gettempdir()} must have room for {size / 1e9:.1f} GB of hidden states; "
+                f"{error.strerror}; free some, or use fewer --num_calibration_samples or a smaller --seq_len"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(tuple(shape))
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give a file its size. Where the system can, the space is allocated, so a full disk is an error now."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:  # macOS, Windows
+        file.truncate(size)
