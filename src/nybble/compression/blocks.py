@@ -186,10 +186,8 @@ class DecoderBlocks:
                     f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; "
                     f"{nonfinite_remedy(self.dtype)}"
                 )
-        return [
-            InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T, seen[layers])
-            for layers, gram_II in grams.items()
-        ]
+        # One after the other: the statistics of an input can be larger than the weights of the block.
+        return [InputStatistics(layers, _symmetric(grams.pop(layers)), seen[layers]) for layers in list(grams)]
 
     @torch.no_grad()
     def _first_inputs(self, input_ids: Tensor) -> Tensor:
@@ -244,6 +242,11 @@ def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
     """gram += factor * x^T x, in place, for the blocks on and below the diagonal only: 5/8 of the work."""
     for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
         gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
+
+
+def _symmetric(gram_II: Tensor) -> Tensor:
+    """The symmetric matrix of which the part on and below the diagonal is known, in its memory."""
+    return gram_II.tril_().add_(gram_II.tril(-1).T)
 
 
 def _group_by_tensor(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:

@@ -15,6 +15,7 @@ from nybble.errors import ModelError, OptionError
 from nybble.models.composite import text_config
 from nybble.models.experts import SplitExperts
 from nybble.models.head import last_hidden_states
+from nybble.models.layers_on_disk import layers_on_disk
 from nybble.quant.grid import below_grid
 from nybble.quant.scheme import QuantScheme
 
@@ -122,6 +123,8 @@ def _check_layers(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
         for handle in handles:
             handle.remove()
     changed = [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]
+    layers = layers_on_disk(model)
+    changed += [] if layers is None else sorted(layers.changed)
     if changed:
         raise ModelError(
             f"{type(model).__name__} must leave its weights as they are when it computes; it changes {len(changed)} of "

@@ -33,6 +33,7 @@ from nybble.models.layers_on_disk import layers_on_disk, tensors_of
 from nybble.models.linearize import linearize
 from nybble.models.pretrained import load_whole, load_without_blocks
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
+from nybble.models.streamed import check_streamed
 from nybble.models.weights import check_finite
 from nybble.runtime import disable_cudnn_attention, hand_back_freed_memory, returning_freed_memory
 
@@ -109,6 +110,8 @@ def load(
     _copy_mapped_tensors(model)
     check_supported(model, name)
     check_finite(model, name)
+    if offload:
+        check_streamed(model)
     _correct_tying(model)
     model.requires_grad_(False)
     if not offload:

@@ -74,6 +74,8 @@ def load_without_blocks(
                 f"--offload disk needs decoder blocks in an nn.ModuleList; {type(model).__name__} has none; use "
                 "--offload none"
             )
+        # As from_pretrained does it: buffers that are made while `dtype` is the default one are less precise (GPT-J).
+        model.initialize_weights()
         shards = CheckpointShards(files, skeleton, path, dtype, device)
         missing, unused = shards.compare()
     tokenizer = _load_tokenizer(pretrained, trust_remote_code)

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from nybble.errors import ModelError, RunError
+from nybble.errors import ModelError, NybbleError, RunError, describe_error
 from nybble.models.head import last_hidden_states
 from nybble.models.layers_on_disk import layers_on_disk
 
@@ -30,6 +30,7 @@ MAX_BYTES_IN_MEMORY = 512 << 20
 
 # Forwards of the same numbers by the same kernels; what blocks exchange beside hidden states changes far more.
 _MAX_DIFFERENCE = 1e-4
+_TRIED_TOKENS = 16
 
 
 class BlockwiseForward:
@@ -48,7 +49,7 @@ class BlockwiseForward:
         self._model, self._layers, self._ids, self._batch = model, layers, input_ids, batch
         self._folder = folder
         self._outputs_STD: Tensor | None = None
-        self._kinds: list[int | None] = []  # for each block: length of the tuple that it returns; None: no tuple
+        self._returns: list[Callable[[Tensor | None], Any]] = []  # for each block: hidden states -> what it returns
 
     @contextmanager
     def at(self, start: int) -> Iterator[None]:
@@ -95,11 +96,11 @@ class BlockwiseForward:
         finally:
             handle.remove()
         output = caught[0] if caught else None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != len(ids):
             raise _no_chain(self._model, i)
-        if len(self._kinds) == i:
-            self._kinds.append(len(output) if isinstance(output, tuple) else None)
+        if len(self._returns) == i:
+            self._returns.append(_returns(output))
         return hidden
 
     @contextmanager
@@ -107,15 +108,22 @@ class BlockwiseForward:
         """Let the first `count` blocks return hidden states instead of computing them."""
         with ExitStack() as stack:
             stack.enter_context(self._layers.bypassed(count))
-            for block, length in zip(self._layers.modules[:count], self._kinds, strict=False):
-                output = hidden if length is None else (hidden, *[None] * (length - 1))
-                block.forward = _constant(output)
+            for block, returns in zip(self._layers.modules[:count], self._returns, strict=False):
+                block.forward = _constant(returns(hidden))
                 stack.callback(delattr, block, "forward")
             yield
 
 
 class _BlockReached(Exception):
     """Ends a forward after a block."""
+
+
+def _returns(output: Any) -> Callable[[Tensor | None], Any]:
+    """A function from hidden states to an output of the same form as `output`, without anything else in it."""
+    if not isinstance(output, tuple | list):
+        return lambda hidden: hidden
+    kind, rest = type(output), [None] * (len(output) - 1)
+    return lambda hidden: kind([hidden, *rest])
 
 
 def _constant(output: Any) -> Callable[..., Any]:
@@ -140,26 +148,37 @@ def forwards(model: Any, input_ids: Tensor, batch: int, folder: Path | None = No
 
 
 @torch.no_grad()
-def check_streamed(model: Any, input_ids: Tensor) -> None:
-    """Refuse a model on disk whose blocks exchange more than hidden states; nothing is checked for one in memory.
+def check_streamed(model: Any) -> None:
+    """Refuse a model on disk that does not run with its blocks there, or whose blocks exchange more than hidden states;
+    note weights that it changes (LayersOnDisk.changed).
 
     Args:
-        model: a transformers model.
-        input_ids: [S, T] token ids, two different sequences.
+        model: a transformers model on disk.
 
     Raises:
-        ModelError: its blocks are no chain.
+        ModelError: as above.
     """
-    if layers_on_disk(model) is None:
-        return
-    calls = BlockwiseForward(model, input_ids, 1)
-    for start in range(len(input_ids)):
-        ids = input_ids[start : start + 1].to(model.device)
-        expected = last_hidden_states(model, ids).float()
-        with calls.at(start):
-            streamed = last_hidden_states(model, ids).float()
-        if not bool(((streamed - expected).norm(dim=-1) <= _MAX_DIFFERENCE * expected.norm(dim=-1)).all()):
-            raise _no_chain(model, None)
+    layers = layers_on_disk(model)
+    assert layers is not None, "a model in memory runs in one way only"
+    count = model.get_input_embeddings().num_embeddings
+    input_ids = ((torch.arange(2 * _TRIED_TOKENS) % count).view(2, _TRIED_TOKENS)).to(model.device)
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    try:
+        expected = last_hidden_states(model, input_ids).float()
+    except (NybbleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own code meets parameters that are not there
+        raise ModelError(
+            f"--offload disk needs a model that uses the weights of a decoder block in the forward of this block only; "
+            f"{type(model).__name__} does not ({describe_error(error)}); use --offload none"
+        ) from error
+    layers.changed |= {n for n, parameter in model.named_parameters() if parameter._version != versions[n]}
+    with BlockwiseForward(model, input_ids, len(input_ids)).at(0):
+        streamed = last_hidden_states(model, input_ids).float()
+    finite = expected.isfinite()  # a model that overflows is refused later, for that
+    difference, norm = (torch.where(finite, tensor, 0.0).norm(dim=-1) for tensor in (streamed - expected, expected))
+    if not bool((difference <= _MAX_DIFFERENCE * norm).all()):
+        raise _no_chain(model, None)
 
 
 def _no_chain(model: Any, i: int | None) -> ModelError:

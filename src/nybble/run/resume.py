@@ -15,13 +15,14 @@ from nybble.run.marker import MARKER, is_run
 from nybble.run.results import RunResults, has_results, read_results
 
 # Options that may change on resume. Another microbatch size or weight cache gives the same gradients up to rounding:
-# the last bits may differ.
+# the last bits may differ. --offload changes no bit.
 _MAY_CHANGE = {
     "custom_rank_config",
     "eval_batch_size",
     "export",
     "fast_eval",
     "microbatch_size",
+    "offload",
     "other_data",
     "output_dir",
     "report_to",

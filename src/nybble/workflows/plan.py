@@ -27,7 +27,6 @@ from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
 from nybble.models.schemes import assign_schemes, average_bits, check_patterns, describe, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
-from nybble.models.streamed import check_streamed
 from nybble.options.base import Command
 from nybble.options.commands import RunCommand, TrainCommand
 from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
@@ -253,7 +252,6 @@ def check_fit(
     check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
     probes = torch.stack([probe_T, probe_T.flip(0)])
-    check_streamed(model, probes)
     check_model(model, selection.linears, probes, compression.steps)
     embeddings = {name: model.get_submodule(name).weight for name in selection.embeddings}
     warn_of_small_weights(embeddings.items(), selection.schemes)
