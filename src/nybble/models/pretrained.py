@@ -38,7 +38,7 @@ def load_whole(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> 
         ModelError: it cannot be read, or is none that nybble can use.
     """
     with _library_errors(lambda error: _explain_failure(pretrained, error)):
-        config = _read_config(pretrained, trust_remote_code)
+        config = read_config(pretrained, trust_remote_code)
         loaded: Any = auto_class(config).from_pretrained(
             pretrained, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -65,7 +65,7 @@ def load_without_blocks(
         ModelError: as `load_whole`; or the model has no list of decoder blocks, or no safetensors files.
     """
     with _library_errors(lambda error: _explain_failure(pretrained, error)):
-        config = _read_config(pretrained, trust_remote_code)
+        config = read_config(pretrained, trust_remote_code)
         files = safetensors_files(pretrained)
         model, skeleton = (empty_model(config, dtype, trust_remote_code) for _ in range(2))
         path = find_blocks(skeleton)
@@ -120,7 +120,13 @@ def on_disk(model: Any, path: str, read: Callable[[int], Mapping[str, Tensor]], 
     return model
 
 
-def _read_config(pretrained: str, trust_remote_code: bool) -> Any:
+def read_config(pretrained: str, trust_remote_code: bool) -> Any:
+    """Read and check the configuration of a folder or a hub id; returns a transformers.PreTrainedConfig.
+
+    Raises:
+        ModelError: it is not that of a decoder-only language model in 16 or 32 bits.
+        Exception: whatever transformers raises.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)

@@ -28,6 +28,12 @@ _CHUNK_COPIES = 5
 _LAYER_TEMPORARIES = 6
 _FLOAT32 = 4
 _ADAM = 16  # float32 parameter, gradient and two moments
+# Matrices of the size of second moments while gptq factors them: estimate, damped, two of the factorization.
+_MATRICES = 4
+# float32 copies of the rows that share an input while they are rounded.
+_ROW_COPIES = 4
+# Positions whose logits exist at once while a model is measured, see evaluation/perplexity.py.
+_MEASURED_POSITIONS = 128
 _OVERHEAD = 800 << 20  # Python interpreter and libraries
 
 
@@ -79,6 +85,59 @@ class ModelShapes:
     def head_bytes(self) -> int:
         """Bytes of the head's weight."""
         return self.vocab_size * self.hidden_size * self.itemsize
+
+
+@dataclass(frozen=True)
+class BlockShapes:
+    """Sizes of the decoder blocks of a model.
+
+    Attributes:
+        rest: numbers in the parameters outside of the blocks.
+        block: numbers in the parameters of the largest block.
+        groups: (I, O) for the layers of one block that may share an input: its width, and the sum of their outputs.
+    """
+
+    rest: int
+    block: int
+    groups: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(model: Any, path: str, names: tuple[str, ...]) -> BlockShapes:
+        """Return the sizes of the list of blocks at `path`, in which the layers `names` get 4 bits."""
+        blocks = list(model.get_submodule(path))
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        largest = f"{path}.{sizes.index(max(sizes))}."
+        outputs: dict[tuple[str, int], int] = {}
+        for name in names:
+            if name.startswith(largest):
+                rows, columns = model.get_submodule(name).weight.shape
+                key = (name.rpartition(".")[0], columns)
+                outputs[key] = outputs.get(key, 0) + rows
+        groups = tuple((columns, rows) for (_, columns), rows in outputs.items())
+        return BlockShapes(sum(p.numel() for p in model.parameters()) - sum(sizes), max(sizes), groups)
+
+    @property
+    def moments(self) -> int:
+        """Numbers in the second moments of all inputs of a block."""
+        return sum(inputs**2 for inputs, _ in self.groups)
+
+
+@dataclass(frozen=True)
+class CompressionSetup:
+    """What the memory of a compression from disk depends on, besides the model.
+
+    Attributes:
+        steps: of the method, see `methods.parse_method`.
+        sequences, length: of the calibration text; 0 where nothing is calibrated.
+        logits_bytes: bytes of the logits that exist at the same time while the model is measured.
+        on_gpu: the peak is that of the GPU; hidden states of the text are in the CPU's memory.
+    """
+
+    steps: tuple[str, ...]
+    sequences: int
+    length: int
+    logits_bytes: int
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +240,35 @@ def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_
     stream = num_sequences * length * shapes.hidden_size * shapes.itemsize
     # Two streams of hidden states: of the 16-bit model and of the compressed one. Larger streams are temporary files.
     return _OVERHEAD + model + shapes.head_bytes + 2 * min(stream, MAX_BYTES_IN_MEMORY) + one_block
+
+
+def offloaded_memory(shapes: ModelShapes, blocks: BlockShapes, setup: CompressionSetup) -> int:
+    """Return the peak memory of a compression from disk, or of measuring in it if that is larger.
+
+    Outside of the blocks all is in memory, and the head twice. Of the blocks one is, and what is read of it or made of
+    it. A step of the method needs the second moments of all inputs of a block, and beside them the activations of a
+    microbatch, or the matrices and rows of the largest layer, or what reconstruction trains.
+
+    Args:
+        shapes: sizes of the model.
+        blocks: sizes of its blocks.
+        setup: the compression.
+    """
+    held = _OVERHEAD + blocks.rest * shapes.itemsize + shapes.head_bytes + 2 * blocks.block * shapes.itemsize
+    measuring = setup.logits_bytes + _CHUNK_COPIES * _MEASURED_POSITIONS * shapes.vocab_size * _FLOAT32
+    if not setup.sequences:
+        rows = max(_ROW_COPIES * inputs * outputs * _FLOAT32 for inputs, outputs in blocks.groups)
+        return held + max(measuring, rows)
+    matrices = _MATRICES if "gptq" in setup.steps else 1
+    rounding = max(
+        (matrices * inputs**2 + _ROW_COPIES * inputs * outputs) * _FLOAT32 for inputs, outputs in blocks.groups
+    )
+    trained = (_ADAM + 2 * _FLOAT32) * blocks.block if "blockwise" in setup.steps else 0
+    activations = _activations(shapes, max(setup.length, TOKENS_PER_FORWARD))
+    stream = setup.sequences * setup.length * shapes.hidden_size * shapes.itemsize
+    streams = 0 if setup.on_gpu else (2 if "blockwise" in setup.steps else 1) * min(stream, MAX_BYTES_IN_MEMORY)
+    work = streams + max(blocks.moments * _FLOAT32 + max(rounding, activations), trained + activations)
+    return held + max(measuring, work)
 
 
 def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:

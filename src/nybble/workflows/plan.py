@@ -21,7 +21,6 @@ from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
-from nybble.files import check_free_disk
 from nybble.models.device import free_memory, pick_device, pick_dtype
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
@@ -31,7 +30,7 @@ from nybble.options.base import Command
 from nybble.options.commands import RunCommand, TrainCommand
 from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
 from nybble.options.evaluation import EvaluationOptions
-from nybble.options.model import DeviceOptions, ModelOptions, OffloadOptions
+from nybble.options.model import DeviceOptions, ModelOptions
 from nybble.options.scheme import SchemeOptions
 from nybble.run.folder import check_folder
 from nybble.run.marker import is_run
@@ -153,16 +152,18 @@ def _check_inputs_survive(inputs: Mapping[str, Sequence[str]], folder: Path) -> 
                 )
 
 
-def load_model(options: ModelOptions) -> LoadedModel:
+def load_model(options: ModelOptions, on_disk: bool = False) -> LoadedModel:
     """The 16-bit model and its tokenizer.
+
+    Args:
+        on_disk: its decoder blocks stay on the disk.
 
     Raises:
         ModelError: not found, not readable, or not supported.
     """
     device, dtype = pick_place(options)
-    offload = isinstance(options, OffloadOptions) and options.offload == "disk"
     log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
-    return load(options.pretrained, dtype, device, options.trust_remote_code, offload)
+    return load(options.pretrained, dtype, device, options.trust_remote_code, on_disk)
 
 
 def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
@@ -318,30 +319,6 @@ def calibration_disk(shapes: ModelShapes, planned: PlannedRun) -> int:
     """Bytes on disk that the compression takes; 0 where nothing is calibrated."""
     count, length = planned.text.calibration_shape
     return memory.compression_disk(shapes, count * length if planned.compression.calibrates else 0)
-
-
-def plan_compression_memory(options: RunCommand, planned: PlannedRun, wanted: int, tasks: Sequence[str]) -> None:
-    """Estimate a run that only compresses; refuse a disk that is too small, and warn of memory.
-
-    Args:
-        wanted: calibration sequences that were asked for.
-        tasks: lm-eval tasks that are measured.
-    """
-    loaded = planned.loaded
-    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
-    needed = max(
-        calibration_memory(shapes, planned, wanted),
-        memory.measuring_memory(shapes, measured_logit_bytes(planned, tasks)),
-    )
-    available = available_memory(loaded)
-    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
-    disk = states + calibration_disk(shapes, planned) + 3 * shapes.parameters
-    check_free_disk(options.folder, disk)
-    if planned.compression.calibrates:
-        log.info(
-            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", needed / 1e9, available / 1e9, disk / 1e9
-        )
-        warn_of_memory(needed, available, "fewer --num_calibration_samples or a smaller --seq_len need less")
 
 
 def warn_of_memory(needed: int, available: int, remedy: str) -> None:
