@@ -79,6 +79,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "awq+se+gptq"])
     parser.add_argument("--offload", default="disk", choices=["disk", "none", "auto"])
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument(
+        "--limit_blocks", type=int, default=16, help="calibrate this many blocks; all of them have the same peak"
+    )
     parser.add_argument("--work", type=Path, default=None, help="folder for the model and the runs")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="nybble-"))
@@ -90,7 +93,10 @@ def main() -> None:
     common += ["--eval_tasks", "none", "--other_data", "none", "--overwrite"]
     for method in options.methods:
         folder = str(work / f"{method}-{options.offload}")
-        run("compress", *common, "--output_dir", folder, "--method", method, "--offload", options.offload)
+        arguments = [*common, "--output_dir", folder]
+        if method != "rtn":
+            arguments += ["--limit_blocks", str(options.limit_blocks)]
+        run("compress", *arguments, "--method", method, "--offload", options.offload)
     if options.work is None:
         shutil.rmtree(work)
 

@@ -9,12 +9,14 @@ The estimates are meant as upper bounds. The constants below come from measured 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.compression.calibration import TOKENS_PER_FORWARD
 from nybble.models.composite import text_config
 from nybble.models.configuration import config_value
+from nybble.models.experts import SplitExperts
 from nybble.models.streamed import MAX_BYTES_IN_MEMORY
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
@@ -51,6 +53,7 @@ class ModelShapes:
         intermediate_size: width inside the feed-forward part.
         vocab_size: rows of the head.
         itemsize: bytes of one number in the dtype that the model computes in.
+        expert_moments: numbers in the second moments of the inputs of all experts of one decoder layer.
     """
 
     parameters: int
@@ -62,6 +65,7 @@ class ModelShapes:
     intermediate_size: int
     vocab_size: int
     itemsize: int
+    expert_moments: int = 0
 
     @staticmethod
     def of(model: Any, names: tuple[str, ...]) -> ModelShapes:
@@ -79,6 +83,7 @@ class ModelShapes:
             intermediate_size=max(stated) if isinstance(stated, list) else stated,
             vocab_size=config.vocab_size,
             itemsize=model.dtype.itemsize,
+            expert_moments=_expert_moments(model, names),
         )
 
     @property
@@ -230,7 +235,7 @@ def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_
         on_gpu: return the peak of the GPU, which holds one block while the rest of the model waits in the CPU's memory.
     """
     block = shapes.linear_weights // shapes.num_layers
-    hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2) * _FLOAT32
+    hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2 + shapes.expert_moments) * _FLOAT32
     rows = 6 * 2 * shapes.hidden_size * shapes.intermediate_size * _FLOAT32
     reconstruction = (_ADAM + 2 * _FLOAT32) * block
     one_block = max(hessians + rows, reconstruction) + _activations(shapes, max(length, TOKENS_PER_FORWARD))
@@ -313,6 +318,17 @@ def pick_microbatch_size(setup: TrainingSetup, limits: MicrobatchLimits) -> int:
     while is_allowed(size * 2):
         size *= 2
     return size
+
+
+def _expert_moments(model: Any, names: Collection[str]) -> int:
+    """See ModelShapes: each expert has inputs of its own."""
+    mixtures = [f"{path}." for path, module in model.named_modules() if isinstance(module, SplitExperts)]
+    counts: dict[str, int] = {}
+    for name in names:
+        for path in mixtures:
+            if name.startswith(path):
+                counts[path] = counts.get(path, 0) + model.get_submodule(name).weight.shape[1] ** 2
+    return max(counts.values(), default=0)
 
 
 def _activations(shapes: ModelShapes, tokens: int) -> int:
