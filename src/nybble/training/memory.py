@@ -264,16 +264,27 @@ def offloaded_memory(shapes: ModelShapes, blocks: BlockShapes, setup: Compressio
     if not setup.sequences:
         rows = max(_ROW_COPIES * inputs * outputs * _FLOAT32 for inputs, outputs in blocks.groups)
         return held + max(measuring, rows)
-    matrices = _MATRICES if "gptq" in setup.steps else 1
-    rounding = max(
-        (matrices * inputs**2 + _ROW_COPIES * inputs * outputs) * _FLOAT32 for inputs, outputs in blocks.groups
-    )
+    rounding = max(_rounding(inputs, outputs, "gptq" in setup.steps) for inputs, outputs in blocks.groups)
     trained = (_ADAM + 2 * _FLOAT32) * blocks.block if "blockwise" in setup.steps else 0
     activations = _activations(shapes, max(setup.length, TOKENS_PER_FORWARD))
     stream = setup.sequences * setup.length * shapes.hidden_size * shapes.itemsize
     streams = 0 if setup.on_gpu else (2 if "blockwise" in setup.steps else 1) * min(stream, MAX_BYTES_IN_MEMORY)
     work = streams + max(blocks.moments * _FLOAT32 + max(rounding, activations), trained + activations)
     return held + max(measuring, work)
+
+
+def _rounding(inputs: int, outputs: int, factors: bool) -> int:
+    """Bytes of the matrices and rows that exist while the layers with one input are rounded.
+
+    Args:
+        inputs: width of the input, I.
+        outputs: rows of all these layers.
+        factors: gptq factors the second moments first.
+    """
+    rows = _ROW_COPIES * inputs * outputs
+    if not factors:
+        return (inputs**2 + rows) * _FLOAT32
+    return max(_MATRICES * inputs**2, (_MATRICES - 1) * inputs**2 + rows) * _FLOAT32
 
 
 def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:
