@@ -240,6 +240,14 @@ def test_what_cannot_be_read_in_part_is_refused(tmp_path: Path) -> None:
         on_disk(tmp_path / "model.gguf")
 
 
+def test_files_that_vanish_during_a_run_are_one_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    model = on_disk(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"must stay as it is while a run reads .*; block 0 cannot be read .*--resume"):
+        model(input_ids=IDS)
+
+
 def test_a_loaded_model_has_the_files_and_the_tokenizer_too(tmp_path: Path) -> None:
     loaded = load(str(save_model(tmp_path / "model", "llama")), torch.bfloat16, CPU, offload=True)
     assert isinstance(loaded, LoadedModel)

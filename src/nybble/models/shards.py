@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line
 from nybble.models.composite import decoder_path, is_inside
 from nybble.models.linearize import linearize
 
@@ -126,6 +126,9 @@ class CheckpointShards:
 
         Returns:
             Name within the linearized block -> parameter or buffer.
+
+        Raises:
+            ModelError: the files cannot be read any more.
         """
         skeleton, name = self._skeleton, f"{self._path}.{i}"
         empty = skeleton.get_submodule(name)
@@ -134,6 +137,14 @@ class CheckpointShards:
             with self._opened(self._blocks[i]) as slices:
                 self._load(skeleton, slices, self._device)
             state: dict[str, Tensor] = linearize(skeleton.get_submodule(name)).state_dict()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            folder = next(iter(self._files.values())).parent
+            raise ModelError(
+                f"{folder} must stay as it is while a run reads decoder blocks from it; block {i} cannot be read "
+                f"({first_line(error)}); bring the files back, then add --resume"
+            ) from error
         finally:
             skeleton.set_submodule(name, empty)
         return state
