@@ -117,8 +117,8 @@ def test_a_full_disk_is_an_error_with_the_size(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(streamed, "MAX_BYTES_IN_MEMORY", 0)
     monkeypatch.setattr(streamed, "_reserve", full)
     message = (
-        r"must have room for 0\.0 GB of hidden states; No space left on device; free some, or use fewer "
-        "--num_calibration_samples"
+        r"must have room for 0\.0 GB of hidden states; No space left on device; free some, or use less text "
+        r"\(--num_calibration_samples"
     )
     with pytest.raises(RunError, match=message):
         decoder_blocks(make_model("llama"), folder=tmp_path)

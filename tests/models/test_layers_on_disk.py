@@ -123,10 +123,10 @@ def test_many_sequences_read_each_block_once(tmp_path: Path, monkeypatch: pytest
     for i in range(2):
         original = layers(model)._read[i]
         layers(model).replace(i, lambda i=i, original=original: read.append(i) or original())  # type: ignore[misc]
-    calls = BlockwiseForward(model, IDS, 2, tmp_path)
-    for start in (0, 2):
-        ids = IDS[start : start + 2]
-        with calls.at(start):
+    batches = [IDS[:2], IDS[2:, :7]]
+    calls = BlockwiseForward(model, batches, tmp_path)
+    for number, ids in enumerate(batches):
+        with calls.at(number):
             assert torch.equal(last_hidden_states(model, ids), last_hidden_states(loaded, ids))
     assert read == [0, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "the file of the stream has no name"

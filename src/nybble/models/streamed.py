@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,50 +35,53 @@ _TRIED_TOKENS = 16
 
 
 class BlockwiseForward:
-    """Forwards of a model with some sequences, the blocks of which are computed once.
+    """Forwards of a model with some batches, whose blocks compute all of them when the first is asked for.
 
     Args:
-        model: a transformers model.
-        input_ids: token ids [S, T], int64.
-        batch: sequences in one forward.
+        model: a transformers model on disk.
+        batches: token ids [B, T] of each forward, int64.
         folder: for temporary files. None: the system's.
     """
 
-    def __init__(self, model: Any, input_ids: Tensor, batch: int, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, batches: Sequence[Tensor], folder: Path | None = None) -> None:
         layers = layers_on_disk(model)
         assert layers is not None, "a model in memory needs no other forward"
-        self._model, self._layers, self._ids, self._batch = model, layers, input_ids, batch
-        self._folder = folder
-        self._outputs_STD: Tensor | None = None
+        self._model, self._layers, self._batches, self._folder = model, layers, list(batches), folder
+        ends = list(accumulate(ids.numel() for ids in self._batches))
+        self._places = [slice(end - ids.numel(), end) for end, ids in zip(ends, self._batches, strict=True)]
+        self._outputs_ND: Tensor | None = None
         self._returns: list[Callable[[Tensor | None], Any]] = []  # for each block: hidden states -> what it returns
 
     @contextmanager
-    def at(self, start: int) -> Iterator[None]:
-        """Let the last block of the model return the outputs of the batch that begins with a sequence.
+    def at(self, number: int) -> Iterator[None]:
+        """Let the last block of the model return its outputs for a batch, in the forward of this very batch.
 
         Args:
-            start: index of the first sequence of the batch. The forward must be that of this very batch.
+            number: of the batch.
         """
-        if self._outputs_STD is None:
-            self._outputs_STD = self._run_blocks()
-        hidden_BTD = self._outputs_STD[start : start + self._batch].to(self._layers.device)
-        with self._returning(len(self._layers.modules), hidden_BTD):
+        if self._outputs_ND is None:
+            self._outputs_ND = self._run_blocks()
+        with self._returning(len(self._layers.modules), self._stored(self._outputs_ND, number)):
             yield
+
+    def _stored(self, stream_ND: Tensor, number: int) -> Tensor:
+        shape = (*self._batches[number].shape, stream_ND.shape[-1])
+        return stream_ND[self._places[number]].view(shape).to(self._layers.device)
 
     @torch.no_grad()
     def _run_blocks(self) -> Tensor:
-        stream: Tensor | None = None
+        stream_ND: Tensor | None = None
         for i in range(len(self._layers.modules)):
             with self._layers.loaded(i):
-                for start in range(0, len(self._ids), self._batch):
-                    before = None if stream is None else stream[start : start + self._batch].to(self._layers.device)
-                    output = self._output_of(i, self._ids[start : start + self._batch], before)
-                    if stream is None:
-                        shape = (len(self._ids), *output.shape[1:])
-                        stream = new_stream(shape, output.dtype, self._folder)
-                    stream[start : start + self._batch] = output.cpu()
-        assert stream is not None
-        return stream
+                for number, place in enumerate(self._places):
+                    before = None if stream_ND is None or not i else self._stored(stream_ND, number)
+                    output_BTD = self._output_of(i, self._batches[number], before)
+                    if stream_ND is None:
+                        shape = (self._places[-1].stop, output_BTD.shape[-1])
+                        stream_ND = new_stream(shape, output_BTD.dtype, self._folder)
+                    stream_ND[place] = output_BTD.flatten(0, 1).cpu()
+        assert stream_ND is not None
+        return stream_ND
 
     def _output_of(self, i: int, ids: Tensor, before: Tensor | None) -> Tensor:
         """Output of block i; `before` is that of the block before it."""
@@ -97,7 +101,7 @@ class BlockwiseForward:
             handle.remove()
         output = caught[0] if caught else None
         hidden = output[0] if isinstance(output, tuple | list) else output
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != len(ids):
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != ids.shape:
             raise _no_chain(self._model, i)
         if len(self._returns) == i:
             self._returns.append(_returns(output))
@@ -144,7 +148,8 @@ def forwards(model: Any, input_ids: Tensor, batch: int, folder: Path | None = No
     """
     if not isinstance(model, nn.Module) or layers_on_disk(model) is None:
         return lambda start: nullcontext()
-    return BlockwiseForward(model, input_ids, batch, folder).at
+    calls = BlockwiseForward(model, input_ids.split(batch), folder)
+    return lambda start: calls.at(start // batch)
 
 
 @torch.no_grad()
@@ -173,7 +178,7 @@ def check_streamed(model: Any) -> None:
             f"{type(model).__name__} does not ({describe_error(error)}); use --offload none"
         ) from error
     layers.changed |= {n for n, parameter in model.named_parameters() if parameter._version != versions[n]}
-    with BlockwiseForward(model, input_ids, len(input_ids)).at(0):
+    with BlockwiseForward(model, [input_ids]).at(0):
         streamed = last_hidden_states(model, input_ids).float()
     finite = expected.isfinite()  # a model that overflows is refused later, for that
     difference, norm = (torch.where(finite, tensor, 0.0).norm(dim=-1) for tensor in (streamed - expected, expected))
@@ -211,7 +216,7 @@ def new_stream(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) ->
         except OSError as error:
             raise RunError(
                 f"{folder or tempfile.gettempdir()} must have room for {size / 1e9:.1f} GB of hidden states; "
-                f"{error.strerror}; free some, or use fewer --num_calibration_samples or a smaller --seq_len"
+                f"{error.strerror}; free some, or use less text (--num_calibration_samples, --seq_len, --limit)"
             ) from error
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(tuple(shape))
 

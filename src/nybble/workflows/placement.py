@@ -111,10 +111,6 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
             needed / 1e9, available / 1e9, disk / 1e9, place,
         )  # fmt: skip
         warn_of_memory(needed, available, f"fewer --num_calibration_samples or a smaller --seq_len need less{remedy}")
-    if layers is not None and options.evaluation.eval_tasks:
-        log.warning(
-            "lm-eval reads the whole model from disk for every batch of its requests; --eval_tasks none leaves it out"
-        )
 
 
 def _on_disk(path: str, planned: PlannedRun, shapes: ModelShapes, logits: int) -> int:
