@@ -92,7 +92,8 @@ def main() -> None:
         "--export",
         "none",
     ]
-    common += ["--eval_tasks", "none", "--num_calibration_samples", "32", "--num_test_samples", "4", "--overwrite"]
+    common += ["--eval_tasks", "none", "--other_data", "none", "--overwrite"]
+    common += ["--num_calibration_samples", "32", "--num_test_samples", "4"]
     for method in options.methods:
         arguments = [*common, "--output_dir", str(work / method), "--offload", options.offload]
         if method != "rtn":

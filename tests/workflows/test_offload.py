@@ -176,6 +176,7 @@ def test_bad_input_is_refused_before_there_is_a_run(tmp_path: Path, capsys: pyte
     assert "smollm2 is a GGUF file, which is read as a whole; use --offload none" in refused(
         *disk, "--pretrained", "smollm2"
     )
+    assert "--data self needs the model in memory" in refused(*disk, "--data", "self", "--method", "se")
     assert "offload" in refused(*compress_command(model, run, "--offload", "tape"))
 
 

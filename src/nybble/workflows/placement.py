@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nybble.errors import OptionError
 from nybble.files import check_free_disk
 from nybble.models.device import free_memory
 from nybble.models.layers_on_disk import layers_on_disk
@@ -47,7 +48,7 @@ def stays_on_disk(options: CompressOptions) -> bool:
     if options.model.offload != "auto":
         return options.model.offload == "disk"
     pretrained = options.model.pretrained
-    if pretrained == SMOLLM2 or pretrained.endswith(".gguf"):
+    if _is_gguf(pretrained):
         return False
     device, dtype = pick_place(options.model)
     free = min(free_memory(device), free_memory(torch.device("cpu")))
@@ -64,6 +65,10 @@ def stays_on_disk(options: CompressOptions) -> bool:
     # The whole model is on the CPU before it goes to a GPU.
     needed = max(memory.compression_memory(shapes, count, length, on_gpu) for on_gpu in {False, device.type != "cpu"})
     return needed > free
+
+
+def _is_gguf(pretrained: str) -> bool:
+    return pretrained == SMOLLM2 or pretrained.endswith(".gguf")
 
 
 def _count_numbers(files: list[Path]) -> int:
@@ -88,8 +93,17 @@ def memory_of(model: Any) -> Iterator[None]:
 def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> None:
     """Estimate a run that only compresses, and say where decoder blocks wait; refuse a disk that is too small, and warn
     of memory.
+
+    Raises:
+        OptionError: a model on disk would have to write text.
+        RunError: the disk is too small.
     """
     loaded, wanted = planned.loaded, options.compression.num_calibration_samples
+    if planned.text.pending is not None and layers_on_disk(loaded.model) is not None:
+        raise OptionError(
+            "--data self needs the model in memory, as it would be read from disk for every token that it writes; use "
+            "another --data, or --offload none"
+        )
     shapes = ModelShapes.of(loaded.model, planned.selection.linears)
     logits = measured_logit_bytes(planned, options.evaluation.eval_tasks)
     in_memory = max(calibration_memory(shapes, planned, wanted), memory.measuring_memory(shapes, logits))
@@ -98,7 +112,7 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
         needed = _on_disk(layers.path, planned, shapes, logits)
         reason = "--offload disk" if options.model.offload == "disk" else "it does not fit into memory"
         place = f"; decoder blocks wait on disk: {reason} (in memory it needs {in_memory / 1e9:.1f} GB)"
-    elif not options.model.pretrained.endswith(".gguf"):
+    elif not _is_gguf(options.model.pretrained):
         remedy = ", and --offload disk holds one decoder block at a time"
     available = available_memory(loaded)
     states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
