@@ -1,6 +1,6 @@
 """Peak memory and time of compressing and exporting a random mixture of experts with 0.92 B parameters.
 
-    python benchmarks/mixture.py [--methods rtn se+gptq] [--formats openvino hf] [--layers 16] [--work FOLDER]
+    python benchmarks/mixture.py [--methods rtn se+gptq] [--formats openvino hf] [--offload disk] [--work FOLDER]
 
 Mixtral's architecture: 16 layers of 1024, 16 experts of 1024, two of them for a token; bfloat16 on disk. Target: 4 GB.
 Every step runs in a process of its own, which reports the peak of its resident memory.
@@ -72,6 +72,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "se+gptq"])
     parser.add_argument("--formats", nargs="*", default=["openvino", "hf"])
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--offload", default="disk", choices=["disk", "none", "auto"])
+    parser.add_argument(
+        "--limit_blocks", type=int, default=16, help="calibrate this many blocks; all of them have the same peak"
+    )
     parser.add_argument("--work", type=Path, default=None, help="folder for the model, the runs and the exports")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="nybble-"))
@@ -88,9 +92,13 @@ def main() -> None:
         "--export",
         "none",
     ]
-    common += ["--eval_tasks", "none", "--num_calibration_samples", "32", "--num_test_samples", "4", "--overwrite"]
+    common += ["--eval_tasks", "none", "--other_data", "none", "--overwrite"]
+    common += ["--num_calibration_samples", "32", "--num_test_samples", "4"]
     for method in options.methods:
-        run("compress", *common, "--output_dir", str(work / method), "--method", method)
+        arguments = [*common, "--output_dir", str(work / method), "--offload", options.offload]
+        if method != "rtn":
+            arguments += ["--limit_blocks", str(options.limit_blocks)]
+        run("compress", *arguments, "--method", method)
     for name in options.formats:
         run("export", str(work / options.methods[0]), "--to", name)
     if options.work is None:

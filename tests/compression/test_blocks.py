@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nybble.compression import blocks as blocks_module
 from nybble.compression.blocks import get_linear, set_weight
 from nybble.errors import ModelError, RunError
+from nybble.models import streamed
 from nybble.models.head import last_hidden_states
 from tests.helpers.compression import IDS, decoder_blocks
 from tests.helpers.dense import DENSE_CASES, make_dense
@@ -91,7 +91,7 @@ def test_large_streams_live_in_temporary_files(monkeypatch: pytest.MonkeyPatch, 
     files = []
     original = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(Path(name)) or original(name, **rest))
-    monkeypatch.setattr(blocks_module, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(streamed, "MAX_BYTES_IN_MEMORY", 0)
     large = decoder_blocks(model, folder=tmp_path)
     assert [file.parent for file in files] == [tmp_path, tmp_path]
     assert list(tmp_path.iterdir()) == [], "the name of the file is deleted at once"
@@ -103,7 +103,7 @@ def test_large_streams_live_in_temporary_files(monkeypatch: pytest.MonkeyPatch, 
 
 def test_large_streams_need_no_function_that_only_linux_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr("os.posix_fallocate", raising=False)
-    monkeypatch.setattr(blocks_module, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(streamed, "MAX_BYTES_IN_MEMORY", 0)
     model = make_model("llama")
     large = decoder_blocks(model, folder=tmp_path)
     monkeypatch.undo()
@@ -114,11 +114,11 @@ def test_a_full_disk_is_an_error_with_the_size(monkeypatch: pytest.MonkeyPatch, 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blocks_module, "MAX_BYTES_IN_MEMORY", 0)
-    monkeypatch.setattr(blocks_module, "_reserve", full)
+    monkeypatch.setattr(streamed, "MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(streamed, "_reserve", full)
     message = (
-        r"must have room for 0\.0 GB of calibration; No space left on device; free some, or use fewer "
-        "--num_calibration_samples"
+        r"must have room for 0\.0 GB of hidden states; No space left on device; free some, or use less text "
+        r"\(--num_calibration_samples"
     )
     with pytest.raises(RunError, match=message):
         decoder_blocks(make_model("llama"), folder=tmp_path)

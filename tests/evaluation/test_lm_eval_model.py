@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedConfig
 
 from nybble.console import Advance
 from nybble.evaluation import lm_eval_model
 from nybble.evaluation.lm_eval_model import default_batch_size, disable_git_lookup, max_window, wrap_model
-from tests.helpers.tiny import make_model, make_tokenizer
+from nybble.models.layers_on_disk import layers_on_disk
+from nybble.models.loading import load
+from tests.helpers.tiny import make_model, make_tokenizer, save_model
 
 
 def config(vocab_size: int = 32000, positions: int | None = None) -> PreTrainedConfig:
@@ -41,6 +45,26 @@ def test_batch_size_follows_the_longest_request(monkeypatch: pytest.MonkeyPatch)
     fixed = wrap_model(make_model("llama"), make_tokenizer(), 2)
     fixed.loglikelihood([request("a", "b" * 15), request("c", "d")], disable_tqdm=True)
     assert fixed.batch_size == 2
+
+
+def test_a_model_on_disk_has_the_scores_of_one_in_memory_and_is_read_once(tmp_path: Path) -> None:
+    folder, cpu = save_model(tmp_path / "model", "gemma2"), torch.device("cpu")
+    requests = [request("a", "b" * 15), request("Rain falls", " down"), request("c", "d"), request("Water is", " wet")]
+    documents = [
+        Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("toy", 0, 1))
+        for text in ("Water is wet. " * 40, "Rain")
+    ]
+    scores, read = [], list[int]()
+    for offload in (False, True):
+        loaded = load(str(folder), torch.float32, cpu, offload=offload)
+        layers = layers_on_disk(loaded.model)
+        for i in range(2 if layers else 0):
+            assert layers is not None
+            layers.replace(i, lambda i=i, original=layers._read[i]: read.append(i) or original())  # type: ignore[misc]
+        model = wrap_model(loaded.model, loaded.tokenizer, 2)
+        scores.append(model.loglikelihood(requests, disable_tqdm=True) + model.loglikelihood_rolling(documents))
+    assert scores[0] == scores[1]
+    assert read == [0, 1, 0, 1], "once for the answers and once for the documents"
 
 
 def test_whole_documents_have_one_bar(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

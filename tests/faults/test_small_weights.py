@@ -67,7 +67,9 @@ def test_small_rows_of_a_layer_are_named(caplog: pytest.LogCaptureFixture) -> No
 def test_a_small_embedding_is_named_before_the_work(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("smollm")
     model.model.embed_tokens.weight.data.mul_(1e-5)
-    warn_of_small_weights({"model.embed_tokens": model.model.embed_tokens.weight}, {"model.embed_tokens": INT8_PER_ROW})
+    warn_of_small_weights(
+        [("model.embed_tokens", model.model.embed_tokens.weight)], {"model.embed_tokens": INT8_PER_ROW}
+    )
     assert "259 groups of weights in 1 layers (first: model.embed_tokens)" in caplog.text  # the padding row is zero
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from nybble.errors import ModelError
-from nybble.models import loading
+from nybble.models import loading, pretrained
 from tests.helpers.causal_types import save_tiny
 from tests.helpers.tiny import make_config, make_model, make_tokenizer, save_model
 
@@ -310,4 +310,4 @@ def test_an_unnamed_quantization_is_refused() -> None:
     config = LlamaConfig(architectures=["LlamaForCausalLM"])
     config.quantization_config = object()
     with pytest.raises(ModelError, match="already quantized by an unnamed method"):
-        loading._check_architecture("m", config)
+        pretrained._check_architecture("m", config)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
 from nybble.training import memory
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
+from nybble.training.memory_from_disk import BlockShapes, CompressionSetup, offloaded_memory
+from tests.helpers.mixtures import make_mixture
 from tests.helpers.tiny import make_model
 
 MODEL = make_model("llama")
@@ -123,6 +126,64 @@ def test_calibration_text_counts_in_memory_up_to_the_size_of_temporary_files() -
     assert many == most
     assert memory.compression_disk(SHAPES, 0) == 0
     assert memory.compression_disk(SHAPES, 50) == SHAPES.parameters * 4 + 2 * 50 * 64 * 4
+
+
+def llama_blocks(layers: int, width: int, inner: int, vocabulary: int, tied: bool = False) -> tuple[Any, BlockShapes]:
+    """Sizes of a Llama in bfloat16 with key and value heads of an eighth of its width, as published."""
+    heads = width // 8 if width > 4096 else width // 4
+    block = 2 * width**2 + 2 * heads * width + 3 * width * inner
+    rest = vocabulary * width * (1 if tied else 2)
+    shapes = ModelShapes(
+        rest + layers * block, layers * block, 0, width * inner, layers, width, inner, vocabulary, itemsize=2
+    )
+    groups = ((width, 2 * width + 2 * heads), (width, 2 * inner), (inner, width))
+    return shapes, BlockShapes(rest, block, groups)
+
+
+def test_sizes_of_blocks_are_those_of_the_model() -> None:
+    blocks = BlockShapes.of(MODEL, "model.layers", select_layers(MODEL).linears)
+    assert blocks.rest == 2 * 260 * 64 + 64
+    assert blocks.block == 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64
+    assert blocks.groups == ((64, 64 + 32 + 32 + 64), (64, 2 * 128), (128, 64))
+    mixture = make_mixture("mixtral")
+    names = select_layers(mixture).linears
+    assert ModelShapes.of(mixture, names).expert_moments == sum(
+        mixture.get_submodule(name).in_features ** 2 for name in names if name.startswith("model.layers.0.mlp.experts")
+    )
+    assert SHAPES.expert_moments == 0
+
+
+def test_memory_of_a_compression_from_disk_does_not_grow_with_the_number_of_blocks() -> None:
+    setup = CompressionSetup(("awq", "se", "gptq"), 16, 256, 0)
+    few, many = (offloaded_memory(*llama_blocks(layers, 2048, 8192, 49152), setup) for layers in (16, 64))
+    assert few == many
+    assert many < memory.compression_memory(llama_blocks(64, 2048, 8192, 49152)[0], 16, 256, on_gpu=False) / 2
+    reconstructed = replace(setup, steps=("se", "blockwise"))
+    rounded = replace(setup, steps=(), sequences=0)
+    shapes, blocks = llama_blocks(16, 2048, 8192, 49152)
+    assert offloaded_memory(shapes, blocks, rounded) < offloaded_memory(shapes, blocks, setup)
+    assert offloaded_memory(shapes, blocks, reconstructed) > 24 * blocks.block
+
+
+# What docs/memory.md says: row -> layers, width, inner width, vocabulary, tied.
+TABLE = {
+    "1.07 B of `benchmarks/memory.py`": (16, 2048, 8192, 49152, True),
+    "Llama-3.1-8B": (32, 4096, 14336, 128256, False),
+    "Llama-3.1-70B": (80, 8192, 28672, 128256, False),
+}
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_the_page_on_memory_has_the_figures_of_the_formula(row: str) -> None:
+    shapes, blocks = llama_blocks(*TABLE[row])
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    cells = next(line for line in text.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")[1:]
+    found = []
+    for steps in ((), ("awq", "se"), ("awq", "se", "gptq")):
+        for on_gpu in (False, True):
+            setup = CompressionSetup(steps, 128 if steps else 0, 1024, 1024 * shapes.vocab_size * 2, on_gpu)
+            found.append(f"{offloaded_memory(shapes, blocks, setup) / GB:.1f}")
+    assert cells == [f"{found[i]} / {found[i + 1]}" for i in (0, 2, 4)]
 
 
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:

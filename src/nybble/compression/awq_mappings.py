@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from nybble.compression.block_trial import OTHERWISE, SAME, BlockTrial
 from nybble.compression.chain import Arguments, find_block_list, record_blocks
 from nybble.errors import ModelError, describe_error
+from nybble.models.layers_on_disk import loaded_block
 from nybble.models.norms import norm_offset
 
 # Of a trial, where a model has as many positions. In a block with random weights no ReLU is then off for all of them.
@@ -143,7 +144,8 @@ class _Block:
 
     def trial(self) -> BlockTrial:
         """A copy with random weights."""
-        return BlockTrial(self.module, self.arguments, self.hidden_BTD)
+        with loaded_block(self.module):
+            return BlockTrial(self.module, self.arguments, self.hidden_BTD)
 
 
 def _blocks(model: Any, names: Sequence[str]) -> Iterator[_Block]:

@@ -3,50 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from nybble import processes
 from nybble.compression.base import RefinementMethod
 from nybble.compression.blocks import MIN_TOKENS, DecoderBlocks, InputStatistics, get_linear, set_weight
 from nybble.compression.calibration import Calibration
 from nybble.compression.init import QuantizedInit
-from nybble.compression.layer_error import LayerError, OutputReference, layer_error, weight_error
+from nybble.compression.layer_error import OutputReference, layer_error, weight_error
 from nybble.compression.methods import MethodCombination
 from nybble.compression.rounding import round_layers
 from nybble.compression.rtn import MinMaxScales, RoundToNearest
+from nybble.compression.stored_block import CompressedBlock, StoredBlock
 from nybble.quant.scheme import QuantScheme
 
 # Called with the number of layers just finished, and a text about them.
 Progress = Callable[[int, str], None]
-
-_INIT_TENSORS = ("weight_OI", "scale_OG", "zero_point_OG")
-
-
-@dataclass
-class CompressedBlock:
-    """One block after compression; names are those within the block.
-
-    Attributes:
-        inits: layer name -> the compressed layer.
-        errors: layer name -> its errors.
-        losses: loss before and after refinement; None without refinement.
-    """
-
-    inits: dict[str, QuantizedInit] = field(default_factory=dict)
-    errors: dict[str, LayerError] = field(default_factory=dict)
-    losses: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class _StoredNote:
-    """The note of a stored block."""
-
-    errors: dict[str, LayerError]
-    losses: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -78,19 +51,27 @@ class BlockCompressor:
             ModelError: the inputs of a layer or the loss are not finite.
             RunError: a stored block is damaged, or the disk is full.
         """
-        prefix, store = self.blocks.prefixes[i], self.calibration.store
-        stored = store.load(prefix, self._stored_tensors(i), _StoredNote) if store else None
-        if stored is None:
+        block, place = self.blocks.modules[i], self._place(i)
+        stored = None if place is None else place.read(block)
+        if place is None or stored is None:
             result = self._run_stages(i)
             scales = processes.checksum(init.scale_OG for init in result.inits.values())
-            processes.check_same({f"scales of {prefix[:-1]}": scales})
-            if store:
-                store.save(prefix, *self._to_store(i, result))
+            processes.check_same({f"scales of {self.blocks.prefixes[i][:-1]}": scales})
+            if place is not None:
+                place.save(block, result)
         else:
-            result = self._from_store(i, *stored)
-            self.progress(len(result.inits), f"{prefix[:-1]}: restored")
+            self.blocks.advance_full(i)  # the 16-bit block
+            result = place.restore(block, *stored)
+            self.progress(len(result.inits), f"{self.blocks.prefixes[i][:-1]}: restored")
         self._pass_on(i, result.inits)
         return result
+
+    def _place(self, i: int) -> StoredBlock | None:
+        """Where block i is stored; None if nothing is."""
+        store = self.calibration.store
+        if store is None:
+            return None
+        return StoredBlock(store, self.blocks.prefixes[i], self._schemes(i), self.blocks.device)
 
     def _run_stages(self, i: int) -> CompressedBlock:
         block, prefix, schemes = self.blocks.modules[i], self.blocks.prefixes[i], self._schemes(i)
@@ -178,44 +159,6 @@ class BlockCompressor:
             result.errors[name] = layer_error(
                 weight_OI, result.inits[name], schemes[name], shared.gram_II, references[name]
             )
-
-    def _to_store(self, i: int, result: CompressedBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and note for `_from_store`: the compressed layers, and other parameters that folding may change."""
-        tensors = {
-            f"{name}:{leaf}": getattr(init, leaf) for name, init in result.inits.items() for leaf in _INIT_TENSORS
-        }
-        others = {
-            key: value
-            for key, value in self.blocks.modules[i].state_dict().items()
-            if key.removesuffix(".weight") not in result.inits
-        }
-        errors = {name: asdict(error) for name, error in result.errors.items()}
-        return tensors | others, {"errors": errors, "losses": result.losses}
-
-    def _stored_tensors(self, i: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> dtype and shape of what `_to_store` gives."""
-        schemes, expected = self._schemes(i), {}
-        for key, value in self.blocks.modules[i].state_dict().items():
-            name, shape = key.removesuffix(".weight"), tuple(value.shape)
-            if name not in schemes:
-                expected[key] = value.dtype, shape
-                continue
-            groups = (shape[0], schemes[name].num_groups(shape[1]))
-            specs = ((value.dtype, shape), (torch.float32, groups), (torch.float32, groups))
-            expected |= {f"{name}:{leaf}": spec for leaf, spec in zip(_INIT_TENSORS, specs, strict=True)}
-        return expected
-
-    def _from_store(self, i: int, tensors: dict[str, Tensor], note: _StoredNote) -> CompressedBlock:
-        """Restore block i, and pass the full stream through the 16-bit block first."""
-        names = self.blocks.layers[i]
-        self.blocks.advance_full(i)
-        inits = {
-            name: QuantizedInit(*(tensors.pop(f"{name}:{leaf}").to(self.blocks.device) for leaf in _INIT_TENSORS))
-            for name in names
-        }
-        self.blocks.modules[i].load_state_dict(tensors, strict=False)  # the quantized weights are not among them
-        losses = note.losses
-        return CompressedBlock(inits, note.errors, (losses[0], losses[-1]) if losses else None)
 
     def _pass_on(self, i: int, inits: dict[str, QuantizedInit]) -> None:
         """Pass the quantized stream, if there is one, through the 4-bit block; then put the weights of `inits` in."""

@@ -4,7 +4,7 @@
 
 DecoderBlocks keeps up to two streams of hidden states for all calibration sequences, each as it is before one block:
 `full` comes through the 16-bit blocks and, where blocks are trained on it, `quantized` comes through the blocks
-compressed so far. A stream has S x T x D numbers on the CPU, in a temporary file if it exceeds MAX_BYTES_IN_MEMORY;
+compressed so far. A stream has S x T x D numbers on the CPU, in a temporary file if it is large (streamed.py);
 inside a block there is one batch. On a GPU only one block is on the device, and the rest of the model is on the CPU.
 
 The other arguments of a block (masks, rotary embeddings) are recorded in one forward of the whole model. Each block
@@ -22,22 +22,22 @@ process keeps all sequences and computes the same.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble import processes
 from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
-from nybble.errors import ModelError, RunError
+from nybble.errors import ModelError
+from nybble.models.layers_on_disk import layers_of
+from nybble.models.streamed import new_stream
 from nybble.quant.grid import at_least_float32
 
 # With fewer tokens a layer is rounded to nearest. Only experts get that few.
@@ -45,9 +45,6 @@ MIN_TOKENS = 16
 
 # With as many, second moments are taken as they are.
 _MANY_TOKENS_PER_INPUT = 16
-
-# Larger streams are kept in temporary files.
-MAX_BYTES_IN_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ class InputStatistics:
 class DecoderBlocks:
     """The decoder blocks of a model and the streams of hidden states.
 
-    Blocks run on the device that the model is on at first. If that is not the CPU, the model moves to the CPU, and
-    `on_device` brings back one block.
+    Blocks run on the device that the model is on at first. Outside of `on_device`, which gives one block, they are on
+    the CPU or on the disk (layers_on_disk.py).
 
     Args:
         model: a transformers model.
@@ -116,32 +113,33 @@ class DecoderBlocks:
         with_quantized: bool = True,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.batch, self._folder = model, batch, folder
-        self.device, self.dtype = model.device, model.dtype
-        path = find_block_list(model, names)
-        self.modules: list[nn.Module] = list(model.get_submodule(path))
-        self.prefixes = [f"{path}.{i}." for i in range(len(self.modules))]
+        self.model, self.batch = model, batch
+        self._places = layers_of(model, find_block_list(model, names))
+        self.device, self.dtype = self._places.device, model.dtype
+        self.modules = self._places.modules
+        self.prefixes = [self._places.prefix(i) for i in range(len(self.modules))]
         self.layers = [
             [name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in self.prefixes
         ]
         record = record_blocks(model, self.modules, input_ids[:1].to(self.device))
-        self._arguments, self._width = record.arguments, record.hidden[0].shape[-1]
+        self._arguments = record.arguments
         self._tokens, self._divided = input_ids.numel(), processes.count() > 1 and not with_quantized
         if self._divided:
             input_ids = input_ids[list(processes.share(len(input_ids)))]
-        self.full = self._new_stream(input_ids)
+        shape = (*input_ids.shape, record.hidden[0].shape[-1])
+        self.full = new_stream(shape, self.dtype, folder)
         for part in self.batches():
             self.full[part] = self._first_inputs(input_ids[part].to(self.device)).cpu()
-        self.quantized = self._new_stream(input_ids).copy_(self.full) if with_quantized else None
-        model.to("cpu")
+        self.quantized = new_stream(shape, self.dtype, folder).copy_(self.full) if with_quantized else None
+        self._places.release(model)
 
-    @contextmanager
-    def on_device(self, i: int) -> Iterator[nn.Module]:
-        """Keep block i on the device inside the context; afterwards it is on the CPU again."""
-        try:
-            yield self.modules[i].to(self.device)
-        finally:
-            self.modules[i].to("cpu")
+    def on_device(self, i: int) -> AbstractContextManager[nn.Module]:
+        """Keep block i on the device, with its weights, inside the context."""
+        return self._places.loaded(i)
+
+    def restore_model(self) -> None:
+        """Bring the model back to where it was at first."""
+        self._places.restore(self.model)
 
     def run(self, i: int, hidden_BTD: Tensor) -> Tensor:
         """Outputs of block i for a batch of hidden states; both are on the device."""
@@ -196,10 +194,8 @@ class DecoderBlocks:
                     f"the inputs of {self.prefixes[i]}{layers[0]} must be finite; they are not on this text; "
                     f"{nonfinite_remedy(self.dtype)}"
                 )
-        return [
-            InputStatistics(layers, gram_II.tril() + gram_II.tril(-1).T, seen[layers])
-            for layers, gram_II in grams.items()
-        ]
+        # One after the other: the statistics of an input can be larger than the weights of the block.
+        return [InputStatistics(layers, _symmetric(grams.pop(layers)), seen[layers]) for layers in list(grams)]
 
     def _add_up(
         self, grams: dict[tuple[str, ...], Tensor], seen: Counter[tuple[str, ...]]
@@ -215,24 +211,6 @@ class DecoderBlocks:
         for gram_II in added.values():
             processes.add_up([gram_II], "statistics")
         return added, Counter({layers: sum(part.get(layers, (0, 0))[1] for part in parts) for layers in sizes})
-
-    def _new_stream(self, input_ids: Tensor) -> Tensor:
-        """An uninitialized stream, in memory or in a temporary file that vanishes with the tensor."""
-        shape = (*input_ids.shape, self._width)
-        count = input_ids.numel() * shape[-1]
-        size = count * self.dtype.itemsize
-        if size <= MAX_BYTES_IN_MEMORY:
-            return torch.empty(shape, dtype=self.dtype)
-        # The name is deleted at once; the memory mapping keeps the data.
-        with tempfile.NamedTemporaryFile(prefix="nybble-", dir=self._folder) as file:
-            try:
-                _reserve(file, size)
-            except OSError as error:
-                raise RunError(
-                    f"{self._folder or tempfile.gettempdir()} must have room for {size / 1e9:.1f} GB of calibration; "
-                    f"{error.strerror}; free some, or use fewer --num_calibration_samples"
-                ) from error
-            return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
 
     @torch.no_grad()
     def _first_inputs(self, input_ids: Tensor) -> Tensor:
@@ -283,18 +261,15 @@ def set_weight(block: nn.Module, name: str, weight_OI: Tensor) -> None:
     get_linear(block, name).weight = nn.Parameter(weight_OI, requires_grad=False)
 
 
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Give a file its size. Where the system can, the space is allocated, so a full disk is an error now."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:  # macOS, Windows
-        file.truncate(size)
-
-
 def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
     """gram += factor * x^T x, in place, for the blocks on and below the diagonal only: 5/8 of the work."""
     for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
         gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
+
+
+def _symmetric(gram_II: Tensor) -> Tensor:
+    """The symmetric matrix of which the part on and below the diagonal is known, in its memory."""
+    return gram_II.tril_().add_(gram_II.tril(-1).T)
 
 
 def _group_by_tensor(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:

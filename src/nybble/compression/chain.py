@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError
+from nybble.models.layers_on_disk import layers_on_disk
 
 # Largest difference between a block's output and the model's own hidden state, relative to the norm of the token's
 # state. Rounding in 16 bits stays well below; a block that lacks an argument is far above.
@@ -52,6 +53,8 @@ def unchanged_weights(model: nn.Module) -> Iterator[None]:
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     yield
     changed = [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]
+    layers = layers_on_disk(model)
+    changed += [] if layers is None else sorted(layers.changed)
     if changed:
         raise ModelError(
             f"{type(model).__name__} must leave its weights as they are when it computes; it changes {len(changed)} of "

@@ -53,16 +53,20 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
     combination.check(model, names)
 
 
-def warn_of_small_weights(weights: Mapping[str, Tensor], schemes: Mapping[str, QuantScheme]) -> None:
+def warn_of_small_weights(weights: Iterable[tuple[str, Tensor]], schemes: Mapping[str, QuantScheme]) -> None:
     """Warn of layers whose weights are too small for the scale grid: they lose most of their accuracy.
 
     Args:
-        weights: layer path -> weight [O, I].
+        weights: layer path and weight [O, I] of each layer.
         schemes: layer path -> how it will be quantized.
     """
-    layers = {name: below_grid(weight.detach(), schemes[name]) for name, weight in weights.items()}
-    counts = {name: int(small_OG.sum()) for name, small_OG in layers.items()}
-    small = [name for name, count in counts.items() if count > _FEW_GROUPS * layers[name].numel()]
+    counts: dict[str, int] = {}
+    small = []
+    for name, weight in weights:
+        small_OG = below_grid(weight.detach(), schemes[name])
+        counts[name] = int(small_OG.sum())
+        if counts[name] > _FEW_GROUPS * small_OG.numel():
+            small.append(name)
     if small:
         log.warning(
             "%d groups of weights in %d layers (first: %s) are too small for scales of at least 2^-14 and lose most of "

@@ -90,12 +90,12 @@ class Hessian:
         Raises:
             ModelError: the matrix is not positive definite at any damping, because the inputs are not finite.
         """
-        eye_II = torch.eye(gram_II.shape[-1], dtype=gram_II.dtype, device=gram_II.device)
         mean = float(gram_II.diagonal().mean()) or 1.0  # 1 for a layer whose inputs are all zero
         order_I = gram_II.diagonal().argsort(descending=True) if activation_order else None
         requested = damping
         while True:
-            matrix_II = gram_II + damping * mean * eye_II
+            matrix_II = gram_II.clone()
+            matrix_II.diagonal().add_(damping * mean)
             upper_II = _inverse_factor(matrix_II if order_I is None else matrix_II[order_I][:, order_I])
             if upper_II is not None:
                 if damping > requested:
@@ -116,7 +116,9 @@ def _inverse_factor(matrix_II: Tensor) -> Tensor | None:
     lower_II, info = torch.linalg.cholesky_ex(matrix_II)
     if info:
         return None
-    upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
+    inverse_II = torch.cholesky_inverse(lower_II)
+    del lower_II  # it can be as large as the weights of a block
+    upper_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
     return None if info else upper_II
 
 

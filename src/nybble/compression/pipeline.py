@@ -10,7 +10,7 @@ layers of the model hold the weights before rounding that the result holds, in t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,10 @@ from nybble.compression.init import QuantizedInit
 from nybble.compression.layer_error import LayerError, weight_error
 from nybble.compression.methods import MethodCombination, combine, parse_method
 from nybble.compression.rounding import round_layers
+from nybble.compression.store import BlockStore
+from nybble.compression.stored_block import CompressedBlock, StoredBlock
+from nybble.models.layers_on_disk import block_number, by_block, layers_on_disk, tensors_of
+from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import QuantScheme
 
 log = logging.getLogger("nybble")
@@ -32,12 +36,13 @@ class CompressionResult:
     """Compressed layers and their errors.
 
     Attributes:
-        inits: layer path -> the compressed layer, in the order of the names asked for.
+        inits: layer path -> the compressed layer, in the order of the names asked for. Those of a model on disk are
+            read at each access.
         errors: layer path -> its errors, in the same order.
         blocks: block path -> loss before and after refinement; empty without refinement.
     """
 
-    inits: dict[str, QuantizedInit] = field(default_factory=dict)
+    inits: Mapping[str, QuantizedInit] = field(default_factory=dict)
     errors: dict[str, LayerError] = field(default_factory=dict)
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -48,6 +53,7 @@ def compress(
     method: str = "rtn",
     calibration: Calibration | None = None,
     progress: Progress = lambda layers, text: None,
+    store: BlockStore | None = None,
 ) -> CompressionResult:
     """Compress layers of a model; the layers then hold the weights of the result.
 
@@ -57,54 +63,128 @@ def compress(
         method: names of methods joined by +, or rtn.
         calibration: text and settings; required if the method needs calibration text.
         progress: called with the number of layers just finished, and a text.
+        store: for a model on disk, whose finished blocks are read from the store afterwards.
 
     Raises:
         OptionError: the method is unknown.
         ModelError: the blocks are no chain, inputs or a loss are not finite, or a Hessian is not positive definite.
         RunError: the disk is full, or a stored block is damaged.
     """
-    methods, result = combine(parse_method(method)), CompressionResult()
-    warn_of_small_weights({name: get_linear(model, name).weight for name in schemes}, schemes)
+    methods = combine(parse_method(method))
+    weights = tensors_of(model, (f"{name}.weight" for name in schemes))
+    warn_of_small_weights(((name.removesuffix(".weight"), weight) for name, weight in weights), schemes)
+    work = _Work(model, schemes, progress, store)
     if methods.needs_calibration:
         assert calibration is not None, f"{method} needs calibration text"
-        result = _compress_blocks(model, schemes, methods, calibration, progress)
+        work.compress_blocks(methods, calibration)
         methods = combine(())
-    rest = {name: scheme for name, scheme in schemes.items() if name not in result.inits}
-    inits, errors = _compress_layers(model, rest, methods, progress)
-    inits, errors = result.inits | inits, result.errors | errors
-    return CompressionResult(
-        {name: inits[name] for name in schemes}, {name: errors[name] for name in schemes}, result.blocks
-    )
+    work.compress_layers(methods)
+    return work.result()
 
 
-def _compress_blocks(
-    model: Any,
-    schemes: Mapping[str, QuantScheme],
-    methods: MethodCombination,
-    calibration: Calibration,
-    progress: Progress,
-) -> CompressionResult:
-    """Compress the layers inside the decoder blocks, as many blocks as `calibration` says."""
-    device = model.device
-    batch = max(1, TOKENS_PER_FORWARD // calibration.input_ids.shape[1])
-    for folding in methods.folding:
-        folding.prepare(model, list(schemes))
-    refines = bool(methods.refinement)
-    blocks = DecoderBlocks(model, list(schemes), calibration.input_ids, batch, refines, calibration.folder)
-    compressor = BlockCompressor(blocks, methods, schemes, calibration, progress)
-    result = CompressionResult()
-    for i, prefix in list(enumerate(blocks.prefixes))[: calibration.limit_blocks]:
-        with blocks.on_device(i):
-            block = compressor.compress_block(i)
-        result.inits.update({prefix + name: init for name, init in block.inits.items()})
-        result.errors.update({prefix + name: error for name, error in block.errors.items()})
+@dataclass(frozen=True)
+class _Work:
+    """A compression while it runs.
+
+    Attributes:
+        model, schemes, progress, store: see `compress`.
+        inits: of the layers that are in memory.
+        errors, losses: see CompressionResult.
+    """
+
+    model: Any
+    schemes: Mapping[str, QuantScheme]
+    progress: Progress
+    store: BlockStore | None
+    inits: dict[str, QuantizedInit] = field(default_factory=dict)
+    errors: dict[str, LayerError] = field(default_factory=dict)
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def compress_blocks(self, methods: MethodCombination, calibration: Calibration) -> None:
+        """Compress the layers inside the decoder blocks, as many blocks as `calibration` says."""
+        names, layers = list(self.schemes), layers_on_disk(self.model)
+        batch = max(1, TOKENS_PER_FORWARD // calibration.input_ids.shape[1])
+        for folding in methods.folding:
+            folding.prepare(self.model, names)
+        refines = bool(methods.refinement)
+        blocks = DecoderBlocks(self.model, names, calibration.input_ids, batch, refines, calibration.folder)
+        compressor = BlockCompressor(blocks, methods, self.schemes, calibration, self.progress)
+        for i, prefix in list(enumerate(blocks.prefixes))[: calibration.limit_blocks]:
+            with blocks.on_device(i):
+                block = compressor.compress_block(i)
+            self._note(prefix, block)
+            if layers is not None:
+                layers.replace(i, self._place(i).weights)
+            else:
+                share_model_memory(self.inits, self.model, [prefix + name for name in block.inits])
+            del block  # before the next one is there
+        blocks.restore_model()
+        share_model_memory(self.inits, self.model, list(self.inits))
+        _warn_of_few_tokens(self.errors)
+
+    def compress_layers(self, methods: MethodCombination) -> None:
+        """Compress layer by layer what is left, with methods that need no calibration text."""
+        layers = layers_on_disk(self.model)
+        left = [name for name in self.schemes if name not in self.errors]
+        for i, names in by_block(self.model, left):
+            if layers is None or i is None:
+                self._note("", self._round(methods, "", names))
+                continue
+            place, prefix = self._place(i), layers.prefix(i)
+            with layers.loaded(i) as module:
+                stored = place.read(module)
+                if stored is None:
+                    block = self._round(methods, prefix, [name.removeprefix(prefix) for name in names])
+                    place.save(module, block)
+                else:
+                    block = place.restore(module, *stored)
+                    self.progress(len(block.inits), f"{prefix[:-1]}: restored")
+            self._note(prefix, block)
+            layers.replace(i, place.weights)
+            del block
+
+    def result(self) -> CompressionResult:
+        """What was done, in the order of the names asked for."""
+        inits = LazyMapping(self.schemes, self._read_init) if layers_on_disk(self.model) else self.inits
+        ordered = inits if isinstance(inits, LazyMapping) else {name: inits[name] for name in self.schemes}
+        return CompressionResult(ordered, {name: self.errors[name] for name in self.schemes}, self.losses)
+
+    def _round(self, methods: MethodCombination, prefix: str, names: Sequence[str]) -> CompressedBlock:
+        """Round layers one by one, and put the new weights in; `names` come after the prefix."""
+        result = CompressedBlock()
+        for name in names:
+            linear, scheme = get_linear(self.model, prefix + name), self.schemes[prefix + name]
+            rounder = methods.rounding.make_rounder(prefix + name, None, methods.scales, scheme, None)
+            result.inits |= round_layers({name: linear}, rounder, scheme)
+            result.errors[name] = weight_error(linear.weight, result.inits[name], scheme)
+            set_weight(self.model, prefix + name, result.inits[name].weight_OI)
+            self.progress(1, f"{prefix}{name}: weight error {result.errors[name].weight:.2%}")
+        return result
+
+    def _note(self, prefix: str, block: CompressedBlock) -> None:
+        """Keep the errors of a block, and its layers unless they are in the store."""
+        if not (prefix and layers_on_disk(self.model)):
+            self.inits.update({prefix + name: init for name, init in block.inits.items()})
+        self.errors.update({prefix + name: error for name, error in block.errors.items()})
         if block.losses is not None:
-            result.blocks[prefix[:-1]] = block.losses
-        share_model_memory(result.inits, model, [prefix + name for name in block.inits])
-    model.to(device)
-    share_model_memory(result.inits, model, list(result.inits))
-    _warn_of_few_tokens(result.errors)
-    return result
+            self.losses[prefix[:-1]] = block.losses
+
+    def _place(self, i: int) -> StoredBlock:
+        """Where block i of a model on disk is stored."""
+        layers = layers_on_disk(self.model)
+        assert layers is not None, "blocks in memory have no such place"
+        assert self.store is not None, "a model on disk needs a store for its finished blocks"
+        prefix = layers.prefix(i)
+        own = {name.removeprefix(prefix): scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
+        return StoredBlock(self.store, prefix, own, layers.device)
+
+    def _read_init(self, name: str) -> QuantizedInit:
+        layers = layers_on_disk(self.model)
+        i = None if layers is None else block_number(layers, name)
+        if layers is None or i is None or self.store is None:
+            return self.inits[name]
+        prefix = layers.prefix(i)
+        return StoredBlock(self.store, prefix, {}, layers.device).init(name.removeprefix(prefix))
 
 
 def _warn_of_few_tokens(errors: Mapping[str, LayerError]) -> None:
@@ -116,19 +196,3 @@ def _warn_of_few_tokens(errors: Mapping[str, LayerError]) -> None:
             "nearest (first: %s); more --num_calibration_samples give them more",
             len(few), len(errors), MIN_TOKENS, few[0],
         )  # fmt: skip
-
-
-def _compress_layers(
-    model: Any, schemes: Mapping[str, QuantScheme], methods: MethodCombination, progress: Progress
-) -> tuple[dict[str, QuantizedInit], dict[str, LayerError]]:
-    """Compress layers one by one with methods that need no calibration text."""
-    inits: dict[str, QuantizedInit] = {}
-    errors: dict[str, LayerError] = {}
-    for name, scheme in schemes.items():
-        linear = get_linear(model, name)
-        rounder = methods.rounding.make_rounder(name, None, methods.scales, scheme, None)
-        inits |= round_layers({name: linear}, rounder, scheme)
-        errors[name] = weight_error(linear.weight, inits[name], scheme)
-        set_weight(model, name, inits[name].weight_OI)
-        progress(1, f"{name}: weight error {errors[name].weight:.2%}")
-    return inits, errors

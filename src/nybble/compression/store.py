@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nybble import processes
-from nybble.files import damaged, load_tensors, save_tensors
+from nybble.files import TensorReader, damaged, load_tensors, open_tensors, save_tensors
 from nybble.schema import SchemaError, Shape, check_tensors, from_json
 
 T = TypeVar("T")
@@ -67,6 +67,16 @@ class BlockStore:
         """
         self.path.mkdir(exist_ok=True)
         save_tensors(self._file(block), tensors, note | {"identity": self.identity})
+
+    def names(self, block: str) -> list[str]:
+        """Names of the tensors of a finished block."""
+        with open_tensors(self._file(block)) as file:
+            return list(file.keys())
+
+    def read(self, block: str, names: Iterable[str]) -> list[Tensor]:
+        """Read some tensors of a finished block, as copies on the CPU."""
+        reader = TensorReader(self._file(block))
+        return [reader.read(name) for name in names]
 
     def _file(self, block: str) -> Path:
         return self.path / f"{block.strip('.')}.safetensors"

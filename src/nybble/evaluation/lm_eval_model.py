@@ -2,16 +2,20 @@
 
 disable_git_lookup   lm-eval asks git for the commit of the working folder, and git prints an error outside a
                      repository.
-wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents. Texts have no
-                     end tokens: a tokenizer that ends every text would make lm-eval score the end token in place of
-                     the answer's first one. The tokenizer itself stays as it is. Several processes divide the requests.
+wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents.
+                     A model on disk is read once for each task, and several processes divide the requests. Texts have
+                     no end tokens: a tokenizer that ends every text would make lm-eval score the end token in place of
+                     the answer's first one. The tokenizer itself stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nybble import processes
@@ -19,6 +23,8 @@ from nybble.console import bar
 from nybble.data.boundaries import added_tokens, num_equal
 from nybble.errors import DataError
 from nybble.models.composite import text_config
+from nybble.models.layers_on_disk import layers_on_disk
+from nybble.models.streamed import BlockwiseForward
 
 # Longest window in tokens. Published word perplexities that nybble is compared with use windows of this length.
 MAX_WINDOW = 2048
@@ -92,6 +98,49 @@ class _WithoutEndTokens:
         return whole[:shared] or [self.prefix_token_id], whole[shared:]
 
 
+class _BlockByBlock:
+    """What changes in HFLM for a model on disk: log-likelihoods are computed twice.
+
+    The first time only collects the inputs of all forwards, and every logit is 0. Then the inputs go through one block
+    after the other, and the second time finds the outputs of the last one. So the model is read once for all requests
+    of a task. Text that is generated reads it for every token.
+
+    Attributes:
+        model: of HFLM.
+    """
+
+    model: Any
+    _collected: list[Tensor] | None = None
+    _calls: Iterator[AbstractContextManager[None]] | None = None
+
+    def loglikelihood(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+        return self._twice(super().loglikelihood, requests, *arguments, **options)  # type: ignore[misc]
+
+    def loglikelihood_rolling(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+        return self._twice(super().loglikelihood_rolling, requests, *arguments, **options)  # type: ignore[misc]
+
+    def _twice(self, compute: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if layers_on_disk(self.model) is None:
+            return compute(*arguments, **options)
+        batches: list[Tensor] = []
+        self._collected = batches
+        compute(*arguments, **options)
+        self._collected = None
+        forward = BlockwiseForward(self.model, batches)
+        self._calls = (forward.at(number) for number in range(len(batches)))
+        results = compute(*arguments, **options)
+        self._calls = None
+        return results
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if self._collected is not None:
+            self._collected.append(inps.cpu())
+            return inps.new_zeros(1, dtype=torch.float32).expand(*inps.shape, text_config(self.model.config).vocab_size)
+        with nullcontext() if self._calls is None else next(self._calls):
+            logits: Tensor = super()._model_call(inps, *arguments, **options)  # type: ignore[misc]
+        return logits
+
+
 def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """Return lm-eval's model object for a transformers model or an exported one.
 
@@ -135,8 +184,11 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
                     advance(min(processes.count(), len(requests) - i))
             return processes.merge(scores, len(requests))
 
+    class AnyHFLM(_BlockByBlock, SizedHFLM):
+        """The same, also of a model on disk."""
+
     initial = batch_size or default_batch_size(model.config, window)
-    return SizedHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=window)
+    return AnyHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=window)
 
 
 def _with_padding(tokenizer: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nybble import processes
 from nybble.models.head import LMHead
+from nybble.models.streamed import forwards
 from nybble.training.teacher import HiddenStates
 
 # Positions whose float32 logits exist at the same time. With whole sequences of 1024 tokens and a vocabulary of
@@ -40,9 +41,11 @@ def model_logits(model: Any, input_ids: Tensor) -> Logits:
         input_ids: token ids [S, T], int64.
     """
     device = getattr(model, "device", torch.device("cpu"))
+    at = forwards(model, input_ids, 1)
 
     def logits_of_sequence(i: int) -> Callable[[Tensor], Tensor]:
-        z_TV = model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0]
+        with at(i):
+            z_TV = model(input_ids=input_ids[i : i + 1].to(device), use_cache=False).logits[0]
         return lambda positions: z_TV[positions].float()
 
     return logits_of_sequence

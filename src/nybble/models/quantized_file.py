@@ -15,16 +15,18 @@ the note, zero points and scales against their grid.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nybble.errors import RunError
 from nybble.files import TensorReader, fingerprint_of, note_of, open_tensors, save_tensors
+from nybble.models.tensor_writer import TensorLayout, safetensors_writer
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import BITS, CODES_PER_UNIT, QuantScheme
 from nybble.quant.weight import QuantizedWeight, pack_codes, unpack_codes
@@ -44,10 +46,13 @@ class LazyMapping(Mapping[str, T]):
     Args:
         names: the keys.
         read: returns the value of a name.
+        layouts: name -> what the value will be: LayerLayout or TensorLayout. Only `save_weights` needs it.
     """
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], T]) -> None:
-        self._names, self._read = dict.fromkeys(names), read
+    def __init__(
+        self, names: Iterable[str], read: Callable[[str], T], layouts: Mapping[str, Any] | None = None
+    ) -> None:
+        self._names, self._read, self.layouts = dict.fromkeys(names), read, dict(layouts or {})
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:
@@ -75,13 +80,44 @@ def save_weights(folder: Path, quantized: Mapping[str, QuantizedWeight], others:
     Raises:
         RunError: the disk is full.
     """
+    if isinstance(quantized, LazyMapping) and isinstance(others, LazyMapping):
+        _stream_weights(folder / WEIGHTS_FILE, quantized, others)
+        return
     tensors = dict(others)
     for name, weight in quantized.items():
-        tensors[name + _CODES] = pack_codes(weight.codes_OI, weight.scheme.bits)
-        tensors[name + _SCALE] = weight.scale_OG.half()
-        tensors[name + _ZERO_POINT] = weight.zero_point_OG
-    note = {"format": WEIGHTS_FORMAT, "schemes": {name: asdict(weight.scheme) for name, weight in quantized.items()}}
-    save_tensors(folder / WEIGHTS_FILE, tensors, note)
+        tensors |= _packed(name, weight)
+    schemes = {name: weight.scheme for name, weight in quantized.items()}
+    save_tensors(folder / WEIGHTS_FILE, tensors, _note(schemes))
+
+
+def _packed(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a quantized module."""
+    return {
+        name + _CODES: pack_codes(weight.codes_OI, weight.scheme.bits),
+        name + _SCALE: weight.scale_OG.half(),
+        name + _ZERO_POINT: weight.zero_point_OG,
+    }
+
+
+def _note(schemes: Mapping[str, QuantScheme]) -> dict[str, Any]:
+    return {"format": WEIGHTS_FORMAT, "schemes": {name: asdict(scheme) for name, scheme in schemes.items()}}
+
+
+def _stream_weights(path: Path, quantized: LazyMapping[QuantizedWeight], others: LazyMapping[Tensor]) -> None:
+    """Write tensors that are read one after the other, by their layouts."""
+    layouts: dict[str, TensorLayout] = dict(others.layouts)
+    for name, (shape, scheme) in quantized.layouts.items():
+        groups = (shape[0], scheme.num_groups(shape[1]))
+        layouts[name + _CODES] = TensorLayout(torch.uint8, (shape[0], shape[1] * scheme.bits // 8))
+        layouts[name + _SCALE] = TensorLayout(torch.float16, groups)
+        layouts[name + _ZERO_POINT] = TensorLayout(torch.uint8, groups)
+    note = _note({name: layer.scheme for name, layer in quantized.layouts.items()})
+    with safetensors_writer(path, layouts, {"note": json.dumps(note)}) as writer:
+        for name, weight in quantized.items():
+            for tensor_name, tensor in _packed(name, weight).items():
+                writer.write(tensor_name, tensor.cpu())
+        for name, tensor in others.items():
+            writer.write(name, tensor.cpu())
 
 
 def load_weights(folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:

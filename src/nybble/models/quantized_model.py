@@ -22,10 +22,14 @@ from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
 from nybble.models.composite import auto_class, text_config
+from nybble.models.layers_on_disk import layers_on_disk, read_tensor
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
 from nybble.models.positions_file import save_positions
-from nybble.models.quantized_file import REMEDY, WeightsLayout, open_weights, read_layout, save_weights
+from nybble.models.pretrained import empty_model, on_disk
+from nybble.models.quantized_file import REMEDY, LazyMapping, WeightsLayout, open_weights, read_layout, save_weights
+from nybble.models.shards import find_blocks
+from nybble.models.tensor_writer import TensorLayout
 from nybble.quant.weight import QuantizedWeight
 from nybble.runtime import hand_back_freed_memory, returning_freed_memory
 
@@ -46,7 +50,7 @@ class QuantizedModel(NamedTuple):
     quantized: Mapping[str, QuantizedWeight]
 
 
-def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def unquantized_tensors(model: Any, names: Iterable[str]) -> Mapping[str, Tensor]:
     """Return all tensors of a model except the weights of some modules.
 
     Args:
@@ -55,18 +59,26 @@ def unquantized_tensors(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
     Returns:
         Name in the state dict -> tensor, shared with the model, but with no other tensor. A head that is tied to the
-        embedding is left out.
+        embedding is left out. Tensors of blocks on disk are read at each access.
     """
-    state = model.state_dict()
-    quantized = {state[f"{name}.weight"].data_ptr() for name in names}
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
+    weights = {f"{name}.weight" for name in names}
+    quantized = {state[name].data_ptr() for name in weights & state.keys()}
     embedding = model.get_input_embeddings().weight.data_ptr()
     tied = [name for name, tensor in state.items() if tensor.data_ptr() == embedding][1:]
     kept = {n: tensor for n, tensor in state.items() if tensor.data_ptr() not in quantized and n not in tied}
     first = {tensor.data_ptr(): name for name, tensor in reversed(kept.items()) if tensor.numel()}
     # A file holds no tensor twice under two names: a bias that a head shares with the module around it is copied.
-    return {
+    found = {
         name: tensor if first.get(tensor.data_ptr(), name) == name else tensor.clone() for name, tensor in kept.items()
     }
+    layers = layers_on_disk(model)
+    if layers is None:
+        return found
+    everything = model.state_dict()
+    kept_names = [*found, *(name for name in everything if name not in state and name not in weights)]
+    layouts = {name: TensorLayout.of(everything[name]) for name in kept_names}
+    return LazyMapping(kept_names, lambda name: found[name] if name in found else read_tensor(layers, name), layouts)
 
 
 def save_quantized(
@@ -140,6 +152,47 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         load_generation_config(folder, model)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     return QuantizedModel(model.requires_grad_(False).eval(), tokenizer, quantized)
+
+
+def load_quantized_on_disk(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> QuantizedModel:
+    """As `load_quantized`, but the decoder blocks stay on the disk (layers_on_disk.py).
+
+    Args:
+        folder, dtype, trust_remote_code: see `load_quantized`.
+        device: where the model computes.
+    """
+    config, layout = load_config(folder, trust_remote_code), read_layout(folder)
+    check_layout(folder, config, layout, trust_remote_code)
+    quantized, others = open_weights(folder)
+
+    def read(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        tensor = quantized[module].dequantize() if module in quantized else others[name]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    with explaining(folder / CONFIG, "the configuration of a model"):
+        model = linearize(empty_model(config, dtype, trust_remote_code))
+    model.tie_weights()
+    path = find_blocks(model)
+    assert path is not None, "a model whose blocks were compressed one by one has a list of blocks"
+    names = [*others, *(f"{name}.weight" for name in quantized)]
+    in_blocks: dict[str, list[str]] = {}
+    for name in names:
+        prefix = path + "." + name.removeprefix(f"{path}.").partition(".")[0] + "."
+        in_blocks.setdefault(prefix if name.startswith(f"{path}.") else "", []).append(name)
+    model.load_state_dict({name: read(name) for name in in_blocks.get("", [])}, strict=False, assign=True)
+    model.tie_weights()
+    with explaining(folder / GENERATION_CONFIG, "generation settings"):
+        load_generation_config(folder, model)
+
+    def read_block(i: int) -> dict[str, Tensor]:
+        prefix = f"{path}.{i}."
+        return {name.removeprefix(prefix): read(name).to(device) for name in in_blocks[prefix]}
+
+    model = on_disk(model.requires_grad_(False).eval(), path, read_block, device)
+    return QuantizedModel(model, load_tokenizer(folder, trust_remote_code), quantized)
 
 
 def check_layout(folder: Path, config: Any, layout: WeightsLayout, trust_remote_code: bool) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.errors import ModelError
 from nybble.models.composite import decoder_path, is_inside, unreached_blocks
@@ -122,10 +122,15 @@ def shared_weight(model: Any) -> tuple[str, str] | None:
     Args:
         model: transformers.PreTrainedModel.
     """
-    tied = model.get_input_embeddings().weight.data_ptr()
+    tied = _place(model.get_input_embeddings().weight)
     names: dict[tuple[int, Any], str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.ndim > 1 and tensor.data_ptr() != tied and names.setdefault(key, name) != name:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (_place(tensor), tensor.shape)
+        if tensor.ndim > 1 and key[0] != tied and names.setdefault(key, name) != name:
             return names[key], name
     return None
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor is; one on the meta device, which has no memory, is told apart by the object."""
+    return id(tensor) if tensor.device.type == "meta" else tensor.data_ptr()

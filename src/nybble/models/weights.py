@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
+from nybble.models.layers_on_disk import tensors_of
 
 log = logging.getLogger("nybble")
 
@@ -69,8 +70,8 @@ def check_finite(model: Any, name: str) -> None:
     Raises:
         ModelError: a weight is NaN or infinite; the tensor and its first such row are named.
     """
-    frequencies = {key: tensor for key, tensor in model.named_buffers() if key.endswith("inv_freq")}
-    for key, tensor in (model.state_dict() | frequencies).items():
+    frequencies = {key for key, _ in model.named_buffers() if key.endswith("inv_freq")}
+    for key, tensor in tensors_of(model, dict.fromkeys((*model.state_dict(), *frequencies))):
         # The sum is finite only if all numbers are; it needs no second tensor. It can also overflow.
         if not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite()):
             continue

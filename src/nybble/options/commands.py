@@ -12,7 +12,7 @@ from nybble.options.base import Command, Group, option
 from nybble.options.compression import CompressionOptions, InitialCompressionOptions
 from nybble.options.data import DataOptions, TextOptions
 from nybble.options.evaluation import EvaluationOptions, TaskEvaluationOptions
-from nybble.options.model import DeviceOptions, ModelOptions
+from nybble.options.model import DeviceOptions, ModelOptions, OffloadOptions
 from nybble.options.run import RunOptions
 from nybble.options.scheme import SchemeOptions
 from nybble.options.task import CompareTaskOptions, RankOptions, TaskOptions, TuneRankOptions
@@ -47,6 +47,7 @@ class CompressOptions(RunCommand):
 
     NAME: ClassVar[str] = "compress"
 
+    model: OffloadOptions = field(default_factory=OffloadOptions)
     text: TextOptions = field(default_factory=TextOptions)
     compression: CompressionOptions = field(default_factory=CompressionOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

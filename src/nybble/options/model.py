@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from nybble.options.base import Group, option
 
+Offload = Literal["auto", "none", "disk"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -29,4 +30,15 @@ class ModelOptions(DeviceOptions):
 
     pretrained: str = option(
         "", "Hub id, local folder, .gguf file, or smollm2 (SmolLM2-135M-Instruct, built in).", required=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions(ModelOptions):
+    """A model that may be larger than the memory."""
+
+    offload: Offload = option(
+        "auto",
+        "Where decoder blocks wait. none: in memory. disk: in the safetensors files of the model, so that memory "
+        "follows the largest block. auto: disk where the model does not fit.",
     )

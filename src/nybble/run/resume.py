@@ -15,7 +15,7 @@ from nybble.run.marker import MARKER, is_run
 from nybble.run.results import RunResults, has_results, read_results
 
 # Options that may change on resume. Another microbatch size or weight cache gives the same gradients up to rounding:
-# the last bits may differ.
+# the last bits may differ. --offload changes no bit.
 _MAY_CHANGE = {
     "custom_rank_config",
     "eval_batch_size",
@@ -23,6 +23,7 @@ _MAY_CHANGE = {
     "fast_eval",
     "keep_positions",
     "microbatch_size",
+    "offload",
     "other_data",
     "output_dir",
     "report_to",

@@ -9,13 +9,15 @@ The estimates are meant as upper bounds. The constants below come from measured 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.compression.blocks import MAX_BYTES_IN_MEMORY
 from nybble.compression.calibration import TOKENS_PER_FORWARD
 from nybble.models.composite import text_config
 from nybble.models.configuration import config_value
+from nybble.models.experts import SplitExperts
+from nybble.models.streamed import MAX_BYTES_IN_MEMORY
 
 # Share of the free memory that automatic choices may fill. The rest is for fragmentation and for other processes.
 USABLE_SHARE = 0.7
@@ -23,12 +25,18 @@ USABLE_SHARE = 0.7
 # Numbers per token and decoder layer that are kept for the backward, in multiples of hidden and intermediate size.
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 24, 6
 # float32 tensors of the size of one chunk's logits that exist at once: logits, probabilities, temporaries.
-_CHUNK_COPIES = 5
+CHUNK_COPIES = 5
 # float32 temporaries of the size of a weight while one layer is fake-quantized and while its gradient is made.
 _LAYER_TEMPORARIES = 6
-_FLOAT32 = 4
-_ADAM = 16  # float32 parameter, gradient and two moments
-_OVERHEAD = 800 << 20  # Python interpreter and libraries
+FLOAT32 = 4
+ADAM = 16  # float32 parameter, gradient and two moments
+# Matrices of the size of second moments while gptq factors them: estimate, damped, two of the factorization.
+MATRICES = 4
+# float32 copies of the rows that share an input while they are rounded.
+ROW_COPIES = 4
+# Positions whose logits exist at once while a model is measured, see evaluation/perplexity.py.
+MEASURED_POSITIONS = 128
+OVERHEAD = 800 << 20  # Python interpreter and libraries
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class ModelShapes:
         intermediate_size: width inside the feed-forward part.
         vocab_size: rows of the head.
         itemsize: bytes of one number in the dtype that the model computes in.
+        expert_moments: numbers in the second moments of the inputs of all experts of one decoder layer.
     """
 
     parameters: int
@@ -56,6 +65,7 @@ class ModelShapes:
     intermediate_size: int
     vocab_size: int
     itemsize: int
+    expert_moments: int = 0
 
     @staticmethod
     def of(model: Any, names: tuple[str, ...]) -> ModelShapes:
@@ -73,6 +83,7 @@ class ModelShapes:
             intermediate_size=max(stated) if isinstance(stated, list) else stated,
             vocab_size=config.vocab_size,
             itemsize=model.dtype.itemsize,
+            expert_moments=_expert_moments(model, names),
         )
 
     @property
@@ -150,18 +161,18 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     int4 = shapes.linear_weights * of_weight
     int4 += setup.positions_bytes
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
-    temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * _FLOAT32
+    temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * FLOAT32
     # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
-    trained = (_ADAM + 2 * _FLOAT32) * setup.trained_parameters
-    activations = shapes.num_layers * _activations(shapes, microbatch_tokens)
-    loss = _CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * _FLOAT32
+    trained = (ADAM + 2 * FLOAT32) * setup.trained_parameters
+    kept = shapes.num_layers * activations(shapes, microbatch_tokens)
+    loss = CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * FLOAT32
     model = untouched + int4 + shapes.head_bytes  # the teacher's head is a copy
-    return _OVERHEAD + model + cache + temporaries + trained + max(activations, setup.logits_bytes) + loss
+    return OVERHEAD + model + cache + temporaries + trained + max(kept, setup.logits_bytes) + loss
 
 
 def measuring_memory(shapes: ModelShapes, logits_bytes: int) -> int:
     """Return the peak memory of measuring a model with this many bytes of logits: model, teacher's head and logits."""
-    return _OVERHEAD + shapes.parameters * shapes.itemsize + shapes.head_bytes + logits_bytes
+    return OVERHEAD + shapes.parameters * shapes.itemsize + shapes.head_bytes + logits_bytes
 
 
 def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_gpu: bool) -> int:
@@ -180,16 +191,16 @@ def compression_memory(shapes: ModelShapes, num_sequences: int, length: int, on_
         on_gpu: return the peak of the GPU, which holds one block while the rest of the model waits in the CPU's memory.
     """
     block = shapes.linear_weights // shapes.num_layers
-    hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2) * _FLOAT32
-    rows = 6 * 2 * shapes.hidden_size * shapes.intermediate_size * _FLOAT32
-    reconstruction = (_ADAM + 2 * _FLOAT32) * block
-    one_block = max(hessians + rows, reconstruction) + _activations(shapes, max(length, TOKENS_PER_FORWARD))
+    hessians = (3 * shapes.hidden_size**2 + (1 + 3) * shapes.intermediate_size**2 + shapes.expert_moments) * FLOAT32
+    rows = 6 * 2 * shapes.hidden_size * shapes.intermediate_size * FLOAT32
+    reconstruction = (ADAM + 2 * FLOAT32) * block
+    one_block = max(hessians + rows, reconstruction) + activations(shapes, max(length, TOKENS_PER_FORWARD))
     model = shapes.parameters * shapes.itemsize
     if on_gpu:  # the whole model is there before the first block moves, and the teacher's head all the time
-        return _OVERHEAD + shapes.head_bytes + max(model, block * shapes.itemsize + one_block)
+        return OVERHEAD + shapes.head_bytes + max(model, block * shapes.itemsize + one_block)
     stream = num_sequences * length * shapes.hidden_size * shapes.itemsize
     # Two streams of hidden states: of the 16-bit model and of the compressed one. Larger streams are temporary files.
-    return _OVERHEAD + model + shapes.head_bytes + 2 * min(stream, MAX_BYTES_IN_MEMORY) + one_block
+    return OVERHEAD + model + shapes.head_bytes + 2 * min(stream, MAX_BYTES_IN_MEMORY) + one_block
 
 
 def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:
@@ -212,7 +223,7 @@ def training_disk(setup: TrainingSetup, teacher_tokens: int) -> int:
     """
     shapes = setup.shapes
     states = teacher_tokens * shapes.hidden_size * shapes.itemsize
-    checkpoints = (2 * 4 + 2) * setup.trained_parameters * _FLOAT32
+    checkpoints = (2 * 4 + 2) * setup.trained_parameters * FLOAT32
     return states + checkpoints + 3 * shapes.parameters + setup.positions_bytes
 
 
@@ -248,7 +259,18 @@ def pick_microbatch_size(setup: TrainingSetup, limits: MicrobatchLimits) -> int:
     return size
 
 
-def _activations(shapes: ModelShapes, tokens: int) -> int:
+def _expert_moments(model: Any, names: Collection[str]) -> int:
+    """See ModelShapes: each expert has inputs of its own."""
+    mixtures = [f"{path}." for path, module in model.named_modules() if isinstance(module, SplitExperts)]
+    counts: dict[str, int] = {}
+    for name in names:
+        for path in mixtures:
+            if name.startswith(path):
+                counts[path] = counts.get(path, 0) + model.get_submodule(name).weight.shape[1] ** 2
+    return max(counts.values(), default=0)
+
+
+def activations(shapes: ModelShapes, tokens: int) -> int:
     """Bytes that one decoder layer keeps for its backward."""
     return (
         tokens * (_HIDDEN_KEPT * shapes.hidden_size + _INTERMEDIATE_KEPT * shapes.intermediate_size) * shapes.itemsize

@@ -28,6 +28,7 @@ from nybble import processes
 from nybble.data.packing import token_fingerprint
 from nybble.files import is_out_of_space, reporting_full_disk, write_text
 from nybble.models.head import last_hidden_states
+from nybble.models.streamed import forwards
 from nybble.schema import SchemaError, from_json, read_json
 
 _READ_BYTES = 1 << 24  # at a time, for the checksum
@@ -93,7 +94,7 @@ def teacher_hidden_states(
     row_bytes = length * width * parameter.dtype.itemsize
     progress = processes.on_first(lambda: _read_progress(path, note_file, source, row_bytes))
     advance(progress.done)
-    batches = _computed_batches(model, input_ids[progress.done :], batch_size)
+    batches = _computed_batches(model, input_ids[progress.done :], batch_size, path.parent)
     if not processes.is_first():
         for _ in batches:
             pass
@@ -115,19 +116,24 @@ def teacher_hidden_states(
     return HiddenStates(path, (num_sequences, length, width), parameter.dtype)
 
 
-def _computed_batches(model: Any, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
+def _computed_batches(model: Any, input_ids: Tensor, batch_size: int, folder: Path) -> Iterator[Tensor]:
     """States [N, T, D] of one batch after the other, on the CPU; several processes compute as many at a time.
+
+    Args:
+        folder: for temporary files.
 
     Yields: all batches in the first process, none in the others.
     """
     parameter, width = next(model.parameters()), model.get_output_embeddings().weight.shape[1]
     batches = input_ids.split(batch_size) if len(input_ids) else ()
+    at = forwards(model, input_ids, batch_size, folder)
     for start in range(0, len(batches), processes.count()):
         together = batches[start : start + processes.count()]
         states_NTD = torch.zeros(*together[0].shape, width, dtype=parameter.dtype)  # the last round may lack some
         for i in processes.share(processes.count())[:1]:
             if i < len(together):
-                states_NTD[: len(together[i])] = last_hidden_states(model, together[i].to(parameter.device)).cpu()
+                with at((start + i) * batch_size):
+                    states_NTD[: len(together[i])] = last_hidden_states(model, together[i].to(parameter.device)).cpu()
         for ids_NT, part_NTD in zip(together, processes.collect(states_NTD, "teacher states"), strict=False):
             yield part_NTD[: len(ids_NT)]
 

@@ -19,7 +19,7 @@ from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
 from nybble.options.commands import CompressOptions
 from nybble.run.results import Phase
-from nybble.workflows import plan, session, steps, text
+from nybble.workflows import placement, plan, session, steps, text
 from nybble.workflows.measure import (
     DECODER_ERROR_TOKENS,
     SIXTEEN_BIT,
@@ -49,14 +49,14 @@ def compress(
     evaluation, data_dir = options.evaluation, options.text.data_dir
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     check_tasks(evaluation.eval_tasks, data_dir)
-    loaded = plan.load_model(options.model)
+    loaded = plan.load_model(options.model, placement.stays_on_disk(options))
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(options.compression, loaded, selection)
     request = text.compression_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
-    plan.plan_compression_memory(options, planned, options.compression, evaluation.eval_tasks)
+    placement.plan_compression_memory(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
 
     facts = session.RunFacts(
@@ -65,7 +65,7 @@ def compress(
         load_seconds=time.perf_counter() - started,
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
-    with session.run_session(options, facts) as run:
+    with placement.memory_of(loaded.model), session.run_session(options, facts) as run:
         context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
         context = steps.generate_text(context)
         states = steps.teacher_states(context, prepared.measured(), batch=1)
@@ -78,7 +78,7 @@ def compress(
             # The model is not needed any more: what is measured is loaded from the folder.
             compressed = steps.compress_model(context)
             positions = compressed_positions(context, compressed)
-            compressed.inits.clear()
+            compressed.release_inits()
             weights = compressed.weights
             run.on_first(lambda: save_quantized(run.quantized, loaded, weights, positions, release=True))
             run.reach(Phase.QUANTIZED)

@@ -182,7 +182,7 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
         layers |= train.insert_layers_without_adapters(context, compressed, options.train)
     positions = TrainedPositions.of(context, compressed, options.codes_stay)
     if options.train == "full":
-        compressed.inits.clear()  # the layers have weights of their own
+        compressed.release_inits()  # the layers have weights of their own
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}

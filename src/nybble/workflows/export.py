@@ -15,8 +15,8 @@ from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
+from nybble.workflows.export_run import export_run
 from nybble.workflows.publish import check_repository, push_to_hub, write_cards
-from nybble.workflows.steps import export_run
 
 _OTHER_REMEDY = re.compile(r"(?:change [^;]+ or )?remove (\w+(?: and \w+)?) from --export(?:, or the pattern)?")
 """What exporters advise in a run that compresses, where --export names the formats."""

@@ -21,7 +21,6 @@ from nybble.errors import OptionError
 from nybble.evaluation.lm_eval_model import default_batch_size, max_window
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
-from nybble.files import check_free_disk
 from nybble.models.device import free_memory, pick_device, pick_dtype
 from nybble.models.head import LMHead
 from nybble.models.loading import LoadedModel, check_model_path, load
@@ -151,15 +150,18 @@ def _check_inputs_survive(inputs: Mapping[str, Sequence[str]], folder: Path) -> 
                 )
 
 
-def load_model(options: ModelOptions) -> LoadedModel:
+def load_model(options: ModelOptions, on_disk: bool = False) -> LoadedModel:
     """The 16-bit model and its tokenizer.
+
+    Args:
+        on_disk: its decoder blocks stay on the disk.
 
     Raises:
         ModelError: not found, not readable, or not supported.
     """
     device, dtype = pick_place(options)
     log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
-    return load(options.pretrained, dtype, device, options.trust_remote_code)
+    return load(options.pretrained, dtype, device, options.trust_remote_code, on_disk)
 
 
 def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
@@ -250,9 +252,10 @@ def check_fit(
     check_token_ids(text, model.get_input_embeddings().num_embeddings, loaded.name)
     check_length(model, loaded.name, ids_ST.shape[1])
     probe_T = ids_ST[0, :_PROBE_TOKENS]
-    check_model(model, selection.linears, torch.stack([probe_T, probe_T.flip(0)]), compression.steps)
+    probes = torch.stack([probe_T, probe_T.flip(0)])
+    check_model(model, selection.linears, probes, compression.steps)
     embeddings = {name: model.get_submodule(name).weight for name in selection.embeddings}
-    warn_of_small_weights(embeddings, selection.schemes)
+    warn_of_small_weights(embeddings.items(), selection.schemes)
     head = LMHead.of(model, copy=True)
     head.verify(model, probe_T[None].to(model.device))
     if options.scheme.is_average:
@@ -287,7 +290,7 @@ def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Pa
 
 def available_memory(loaded: LoadedModel) -> int:
     """Bytes that are free on the model's device, including those of the model itself."""
-    held: int = sum(p.numel() * p.dtype.itemsize for p in loaded.model.parameters())
+    held: int = sum(p.nbytes for p in loaded.model.parameters() if p.device.type != "meta")
     return free_memory(loaded.model.device) + held
 
 
@@ -318,30 +321,6 @@ def calibration_disk(shapes: ModelShapes, planned: PlannedRun) -> int:
     """Bytes on disk that the compression takes; 0 where nothing is calibrated."""
     count, length = planned.text.calibration_shape
     return memory.compression_disk(shapes, count * length if planned.compression.calibrates else 0)
-
-
-def plan_compression_memory(
-    options: RunCommand, planned: PlannedRun, compression: CompressionOptions, tasks: Sequence[str]
-) -> None:
-    """Estimate a run that only compresses; refuse a disk that is too small, and warn of memory.
-
-    Args:
-        compression: calibration sequences that were asked for, and what is kept.
-        tasks: lm-eval tasks that are measured.
-    """
-    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
-    needed = max(
-        calibration_memory(shapes, planned, compression.num_calibration_samples),
-        memory.measuring_memory(shapes, measured_logit_bytes(planned, tasks)),
-    )
-    available, states = available_memory(planned.loaded), planned.text.test.ids.numel() * shapes.hidden_size
-    disk = states * shapes.itemsize + 3 * shapes.parameters + calibration_disk(shapes, planned)
-    disk += memory.positions_bytes(shapes, compression.keep_positions)
-    check_free_disk(options.folder, disk)
-    if planned.compression.calibrates:
-        sizes = needed / 1e9, available / 1e9, disk / 1e9
-        log.info("estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk", *sizes)
-        warn_of_memory(needed, available, "fewer --num_calibration_samples or a smaller --seq_len need less")
 
 
 def warn_of_memory(needed: int, available: int, remedy: str) -> None:

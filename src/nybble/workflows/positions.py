@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from nybble.compression.init import QuantizedInit
+from nybble.models.positions_file import position_layout
+from nybble.models.quantized_file import LazyMapping
 from nybble.options.compression import KeepPositions
 from nybble.qat.base import QuantizedLinear
 from nybble.qat.fake_quant_linear import FakeQuantizedLinear
@@ -21,17 +23,27 @@ from nybble.quant.position import pack_positions
 from nybble.workflows.steps import CompressedModel, RunContext
 
 
-def compressed_positions(context: RunContext, compressed: CompressedModel) -> dict[str, Tensor]:
-    """Positions of the linear layers as they were compressed, for `save_positions`; none where none are to be kept."""
-    keep = _kept(context, compressed)
+def compressed_positions(context: RunContext, compressed: CompressedModel) -> Mapping[str, Tensor]:
+    """Positions of the linear layers as they were compressed, for `save_positions`; none where none are to be kept.
+
+    Those of a model on disk are computed at each access.
+    """
+    keep, inits = _kept(context, compressed), compressed.inits
     if keep == "none":
         return {}
-    if keep == "exact":
-        return {name: init.weight_OI for name, init in compressed.inits.items()}
-    return {
-        name: pack_positions(init.weight_OI, compressed.weights[name].to(init.weight_OI.device)).cpu()
-        for name, init in compressed.inits.items()
-    }
+
+    def position(name: str) -> Tensor:
+        weight_OI = inits[name].weight_OI
+        if keep == "exact":
+            return weight_OI
+        return pack_positions(weight_OI, compressed.weights[name].to(weight_OI.device)).cpu()
+
+    if isinstance(inits, dict):
+        return {name: position(name) for name in inits}
+    model = context.loaded.model
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in inits}
+    layouts = {name: position_layout(shape, model.dtype, keep == "exact") for name, shape in shapes.items()}
+    return LazyMapping(inits, position, layouts)
 
 
 def _kept(context: RunContext, compressed: CompressedModel) -> KeepPositions:
@@ -65,7 +77,7 @@ class TrainedPositions:
             return TrainedPositions(keep, {}, {})
         start = compressed_positions(context, compressed)
         scales = {name: compressed.weights[name].scale_OG for name in start}
-        compressed.inits.clear()
+        compressed.release_inits()
         return TrainedPositions(keep, start, scales)
 
     @torch.no_grad()

@@ -128,7 +128,7 @@ def _compress_merged(
         trained: dict[str, CachedWeightLinear] = dict(layers)
         with plain_attention(model, task_run.data.max_text_length):
             train.train_layers(context, training, trained, task_run.objective(trained, training), norms, SCALES)
-    return compressed.weights, layers, positions
+    return dict(compressed.weights), layers, positions
 
 
 def measure_compressed(

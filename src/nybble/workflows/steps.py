@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,26 +22,27 @@ from nybble.data.generate import GENERATED_FILE, generate_pending, generation_ba
 from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.prepare import TextData
 from nybble.errors import DataError, ExportError
-from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.base import EXPORTERS
 from nybble.export.read_back import runtime_errors
-from nybble.files import atomic_folder
 from nybble.models import quantized_model
-from nybble.models.checkpoint import open_checkpoint
-from nybble.models.companions import companion_files, copy_companions
 from nybble.models.head import LMHead
+from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.loading import LoadedModel, model_fingerprint
 from nybble.models.positions_file import has_positions
+from nybble.models.quantized_file import LayerLayout, LazyMapping
 from nybble.models.schemes import describe
 from nybble.models.selection import LayerSelection
 from nybble.options.commands import RunCommand
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions
 from nybble.qat.insert import quantize_embeddings
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.run.folder import QUANTIZED, RunFolder
 from nybble.run.results import read_results
-from nybble.runtime import hand_back_freed_memory, raise_if_interrupted, returning_freed_memory
+from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 from nybble.training.teacher import HiddenStates, teacher_hidden_states
+from nybble.workflows.export_run import export_run
 from nybble.workflows.init_from import take_over
 from nybble.workflows.measure import Evaluator, measure_row, size_when_shipped
 from nybble.workflows.plan import CompressionPlan, PlannedRun, pick_place
@@ -111,9 +113,14 @@ class CompressedModel:
         has_positions: inits lie where the compression left them; False where they lie in the middle of their cells.
     """
 
-    inits: dict[str, QuantizedInit]
-    weights: dict[str, QuantizedWeight]
+    inits: Mapping[str, QuantizedInit]
+    weights: Mapping[str, QuantizedWeight]
     has_positions: bool = True
+
+    def release_inits(self) -> None:
+        """Free the weights before rounding, where they are in memory."""
+        if isinstance(self.inits, dict):
+            self.inits.clear()
 
 
 def generate_text(context: RunContext) -> RunContext:
@@ -170,7 +177,8 @@ def compress_model(context: RunContext) -> CompressedModel:
                 advance(finished, now=text)
                 run.save()  # a killed process keeps the seconds so far
 
-            result = pipeline.compress(model, schemes, method, _calibration(context), progress)
+            store = _block_store(context)
+            result = pipeline.compress(model, schemes, method, _calibration(context, store), progress, store)
         rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.embeddings})
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}
@@ -180,20 +188,42 @@ def compress_model(context: RunContext) -> CompressedModel:
         log.info(line)
     hand_back_freed_memory()
     weights = {name: weight.to("cpu") for name, weight in rows.items()}
-    weights |= {name: init.quantized(schemes[name]).to("cpu") for name, init in result.inits.items()}
-    return CompressedModel(result.inits, weights)
+    return CompressedModel(result.inits, _all_weights(weights, result.inits, schemes, model))
 
 
-def _calibration(context: RunContext) -> Calibration | None:
-    """What the method calibrates on, and where finished blocks are kept; None if it does not calibrate."""
-    if not context.compression.calibrates:
-        return None
-    options, ids_ST, folder = context.calibration, context.text.calibration, context.run.path
+def _all_weights(
+    rows: dict[str, QuantizedWeight],
+    inits: Mapping[str, QuantizedInit],
+    schemes: Mapping[str, QuantScheme],
+    model: Any,
+) -> Mapping[str, QuantizedWeight]:
+    """The quantized weights of embedding, head and compressed layers; those on disk are read at each access."""
+
+    def quantized(name: str) -> QuantizedWeight:
+        return inits[name].quantized(schemes[name]).to("cpu")
+
+    if isinstance(inits, dict):
+        return rows | {name: quantized(name) for name in inits}
+    every = {name: weight.scheme for name, weight in rows.items()} | dict(schemes)
+    layouts = {name: LayerLayout(tuple(model.get_submodule(name).weight.shape), every[name]) for name in every}
+    return LazyMapping(every, lambda name: rows[name] if name in rows else quantized(name), layouts)
+
+
+def _block_store(context: RunContext) -> BlockStore:
+    """Where finished blocks are kept until the 4-bit model is saved."""
     # Of the model as it is now: in tune it has learned the task before it is compressed.
     identity = (
         f"{context.options.pretrained} {model_fingerprint(context.loaded.model)} "
-        f"{token_fingerprint(ids_ST, context.compression.method)}"
+        f"{token_fingerprint(context.text.calibration, context.compression.method)}"
     )
+    return BlockStore(context.run.path / "compress", identity)
+
+
+def _calibration(context: RunContext, store: BlockStore) -> Calibration | None:
+    """What the method calibrates on; None if it does not calibrate."""
+    if not context.compression.calibrates:
+        return None
+    options, ids_ST, folder = context.calibration, context.text.calibration, context.run.path
     return Calibration(
         input_ids=ids_ST,
         seed=context.seed,
@@ -202,7 +232,7 @@ def _calibration(context: RunContext) -> Calibration | None:
         blockwise=BlockwiseConfig(epochs=options.blockwise_epochs),
         limit_blocks=options.limit_blocks,
         folder=folder,
-        store=BlockStore(folder / "compress", identity),
+        store=store,
     )
 
 
@@ -254,8 +284,13 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
     context.loaded.model.to("meta")  # frees the weights of the 16-bit model
     if row not in run.results.models:
         device, dtype = pick_place(options)
-        model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, options.trust_remote_code)
-        shipped = LoadedModel(model.to(device), tokenizer, context.loaded.name)
+        trust = options.trust_remote_code
+        if layers_on_disk(context.loaded.model) is None:
+            model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, trust)
+            model.to(device)
+        else:
+            model, tokenizer, quantized = quantized_model.load_quantized_on_disk(run.quantized, dtype, device, trust)
+        shipped = LoadedModel(model, tokenizer, context.loaded.name)
         measure_row(run, evaluator, row, shipped, size_when_shipped(model, quantized))
         del model, shipped
     failed = []
@@ -275,48 +310,3 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
             raise_if_interrupted()
             failed.append(error)
     return failed
-
-
-def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResult:
-    """Export the 4-bit model of a run to the folder RUN/name.
-
-    Raises:
-        ExportError: the format cannot hold the model, or what was read back differs.
-    """
-    exporter, folder = EXPORTERS[name], run.path / name
-    with run.stage(f"export {name}"), returning_freed_memory():
-        checkpoint = open_checkpoint(run.quantized, trust_remote_code)
-        config = exporter.exported_config(checkpoint.config, checkpoint.selection)
-        exporter.check(config, checkpoint.selection)
-        log.info("exporting to %s", exporter.label)
-        with atomic_folder(folder) as temporary:
-            result = exporter.export(checkpoint, temporary)
-            copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
-        run.note_files(name)
-        run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
-    log.info(
-        "%s: %d linear layers%s, %d embeddings and heads, %s; %s; %.1f MB",
-        exporter.label, result.linear_weights, _held(exporter, result), result.embedding_weights, _exactness(result),
-        _logits_compared(result), result.bytes / 1e6,
-    )  # fmt: skip
-    return result
-
-
-def _held(exporter: Exporter, result: ExportResult) -> str:
-    """How the format holds weights that it does not have the codes of, in brackets; "" if it has them."""
-    parts = [f"{count} weights of {words}" for words, count in result.widened.items()]
-    if not exporter.holds_codes:
-        parts.append("as values in 16 bits")
-    return f" ({', '.join(parts)})" if parts else ""
-
-
-def _exactness(result: ExportResult) -> str:
-    if not result.rounded:
-        return "all read back equal"
-    return f"all read back equal but {', '.join(result.rounded)}, within {max(result.rounded.values()):.1e}"
-
-
-def _logits_compared(result: ExportResult) -> str:
-    if result.logit_difference is None:
-        return "logits not compared, as the model is large"
-    return f"logits within {result.logit_difference:.1e} of torch"

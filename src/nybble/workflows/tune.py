@@ -136,7 +136,7 @@ def _insert(task_run: TaskRun) -> TunedRun:
     compressed = steps.compress_model(context)
     layers |= train.insert_quantized_layers(context, compressed, rank)
     positions = TrainedPositions.of(context, compressed, codes_stay=False)
-    return TunedRun(task_run, layers, compressed.weights, positions)
+    return TunedRun(task_run, layers, dict(compressed.weights), positions)
 
 
 def reopen(task_run: TaskRun) -> TunedRun:

@@ -1,0 +1,156 @@
+"""Whether the decoder blocks of a model that is compressed stay on the disk, and the memory that follows from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nybble import processes
+from nybble.errors import OptionError
+from nybble.files import check_free_disk
+from nybble.models.device import free_memory
+from nybble.models.layers_on_disk import layers_on_disk
+from nybble.models.linearize import linearize
+from nybble.models.loading import SMOLLM2
+from nybble.models.pretrained import empty_model, read_config
+from nybble.models.selection import select_layers
+from nybble.models.shards import safetensors_files
+from nybble.options.commands import CompressOptions
+from nybble.runtime import returning_freed_memory
+from nybble.training import memory
+from nybble.training.memory import ModelShapes
+from nybble.training.memory_from_disk import BlockShapes, CompressionSetup, offloaded_memory
+from nybble.workflows.plan import (
+    PlannedRun,
+    available_memory,
+    calibration_disk,
+    calibration_memory,
+    measured_logit_bytes,
+    pick_place,
+    warn_of_memory,
+)
+
+log = logging.getLogger("nybble")
+
+# A model whose weights take less of the free memory is loaded without an estimate.
+_SMALL = 0.25
+
+
+def stays_on_disk(options: CompressOptions) -> bool:
+    """Whether the decoder blocks stay on the disk: with --offload auto where the model in memory would not fit.
+
+    Nothing is chosen for a model that cannot be read; loading it says why.
+
+    Raises:
+        OptionError: the run cannot work on a model on disk.
+    """
+    on_disk = _does_not_fit(options) if options.model.offload == "auto" else options.model.offload == "disk"
+    if on_disk and processes.count() > 1:
+        raise OptionError(
+            f"a model whose decoder blocks stay on disk needs one process; got {processes.count()}; start nybble "
+            "without the launcher, or use --offload none"
+        )
+    if on_disk and options.scheme.is_average:
+        raise OptionError(
+            f"--bits {options.scheme.bits:g} needs the model in memory, as the choice of layers takes a gradient; its "
+            "decoder blocks would stay on disk; use --bits 4, or --offload none"
+        )
+    return on_disk
+
+
+def _does_not_fit(options: CompressOptions) -> bool:
+    """Whether a model needs more memory than is free; False for one that cannot be read."""
+    pretrained = options.model.pretrained
+    if _is_gguf(pretrained):
+        return False
+    device, dtype = pick_place(options.model)
+    free = min(free_memory(device), free_memory(torch.device("cpu")))
+    try:
+        if _count_numbers(safetensors_files(pretrained)) * dtype.itemsize < _SMALL * free:
+            return False
+        config = read_config(pretrained, options.model.trust_remote_code)
+        model = linearize(empty_model(config, dtype, options.model.trust_remote_code))
+        shapes = ModelShapes.of(model, select_layers(model).linears)
+    except Exception as error:  # whatever a library raises
+        log.debug("no choice of --offload: %s", error)
+        return False
+    count, length = options.compression.num_calibration_samples, options.text.seq_len
+    # The whole model is on the CPU before it goes to a GPU.
+    needed = max(memory.compression_memory(shapes, count, length, on_gpu) for on_gpu in {False, device.type != "cpu"})
+    return needed > free
+
+
+def _is_gguf(pretrained: str) -> bool:
+    return pretrained == SMOLLM2 or pretrained.endswith(".gguf")
+
+
+def _count_numbers(files: list[Path]) -> int:
+    """Numbers in all tensors of safetensors files, by their headers."""
+    count = 0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            count += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+    return count
+
+
+@contextmanager
+def memory_of(model: Any) -> Iterator[None]:
+    """Let freed memory go back to the system at once, in this block, where the model is on disk."""
+    if layers_on_disk(model) is None:
+        yield
+        return
+    with returning_freed_memory():
+        yield
+
+
+def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> None:
+    """Estimate a run that only compresses, and say where decoder blocks wait; refuse a disk that is too small, and warn
+    of memory.
+
+    Raises:
+        OptionError: a model on disk would have to write text.
+        RunError: the disk is too small.
+    """
+    loaded, wanted = planned.loaded, options.compression.num_calibration_samples
+    if planned.text.pending is not None and layers_on_disk(loaded.model) is not None:
+        raise OptionError(
+            "--data self needs the model in memory, as it would be read from disk for every token that it writes; use "
+            "another --data, or --offload none"
+        )
+    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
+    logits = measured_logit_bytes(planned, options.evaluation.eval_tasks)
+    in_memory = max(calibration_memory(shapes, planned, wanted), memory.measuring_memory(shapes, logits))
+    layers, needed, remedy, place = layers_on_disk(loaded.model), in_memory, "", ""
+    if layers is not None:
+        needed = _on_disk(layers.path, planned, shapes, logits)
+        reason = "--offload disk" if options.model.offload == "disk" else "it does not fit into memory"
+        place = f"; decoder blocks wait on disk: {reason} (in memory it needs {in_memory / 1e9:.1f} GB)"
+    elif not _is_gguf(options.model.pretrained):
+        remedy = ", and --offload disk holds one decoder block at a time"
+    available = available_memory(loaded)
+    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
+    finished = 0 if layers is None else shapes.parameters * shapes.itemsize
+    disk = states + max(calibration_disk(shapes, planned), finished) + 3 * shapes.parameters
+    disk += memory.positions_bytes(shapes, options.compression.keep_positions)
+    check_free_disk(options.folder, disk)
+    if planned.compression.calibrates or layers is not None:
+        log.info(
+            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
+            needed / 1e9, available / 1e9, disk / 1e9, place,
+        )  # fmt: skip
+        warn_of_memory(needed, available, f"fewer --num_calibration_samples or a smaller --seq_len need less{remedy}")
+
+
+def _on_disk(path: str, planned: PlannedRun, shapes: ModelShapes, logits: int) -> int:
+    """Bytes of memory that a compression from disk takes."""
+    count, length = planned.text.calibration_shape if planned.compression.calibrates else (0, 0)
+    blocks = BlockShapes.of(planned.loaded.model, path, planned.selection.linears)
+    on_gpu = planned.loaded.model.device.type != "cpu"
+    setup = CompressionSetup(planned.compression.steps, count, length, logits, on_gpu)
+    return offloaded_memory(shapes, blocks, setup)
