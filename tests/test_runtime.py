@@ -76,6 +76,12 @@ def test_allocator_settings_of_an_export(monkeypatch: pytest.MonkeyPatch) -> Non
             # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
             assert library.calls == returned
         assert library.calls == returned + (kept if keeps else []), "a notebook keeps the allocator that it had"
+        library.calls.clear()
+        with runtime.returning_freed_memory():
+            with runtime.returning_freed_memory():
+                pass
+            assert library.calls == returned * 2, "the end of an inner block changes nothing"
+        assert library.calls == returned * 2 + (kept if keeps else [])
 
 
 @glibc_only

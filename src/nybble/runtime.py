@@ -25,6 +25,7 @@ _END_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _received: Interrupted | None = None
 _only_once = False
 _keeps_freed_memory = False
+_returning = 0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -124,16 +125,19 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Let glibc return freed tensors to the system at once, in this block.
+    """Let glibc return freed tensors to the system at once, in this block; blocks may be nested.
 
     An export reads thousands of tensors of many sizes, each only once. Kept, the holes that they leave double the
     memory of an export.
     """
+    global _returning
     _set_allocator((_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 16), (_M_TOP_PAD, 0))
+    _returning += 1
     try:
         yield
     finally:
-        if _keeps_freed_memory:
+        _returning -= 1
+        if _keeps_freed_memory and not _returning:
             keep_freed_memory()
 
 

@@ -176,7 +176,8 @@ class CheckpointShards:
 
         mapping: Any = get_model_conversion_mapping(model)
         config = LoadStateDictConfig(
-            device_map={"": device},
+            # With a place on disk, which nothing has, tensors are read one after the other and not by threads at once.
+            device_map={"": device, "nothing": "disk"},
             dtype=self._dtype,
             dtype_plan=model._get_dtype_plan(self._dtype),
             weight_mapping=mapping,

@@ -49,7 +49,21 @@ def compress(
     evaluation, data_dir = options.evaluation, options.text.data_dir
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     check_tasks(evaluation.eval_tasks, data_dir)
-    loaded = plan.load_model(options.model, placement.stays_on_disk(options))
+    on_disk = placement.stays_on_disk(options)
+    with placement.freed_memory(on_disk):
+        return _compress(options, callbacks, known, on_disk, started)
+
+
+def _compress(
+    options: CompressOptions,
+    callbacks: Sequence[Callback],
+    known: Mapping[str, Any] | None,
+    on_disk: bool,
+    started: float,
+) -> Path:
+    """Everything from the model to the report."""
+    evaluation, data_dir = options.evaluation, options.text.data_dir
+    loaded = plan.load_model(options.model, on_disk)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(options.compression, loaded, selection)
@@ -65,7 +79,7 @@ def compress(
         load_seconds=time.perf_counter() - started,
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
-    with placement.memory_of(loaded.model), session.run_session(options, facts) as run:
+    with session.run_session(options, facts) as run:
         context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
         context = steps.generate_text(context)
         states = steps.teacher_states(context, prepared.measured(), batch=1)

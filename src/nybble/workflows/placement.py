@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -100,9 +99,9 @@ def _count_numbers(files: list[Path]) -> int:
 
 
 @contextmanager
-def memory_of(model: Any) -> Iterator[None]:
+def freed_memory(on_disk: bool) -> Iterator[None]:
     """Let freed memory go back to the system at once, in this block, where the model is on disk."""
-    if layers_on_disk(model) is None:
+    if not on_disk:
         yield
         return
     with returning_freed_memory():
