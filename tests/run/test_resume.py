@@ -40,6 +40,15 @@ def test_another_option_is_named(field: str, value: object, was: object, tmp_pat
         check_same_options(tmp_path, OPTIONS.replace(**{field: value}))
 
 
+def test_an_option_that_an_earlier_version_did_not_have_was_as_its_default_is(tmp_path: Path) -> None:
+    file = save_run(tmp_path) / "config.toml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith("kl_temperature")))
+    check_same_options(tmp_path, OPTIONS)
+    with pytest.raises(RunError, match="--kl_temperature was 1.0, got 2.0"):
+        check_same_options(tmp_path, OPTIONS.replace(kl_temperature=2.0))
+
+
 def test_what_changes_no_weights_may_change(tmp_path: Path) -> None:
     save_run(tmp_path)
     check_same_options(

@@ -70,9 +70,15 @@ def check_same_command(folder: Path, kind: type[Command]) -> None:
 
 
 def check_same_options(folder: Path, options: Command) -> None:
-    """Raise RunError, naming the option, unless these are the options of the run or may change on resume."""
-    before, now = saved_options(folder), tomllib.loads(to_toml(options))
-    now = {key: [] if value == NONE else value for key, value in now.items()}
+    """Raise RunError, naming the option, unless these are the options of the run or may change on resume.
+
+    An option that the run's version of nybble did not have yet was as its default is.
+    """
+    defaults, now = (
+        {key: [] if value == NONE else value for key, value in tomllib.loads(to_toml(values)).items()}
+        for values in (type(options)(), options)
+    )
+    before = defaults | saved_options(folder)
     for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
         if before.get(key) != now.get(key):
             raise RunError(
