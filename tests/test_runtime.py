@@ -4,6 +4,7 @@ import ast
 import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,21 @@ def test_openvino_has_no_telemetry_once_exports_are_imported() -> None:
     program = "import nybble.export, openvino.tools.ovc; print(type(openvino.tools.ovc.telemetry).__module__)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "openvino.tools.ovc.telemetry_stub"
+
+
+def test_a_repeated_signal_does_not_disturb_the_end() -> None:
+    """A launcher of several processes repeats the signal that the terminal has sent to all of them."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(runtime.Interrupted), runtime.interrupt_on_signals(only_once=True):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                ended_in_order = True
+        os.kill(os.getpid(), signal.SIGTERM)  # and while the line is printed
+        assert ended_in_order
+    finally:
+        with runtime.interrupt_on_signals():
+            pass
+        signal.signal(signal.SIGTERM, before)

@@ -14,7 +14,7 @@ from nybble.cli.main import main
 from nybble.run.results import RunResults, read_results
 from tests.helpers.compress import compress_command
 from tests.helpers.mixtures import save_mixture
-from tests.helpers.several import Launcher
+from tests.helpers.several import Launcher, lines_of
 from tests.helpers.tiny import save_model
 from tests.helpers.tune import write_letters, write_words
 
@@ -116,6 +116,29 @@ def test_compress_in_two_processes_gives_the_same_codes_in_float64(
         torch.testing.assert_close(tensor, two[name], rtol=1e-9, atol=1e-12)  # norms into which scales were folded
 
 
+_STOP_AFTER_A_BLOCK = """
+from nybble.compression.store import BlockStore
+original = BlockStore.save
+def save(self, block, *rest):
+    original(self, block, *rest)
+    raise KeyboardInterrupt
+BlockStore.save = save
+"""
+
+
+def test_compress_continues_with_other_numbers_of_processes(tmp_path: Path, launcher: Launcher) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    command = compress_command(model, tmp_path / "two", "--method", "awq+se+gptq", "--dtype", "float32")
+    assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
+    ended = launcher.run(command, 2, _STOP_AFTER_A_BLOCK)
+    assert [process.code for process in ended] == [130, 130]
+    assert len(lines_of(ended)) == 1
+    assert [file.name for file in (tmp_path / "two" / "compress").iterdir()] == ["model.layers.0.safetensors"]
+    ended = launcher.run([*command, "--resume"], 3)
+    assert [process.code for process in ended] == [0, 0, 0], ended
+    assert changed_codes(tmp_path) < 1e-3
+
+
 @pytest.mark.parametrize("method", ["se+gptq", "awq+se+gptq", "blockwise"])
 def test_compress_in_two_processes(method: str, tmp_path: Path, launcher: Launcher) -> None:
     model = save_model(tmp_path / "model", "llama")
@@ -162,6 +185,9 @@ def test_tune_in_two_processes(write: Any, quantize: str, tmp_path: Path, launch
     assert one.task is not None
     assert two.task is not None
     assert one.task.chosen == two.task.chosen
+    ended = launcher.run([*command, "rtn", "--output_dir", str(tmp_path / "two"), "--resume", "--eval_only"])
+    assert [process.code for process in ended] == [0, 0], ended
+    assert len(read_results(tmp_path / "two").task.tested) == 1  # type: ignore[union-attr]
 
 
 def test_data_that_the_model_writes_are_written_once(tmp_path: Path, launcher: Launcher) -> None:
