@@ -67,6 +67,9 @@ _TWO_KINDS = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _FOUR_EXPERTS = {"num_local_experts": 4, "num_experts": 4}
 _SHARED_LAYERS = {"layer_types": _TWO_KINDS, "num_kv_shared_layers": 0}
+_KIMI = {
+    "linear_num_heads": 4, "linear_head_dim": 32, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 _ZAMBA = {
     "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 128,
     "attention_head_dim": 32, "num_key_value_heads": 4,
@@ -87,7 +90,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         _POSITIONS_AFTER_PADDING
     ),
     "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next olmo_hybrid": _LINEAR_FIRST,
-    "kimi_linear": _LINEAR_FIRST | _EQUAL_HEADS | {"linear_num_heads": 4, "linear_head_dim": 32} | _FOUR_EXPERTS,
+    "kimi_linear": _LINEAR_FIRST | _EQUAL_HEADS | _FOUR_EXPERTS | _KIMI,
     "xmod": {**_POSITIONS_AFTER_PADDING, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 128},
