@@ -158,6 +158,7 @@ def test_templates_that_fail_are_named_in_one_line(template: str, reason: str) -
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_long_conversation_is_no_fault_of_the_template() -> None:
     conversation = [user("x" * 3_000_000), turn("y")]
     assert len(chat.encode_conversation(make_chat_tokenizer(), conversation, assistant_only=False).ids) > 3_000_000

@@ -139,7 +139,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_interrupted_in_any_block_it_ends_with_the_same_bits(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +199,12 @@ def test_a_folder_named_like_a_method_is_not_used(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("known", "rank", "expected"),
-    [(True, 0, "awq+se+blockwise"), (False, 0, "se+blockwise"), (True, 4, "awq+se+gptq"), (False, 4, "se+gptq")],
+    [
+        (True, 0, "awq+se+blockwise"),
+        pytest.param(False, 0, "se+blockwise", marks=pytest.mark.slow),
+        pytest.param(True, 4, "awq+se+gptq", marks=pytest.mark.slow),
+        pytest.param(False, 4, "se+gptq", marks=pytest.mark.slow),
+    ],
 )
 def test_the_automatic_method_needs_no_facts_about_the_family(
     known: bool, rank: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,7 +219,7 @@ def test_the_automatic_method_needs_no_facts_about_the_family(
     distill(distill_options(model, run, resume=True, **settings))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_distillation_continues_from_a_finished_run(dtype: str, tmp_path: Path) -> None:
     """Codes, scales, zero points and folded norms are those of the run; the teacher is the 16-bit model."""
     model, first, second = save_model(tmp_path / "model", "qwen2"), tmp_path / "first", tmp_path / "second"

@@ -111,6 +111,7 @@ def test_distilling_from_python_needs_few_packages(text: str, tmp_path: Path) ->
     assert read_results(run).finished
 
 
+@pytest.mark.slow
 def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     distill(distill_options(model, run))
@@ -120,7 +121,10 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
     assert read_results(run).models == results.models
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gemma2", "float32"), ("llama", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [pytest.param("gemma2", "float32", marks=pytest.mark.slow), ("llama", "bfloat16")],
+)
 def test_without_adapters_codes_stay_and_scales_and_norms_are_trained(family: str, dtype: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", family)
     changes = {"lora_rank": 0, "dtype": dtype, "norm_lr": 3e-2, "scale_lr": 1e-2, "epochs": 8}
@@ -166,6 +170,7 @@ def test_a_finished_run_is_exported_again(tmp_path: Path, capsys: pytest.Capture
     assert "must be a finished run; it has no 4-bit model; finish it with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weight_cache_and_recompute_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "qwen2")
     losses, filled, original = [], [0], FakeQuantizedLoRALinear.fill_weight_cache
@@ -221,6 +226,7 @@ def test_results_say_what_happened(tmp_path: Path) -> None:
     assert len(results.decoder_errors["tuned"]) == 2
 
 
+@pytest.mark.slow
 def test_the_test_text_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another test split leaves the weights alone, to the last bit."""
     model = save_model(tmp_path / "model", "llama")
@@ -235,6 +241,7 @@ def test_the_test_text_chooses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert shipped_bytes(tmp_path / "one") == shipped_bytes(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_the_model_generates_text_and_another_run_reads_it(tmp_path: Path) -> None:
     model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
     distill(distill_options(model, run, data=("self",)))
@@ -408,6 +415,7 @@ def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.Capture
     assert shipped_bytes(run) == before
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_initial_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, start, run = save_model(tmp_path / "model", "smollm"), tmp_path / "start", tmp_path / "run"
     shared = {"pretrained": str(model), "output_dir": str(start), "data": "python-docs", "seq_len": 32,

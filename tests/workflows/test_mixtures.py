@@ -15,7 +15,7 @@ from tests.helpers.distill import distill_options
 from tests.helpers.mixtures import FAMILIES, save_mixture
 from tests.helpers.tune import task_of, tune_options
 
-FAST = ("mixtral", "gpt_oss")
+FAST = ("gpt_oss",)
 TUNED = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # Not phimoe: its routing weights jump at a threshold, and those of a random model do so all the time.
 DISTILLED = [family for family in TUNED if "phimoe" not in getattr(family, "values", ())]

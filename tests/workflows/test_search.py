@@ -85,9 +85,8 @@ def test_the_winner_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert task_of(run).tested[-1].configuration == in_place.configuration
 
 
-@pytest.mark.parametrize(
-    "killed_in", ["training", *(pytest.param(at, marks=pytest.mark.slow) for at in ("discarding", "merging", "saving"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_in", ["training", "discarding", "merging", "saving"])
 def test_killed_on_the_way_it_ends_as_a_run_that_was_given_these_ranks(
     killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

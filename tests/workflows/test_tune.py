@@ -122,7 +122,8 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     assert len(results(tmp_path / "run")["trainings"]) == 1
 
 
-@pytest.mark.parametrize("steps", [pytest.param(3, marks=pytest.mark.slow), 15])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 15])
 def test_interrupted_in_either_training_it_ends_with_the_same_bits(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +145,7 @@ def test_interrupted_in_either_training_it_ends_with_the_same_bits(
     ]
 
 
-@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It scores what a run with it ships, and changes nothing in the run."""
     changes: dict[str, Any] = {
@@ -177,6 +178,7 @@ def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, caps
     assert "words.jsonl at ranks 2 8: log_likelihood" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_ranks_on_resume_make_all_of_4_bits_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"quantize": "after", "method": "se", "scale_epochs": 3}
     with monkeypatch.context() as patch:
@@ -202,6 +204,7 @@ def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, mo
     assert sum(seen) == 3 * 48 + 48
 
 
+@pytest.mark.slow
 def test_what_the_way_of_the_adapters_does_not_use_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tune(options(tmp_path, epochs=1, norm_lr=5e-3))
     assert "--norm_lr has no effect with --quantize during" in caplog.text
@@ -222,7 +225,7 @@ def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("start", ["rtn", "se"])
+@pytest.mark.parametrize("start", [pytest.param("rtn", marks=pytest.mark.slow), "se"])
 def test_one_configuration_is_measured_alike_fast_and_slow(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +264,7 @@ def test_one_configuration_is_measured_alike_fast_and_slow(
     assert "letters.jsonl at ranks 8 2: acc" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_candidates_before_the_rounding_score_alike_fast_and_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,7 +405,7 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
     )
 
 
-@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) -> None:
     """The first loss is the compressed model's: -log of the right choice's share, or KL of shares to the teacher's."""
     from transformers import AutoModelForCausalLM
