@@ -151,6 +151,7 @@ def test_an_average_contradicts_a_finished_run(tmp_path: Path, capsys: pytest.Ca
     assert "--init_from takes the bits of a finished run; --bits 4.5 would choose them anew" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_number_is_no_average(tmp_path: Path) -> None:
     model, first, second = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "second"
     assert main(compress_command(model, first, "--bits", "4.0")) == 0
