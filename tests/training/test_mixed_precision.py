@@ -12,6 +12,7 @@ from nybble.models.linearize import linearize
 from nybble.models.selection import select_layers
 from nybble.training.mixed_precision import choice_groups, choose_layers, layer_gains
 from tests.helpers import mixtures
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.mixed import Schemes, both_schemes, kl_of_rounded, random_layers, rounded
 from tests.helpers.tiny import VOCABULARY, make_model
 
@@ -131,3 +132,11 @@ def test_a_model_without_gradients_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(ModelError, match="LlamaForCausalLM must have gradients, by which an average of --bits chooses"):
         layer_gains(model, low, high, ids)
     assert all("forward" not in module.__dict__ for module in linears(model))
+
+
+def test_a_model_that_changes_outputs_in_place_has_gains() -> None:
+    """RoCBert adds to the outputs of a linear layer with a bias in place."""
+    model = tiny_model("roc_bert")
+    low, high = both_schemes(model, 3.5)
+    gains = layer_gains(model, low, high, torch.randint(0, VOCABULARY, (1, 16)))
+    assert any(gains.values())

@@ -142,7 +142,8 @@ class _LowBitLinear(torch.autograd.Function):
     def forward(ctx, inputs: Tensor, anchor: Tensor, layer: _Layer) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.layer = layer
         ctx.save_for_backward(inputs)
-        return F.linear(inputs, layer.rounded(layer.low).to(inputs.dtype), layer.linear.bias)
+        output = F.linear(inputs, layer.rounded(layer.low).to(inputs.dtype), layer.linear.bias)
+        return output.clone() if output._is_view() else output  # a model may change it in place (RoCBert)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
