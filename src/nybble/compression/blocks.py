@@ -224,7 +224,8 @@ class DecoderBlocks:
             caught.append(args[0] if args else kwargs["hidden_states"])
             raise Stop
 
-        handle = self.modules[0].register_forward_pre_hook(catch, with_kwargs=True)
+        # Before the hook that reads the block from disk.
+        handle = self.modules[0].register_forward_pre_hook(catch, prepend=True, with_kwargs=True)
         try:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         except Stop:
