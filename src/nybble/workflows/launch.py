@@ -23,7 +23,7 @@ def check_processes(options: RunCommand) -> None:
     if launched > 1 and count == 1:
         raise OptionError(
             f"nybble {options.NAME} must run in one process when Python calls it; it was started in {launched}; use "
-            f"torchrun --nproc-per-node N -m nybble {options.NAME}"
+            f"torchrun with -m nybble {options.NAME}"
         )
     if count == 1:
         return
