@@ -114,3 +114,15 @@ def test_repr_shows_sizes_scheme_and_ranks() -> None:
     layer.active_rank = 3
     assert repr(layer) == "FakeQuantizedLoRALinear(64, 24, uint4 asymmetric group 16, rank 3 of 8)"
     assert repr(lora_layer()) == "LoRALinear(64, 24, rank 8 of 8)"
+
+
+@pytest.mark.parametrize("make_layer", LAYERS)
+def test_a_model_may_change_outputs_in_place(make_layer: object) -> None:
+    """RoCBert adds to the output of a layer with a bias."""
+    layer = make_layer()
+    if isinstance(layer, QuantizedLinear) and layer.rank:
+        layer.log_scale_shift.requires_grad_(False)
+    layer(torch.randn(2, 3, 64)).add_(1.0).square().sum().backward()
+    trained = layer.lora_b if layer.rank else layer.log_scale_shift
+    assert trained.grad is not None
+    assert bool(trained.grad.abs().sum() > 0)

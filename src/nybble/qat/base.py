@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.quant import fake_quant
@@ -61,6 +62,18 @@ class CachedWeightLinear(nn.Module):
     def current_weight(self) -> Tensor:
         """Return the cached weight if there is one, else compute it; [O, I] in `dtype`."""
         return self.compute_weight() if self.cached_weight is None else self.cached_weight
+
+    @torch.no_grad()
+    def apply_current_weight(self, inputs: Tensor) -> Tensor:
+        """Compute [..., I] -> [..., O] with the current weight, for the forward of an autograd function.
+
+        With a bias F.linear returns a view, and autograd refuses to change a view from such a forward in place, as
+        RoCBert does with outputs. So the memory gets a tensor of its own.
+        """
+        output = F.linear(inputs, self.current_weight(), self.bias)
+        if not output._is_view():
+            return output
+        return output.new_empty(0).set_(output)  # type: ignore[call-overload,no-any-return]
 
     @torch.no_grad()
     def fill_weight_cache(self) -> None:

@@ -17,7 +17,6 @@ at a time. Training the scales of fixed codes follows the second phase of Effici
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.qat.base import QuantizedLinear
@@ -68,7 +67,7 @@ class _ScaleGradient(torch.autograd.Function):
     def forward(ctx, layer: FixedCodesLinear, inputs: Tensor, shift_OG: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         ctx.layer = layer
         ctx.save_for_backward(inputs, shift_OG)
-        return F.linear(inputs, layer.current_weight(), layer.bias)
+        return layer.apply_current_weight(inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]

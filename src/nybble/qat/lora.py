@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.qat.base import CachedWeightLinear
@@ -76,7 +75,7 @@ class AdapterGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(inputs, lora_a_RI, lora_b_OR)
-        return F.linear(inputs, layer.current_weight(), layer.bias)
+        return layer.apply_current_weight(inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
