@@ -126,12 +126,14 @@ def test_what_a_finished_run_lacks_is_made_again(command: str, tmp_path: Path) -
     make()
     whole, results = made(), read_results(run)
     assert results.files.keys() == whole.keys()
-    assert results.files["quantized"] == {name: len(content) for name, content in whole["quantized"].items()}
+    # Positions may be deleted.
+    needed = whole["quantized"].keys() - {"positions.safetensors"}
+    assert results.files["quantized"] == {name: len(whole["quantized"][name]) for name in needed}
     damages: list[Callable[[Path], Any]] = [
         lambda folder: shutil.rmtree(folder),
         lambda folder: [file.unlink() for file in folder.glob("*.json")],
         lambda folder: (folder / "tokenizer.json").write_text(""),
-        lambda folder: os.truncate(next(folder.glob("*.safetensors")), 1000),
+        lambda folder: os.truncate(max(folder.glob("*.safetensors")), 1000),
         lambda folder: folder.rename(folder.with_name(folder.name + ".old.tmp")),
     ]
     for name in whole:

@@ -114,7 +114,8 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     limits = [limit for counts in results.exports.values() for limit in counts.get("limits", ())]
     notes = [] if results.layers is None else results.layers.notes
     results.warnings = [*warnings, *notes, *limits, *(f"not exported: {error}" for error in failed_exports)]
-    results.machine |= {"bytes_sent": processes.bytes_sent()}
+    if sent := processes.bytes_sent():
+        results.machine["bytes_sent"] = sent
     results.phase = Phase.FINISHED
     for warning in results.warnings:
         log.warning(warning)
