@@ -38,13 +38,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Tests with tiny models run in parallel with one thread each; the real model gets all threads.
+# Tests run in parallel with one thread each. The slow ones need up to 4 GB each, so two of them at a time.
 quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --cov=nybble --cov-report=term:skip-covered --cov-fail-under=90
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile
 
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.fuzz --minutes $(MINUTES) --seed $(SEED)

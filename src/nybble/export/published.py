@@ -192,9 +192,8 @@ def _runs(rows: list[tuple[str, int]]) -> Iterator[tuple[int, str, slice]]:
     i = 0
     while i < len(rows):
         module, start = rows[i]
-        step = rows[i + 1][1] - start if i + 1 < len(rows) and rows[i + 1][0] == module else 1
         end = i + 1
-        while step > 0 and end < len(rows) and rows[end] == (module, start + (end - i) * step):
+        while end < len(rows) and rows[end] == (module, start + end - i):
             end += 1
-        yield i, module, slice(start, rows[end - 1][1] + 1, max(step, 1))
+        yield i, module, slice(start, start + end - i)
         i = end
