@@ -86,6 +86,7 @@ class DistillKeywords(TypedDict, total=False):
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
+    gradient_checkpointing: Literal["auto", "on", "off"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]
@@ -147,6 +148,7 @@ class TuneKeywords(TypedDict, total=False):
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
+    gradient_checkpointing: Literal["auto", "on", "off"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]
@@ -209,6 +211,7 @@ class CompareKeywords(TypedDict, total=False):
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
+    gradient_checkpointing: Literal["auto", "on", "off"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]

@@ -70,6 +70,14 @@ def test_trained_weights_replace_those_of_the_layers() -> None:
     assert full - fixed == 10 * 4 * SHAPES.linear_weights
 
 
+def test_checkpointed_blocks_keep_their_inputs_and_the_activations_of_one() -> None:
+    assert SHAPES.num_layers == 2
+    setup, tokens = replace(SETUP, logits_bytes=0), 10**6
+    all_kept, checkpointed = (memory.training_memory(replace(setup, checkpointing=on), tokens) for on in (False, True))
+    inputs = SHAPES.num_layers * tokens * SHAPES.hidden_size * SHAPES.itemsize
+    assert all_kept - checkpointed == memory.activations(SHAPES, tokens) - inputs
+
+
 @pytest.mark.parametrize(("keep", "size"), [("none", 0), ("fixed", 0.5), ("exact", 4)])
 def test_positions_count_in_memory_and_on_disk(keep: str, size: float) -> None:
     kept = replace(SETUP, positions_bytes=memory.positions_bytes(SHAPES, keep))

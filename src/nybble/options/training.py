@@ -9,6 +9,7 @@ from nybble.errors import OptionError
 from nybble.options.base import Group, option, with_default
 
 WeightCache = Literal["auto", "step", "recompute"]
+Checkpointing = Literal["auto", "on", "off"]
 TrainedPart = Literal["lora", "full", "rounding"]
 Schedule = Literal["cosine", "constant", "constant_with_averaging"]
 
@@ -39,6 +40,11 @@ class TrainingOptions(Group):
         "auto",
         "step: quantize once per optimizer step (fast); recompute: in every forward and backward pass (small); auto: "
         "step if memory allows.",
+    )
+    gradient_checkpointing: Checkpointing = option(
+        "auto",
+        "on: keep the activations of one decoder block at a time, and compute each block again in the backward pass; "
+        "auto: on where memory asks for it.",
     )
     early_stopping_patience: int = option(0, "Stop after this many validations in a row without improvement; 0: never.")
     save_steps: int = option(10, "Optimizer steps between checkpoints.")

@@ -30,6 +30,7 @@ from nybble.run.results import Metrics, RunResults
 NO_RECIPE = (
     "seed", "method", "init_from", "output_dir", "data_dir", "resume", "overwrite", "export", "report_to",
     "save_steps", "weight_cache", "microbatch_size", "eval_batch_size", "device", "trust_remote_code", "fast_eval",
+    "gradient_checkpointing",
 )  # fmt: skip
 # 16-bit models of two machines score this close, relative to their perplexity.
 _SAME_PERPLEXITY = 0.01

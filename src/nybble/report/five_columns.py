@@ -38,7 +38,7 @@ NLS_RUN, LORA_RUN, PTWC_RUN = "qat-nls", "qat-lora", "ptwc"
 NO_SETTING = (
     "pretrained", "seed", "tasks", "output_dir", "data_dir", "resume", "overwrite", "report_to", "save_steps",
     "eval_tasks", "num_test_samples", "fast_eval", "eval_batch_size", "microbatch_size", "weight_cache", "device",
-    "trust_remote_code",
+    "trust_remote_code", "gradient_checkpointing",
 )  # fmt: skip
 
 

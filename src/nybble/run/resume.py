@@ -21,6 +21,7 @@ _MAY_CHANGE = {
     "eval_batch_size",
     "export",
     "fast_eval",
+    "gradient_checkpointing",
     "keep_positions",
     "microbatch_size",
     "offload",

@@ -114,7 +114,7 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "the device must have memory for one microbatch; it ran out; continue with --resume and a smaller "
-            "--microbatch_size or --weight_cache recompute"
+            "--microbatch_size, --weight_cache recompute or --gradient_checkpointing on"
         ) from error
     finally:
         callback.on_stage_end(config.stage, time.perf_counter() - started)

@@ -107,6 +107,7 @@ class TrainingSetup:
         weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
             backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
         logits_bytes: bytes of the logits that exist at the same time while the model is measured.
+        checkpointing: decoder blocks keep their inputs alone, and one at a time all activations.
     """
 
     shapes: ModelShapes
@@ -117,6 +118,7 @@ class TrainingSetup:
     logits_bytes: int
     train: str = "lora"
     positions_bytes: int = 0
+    checkpointing: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -164,7 +166,10 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * FLOAT32
     # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
     trained = (ADAM + 2 * FLOAT32) * setup.trained_parameters
-    kept = shapes.num_layers * activations(shapes, microbatch_tokens)
+    of_one = activations(shapes, microbatch_tokens)
+    kept = shapes.num_layers * of_one
+    if setup.checkpointing:
+        kept = of_one + shapes.num_layers * microbatch_tokens * shapes.hidden_size * shapes.itemsize
     loss = CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * FLOAT32
     model = untouched + int4 + shapes.head_bytes  # the teacher's head is a copy
     return OVERHEAD + model + cache + temporaries + trained + max(kept, setup.logits_bytes) + loss

@@ -136,6 +136,7 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
     return options.replace(
         weight_cache=execution.weight_cache,
         microbatch_size=execution.microbatch_size,
+        gradient_checkpointing="on" if execution.gradient_checkpointing else "off",
         output_dir=str(options.folder),
         **method,
     )

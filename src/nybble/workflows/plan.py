@@ -91,7 +91,7 @@ def keep_saved_choices(options: AnyRun) -> AnyRun:
     if not (options.run.resume and check_folder(options.folder, resume=True, overwrite=False)):
         return options
     saved, given = saved_options(options.folder), options.flat()
-    automatic = {"method": AUTO, "weight_cache": AUTO, "microbatch_size": 0}
+    automatic = {"method": AUTO, "weight_cache": AUTO, "microbatch_size": 0, "gradient_checkpointing": AUTO}
     return options.replace(
         **{key: saved[key] for key, value in automatic.items() if given.get(key) == value and key in saved}
     )

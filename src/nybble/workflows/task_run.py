@@ -211,6 +211,7 @@ def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData) ->
     return options.replace(
         weight_cache=execution.weight_cache,
         microbatch_size=execution.microbatch_size,
+        gradient_checkpointing="on" if execution.gradient_checkpointing else "off",
         output_dir=str(options.folder),
         **method,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from nybble.qat.lora import LoRALinear
 from nybble.run.folder import RunFolder
 from nybble.run.results import Phase, Training, read_results
 from nybble.training import memory
+from nybble.training.checkpointing import checkpointed_blocks
 from nybble.training.fit import FitConfig, checkpoint_names, fit, load_parameters
 from nybble.training.losses import chunk_tokens
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
@@ -76,16 +77,18 @@ class ExecutionPlan:
     Attributes:
         weight_cache: see --weight_cache.
         microbatch_size: sequences per forward pass.
+        gradient_checkpointing: decoder blocks are computed again in the backward.
     """
 
     weight_cache: Literal["step", "recompute"]
     microbatch_size: int
+    gradient_checkpointing: bool
 
 
 def plan_memory(
     options: TrainCommand, training: TrainingOptions, planned: PlannedRun, size: TrainingSize, tasks: tuple[str, ...]
 ) -> ExecutionPlan:
-    """Choose weight cache and microbatch size, log the estimate, refuse a disk that is too small, and warn of memory.
+    """Choose how to compute by the memory that is free; log the estimate, refuse a small disk, and warn of memory.
 
     Args:
         tasks: lm-eval tasks that are measured.
@@ -109,6 +112,11 @@ def plan_memory(
     if cache == "auto":
         cache = "step" if memory.fits(memory.training_memory(setup, size.seq_len), available) else "recompute"
     setup = replace(setup, weight_copies=size.weight_copies if cache == "step" else 0)
+    checkpointing = training.gradient_checkpointing == "on"
+    if training.gradient_checkpointing == "auto":
+        smallest = max(1, training.microbatch_size) * size.seq_len
+        checkpointing = not memory.fits(memory.training_memory(setup, smallest), available)
+    setup = replace(setup, checkpointing=checkpointing)
     limits = MicrobatchLimits(
         length=size.seq_len,
         batch_size=min(training.batch_size, size.max_rows or training.batch_size),
@@ -125,14 +133,17 @@ def plan_memory(
         disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(setup.shapes, planned)
         check_free_disk(options.folder, disk)
         log.info(
-            "estimate: %.1f GB of memory (%s cache; %.1f GB free), %.1f GB of disk",
-            needed / 1e9, cache, available / 1e9, disk / 1e9,
+            "estimate: %.1f GB of memory (%s cache%s; %.1f GB free), %.1f GB of disk",
+            needed / 1e9, cache, ", gradient checkpointing" * checkpointing, available / 1e9, disk / 1e9,
         )  # fmt: skip
         fewer = "--train lora" if size.train == "full" else "a smaller rank"
-        remedy = f"{fewer}, --microbatch_size 1, --weight_cache recompute or a shorter --seq_len needs less"
+        remedy = (
+            f"{fewer}, --microbatch_size 1, --weight_cache recompute, --gradient_checkpointing on or a shorter "
+            "--seq_len needs less"
+        )
         plan.warn_of_memory(needed, available, remedy)
     # Free memory differs between processes; what they choose by it must not.
-    return processes.on_first(lambda: ExecutionPlan(cache, microbatch_size))
+    return processes.on_first(lambda: ExecutionPlan(cache, microbatch_size, checkpointing))
 
 
 def _is_trained(options: TrainCommand) -> bool:
@@ -225,8 +236,19 @@ def train_parameters(
     name: str = "",
     pass_context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Train parameters, and write the record of the training into the results."""
+    """Train parameters, and write the record of the training into the results.
+
+    Args:
+        pass_context: held around all microbatches of one pass.
+    """
     run = context.run
+
+    @contextmanager
+    def one_pass() -> Iterator[None]:
+        checkpointed = options.gradient_checkpointing == "on"
+        with pass_context(), checkpointed_blocks(context.loaded.model) if checkpointed else nullcontext():
+            yield
+
     trainer = TrainerConfig(
         steps=objective.steps_per_epoch * options.epochs,
         microbatch_size=options.microbatch_size,
@@ -242,7 +264,7 @@ def train_parameters(
         size = sum(parameter.nbytes for group in groups for parameter in group.parameters.values())
         log.info("%d processes add up %.3f MB of gradients in each step", processes.count(), size / 1e6)
     with run.stage(config.stage):
-        record = fit(groups, objective, config, run.path, CallbackList(callbacks), pass_context)
+        record = fit(groups, objective, config, run.path, CallbackList(callbacks), one_pass)
         training = Training(name, record.steps, record.validation, record.best_step)
         run.results.trainings = [other for other in run.results.trainings if other.name != name] + [training]
 
