@@ -225,7 +225,9 @@ def test_out_of_memory_names_the_options_that_need_less(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     toy = make_toy()
-    with pytest.raises(TrainingError, match="a smaller --microbatch_size, --weight_cache recompute or --gradient_checkpointing on"):
+    with pytest.raises(
+        TrainingError, match="--microbatch_size, --weight_cache recompute or --gradient_checkpointing on"
+    ):
         fit(toy.groups, replace(toy.objective, loss=loss), CONFIG, tmp_path, Callback())
 
 
