@@ -57,7 +57,8 @@ def test_every_row_has_one_place(family: str, tmp_path: Path) -> None:
         for row in range(place.rows.start, place.rows.stop)
     )
     expected = {(name, row) for name, shape in checkpoint.shapes.items() for row in range(shape[0])}
-    expected |= {(name, 0) for name in checkpoint.others}
+    whole = {name: range(len(t) if t.ndim == 3 else 1) for name, t in checkpoint.others.items()}  # 3: convolutions
+    expected |= {(name, row) for name, rows_of_other in whole.items() for row in rows_of_other}
     assert rows.keys() == expected
     assert set(rows.values()) == {1}
 

@@ -48,7 +48,7 @@ def in_memory(model: Any) -> int:
 
 SAVED: dict[str, Callable[[Path, str], Path]] = {
     **dict.fromkeys(FAMILIES, save_model),
-    **dict.fromkeys(["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"], save_mixture),
+    **dict.fromkeys(["mixtral", "gpt_oss", "llama4", "deepseek_v3"], save_mixture),
     **dict.fromkeys(["gpt2", "gptj", "openai-gpt", "opt"], save_tiny),
 }
 FAST = {"smollm", "mixtral", "openai-gpt"}

@@ -86,8 +86,9 @@ def test_distill_in_two_processes(more: list[str], tmp_path: Path, launcher: Lau
     assert states[0] == states[1]
     megabytes = re.search(r"2 processes add up ([0-9.]+) MB of gradients", (tmp_path / "two" / "log.txt").read_text())
     assert megabytes is not None
-    # Beside the gradients: the loss, and for each parameter whether there is one.
-    assert two.machine["bytes_sent"]["gradients"] == pytest.approx(20e6 * float(megabytes[1]), rel=0.05)
+    # In a step, beside the gradients: the loss, and for each parameter whether there is one. The log rounds.
+    beside = two.machine["bytes_sent"]["gradients"] / 20 - 1e6 * float(megabytes[1])
+    assert -500 <= beside <= 2000
     assert "bytes_sent" not in one.machine
 
 

@@ -31,6 +31,9 @@ from nybble.models.experts import find_stacks
 _COLUMNS = 2
 """Of every matrix in the copy; their numbers tell rows from columns."""
 
+_CONVOLUTION = 3
+"""Axes of the kernel of a short convolution [channels, 1, width]. Kimi Linear publishes one in three parts."""
+
 
 def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Place]]:
     """Return the tensors of a published model and where their rows are in memory.
@@ -41,7 +44,7 @@ def published_layout(config: Any, shapes: Mapping[str, tuple[int, int]]) -> dict
 
     Returns:
         Published name -> its places. The name of a place is that of a module that is quantized, of an expert or a
-        Conv1D, or of any other tensor, which counts as one row.
+        Conv1D, or of any other tensor, which counts as one row unless it has three axes, as a convolution has.
 
     Raises:
         ExportError: transformers cannot undo what it does when it loads the model, or it mixes columns.
@@ -78,8 +81,13 @@ def tensor_layout(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> T
     both exactly where experts in 16 bits are stacked with quantized ones.
     """
     if places[0].name in checkpoint.others:
-        other = checkpoint.others[places[0].name]
-        return TensorLayout(other.dtype, (len(places), *other.shape) if len(places) > 1 else tuple(other.shape))
+        others = [_other_tensor(checkpoint, place) for place in places]
+        shape = tuple(others[0].shape)
+        if others[0].ndim == _CONVOLUTION:
+            shape = (sum(map(len, others)), *shape[1:])
+        elif len(others) > 1:
+            shape = (len(others), *shape)
+        return TensorLayout(others[0].dtype, shape)
     names, quantized = {place.name for place in places}, checkpoint.shapes
     in_16_bits = {name: _weight_in_16_bits(checkpoint, name) for name in names if name not in quantized}
     dtypes = [in_16_bits[name].dtype if name in in_16_bits else torch.float16 for name in names]
@@ -92,7 +100,7 @@ def float16_blocks(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> 
     dtype = tensor_layout(checkpoint, places).dtype
     for place in places:
         if place.name in checkpoint.others:
-            yield checkpoint.others[place.name]
+            yield _other_tensor(checkpoint, place)
             continue
         if place.name in checkpoint.shapes:
             values = weight_blocks(take_rows(checkpoint.quantized[place.name], place.rows))
@@ -103,6 +111,12 @@ def float16_blocks(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> 
             yield torch.cat(list(blocks)).T
         else:
             yield from blocks
+
+
+def _other_tensor(checkpoint: QuantizedCheckpoint, place: Place) -> Tensor:
+    """What a place holds of a tensor that is no weight of a linear layer: rows of a convolution, or all of it."""
+    tensor = checkpoint.others[place.name]
+    return tensor[place.rows] if tensor.ndim == _CONVOLUTION else tensor
 
 
 def _weight_in_16_bits(checkpoint: QuantizedCheckpoint, module: str) -> Tensor:
@@ -141,7 +155,7 @@ def _numbered_state(
     own = dict(model.named_parameters()).keys()
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
     state = {}
-    for name in model.state_dict():
+    for name, tensor in model.state_dict().items():
         if name in tied:
             continue
         if name not in stacks:
@@ -149,7 +163,7 @@ def _numbered_state(
             if module != name and isinstance(model.get_submodule(module), Conv1D):
                 state[name] = _numbered(module, model.get_parameter(name).shape[1], rows).T
             else:
-                count = shapes[module][0] if module in shapes else 1
+                count = len(tensor) if module in shapes or tensor.ndim == _CONVOLUTION else 1
                 state[name] = _numbered(module if module in shapes else name, count, rows)
             continue
         stack = stacks[name]
