@@ -16,13 +16,8 @@ from torch import Tensor
 
 from nybble.errors import RunError
 from nybble.export import safetensors_writer as module
-from nybble.export.safetensors_writer import (
-    TensorLayout,
-    read_metadata,
-    safetensors_writer,
-    weight_blocks,
-    written_by,
-)
+from nybble.export.safetensors_writer import read_metadata, weight_blocks, written_by
+from nybble.models.tensor_writer import TensorLayout, safetensors_writer
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 

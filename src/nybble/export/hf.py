@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nybble.export.base import Exporter
 from nybble.export.published import float16_blocks, locate_modules, published_layout, read_rows, tensor_layout
-from nybble.export.safetensors_writer import MODEL_FILE, safetensors_writer, written_by
+from nybble.export.safetensors_writer import MODEL_FILE, written_by
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
@@ -31,6 +31,7 @@ from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
+from nybble.models.tensor_writer import safetensors_writer
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
-from nybble.export.safetensors_writer import MODEL_FILE, SafetensorsWriter, TensorLayout
+from nybble.export.safetensors_writer import MODEL_FILE
 from nybble.export.transformers_folder import codes_to_words, tensor_names, words_to_codes
 from nybble.files import TensorReader
+from nybble.models.tensor_writer import SafetensorsWriter, TensorLayout
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.schema import read_json

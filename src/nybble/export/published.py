@@ -22,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError, describe_error
 from nybble.export.places import Place, by_name, by_tensor, join_tensors, stored_shape, take_rows
-from nybble.export.safetensors_writer import TensorLayout, weight_blocks
+from nybble.export.safetensors_writer import weight_blocks
 from nybble.export.transformers_folder import quantized_names
 from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model, transformers_model
 from nybble.models.experts import find_stacks
+from nybble.models.tensor_writer import TensorLayout
 
 _COLUMNS = 2
 """Of every matrix in the copy; their numbers tell rows from columns."""

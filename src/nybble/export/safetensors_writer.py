@@ -11,13 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nybble.models.tensor_writer import SafetensorsWriter, TensorLayout, safetensors_writer
 from nybble.quant.weight import QuantizedWeight
-
-__all__ = [
-    "MODEL_FILE", "SafetensorsWriter", "TensorLayout", "read_metadata", "row_blocks", "safetensors_writer",
-    "weight_blocks", "written_by",
-]  # fmt: skip
 
 MODEL_FILE = "model.safetensors"
 """Name of a file that is not split, for transformers, vLLM and mlx-lm."""

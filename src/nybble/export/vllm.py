@@ -30,7 +30,7 @@ from nybble.export.containers import four_or_eight_bits, split_groups
 from nybble.export.packed_layers import PackedFolder, layer_layouts, quantization_config, write_layer
 from nybble.export.places import Place, join_tensors, join_weights, take_rows
 from nybble.export.published import float16_blocks, locate_modules, published_layout, tensor_layout
-from nybble.export.safetensors_writer import MODEL_FILE, safetensors_writer, written_by
+from nybble.export.safetensors_writer import MODEL_FILE, written_by
 from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
@@ -45,6 +45,7 @@ from nybble.models.fused import fused_layers
 from nybble.models.linearize import transposed_layers
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
+from nybble.models.tensor_writer import safetensors_writer
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 

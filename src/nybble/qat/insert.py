@@ -6,7 +6,7 @@ Weights and biases that a new layer keeps are shared with the model, not copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -23,6 +23,7 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 
 L = TypeVar("L", FakeQuantizedFullLinear, FakeQuantizedRoundingLinear)
+M = TypeVar("M", bound=nn.Module)
 
 # Rows of an embedding that are quantized at once. Their float32 copies take 32 MB with a hidden size of 2048, while
 # those of a whole embedding with 150,000 rows would take 1.2 GB.
@@ -31,6 +32,15 @@ _ROWS_PER_CHUNK = 4096
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name))
+
+
+def _replace(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear], M]) -> dict[str, M]:
+    """Replace linear layers by what `make` returns for a name and the layer, one after the other."""
+    layers = {}
+    for name in names:
+        layers[name] = make(name, _linear(model, name))
+        model.set_submodule(name, layers[name])
+    return layers
 
 
 def insert_fake_quant_layers(
@@ -51,12 +61,13 @@ def insert_fake_quant_layers(
         Layer name -> new layer, in the order of `inits`.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name, init in inits.items():
-        linear = _linear(model, name)
-        layers[name] = FakeQuantizedLoRALinear(init, schemes[name], linear.bias, rank, linear.weight.dtype, generator)
-        model.set_submodule(name, layers[name])
-    return layers
+    return _replace(
+        model,
+        inits,
+        lambda name, linear: FakeQuantizedLoRALinear(
+            inits[name], schemes[name], linear.bias, rank, linear.weight.dtype, generator
+        ),
+    )
 
 
 def insert_fake_quant_layers_of(
@@ -81,12 +92,11 @@ def insert_fake_quant_layers_of(
         Layer name -> new layer, in the order of `inits`.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name, init in inits.items():
-        linear = _linear(model, name)
-        layers[name] = kind(init, schemes[name], linear.bias, linear.weight.dtype, generator)
-        model.set_submodule(name, layers[name])
-    return layers
+    return _replace(
+        model,
+        inits,
+        lambda name, linear: kind(inits[name], schemes[name], linear.bias, linear.weight.dtype, generator),
+    )
 
 
 def insert_fixed_codes_layers(
@@ -105,12 +115,13 @@ def insert_fixed_codes_layers(
         Layer name -> new layer, in the order of `weights`.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name, weight in weights.items():
-        linear = _linear(model, name)
-        layers[name] = FixedCodesLinear(weight.to(linear.weight.device), linear.bias, linear.weight.dtype, generator)
-        model.set_submodule(name, layers[name])
-    return layers
+    return _replace(
+        model,
+        weights,
+        lambda name, linear: FixedCodesLinear(
+            weights[name].to(linear.weight.device), linear.bias, linear.weight.dtype, generator
+        ),
+    )
 
 
 def insert_lora_layers(model: nn.Module, names: Iterable[str], rank: int, seed: int) -> dict[str, LoRALinear]:
@@ -128,12 +139,11 @@ def insert_lora_layers(model: nn.Module, names: Iterable[str], rank: int, seed: 
         Layer name -> new layer, in the order of `names`.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in names:
-        linear = _linear(model, name)
-        layers[name] = LoRALinear(linear.weight.detach(), linear.bias, rank, linear.weight.dtype, generator)
-        model.set_submodule(name, layers[name])
-    return layers
+    return _replace(
+        model,
+        names,
+        lambda name, linear: LoRALinear(linear.weight.detach(), linear.bias, rank, linear.weight.dtype, generator),
+    )
 
 
 @torch.no_grad()

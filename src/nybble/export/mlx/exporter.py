@@ -38,14 +38,7 @@ from nybble.export.base import Exporter
 from nybble.export.containers import split_groups
 from nybble.export.mlx import families
 from nybble.export.places import Place, by_tensor, join_tensors, join_weights, stored_shape, take_rows
-from nybble.export.safetensors_writer import (
-    MODEL_FILE,
-    SafetensorsWriter,
-    TensorLayout,
-    row_blocks,
-    safetensors_writer,
-    written_by,
-)
+from nybble.export.safetensors_writer import MODEL_FILE, row_blocks, written_by
 from nybble.export.stacks import stack_problem
 from nybble.export.transformers_folder import (
     codes_to_words,
@@ -59,6 +52,7 @@ from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
+from nybble.models.tensor_writer import SafetensorsWriter, TensorLayout, safetensors_writer
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.schema import read_json
