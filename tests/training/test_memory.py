@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nybble.compression.init import QuantizedInit
 from nybble.models.schemes import num_scales
@@ -192,6 +194,42 @@ def test_the_page_on_memory_has_the_figures_of_the_formula(row: str) -> None:
             setup = CompressionSetup(steps, 128 if steps else 0, 1024, 1024 * shapes.vocab_size * 2, on_gpu)
             found.append(f"{offloaded_memory(shapes, blocks, setup) / GB:.1f}")
     assert cells == [f"{found[i]} / {found[i + 1]}" for i in (0, 2, 4)]
+
+
+# Rows of docs/memory.md -> rank, copies of the weights, gradient checkpointing.
+TRAININGS = {
+    "distill, no adapters, `recompute`": (0, 0, False),
+    "distill, no adapters, `recompute`, gradient checkpointing": (0, 0, True),
+    "distill, no adapters, `step`": (0, 1, False),
+    "distill, rank 64, `recompute`, gradient checkpointing": (64, 0, True),
+    "distill, rank 256, `recompute`": (256, 0, False),
+    "distill, rank 256, `step`": (256, 2, False),
+}
+
+
+def test_the_page_on_memory_has_the_estimates_of_training_for_8_b() -> None:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shapes = ModelShapes.of(model, select_layers(model).linears)
+    kept = memory.positions_bytes(shapes, "fixed")
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    for row, (rank, copies, checkpointing) in TRAININGS.items():
+        setup = TrainingSetup(
+            shapes,
+            rank,
+            shapes.linear_weights // 64,
+            2048,
+            copies,
+            0,
+            positions_bytes=kept,
+            checkpointing=checkpointing,
+        )
+        cells = next(line for line in text.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")
+        assert cells[-1] == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
 
 
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:
