@@ -87,6 +87,7 @@ class DistillKeywords(TypedDict, total=False):
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]
+    base_weights: Literal["auto", "exact", "fixed"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]
@@ -149,6 +150,7 @@ class TuneKeywords(TypedDict, total=False):
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]
+    base_weights: Literal["auto", "exact", "fixed"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]
@@ -212,6 +214,7 @@ class CompareKeywords(TypedDict, total=False):
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]
+    base_weights: Literal["auto", "exact", "fixed"]
     early_stopping_patience: int
     save_steps: int
     report_to: str | Sequence[str]

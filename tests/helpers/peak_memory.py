@@ -48,7 +48,7 @@ def train(model: Any, rank: int, weight_copies: int, sequences: int, length: int
     `weight_copies` says what the step keeps, as for memory.TrainingSetup; above 0 the weights are cached.
     """
     names, teacher_head = select_layers(model).linears, LMHead.of(model, copy=True)
-    shapes, chunk = memory.ModelShapes.of(model, names), chunk_tokens(torch.device("cpu"))
+    shapes, chunk = memory.ModelShapes.of(model, names), chunk_tokens(torch.device("cpu"), VOCABULARY)
     inits = {}
     for name in names:
         weight_OI = model.get_submodule(name).weight.detach()
@@ -76,7 +76,10 @@ def train(model: Any, rank: int, weight_copies: int, sequences: int, length: int
     for _ in Trainer([ParameterGroup(parameters, 1e-3, 0.0)], objective, config, context).run():
         pass
     return memory.training_memory(
-        memory.TrainingSetup(shapes, rank, 64, chunk, weight_copies, logits_bytes=0), sequences * length
+        memory.TrainingSetup(
+            shapes, rank, shapes.linear_weights // 64, chunk, weight_copies, logits_bytes=0, averages=True, on_gpu=True
+        ),
+        sequences * length,
     )
 
 

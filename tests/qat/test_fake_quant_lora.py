@@ -9,11 +9,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nybble.compression.init import QuantizedInit
 from nybble.qat.base import cached_weights
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.quant.grid import min_max_qparams
+from nybble.quant.scheme import QuantScheme
 from tests.helpers import reference_quantizer as slow
 from tests.helpers.qat_layers import DTYPES, SCHEME, fake_quant_layer, saved_tensor_sizes
+
+
+def test_a_base_weight_of_one_byte_keeps_codes_and_adapters_move_it_from_its_position() -> None:
+    exact, fixed = fake_quant_layer(trained=False), fake_quant_layer(trained=False)
+    weight_OI, quantized = exact.base_OI(), exact.absorb()
+    fixed.to_fixed_point()
+    assert fixed.weight.dtype == torch.uint8
+    assert fixed.weight.numel() == exact.weight.numel()
+    assert torch.equal(fixed.absorb().codes_OI, quantized.codes_OI)
+    distance = (fixed.base_OI() - weight_OI).abs() / quantized.scale_OG.repeat_interleave(SCHEME.group_size, 1)
+    assert 0 < distance.median() < 1 / 50
+    assert (distance < 1 / 32 + 1e-4).float().mean() > 0.99  # clipped codes may be further
+    slow = fake_quant_layer(trained=False)
+    slow.weight.data.copy_(fixed.base_OI())  # exact in float32
+    inputs, upstream = torch.randn(7, slow.in_features), torch.randn(7, slow.out_features)
+    for layer in (fixed, slow):
+        torch.nn.init.normal_(layer.lora_b, 0, 0.1, generator=torch.Generator().manual_seed(1))
+        (layer(inputs) * upstream).sum().backward()
+    assert not torch.equal(fixed.absorb().codes_OI, quantized.codes_OI)
+    for name, parameter in slow.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, fixed.get_parameter(name).grad), name
+
+
+def test_codes_of_8_bits_leave_no_room_for_a_position() -> None:
+    scheme, weight_OI = QuantScheme(8, 16, symmetric=True), torch.randn(24, 64)
+    init = QuantizedInit(weight_OI, *min_max_qparams(weight_OI, scheme))
+    layer = FakeQuantizedLoRALinear(init, scheme, None, 8, torch.float32)
+    layer.to_fixed_point()
+    assert torch.equal(layer.base_OI(), weight_OI)
 
 
 @settings(max_examples=25, deadline=None)

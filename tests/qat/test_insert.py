@@ -25,7 +25,7 @@ def rtn_inits(model: nn.Module) -> dict[str, QuantizedInit]:
 
 
 def insert_fake_quant(model: nn.Module, inits: dict[str, QuantizedInit], seed: int) -> dict[str, nn.Module]:
-    return dict(insert.insert_fake_quant_layers(model, inits, dict.fromkeys(inits, SCHEME), 4, seed))
+    return dict(insert.insert_fake_quant_layers(model, dict(inits), dict.fromkeys(inits, SCHEME), 4, seed))
 
 
 def insert_fixed_codes(model: nn.Module, inits: dict[str, QuantizedInit], seed: int) -> dict[str, nn.Module]:

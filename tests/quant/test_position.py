@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.quant.grid import min_max_qparams, quantize
-from nybble.quant.position import pack_positions, weight_at_positions
+from nybble.quant.position import from_bytes, pack_positions, to_bytes, weight_at_positions
 from nybble.quant.scheme import BITS, QuantScheme
 from nybble.quant.weight import QuantizedWeight, unpack_codes
 
@@ -53,6 +53,10 @@ def test_positions_are_those_of_the_reference_and_keep_codes_and_themselves(
     again_OI = weight_at_positions(packed, weight)
     assert torch.equal(quantize(again_OI, weight.scale_OG, weight.zero_point_OG.float(), scheme), weight.codes_OI)
     assert torch.equal(pack_positions(again_OI, weight), packed)
+    if bits <= 4:  # code and position in one byte are the same weights
+        bytes_OI, zero_points_OG = to_bytes(weight_OI, weight), weight.zero_point_OG.float()
+        assert torch.equal(bytes_OI >> 4, weight.codes_OI)
+        assert torch.equal(from_bytes(bytes_OI, weight.scale_OG, zero_points_OG), again_OI)
     moved_OI = (again_OI.double() - weight_OI.double()).abs() / scales
     inside = (weight_OI / scales - (weight.codes_OI.float() - zero_points)).abs() <= 0.5
     assert moved_OI[inside].max() <= 1 / 32 + 1e-4

@@ -145,5 +145,7 @@ def test_bfloat16_hidden_states_give_a_float32_loss_and_a_bfloat16_gradient() ->
 
 
 def test_unknown_devices_use_the_chunk_size_of_the_cpu() -> None:
-    assert losses.chunk_tokens(torch.device("cuda")) == losses.CHUNK_TOKENS["cuda"]
-    assert losses.chunk_tokens(torch.device("mps")) == losses.CHUNK_TOKENS["cpu"]
+    assert losses.chunk_tokens(torch.device("cuda"), 49152) == losses.CHUNK_TOKENS["cuda"]
+    assert losses.chunk_tokens(torch.device("mps"), 49152) == losses.CHUNK_TOKENS["cpu"]
+    assert [losses.chunk_tokens(torch.device("cuda"), size) for size in (128256, 262144, 10**7)] == [512, 256, 128]
+    assert losses.chunk_tokens(torch.device("cpu"), 10**7) == losses.CHUNK_TOKENS["cpu"]

@@ -20,6 +20,7 @@ from nybble.qat.insert import insert_fake_quant_layers
 from nybble.quant.grid import min_max_qparams
 from nybble.quant.scheme import QuantScheme
 from nybble.training import memory
+from nybble.training.losses import chunk_tokens
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from nybble.training.memory_from_disk import BlockShapes, CompressionSetup, offloaded_memory
 from tests.helpers.mixtures import make_mixture
@@ -57,14 +58,30 @@ def test_each_weight_copy_costs_the_4_bit_weights() -> None:
     assert cached - recomputed == 2 * SHAPES.linear_weights * 4
 
 
-def test_without_adapters_layers_hold_one_byte_per_weight() -> None:
-    with_rank, without = (memory.training_memory(replace(SETUP, rank=rank), 256) for rank in (1, 0))
-    adapters = 24 * SHAPES.int4_features  # 16 bytes of Adam, and two float32 copies for averaging
+@pytest.mark.parametrize("averages", [False, True])
+def test_without_adapters_layers_hold_one_byte_per_weight(averages: bool) -> None:
+    setup = replace(SETUP, averages=averages, on_gpu=True)
+    with_rank, without = (memory.training_memory(replace(setup, rank=rank), 256) for rank in (1, 0))
+    adapters = (24 if averages else 16) * SHAPES.int4_features  # 16 bytes of Adam, and two float32 copies for averaging
     assert with_rank - without == SHAPES.linear_weights * (4 - 1) + adapters
 
 
+def test_frozen_weights_may_take_one_byte_each() -> None:
+    exact, fixed = (
+        memory.training_memory(replace(SETUP, fixed_point_weights=count), 256) for count in (0, SHAPES.linear_weights)
+    )
+    assert exact - fixed == 3 * SHAPES.linear_weights
+
+
+def test_codes_before_the_training_and_positions_are_in_the_memory_of_the_cpu() -> None:
+    setup = replace(SETUP, positions_bytes=1000)
+    cpu, gpu = (memory.training_memory(replace(setup, on_gpu=on_gpu), 256) for on_gpu in (False, True))
+    assert cpu - gpu == 1000 + SHAPES.linear_weights
+
+
 def test_trained_weights_replace_those_of_the_layers() -> None:
-    setups = [replace(SETUP, rank=0, train=train) for train in ("full", "lora", "rounding")]
+    setup = replace(SETUP, rank=0, averages=True, on_gpu=True)
+    setups = [replace(setup, train=train) for train in ("full", "lora", "rounding")]
     full, fixed, rounding = (memory.training_memory(setup, 256) for setup in setups)
     assert full - fixed == (24 - 1) * SHAPES.linear_weights  # 16 bytes of Adam, two float32 copies for averaging
     assert rounding - fixed == (3 + 24 / 8) * SHAPES.linear_weights + 24 * SHAPES.int4_features
@@ -196,40 +213,49 @@ def test_the_page_on_memory_has_the_figures_of_the_formula(row: str) -> None:
     assert cells == [f"{found[i]} / {found[i + 1]}" for i in (0, 2, 4)]
 
 
-# Rows of docs/memory.md -> rank, copies of the weights, gradient checkpointing.
+# Rows of docs/memory.md -> rank, copies of the weights, gradient checkpointing, base weights in one byte.
 TRAININGS = {
-    "distill, no adapters, `recompute`": (0, 0, False),
-    "distill, no adapters, `recompute`, gradient checkpointing": (0, 0, True),
-    "distill, no adapters, `step`": (0, 1, False),
-    "distill, rank 64, `recompute`, gradient checkpointing": (64, 0, True),
-    "distill, rank 256, `recompute`": (256, 0, False),
-    "distill, rank 256, `step`": (256, 2, False),
+    "distill, no adapters, `recompute`": (0, 0, False, False),
+    "distill, no adapters, `recompute`, checkpointing": (0, 0, True, False),
+    "distill, no adapters, `step`": (0, 1, False, False),
+    "distill, rank 64, `recompute`, checkpointing": (64, 0, True, False),
+    "distill, rank 64, `recompute`, checkpointing, `--base_weights fixed`": (64, 0, True, True),
+    "distill, rank 256, `recompute`, checkpointing, `--base_weights fixed`": (256, 0, True, True),
+    "distill, rank 256, `recompute`": (256, 0, False, False),
+    "distill, rank 256, `step`": (256, 2, False, False),
+}
+# Columns -> as in TABLE.
+MODELS = {
+    "SmolLM2-135M": (30, 576, 1536, 49152, True, 9, 3),
+    "Qwen2.5-0.5B": (24, 896, 4864, 151936, True, 14, 2),
+    "SmolLM2-1.7B": (24, 2048, 8192, 49152, True, 32, 32),
+    "Llama-3.2-3B": (28, 3072, 8192, 128256, True, 24, 8),
+    "Llama-3-8B": (32, 4096, 14336, 128256, False, 32, 8),
 }
 
 
-def test_the_page_on_memory_has_the_estimates_of_training_for_8_b() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
+    layers, width, inner, vocabulary, tied, heads, groups = MODELS[name]
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256,
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=vocabulary, tie_word_embeddings=tied,
+        head_dim=128 if width == 3072 else width // heads,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shapes = ModelShapes.of(model, select_layers(model).linears)
-    kept = memory.positions_bytes(shapes, "fixed")
-    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
-    for row, (rank, copies, checkpointing) in TRAININGS.items():
+    chunk, scales = chunk_tokens(torch.device("cuda"), vocabulary), shapes.linear_weights // 64
+    lines = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8").splitlines()
+    tables = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+    column = next(cells for cells in tables if "SmolLM2-135M" in cells).index(name)
+    for row, (rank, copies, checkpointing, fixed) in TRAININGS.items():
         setup = TrainingSetup(
-            shapes,
-            rank,
-            shapes.linear_weights // 64,
-            2048,
-            copies,
-            0,
-            positions_bytes=kept,
-            checkpointing=checkpointing,
-        )
-        cells = next(line for line in text.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")
-        assert cells[-1] == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
+            shapes, rank, scales, chunk, copies, 0, checkpointing=checkpointing, on_gpu=True,
+            fixed_point_weights=shapes.linear_weights if fixed else 0,
+        )  # fmt: skip
+        cells = next(cells for cells in tables if cells[0] == row)
+        assert cells[column] == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
 
 
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:

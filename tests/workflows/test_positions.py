@@ -11,24 +11,15 @@ from torch import Tensor
 
 from nybble.errors import RunError
 from nybble.models import positions_file, quantized_file
-from nybble.options.commands import CompressOptions
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.run.results import read_results
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from nybble.workflows.tune import tune
+from tests.helpers.compress import compress_options
 from tests.helpers.distill import distill_options, shipped_bytes
 from tests.helpers.tiny import save_model
 from tests.helpers.tune import tune_options
-
-
-def compress_options(model: Path, run: Path, **changes: Any) -> CompressOptions:
-    """A compression on the calibration text that `distill_options` gives."""
-    base = {
-        "pretrained": str(model), "output_dir": str(run), "data": ("python-docs",), "method": "rtn", "seq_len": 32,
-        "num_calibration_samples": 8, "num_test_samples": 4, "eval_tasks": (), "export": (), "group_size": 32,
-    }  # fmt: skip
-    return CompressOptions.of(**base | changes)
 
 
 def losses(run: Path) -> list[float]:

@@ -10,6 +10,7 @@ from nybble.options.base import Group, option, with_default
 
 WeightCache = Literal["auto", "step", "recompute"]
 Checkpointing = Literal["auto", "on", "off"]
+BaseWeights = Literal["auto", "exact", "fixed"]
 TrainedPart = Literal["lora", "full", "rounding"]
 Schedule = Literal["cosine", "constant", "constant_with_averaging"]
 
@@ -46,9 +47,19 @@ class TrainingOptions(Group):
         "on: keep the activations of one decoder block at a time, and compute each block again in the backward pass; "
         "auto: on where memory asks for it.",
     )
+    base_weights: BaseWeights = option(
+        "auto",
+        "Frozen weights to which adapters inside the rounding are added. exact: in the dtype of the model; fixed: one "
+        "byte a weight, its code and 4 bits of its position in the cell; auto: fixed where memory asks for it.",
+    )
     early_stopping_patience: int = option(0, "Stop after this many validations in a row without improvement; 0: never.")
     save_steps: int = option(10, "Optimizer steps between checkpoints.")
     report_to: tuple[str, ...] = option(("tensorboard",), "Where to log curves: tensorboard, or none.")
+
+    @property
+    def keeps_base_weights(self) -> bool:
+        """Whether layers keep frozen weights inside the rounding."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raise OptionError for values outside of their range."""
@@ -120,6 +131,11 @@ class DistillTrainingOptions(TrainingOptions):
         return self.lr > 0 and not self.codes_stay
 
     @property
+    def keeps_base_weights(self) -> bool:
+        """Whether layers keep frozen weights inside the rounding."""
+        return self.train == "rounding" or not (self.train == "full" or self.codes_stay)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
         return self.num_train_samples // self.batch_size
@@ -173,6 +189,11 @@ class TuneTrainingOptions(TrainingOptions):
     @property
     def trains_codes(self) -> bool:
         """Whether adapters are trained inside the rounding, so that codes change."""
+        return self.quantize == "during"
+
+    @property
+    def keeps_base_weights(self) -> bool:
+        """Whether layers keep frozen weights inside the rounding."""
         return self.quantize == "during"
 
     @property

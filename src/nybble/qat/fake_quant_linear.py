@@ -17,14 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nybble.compression.init import QuantizedInit
 from nybble.qat.base import QuantizedLinear
 from nybble.quant import fake_quant
 from nybble.quant import grid as quant_grid
+from nybble.quant.position import MAX_CODE_BITS, from_bytes, to_bytes
 from nybble.quant.weight import QuantizedWeight
 
 
 class FakeQuantizedLinear(QuantizedLinear):
-    """Linear layer that quantizes a trained weight in its forward. Subclasses define the weight."""
+    """Linear layer that quantizes a trained weight in its forward. Subclasses define the weight.
+
+    Attributes:
+        weight: the frozen weight before rounding, in subclasses that keep one; uint8 [O, I] after `to_fixed_point`.
+    """
+
+    weight: Tensor
+
+    @torch.no_grad()
+    def to_fixed_point(self) -> None:
+        """Keep a byte for each frozen weight, with its code and its position in the cell (quant/position.py).
+
+        The codes of the untrained layer stay. Codes of 8 bits leave no room for a position; such weights stay.
+        """
+        if self.scheme.bits > MAX_CODE_BITS:
+            return
+        init = QuantizedInit(self.weight.detach(), self.init_scale, self.zero_point)
+        del self.weight
+        self.register_buffer("weight", to_bytes(init.weight_OI, init.quantized(self.scheme)))
+
+    def base_OI(self) -> Tensor:
+        """Return the frozen weight before rounding, float32."""
+        if self.weight.dtype == torch.uint8:
+            return from_bytes(self.weight, self.init_scale, self.zero_point)
+        return self.weight.float()
 
     @property
     def trains_weight(self) -> bool:

@@ -72,7 +72,7 @@ class FakeQuantizedLoRALinear(FakeQuantizedLinear):
 
     def merged_OI(self) -> Tensor:
         """Compute weight + lora_b @ lora_a at the active rank; float32, differentiable."""
-        return add_adapters(self.weight, self.lora_a, self.lora_b, self.active_rank)
+        return add_adapters(self.base_OI(), self.lora_a, self.lora_b, self.active_rank)
 
     def rounding_scale_OG(self) -> Tensor:
         """The initial scales."""

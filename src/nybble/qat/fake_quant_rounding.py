@@ -52,7 +52,7 @@ class FakeQuantizedRoundingLinear(FakeQuantizedLinear):
     def merged_OI(self) -> Tensor:
         """Compute weight / exp(rho), which the initial scales round; float32, differentiable."""
         factor_OI = (-self.rho).exp().repeat_interleave(WEIGHTS_PER_RHO, 1)[:, : self.in_features]
-        return self.weight.float() * factor_OI
+        return self.base_OI() * factor_OI
 
     def rounding_scale_OG(self) -> Tensor:
         """The initial scales."""

@@ -6,7 +6,7 @@ Weights and biases that a new layer keeps are shared with the model, not copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TypeVar, cast
 
 import torch
@@ -44,7 +44,12 @@ def _replace(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Lin
 
 
 def insert_fake_quant_layers(
-    model: nn.Module, inits: Mapping[str, QuantizedInit], schemes: Mapping[str, QuantScheme], rank: int, seed: int
+    model: nn.Module,
+    inits: MutableMapping[str, QuantizedInit],
+    schemes: Mapping[str, QuantScheme],
+    rank: int,
+    seed: int,
+    fixed_point: bool = False,
 ) -> dict[str, FakeQuantizedLoRALinear]:
     """Replace linear layers, in place, by fake-quantized ones with LoRA adapters inside the rounding.
 
@@ -52,30 +57,35 @@ def insert_fake_quant_layers(
 
     Args:
         model: the model whose layers are replaced.
-        inits: layer name -> result of compression.
+        inits: layer name -> result of compression. They are removed from it one by one, so that their memory is freed.
         schemes: layer name -> scheme that the weight was compressed with.
         rank: rank of the adapters, clamped to the smaller side of each layer.
         seed: seed of the adapters and log scale shifts.
+        fixed_point: keep frozen weights in one byte each, see `FakeQuantizedLinear.to_fixed_point`.
 
     Returns:
         Layer name -> new layer, in the order of `inits`.
     """
     generator = torch.Generator().manual_seed(seed)
-    return _replace(
-        model,
-        inits,
-        lambda name, linear: FakeQuantizedLoRALinear(
-            inits[name], schemes[name], linear.bias, rank, linear.weight.dtype, generator
-        ),
-    )
+
+    def make(name: str, linear: nn.Linear) -> FakeQuantizedLoRALinear:
+        layer = FakeQuantizedLoRALinear(
+            inits.pop(name), schemes[name], linear.bias, rank, linear.weight.dtype, generator
+        )
+        if fixed_point:
+            layer.to_fixed_point()
+        return layer
+
+    return _replace(model, list(inits), make)
 
 
 def insert_fake_quant_layers_of(
     kind: type[L],
     model: nn.Module,
-    inits: Mapping[str, QuantizedInit],
+    inits: MutableMapping[str, QuantizedInit],
     schemes: Mapping[str, QuantScheme],
     seed: int,
+    fixed_point: bool = False,
 ) -> dict[str, L]:
     """Replace linear layers, in place, by fake-quantized ones without adapters.
 
@@ -84,19 +94,24 @@ def insert_fake_quant_layers_of(
     Args:
         kind: class of the layers: weights are trained, or the scales that round.
         model: the model whose layers are replaced.
-        inits: layer name -> result of compression.
+        inits: layer name -> result of compression. They are removed from it one by one, so that their memory is freed.
         schemes: layer name -> scheme that the weight was compressed with.
         seed: seed of the log scale shifts.
+        fixed_point: keep frozen weights in one byte each, see `FakeQuantizedLinear.to_fixed_point`; not for trained
+            weights.
 
     Returns:
         Layer name -> new layer, in the order of `inits`.
     """
     generator = torch.Generator().manual_seed(seed)
-    return _replace(
-        model,
-        inits,
-        lambda name, linear: kind(inits[name], schemes[name], linear.bias, linear.weight.dtype, generator),
-    )
+
+    def make(name: str, linear: nn.Linear) -> L:
+        layer = kind(inits.pop(name), schemes[name], linear.bias, linear.weight.dtype, generator)
+        if fixed_point:
+            layer.to_fixed_point()
+        return layer
+
+    return _replace(model, list(inits), make)
 
 
 def insert_fixed_codes_layers(

@@ -30,6 +30,8 @@ CHUNK_COPIES = 5
 _LAYER_TEMPORARIES = 6
 FLOAT32 = 4
 ADAM = 16  # float32 parameter, gradient and two moments
+_AVERAGES = 2 * FLOAT32  # averaged parameters, and the trained ones while the averages are measured
+_INITIAL_SCALE = 2 * FLOAT32  # a scale and a zero point as the layers keep them
 # Matrices of the size of second moments while gptq factors them: estimate, damped, two of the factorization.
 MATRICES = 4
 # float32 copies of the rows that share an input while they are rounded.
@@ -101,13 +103,17 @@ class TrainingSetup:
         rank: rank of the adapters; 0 = no adapters, the layers hold codes of one byte instead of weights.
         train: as --train has it. full: the weights themselves are trained, in float32, and there are no others.
             rounding: one number for 8 weights is.
-        positions_bytes: bytes of the positions of weights between their codes, as they are kept.
+        positions_bytes: bytes of the positions of weights between their codes, as they are kept; in the memory of the
+            CPU and on disk.
         num_scales: scales of the linear layers that are trained.
         chunk_tokens: tokens whose logits exist at the same time in the loss, see `losses.chunk_tokens`.
         weight_copies: additional copies of the 4-bit layers' weights: 0 = weights are recomputed in every forward and
             backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
         logits_bytes: bytes of the logits that exist at the same time while the model is measured.
         checkpointing: decoder blocks keep their inputs alone, and one at a time all activations.
+        fixed_point_weights: numbers in frozen weights that take one byte each, see --base_weights.
+        averages: the schedule averages what is trained.
+        on_gpu: memory is that of a GPU. On a CPU, it holds the codes before the training and the positions as well.
     """
 
     shapes: ModelShapes
@@ -119,6 +125,9 @@ class TrainingSetup:
     train: str = "lora"
     positions_bytes: int = 0
     checkpointing: bool = False
+    fixed_point_weights: int = 0
+    averages: bool = False
+    on_gpu: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -159,20 +168,30 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     """
     shapes = setup.shapes
     untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
-    of_weight = {"full": 0, "rounding": shapes.itemsize}.get(setup.train, shapes.itemsize if setup.rank else 1)
-    int4 = shapes.linear_weights * of_weight
-    int4 += setup.positions_bytes
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * FLOAT32
-    # The two additional float32 copies are the averaged weights, and the trained ones while averages are measured.
-    trained = (ADAM + 2 * FLOAT32) * setup.trained_parameters
+    trained = (ADAM + _AVERAGES * setup.averages) * setup.trained_parameters
     of_one = activations(shapes, microbatch_tokens)
     kept = shapes.num_layers * of_one
     if setup.checkpointing:
         kept = of_one + shapes.num_layers * microbatch_tokens * shapes.hidden_size * shapes.itemsize
     loss = CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * FLOAT32
-    model = untouched + int4 + shapes.head_bytes  # the teacher's head is a copy
+    model = untouched + _linear_layers(setup) + shapes.head_bytes  # the teacher's head is a copy
     return OVERHEAD + model + cache + temporaries + trained + max(kept, setup.logits_bytes) + loss
+
+
+def _linear_layers(setup: TrainingSetup) -> int:
+    """Bytes of what the linear layers hold besides trained parameters, and on a CPU of what waits for the end."""
+    shapes = setup.shapes
+    keep_weights = setup.train == "rounding" or (setup.train == "lora" and setup.rank > 0)
+    weights = 0 if setup.train == "full" else shapes.linear_weights
+    if keep_weights:
+        weights = setup.fixed_point_weights + (weights - setup.fixed_point_weights) * shapes.itemsize
+    size = weights + _INITIAL_SCALE * setup.num_scales
+    if setup.on_gpu:
+        return size
+    changing = setup.train != "lora" or setup.rank > 0
+    return size + setup.positions_bytes + (shapes.linear_weights if changing else 0)
 
 
 def measuring_memory(shapes: ModelShapes, logits_bytes: int) -> int:

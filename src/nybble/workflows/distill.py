@@ -134,10 +134,8 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
     execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
     return options.replace(
-        weight_cache=execution.weight_cache,
-        microbatch_size=execution.microbatch_size,
-        gradient_checkpointing="on" if execution.gradient_checkpointing else "off",
         output_dir=str(options.folder),
+        **execution.options(),
         **method,
     )
 
@@ -147,6 +145,8 @@ def _warn(training: DistillTrainingOptions) -> None:
     changed = (training.lr, training.weight_decay) != (DistillTrainingOptions.lr, DistillTrainingOptions.weight_decay)
     if training.codes_stay and changed:
         log.warning("--lr and --weight_decay have no effect: they are those of adapters, and --lora_rank is 0")
+    if training.base_weights == "fixed" and not training.keeps_base_weights:
+        log.warning("--base_weights has no effect: no frozen weights are kept without adapters")
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,13 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     """Compress, train, absorb and save."""
     run, loaded = context.run, context.loaded
     model = loaded.model
-    compressed = steps.compress_model(context)
+    compressed, fixed_point = steps.compress_model(context), options.base_weights == "fixed"
     layers: dict[str, QuantizedLinear] = {}
     if options.train == "lora":
-        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank)
+        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank, fixed_point)
     else:
-        layers |= train.insert_layers_without_adapters(context, compressed, options.train)
+        layers |= train.insert_layers_without_adapters(context, compressed, options.train, fixed_point)
     positions = TrainedPositions.of(context, compressed, options.codes_stay)
-    if options.train == "full":
-        compressed.release_inits()  # the layers have weights of their own
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}

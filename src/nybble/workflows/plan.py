@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -91,7 +91,8 @@ def keep_saved_choices(options: AnyRun) -> AnyRun:
     if not (options.run.resume and check_folder(options.folder, resume=True, overwrite=False)):
         return options
     saved, given = saved_options(options.folder), options.flat()
-    automatic = {"method": AUTO, "weight_cache": AUTO, "microbatch_size": 0, "gradient_checkpointing": AUTO}
+    automatic: dict[str, Any] = {"method": AUTO, "microbatch_size": 0}
+    automatic |= dict.fromkeys(("weight_cache", "gradient_checkpointing", "base_weights"), AUTO)
     return options.replace(
         **{key: saved[key] for key, value in automatic.items() if given.get(key) == value and key in saved}
     )

@@ -35,7 +35,7 @@ def compressed_positions(context: RunContext, compressed: CompressedModel) -> Ma
     def position(name: str) -> Tensor:
         weight_OI = inits[name].weight_OI
         if keep == "exact":
-            return weight_OI
+            return weight_OI.cpu()
         return pack_positions(weight_OI, compressed.weights[name].to(weight_OI.device)).cpu()
 
     if isinstance(inits, dict):

@@ -108,7 +108,7 @@ class CompressedModel:
     """A model that was compressed in place.
 
     Attributes:
-        inits: where each 4-bit layer starts, by name.
+        inits: where each 4-bit layer starts, by name; a dictionary unless the model is on disk.
         weights: all quantized weights, those in 8 bits too, on the CPU.
         has_positions: inits lie where the compression left them; False where they lie in the middle of their cells.
     """
@@ -116,6 +116,12 @@ class CompressedModel:
     inits: Mapping[str, QuantizedInit]
     weights: Mapping[str, QuantizedWeight]
     has_positions: bool = True
+
+    @property
+    def inits_in_memory(self) -> dict[str, QuantizedInit]:
+        """The inits of a model that is not on disk."""
+        assert isinstance(self.inits, dict), "only compress works with models on disk"
+        return self.inits
 
     def release_inits(self) -> None:
         """Free the weights before rounding, where they are in memory."""

@@ -209,16 +209,16 @@ def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData) ->
     execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
     return options.replace(
-        weight_cache=execution.weight_cache,
-        microbatch_size=execution.microbatch_size,
-        gradient_checkpointing="on" if execution.gradient_checkpointing else "off",
         output_dir=str(options.folder),
+        **execution.options(),
         **method,
     )
 
 
 def _warn_of_unused(training: TuneTrainingOptions) -> None:
     """Warn of options that have no effect with this --quantize."""
+    if training.base_weights == "fixed" and not training.keeps_base_weights:
+        log.warning("--base_weights has no effect with --quantize after: adapters are trained on 16-bit weights")
     if training.quantize == "during":
         unused, where = ("scale_epochs", "norm_lr"), "--quantize during"
     elif not training.scale_training_epochs:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from nybble import processes
 from nybble.callbacks import Callback, CallbackList
 from nybble.files import check_free_disk
-from nybble.models.schemes import num_scales
+from nybble.models.schemes import num_scales, weight_shapes
 from nybble.options.commands import TrainCommand
 from nybble.options.training import TrainedPart, TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
@@ -28,6 +29,7 @@ from nybble.qat.insert import (
     insert_lora_layers,
 )
 from nybble.qat.lora import LoRALinear
+from nybble.quant.position import MAX_CODE_BITS
 from nybble.run.folder import RunFolder
 from nybble.run.results import Phase, Training, read_results
 from nybble.training import memory
@@ -78,11 +80,22 @@ class ExecutionPlan:
         weight_cache: see --weight_cache.
         microbatch_size: sequences per forward pass.
         gradient_checkpointing: decoder blocks are computed again in the backward.
+        fixed_point: frozen weights take one byte each.
     """
 
     weight_cache: Literal["step", "recompute"]
     microbatch_size: int
     gradient_checkpointing: bool
+    fixed_point: bool
+
+    def options(self) -> dict[str, Any]:
+        """These choices as values of options."""
+        return {
+            "weight_cache": self.weight_cache,
+            "microbatch_size": self.microbatch_size,
+            "gradient_checkpointing": "on" if self.gradient_checkpointing else "off",
+            "base_weights": "fixed" if self.fixed_point else "exact",
+        }
 
 
 def plan_memory(
@@ -104,46 +117,74 @@ def plan_memory(
         train=size.train,
         positions_bytes=memory.positions_bytes(shapes, options.compression.keep_positions),
         num_scales=num_scales(planned.loaded.model, planned.selection),
-        chunk_tokens=chunk_tokens(device),
+        chunk_tokens=chunk_tokens(device, shapes.vocab_size),
         weight_copies=size.weight_copies,
         logits_bytes=plan.measured_logit_bytes(planned, tasks),
+        averages=training.lr_scheduler_type == "constant_with_averaging",
+        on_gpu=device.type != "cpu",
     )
-    cache = training.weight_cache
-    if cache == "auto":
-        cache = "step" if memory.fits(memory.training_memory(setup, size.seq_len), available) else "recompute"
-    setup = replace(setup, weight_copies=size.weight_copies if cache == "step" else 0)
-    checkpointing = training.gradient_checkpointing == "on"
-    if training.gradient_checkpointing == "auto":
-        smallest = max(1, training.microbatch_size) * size.seq_len
-        checkpointing = not memory.fits(memory.training_memory(setup, smallest), available)
-    setup = replace(setup, checkpointing=checkpointing)
     limits = MicrobatchLimits(
         length=size.seq_len,
         batch_size=min(training.batch_size, size.max_rows or training.batch_size),
         available_bytes=available,
         max_tokens=_MAX_MICROBATCH_TOKENS.get(device.type, _MAX_MICROBATCH_TOKENS["cpu"]),
     )
-    microbatch_size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
+    setup, chosen = _choose(training, planned, setup, limits)
     wanted = options.compression.num_calibration_samples
     needed = max(
-        memory.training_memory(setup, microbatch_size * size.seq_len),
+        memory.training_memory(setup, chosen.microbatch_size * size.seq_len),
         plan.calibration_memory(setup.shapes, planned, wanted),
     )
     if not _is_trained(options):
         disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(setup.shapes, planned)
         check_free_disk(options.folder, disk)
         log.info(
-            "estimate: %.1f GB of memory (%s cache%s; %.1f GB free), %.1f GB of disk",
-            needed / 1e9, cache, ", gradient checkpointing" * checkpointing, available / 1e9, disk / 1e9,
+            "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk",
+            needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
+            ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9,
         )  # fmt: skip
         fewer = "--train lora" if size.train == "full" else "a smaller rank"
-        remedy = (
-            f"{fewer}, --microbatch_size 1, --weight_cache recompute, --gradient_checkpointing on or a shorter "
-            "--seq_len needs less"
-        )
-        plan.warn_of_memory(needed, available, remedy)
+        smaller = ["--microbatch_size 1", "--weight_cache recompute", "--gradient_checkpointing on"]
+        smaller += ["--base_weights fixed"] * training.keeps_base_weights
+        plan.warn_of_memory(needed, available, f"{fewer}, {', '.join(smaller)} or a shorter --seq_len needs less")
     # Free memory differs between processes; what they choose by it must not.
-    return processes.on_first(lambda: ExecutionPlan(cache, microbatch_size, checkpointing))
+    return processes.on_first(lambda: chosen)
+
+
+def _choose(
+    training: TrainingOptions, planned: PlannedRun, setup: TrainingSetup, limits: MicrobatchLimits
+) -> tuple[TrainingSetup, ExecutionPlan]:
+    """Choose what was not given, in the order of what it costs: the cache, checkpointing, base weights in one byte.
+
+    Returns: the setup that follows, and what was chosen.
+    """
+    smallest = max(1, training.microbatch_size) * limits.length
+
+    def fits(tokens: int) -> bool:
+        return memory.fits(memory.training_memory(setup, tokens), limits.available_bytes)
+
+    cache = training.weight_cache
+    if cache == "auto":
+        cache = "step" if fits(limits.length) else "recompute"
+    setup = replace(setup, weight_copies=setup.weight_copies if cache == "step" else 0)
+    checkpointing = training.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "off" if fits(smallest) else "on"
+    setup = replace(setup, checkpointing=checkpointing == "on")
+    base = training.base_weights if training.keeps_base_weights else "exact"
+    if base == "auto":
+        base = "exact" if fits(smallest) else "fixed"
+    if base == "fixed":
+        setup = replace(setup, fixed_point_weights=_short_weights(planned))
+    size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
+    return setup, ExecutionPlan(cache, size, setup.checkpointing, base == "fixed")
+
+
+def _short_weights(planned: PlannedRun) -> int:
+    """Numbers in the linear layers whose codes leave room for a position in one byte."""
+    shapes, selection = weight_shapes(planned.loaded.model, planned.selection), planned.selection
+    short = [name for name in selection.linears if selection.schemes[name].bits <= MAX_CODE_BITS]
+    return sum(math.prod(shapes[name]) for name in short)
 
 
 def _is_trained(options: TrainCommand) -> bool:
@@ -151,11 +192,19 @@ def _is_trained(options: TrainCommand) -> bool:
     return options.run.resume and read_results(options.folder).phase.reached(Phase.QUANTIZED)
 
 
-def insert_quantized_layers(context: RunContext, compressed: CompressedModel, rank: int) -> dict[str, QuantizedLinear]:
-    """Replace the compressed layers by trainable ones: adapters inside the rounding, or fixed codes at rank 0."""
+def insert_quantized_layers(
+    context: RunContext, compressed: CompressedModel, rank: int, fixed_point: bool = False
+) -> dict[str, QuantizedLinear]:
+    """Replace the compressed layers by trainable ones: adapters inside the rounding, or fixed codes at rank 0.
+
+    Args:
+        compressed: with adapters it loses its inits, layer by layer, so that their memory is freed.
+        fixed_point: the frozen weights take one byte each.
+    """
     model, layers = context.loaded.model, dict[str, QuantizedLinear]()
     if rank:
-        layers |= insert_fake_quant_layers(model, compressed.inits, context.selection.schemes, rank, context.seed)
+        inits, schemes = compressed.inits_in_memory, context.selection.schemes
+        layers |= insert_fake_quant_layers(model, inits, schemes, rank, context.seed, fixed_point)
     else:
         codes = {name: compressed.weights[name] for name in compressed.inits}
         layers |= insert_fixed_codes_layers(model, codes, context.seed)
@@ -164,15 +213,20 @@ def insert_quantized_layers(context: RunContext, compressed: CompressedModel, ra
 
 
 def insert_layers_without_adapters(
-    context: RunContext, compressed: CompressedModel, train: Literal["full", "rounding"]
+    context: RunContext, compressed: CompressedModel, train: Literal["full", "rounding"], fixed_point: bool
 ) -> dict[str, QuantizedLinear]:
-    """Replace the compressed layers by ones whose weights, or the scales that round them, are trained."""
+    """Replace the compressed layers by ones whose weights, or the scales that round them, are trained.
+
+    Args:
+        compressed: loses its inits, layer by layer, so that their memory is freed.
+        fixed_point: the frozen weights take one byte each.
+    """
     context.run.results.train, model, layers = train, context.loaded.model, dict[str, QuantizedLinear]()
-    given = model, compressed.inits, context.selection.schemes, context.seed
+    given = model, compressed.inits_in_memory, context.selection.schemes, context.seed
     if train == "full":
         layers |= insert_fake_quant_layers_of(FakeQuantizedFullLinear, *given)
     else:
-        layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given)
+        layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given, fixed_point)
     _note_rank(context.run, layers, 0)
     return layers
 

@@ -134,7 +134,8 @@ def _insert(task_run: TaskRun) -> TunedRun:
         layers |= train.insert_adapters(context, rank)
         return TunedRun(task_run, layers, None)
     compressed = steps.compress_model(context)
-    layers |= train.insert_quantized_layers(context, compressed, rank)
+    fixed_point = task_run.options.training.base_weights == "fixed"
+    layers |= train.insert_quantized_layers(context, compressed, rank, fixed_point)
     positions = TrainedPositions.of(context, compressed, codes_stay=False)
     return TunedRun(task_run, layers, dict(compressed.weights), positions)
 
