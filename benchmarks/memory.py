@@ -1,10 +1,12 @@
-"""Peak memory and time of compressing and measuring a random Llama with 1.07 B parameters block by block from disk.
+"""Peak memory and time of compressing, training and measuring a random Llama with 1.07 B parameters.
 
     python benchmarks/memory.py [--methods rtn awq+se+gptq] [--offload disk] [--layers 16] [--work FOLDER]
+    python benchmarks/memory.py --methods --train "--lora_rank 64 --base_weights fixed" "--lora_rank 0"
 
-bfloat16 on disk, vocabulary 49152, 16 layers of 2048 and 8192; 16 x 256 tokens of calibration. Target: 3 GB. Every run
-is a process of its own, which reports the peak of its resident memory; beside it stands the estimate that nybble
-prints. benchmarks/mixture.py does the same for a mixture of experts.
+bfloat16 on disk, vocabulary 49152, 16 layers of 2048 and 8192. Compression: 16 x 256 tokens of calibration, block by
+block from disk; target 3 GB. Training: two steps of distillation with 1 x 1024 tokens, without a weight cache and with
+gradient checkpointing. Every run is a process of its own, which reports the peak of its resident memory; beside it
+stands the estimate that nybble prints. benchmarks/mixture.py does the same for a mixture of experts.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def run(*arguments: str) -> str:
     peak = next((int(line.split()[1]) for line in lines if line.startswith("peak ")), 0)
     estimate = re.search(r"estimate: ([\d.]+) GB", process.stdout)
     print(
-        f"{' '.join(arguments[:1] + arguments[-4:]):60} {peak / GB:5.2f} GB (estimate "
+        f"{' '.join(arguments[:1] + arguments[-4:]):80} {peak / GB:5.2f} GB (estimate "
         f"{estimate[1] if estimate else 'none'})  {seconds:5.0f} s",
         flush=True,
     )
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--limit_blocks", type=int, default=16, help="calibrate this many blocks; all of them have the same peak"
     )
+    parser.add_argument("--train", nargs="*", default=[], help="options of a distillation, quoted, one for each run")
     parser.add_argument("--work", type=Path, default=None, help="folder for the model and the runs")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="nybble-"))
@@ -89,14 +92,19 @@ def main() -> None:
         make_model(work / "model", options.layers)
         (work / "text.txt").write_text(inspect.getsource(argparse) * 8, encoding="utf-8")
     common = ["--pretrained", str(work / "model"), "--data", str(work / "text.txt"), "--dtype", "bfloat16"]
-    common += ["--seq_len", "256", "--num_calibration_samples", "16", "--num_test_samples", "4", "--export", "none"]
-    common += ["--eval_tasks", "none", "--other_data", "none", "--overwrite"]
+    common += ["--export", "none", "--eval_tasks", "none", "--other_data", "none", "--overwrite"]
     for method in options.methods:
         folder = str(work / f"{method}-{options.offload}")
-        arguments = [*common, "--output_dir", folder]
+        arguments = [*common, "--output_dir", folder, "--seq_len", "256", "--num_test_samples", "4"]
+        arguments += ["--num_calibration_samples", "16"]
         if method != "rtn":
             arguments += ["--limit_blocks", str(options.limit_blocks)]
         run("compress", *arguments, "--method", method, "--offload", options.offload)
+    for number, choices in enumerate(options.train):
+        arguments = [*common, "--output_dir", str(work / f"train-{number}"), "--seq_len", "1024", "--method", "rtn"]
+        arguments += ["--num_train_samples", "2", "--num_validation_samples", "1", "--num_test_samples", "1"]
+        arguments += ["--batch_size", "1", "--epochs", "1", "--weight_cache", "recompute"]
+        run("distill", *arguments, "--gradient_checkpointing", "on", *choices.split())
     if options.work is None:
         shutil.rmtree(work)
 

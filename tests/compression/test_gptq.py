@@ -37,7 +37,7 @@ def error_of(
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 def test_codes_equal_those_of_the_slow_reference(activation_order: bool, damping: float) -> None:
     weight, gram = random_layer(5, 32)
-    hessian = Hessian.of(gram, damping, activation_order=activation_order)
+    hessian = Hessian.of(gram.clone(), damping, activation_order=activation_order)
     running, scale, zero_point = gptq.compensate(weight, hessian, SCHEME, MinMaxScales())
     order = gram.diagonal().argsort(descending=True).tolist() if activation_order else list(range(32))
     expected = reference_gptq(weight, damped(gram, damping), scale, zero_point, 15, order)
@@ -46,7 +46,7 @@ def test_codes_equal_those_of_the_slow_reference(activation_order: bool, damping
 
 def test_scales_are_chosen_for_the_running_weights() -> None:
     weight, gram = random_layer(5, 32)
-    _, scale, _ = gptq.compensate(weight, Hessian.of(gram, DAMPING), SCHEME, MinMaxScales())
+    _, scale, _ = gptq.compensate(weight, Hessian.of(gram.clone(), DAMPING), SCHEME, MinMaxScales())
     original, _ = min_max_qparams(weight, SCHEME)
     assert torch.equal(scale[:, 0], original[:, 0]), "nothing is rounded before the first group"
     assert not torch.equal(scale[:, 1:], original[:, 1:])
@@ -55,7 +55,7 @@ def test_scales_are_chosen_for_the_running_weights() -> None:
 def test_importance_is_the_error_that_later_columns_cannot_compensate() -> None:
     weight, gram = random_layer(5, 32)
     scales = RecordingScales()
-    gptq.compensate(weight, Hessian.of(gram, DAMPING), SCHEME, scales)
+    gptq.compensate(weight, Hessian.of(gram.clone(), DAMPING), SCHEME, scales)
     assert len(scales.importances) == 4
     for g, importance in enumerate(scales.importances):
         costs = [1 / torch.linalg.inv(damped(gram)[j:, j:])[0, 0] for j in range(8 * g, 8 * g + 8)]
@@ -64,7 +64,7 @@ def test_importance_is_the_error_that_later_columns_cannot_compensate() -> None:
 
 def test_activation_order_chooses_scales_for_the_original_weights() -> None:
     weight, gram = random_layer(5, 32)
-    hessian = Hessian.of(gram, DAMPING, activation_order=True)
+    hessian = Hessian.of(gram.clone(), DAMPING, activation_order=True)
     _, scale, zero_point = gptq.compensate(weight, hessian, SCHEME, MinMaxScales())
     assert torch.equal(scale, min_max_qparams(weight, SCHEME)[0])
     assert torch.equal(zero_point, min_max_qparams(weight, SCHEME)[1])
@@ -74,7 +74,7 @@ def test_activation_order_chooses_scales_for_the_original_weights() -> None:
 def test_output_error_is_below_that_of_rounding_to_nearest(scales: ScaleMethod) -> None:
     weight, gram = random_layer(64, 64)
     nearest = output_error(round_to_nearest(weight, SCHEME) - weight, gram).sum()
-    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram, DAMPING), SCHEME, scales)
+    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram.clone(), DAMPING), SCHEME, scales)
     codes = quantize(running, scale, zero_point, SCHEME)
     assert error_of(codes, scale, zero_point, RoundingTarget(weight, gram)).sum() < 0.6 * nearest
 
@@ -82,7 +82,7 @@ def test_output_error_is_below_that_of_rounding_to_nearest(scales: ScaleMethod) 
 def test_an_unused_input_does_no_harm() -> None:
     weight, gram = random_layer(5, 32)
     gram[:8] = gram[:, :8] = 0
-    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram, DAMPING), SCHEME, MinMaxScales())
+    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram.clone(), DAMPING), SCHEME, MinMaxScales())
     assert torch.equal(running[:, :8], weight[:, :8]), "an unused column gets no compensation and gives none"
     assert running.isfinite().all()
     assert scale.isfinite().all()
@@ -93,7 +93,7 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(caplog: pytest
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 1.05  # an eigenvalue of -0.05
     with caplog.at_level(logging.WARNING, "nybble"):
-        upper = Hessian.of(gram, 0.01, "layers.0.q_proj").upper_II
+        upper = Hessian.of(gram.clone(), 0.01, "layers.0.q_proj").upper_II
     assert "layers.0.q_proj: the Hessian is not positive definite with damping 0.01; used 0.1" in caplog.text
     # The smallest eigenvalue is 0.05, so float32 leaves a relative error of about 1e-6 in an inverse of up to 20.
     assert torch.allclose(upper.T @ upper, torch.linalg.inv(gram + 0.1 * torch.eye(8)), atol=1e-3)
@@ -137,7 +137,7 @@ def test_descent_gives_each_code_its_best_value() -> None:
 
 def test_polishing_raises_the_error_of_no_row() -> None:
     weight, gram = random_layer(32, 64)
-    hessian = Hessian.of(gram, DAMPING)
+    hessian = Hessian.of(gram.clone(), DAMPING)
     target = RoundingTarget(weight, hessian.matrix_II)
     running, scale, zero_point = gptq.compensate(weight, hessian, SCHEME, ScaleEstimation())
     rounded = RoundedWeight(quantize(running, scale, zero_point, SCHEME), running, scale, zero_point)
@@ -150,9 +150,11 @@ def test_polishing_raises_the_error_of_no_row() -> None:
 
 def test_scales_that_cannot_be_fitted_leave_the_result_of_gptq() -> None:
     weight, gram = random_layer(5, 32)
-    rounder = GPTQ().make_rounder("a", gram, MinMaxScales(), SCHEME, Calibration(torch.zeros(1, 1), gptq_damping=0.3))
+    rounder = GPTQ().make_rounder(
+        "a", gram.clone(), MinMaxScales(), SCHEME, Calibration(torch.zeros(1, 1), gptq_damping=0.3)
+    )
     rounded = rounder(weight)
-    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram, 0.3), SCHEME, MinMaxScales())
+    running, scale, zero_point = gptq.compensate(weight, Hessian.of(gram.clone(), 0.3), SCHEME, MinMaxScales())
     assert torch.equal(rounded.codes_OI, quantize(running, scale, zero_point, SCHEME))
     assert torch.equal(rounded.weight_OI, running)
 
@@ -160,8 +162,8 @@ def test_scales_that_cannot_be_fitted_leave_the_result_of_gptq() -> None:
 def test_the_rounder_uses_the_settings_and_polishes() -> None:
     weight, gram = random_layer(5, 32)
     calibration = Calibration(torch.zeros(1, 1), gptq_damping=0.3, gptq_activation_order=True)
-    rounded = GPTQ().make_rounder("a", gram, ScaleEstimation(), SCHEME, calibration)(weight)
-    hessian = Hessian.of(gram, 0.3, activation_order=True)
+    rounded = GPTQ().make_rounder("a", gram.clone(), ScaleEstimation(), SCHEME, calibration)(weight)
+    hessian = Hessian.of(gram.clone(), 0.3, activation_order=True)
     running, scale, zero_point = gptq.compensate(weight, hessian, SCHEME, ScaleEstimation())
     expected = gptq.polish(
         RoundedWeight(quantize(running, scale, zero_point, SCHEME), running, scale, zero_point),

@@ -20,7 +20,7 @@ def round_with(
 ) -> dict[str, QuantizedInit]:
     combination = combine(methods)
     calibration = Calibration(torch.zeros(1, 1))
-    rounder = combination.rounding.make_rounder("a", gram, combination.scales, SCHEME, calibration)
+    rounder = combination.rounding.make_rounder("a", gram.clone(), combination.scales, SCHEME, calibration)
     return round_layers(linears, rounder, SCHEME)
 
 

@@ -170,7 +170,8 @@ class RoundingMethod(CompressionMethod, ABC):
 
         Args:
             name: path of the first of these layers in the model, for messages.
-            gram_II: mean of x x^T over the inputs x; None in a combination that needs no calibration text.
+            gram_II: mean of x x^T over the inputs x, which the rounder may change; None in a combination that needs no
+                calibration text.
             scales: chooses scale and zero point.
             scheme: bits and group size.
             calibration: text and settings; None where gram_II is None.

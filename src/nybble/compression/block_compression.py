@@ -120,12 +120,12 @@ class BlockCompressor:
 
     def _round(self, i: int, shared: InputStatistics) -> dict[str, QuantizedInit]:
         """Round the layers that share an input, those of one scheme at a time."""
-        schemes, inits, expected_II = self._schemes(i), dict[str, QuantizedInit](), shared.expected_II()
+        schemes, inits = self._schemes(i), dict[str, QuantizedInit]()
         for scheme in dict.fromkeys(schemes[name] for name in shared.layers):
             names = [name for name in shared.layers if schemes[name] == scheme]
             rounder = self.methods.rounding.make_rounder(
                 self.blocks.prefixes[i] + names[0],
-                expected_II,
+                shared.expected_II(),
                 self.methods.scales,
                 scheme,
                 self.calibration,

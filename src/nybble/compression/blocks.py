@@ -65,6 +65,8 @@ class InputStatistics:
     def expected_II(self) -> Tensor:
         """Estimate of the second moments on other text: gram_II, shrunk towards its diagonal where tokens are few.
 
+        A new tensor, which belongs to the caller.
+
             (N gram + I diagonal) / (N + I)        for N tokens and I input channels, if N < 16 I
 
         A method that fits correlations which few tokens have by chance is worse than round-to-nearest on others: for
@@ -73,7 +75,7 @@ class InputStatistics:
         """
         inputs = len(self.gram_II)
         if self.tokens >= _MANY_TOKENS_PER_INPUT * inputs:
-            return self.gram_II
+            return self.gram_II.clone()
         expected_II = self.gram_II * (self.tokens / (self.tokens + inputs))
         expected_II.diagonal().copy_(self.gram_II.diagonal())
         return expected_II

@@ -82,7 +82,8 @@ class Hessian:
         """Damp and factor a matrix. If it is not positive definite, the damping is raised tenfold, up to 1.
 
         Args:
-            gram_II: mean of x x^T over the inputs x; at least float32.
+            gram_II: mean of x x^T over the inputs x; at least float32. It becomes matrix_II: for the widest inputs of
+                large models, each copy takes gigabytes.
             damping: relative to the mean of the diagonal.
             name: layer name for messages.
             activation_order: sort the columns by the size of their inputs.
@@ -92,11 +93,10 @@ class Hessian:
         """
         mean = float(gram_II.diagonal().mean()) or 1.0  # 1 for a layer whose inputs are all zero
         order_I = gram_II.diagonal().argsort(descending=True) if activation_order else None
-        requested = damping
+        matrix_II, diagonal_I, requested = gram_II, gram_II.diagonal().clone(), damping
         while True:
-            matrix_II = gram_II.clone()
-            matrix_II.diagonal().add_(damping * mean)
-            upper_II = _inverse_factor(matrix_II if order_I is None else matrix_II[order_I][:, order_I])
+            matrix_II.diagonal().copy_(diagonal_I + damping * mean)
+            upper_II = _inverse_factor(matrix_II, order_I)
             if upper_II is not None:
                 if damping > requested:
                     log.warning(
@@ -111,15 +111,21 @@ class Hessian:
             damping = min(1.0, 10 * damping)
 
 
-def _inverse_factor(matrix_II: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of the inverse; None if the matrix or its inverse is not positive definite."""
-    lower_II, info = torch.linalg.cholesky_ex(matrix_II)
+def _inverse_factor(matrix_II: Tensor, order_I: Tensor | None) -> Tensor | None:
+    """Upper Cholesky factor of the inverse, in an order of the columns; None if either is not positive definite.
+
+    All three steps compute in one matrix, which is column-major as LAPACK wants it.
+    """
+    ordered_II = matrix_II if order_I is None else matrix_II[order_I][:, order_I]
+    work_II = torch.empty_like(matrix_II).mT.copy_(ordered_II)
+    del ordered_II
+    info = torch.zeros((), dtype=torch.int32, device=work_II.device)
+    torch.linalg.cholesky_ex(work_II, out=(work_II, info))
     if info:
         return None
-    inverse_II = torch.cholesky_inverse(lower_II)
-    del lower_II  # it can be as large as the weights of a block
-    upper_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
-    return None if info else upper_II
+    torch.cholesky_inverse(work_II, out=work_II)
+    torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, info))
+    return None if info else work_II
 
 
 def compensate(

@@ -32,8 +32,9 @@ FLOAT32 = 4
 ADAM = 16  # float32 parameter, gradient and two moments
 _AVERAGES = 2 * FLOAT32  # averaged parameters, and the trained ones while the averages are measured
 _INITIAL_SCALE = 2 * FLOAT32  # a scale and a zero point as the layers keep them
-# Matrices of the size of second moments while gptq factors them: estimate, damped, two of the factorization.
-MATRICES = 4
+# Matrices of the size of second moments that gptq has: their damped estimate, and its factor. On a GPU the inverse is
+# computed beside the factor.
+MATRICES = 2
 # float32 copies of the rows that share an input while they are rounded.
 ROW_COPIES = 4
 # Positions whose logits exist at once while a model is measured, see evaluation/perplexity.py.

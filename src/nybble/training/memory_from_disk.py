@@ -93,7 +93,7 @@ def offloaded_memory(shapes: ModelShapes, blocks: BlockShapes, setup: Compressio
     if not setup.sequences:
         rows = max(ROW_COPIES * inputs * outputs * FLOAT32 for inputs, outputs in blocks.groups)
         return held + max(measuring, rows)
-    rounding = max(_rounding(inputs, outputs, "gptq" in setup.steps) for inputs, outputs in blocks.groups)
+    rounding = max(_rounding(inputs, outputs, setup) for inputs, outputs in blocks.groups)
     trained = (ADAM + 2 * FLOAT32) * blocks.block if "blockwise" in setup.steps else 0
     kept = activations(shapes, max(setup.length, TOKENS_PER_FORWARD))
     stream = setup.sequences * setup.length * shapes.hidden_size * shapes.itemsize
@@ -102,15 +102,15 @@ def offloaded_memory(shapes: ModelShapes, blocks: BlockShapes, setup: Compressio
     return held + max(measuring, work)
 
 
-def _rounding(inputs: int, outputs: int, factors: bool) -> int:
+def _rounding(inputs: int, outputs: int, setup: CompressionSetup) -> int:
     """Bytes of the matrices and rows that exist while the layers with one input are rounded.
 
     Args:
         inputs: width of the input, I.
         outputs: rows of all these layers.
-        factors: gptq factors the second moments first.
+        setup: the compression.
     """
     rows = ROW_COPIES * inputs * outputs
-    if not factors:
+    if "gptq" not in setup.steps:
         return (inputs**2 + rows) * FLOAT32
-    return max(MATRICES * inputs**2, (MATRICES - 1) * inputs**2 + rows) * FLOAT32
+    return max((MATRICES + setup.on_gpu) * inputs**2, MATRICES * inputs**2 + rows) * FLOAT32
