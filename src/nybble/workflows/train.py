@@ -133,10 +133,11 @@ def plan_memory(
     wanted = options.compression.num_calibration_samples
     needed = max(
         memory.training_memory(setup, chosen.microbatch_size * size.seq_len),
-        plan.calibration_memory(setup.shapes, planned, wanted),
+        plan.calibration_memory(shapes, planned, wanted),
+        memory.measuring_memory(shapes, setup.logits_bytes),
     )
     if not _is_trained(options):
-        disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(setup.shapes, planned)
+        disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(shapes, planned)
         check_free_disk(options.folder, disk)
         log.info(
             "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk",
