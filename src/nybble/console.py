@@ -52,6 +52,10 @@ class _PlainHandler(logging.Handler):
         console.print(self.format(record), soft_wrap=True, highlight=False)
 
 
+# transformers imports torchao where it is installed, which reports kernels for GPUs that it cannot load.
+_TORCHAO = ("torchao", "torch.utils._pytree")
+
+
 def set_up_logging() -> None:
     """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when data are
@@ -72,7 +76,7 @@ def set_up_logging() -> None:
     log.propagate = False
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "lm-eval", "accelerate", "httpx", "huggingface_hub", "datasets"):
+    for name in ("lm_eval", "lm-eval", "accelerate", "httpx", "huggingface_hub", "datasets", *_TORCHAO):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers|torch.jit|openvino|lm_eval")
 

@@ -84,6 +84,7 @@ class DistillKeywords(TypedDict, total=False):
     microbatch_size: int
     weight_decay: float
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
+    optim: Literal["adamw", "adamw_8bit"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]
@@ -147,6 +148,7 @@ class TuneKeywords(TypedDict, total=False):
     microbatch_size: int
     weight_decay: float
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
+    optim: Literal["adamw", "adamw_8bit"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]
@@ -211,6 +213,7 @@ class CompareKeywords(TypedDict, total=False):
     microbatch_size: int
     weight_decay: float
     lr_scheduler_type: Literal["cosine", "constant", "constant_with_averaging"]
+    optim: Literal["adamw", "adamw_8bit"]
     max_grad_norm: float
     weight_cache: Literal["auto", "step", "recompute"]
     gradient_checkpointing: Literal["auto", "on", "off"]

@@ -113,14 +113,18 @@ def set_openmp_spin() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of returning it to the system.
+    """Let glibc reuse freed memory instead of returning it to the system, except for tensors above 32 MB.
 
-    Training frees and allocates the same large tensors in every step, and page faults on fresh memory cost more than
-    the arithmetic. A step on 2 cores becomes about a fifth faster.
+    Training frees and allocates the same tensors in every step, and page faults on fresh memory cost more than the
+    arithmetic. A step of SmolLM2-135M on 2 cores becomes about a fifth faster. Larger tensors leave holes that others
+    do not fill: with all of them kept, training adapters on a Llama of 0.34 B parameters took 7.1 GB instead of 2.9.
     """
     global _keeps_freed_memory
     _keeps_freed_memory = True
-    _set_allocator((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    large = 32 << 20  # glibc takes no more
+    _set_allocator(
+        (_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, large), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)
+    )
 
 
 @contextmanager

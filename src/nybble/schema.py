@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise SchemaError(f"it cannot be read ({error})") from error
 
 

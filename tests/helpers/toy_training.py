@@ -38,6 +38,7 @@ class Toy:
 
 def make_toy(
     weights: Tensor | None = None,
+    outputs: int = 8,
     nan_at_step: int | None = None,
     nan_in: Literal["loss", "gradient"] = "loss",
     validate: Callable[[], dict[str, float]] | None = None,
@@ -46,13 +47,14 @@ def make_toy(
 
     Args:
         weights: [ROWS] number of loss terms in each row; None = one each.
+        outputs: columns of "a", and size of "b".
         nan_at_step: this step, counted from 0, gives a NaN.
         nan_in: whether the loss is NaN with finite gradients, or the other way round.
         validate: replaces the validation.
     """
     generator = torch.Generator().manual_seed(1)
-    a = nn.Parameter(torch.randn(8, 8, generator=generator))
-    b = nn.Parameter(torch.randn(8, generator=generator))
+    a = nn.Parameter(torch.randn(8, outputs, generator=generator))
+    b = nn.Parameter(torch.randn(outputs, generator=generator))
     steps: list[int] = []  # the step of each pass so far
 
     def loss_of_rows(indices: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ def test_none_is_an_empty_list(none: object) -> None:
     assert CompressOptions.of(pretrained="m", export=none).evaluation.export == ()
 
 
+NO_FILE_NAME = "must be text that a file name can hold; '{}' has a zero byte or half of a character in it"
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -52,6 +55,8 @@ def test_none_is_an_empty_list(none: object) -> None:
         ({"resume": 1}, "resume must be true or false; got 1"),
         ({"data_dir": 1}, "data_dir must be text; got 1"),
         ({"batchsize": 1}, "batchsize is no option of nybble distill; did you mean batch_size?"),
+        ({"pretrained": "\ud800"}, rf"pretrained {NO_FILE_NAME.format(chr(92) + 'ud800')}"),
+        ({"data": ("a", "b\0c")}, rf"data {NO_FILE_NAME.format('b' + chr(92) + 'x00c')}"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:

@@ -11,7 +11,7 @@ from nybble.options.toml import recipe_values, run_values, to_toml
 
 @pytest.mark.parametrize(
     "text",
-    ["m", 'C:\\new "quoted"', "line\nbreak\ttab\x00\x1f\x7f\x80", "\u65e5\u672c \U0001f600", "a = 1 # no comment"],
+    ["m", 'C:\\new "quoted"', "line\nbreak\ttab\x01\x1f\x7f\x80", "\u65e5\u672c \U0001f600", "a = 1 # no comment"],
 )
 def test_options_survive_toml(text: str, tmp_path: Path) -> None:
     options = DistillOptions.of(

@@ -73,6 +73,11 @@ def test_frozen_weights_may_take_one_byte_each() -> None:
     assert exact - fixed == 3 * SHAPES.linear_weights
 
 
+def test_short_moments_save_6_bytes_for_each_trained_parameter() -> None:
+    exact, short = (memory.training_memory(replace(SETUP, short_moments=on), 256) for on in (False, True))
+    assert exact - short == 6 * SETUP.trained_parameters
+
+
 def test_codes_before_the_training_and_positions_are_in_the_memory_of_the_cpu() -> None:
     setup = replace(SETUP, positions_bytes=1000)
     cpu, gpu = (memory.training_memory(replace(setup, on_gpu=on_gpu), 256) for on_gpu in (False, True))

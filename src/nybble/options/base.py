@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -153,7 +154,20 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         fits = type(value) in kinds and not (isinstance(value, float) and math.isnan(value))
     if not fits:
         raise OptionError(f"{name} must be {describe_type(hint)}; got {value!r}")
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not _is_path_text(text):
+            raise OptionError(
+                f"{name} must be text that a file name can hold; {text!a} has a zero byte or half of a character in it"
+            )
     return value
+
+
+def _is_path_text(text: str) -> bool:
+    """Whether the file system takes a text; bytes that are no UTF-8 on the command line are taken as well."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def describe_type(hint: Any) -> str:

@@ -12,6 +12,7 @@ WeightCache = Literal["auto", "step", "recompute"]
 Checkpointing = Literal["auto", "on", "off"]
 BaseWeights = Literal["auto", "exact", "fixed"]
 TrainedPart = Literal["lora", "full", "rounding"]
+Optim = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["cosine", "constant", "constant_with_averaging"]
 
 
@@ -35,6 +36,10 @@ class TrainingOptions(Group):
         "cosine",
         "After the warmup: cosine decay to zero; constant; constant_with_averaging: constant, and the result is the "
         "mean of the weights over all steps after the first third.",
+    )
+    optim: Optim = option(
+        "adamw",
+        "adamw_8bit: moments in 8 bits, 6 bytes less for each trained parameter; needs the extra 8bit (torchao).",
     )
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; inf: never.")
     weight_cache: WeightCache = option(

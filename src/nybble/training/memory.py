@@ -30,6 +30,7 @@ CHUNK_COPIES = 5
 _LAYER_TEMPORARIES = 6
 FLOAT32 = 4
 ADAM = 16  # float32 parameter, gradient and two moments
+_SHORT_MOMENTS = 6  # what moments in 8 bits save of that, but for one scale for 256
 _AVERAGES = 2 * FLOAT32  # averaged parameters, and the trained ones while the averages are measured
 _INITIAL_SCALE = 2 * FLOAT32  # a scale and a zero point as the layers keep them
 # Matrices of the size of second moments that gptq has: their damped estimate, and its factor. On a GPU the inverse is
@@ -113,6 +114,7 @@ class TrainingSetup:
         logits_bytes: bytes of the logits that exist at the same time while the model is measured.
         checkpointing: decoder blocks keep their inputs alone, and one at a time all activations.
         fixed_point_weights: numbers in frozen weights that take one byte each, see --base_weights.
+        short_moments: the optimizer keeps moments in 8 bits.
         averages: the schedule averages what is trained.
         on_gpu: memory is that of a GPU. On a CPU, it holds the codes before the training and the positions as well.
     """
@@ -127,6 +129,7 @@ class TrainingSetup:
     positions_bytes: int = 0
     checkpointing: bool = False
     fixed_point_weights: int = 0
+    short_moments: bool = False
     averages: bool = False
     on_gpu: bool = False
 
@@ -171,7 +174,7 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * FLOAT32
-    trained = (ADAM + _AVERAGES * setup.averages) * setup.trained_parameters
+    trained = (ADAM - _SHORT_MOMENTS * setup.short_moments + _AVERAGES * setup.averages) * setup.trained_parameters
     of_one = activations(shapes, microbatch_tokens)
     kept = shapes.num_layers * of_one
     if setup.checkpointing:

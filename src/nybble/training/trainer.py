@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from nybble import processes
 from nybble.errors import TrainingError
 from nybble.schema import SchemaError
+from nybble.training import optimizer
 from nybble.training.objective import TrainingObjective
+from nybble.training.optimizer import Optim
 
 LRSchedulerType = Literal["cosine", "constant", "constant_with_averaging"]
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainerConfig:
         max_grad_norm: gradients with a larger L2 norm are scaled down to this norm.
         lr_scheduler_type: see `lr_multiplier`. With "constant_with_averaging", validation and the final model use the
             average of the weights over all steps but the first third (SWA, https://arxiv.org/abs/1803.05407).
+        optim: see training/optimizer.py.
     """
 
     steps: int
@@ -66,6 +68,7 @@ class TrainerConfig:
     warmup_ratio: float
     max_grad_norm: float
     lr_scheduler_type: LRSchedulerType
+    optim: Optim = "adamw"
 
 
 @dataclass
@@ -154,7 +157,7 @@ class Trainer:
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
             for group in groups
         ]
-        self.optimizer = torch.optim.AdamW(torch_groups, fused=True)
+        self.optimizer = optimizer.make_optimizer(torch_groups, config.optim)
         self._peak_lrs = [group.lr for group in groups]
         self.averages: dict[str, Tensor] = {}
         self.progress = TrainingProgress()
@@ -174,8 +177,8 @@ class Trainer:
             started = time.perf_counter()
             step = self.progress.step
             multiplier = lr_multiplier(step, config.steps, config.warmup_ratio, config.lr_scheduler_type)
-            for group, peak_lr in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
-                group["lr"] = peak_lr * multiplier
+            rates = [peak_lr * multiplier for peak_lr in self._peak_lrs]
+            optimizer.set_learning_rates(self.optimizer, rates)
             loss, last_pass = self._accumulate_gradients(step)
             grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -194,7 +197,7 @@ class Trainer:
                 "loss": loss,
                 "last_pass": last_pass,
                 "grad_norm": grad_norm,
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": rates[0],
                 "seconds": time.perf_counter() - started,
             }
 
@@ -246,8 +249,8 @@ class Trainer:
         tensors = {f"mean:{name}": average for name, average in self.averages.items()}
         for name, parameter in self.parameters.items():
             tensors[name] = parameter.detach()
-            if parameter in self.optimizer.state:
-                tensors |= {f"{key}:{name}": self.optimizer.state[parameter][key] for key in _ADAM_STATE}
+            state = optimizer.state_of(self.optimizer, parameter)
+            tensors |= {f"{key}:{name}": tensor for key, tensor in state.items()}
         return tensors
 
     def state_layout(self, names: Container[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -259,7 +262,8 @@ class Trainer:
             if f"mean:{name}" in names:
                 layout[f"mean:{name}"] = whole
             if f"step:{name}" in names:
-                layout |= {f"{key}:{name}": (torch.float32, ()) if key == "step" else whole for key in _ADAM_STATE}
+                state = optimizer.state_layout(self.optimizer, parameter)
+                layout |= {f"{key}:{name}": found for key, found in state.items()}
         return layout
 
     @torch.no_grad()
@@ -270,6 +274,5 @@ class Trainer:
             if f"mean:{name}" in tensors:
                 self.averages[name] = tensors[f"mean:{name}"].to(parameter.device, copy=True)
             if f"step:{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"{key}:{name}"].to(parameter.device, copy=True) for key in _ADAM_STATE
-                }
+                keys = optimizer.state_layout(self.optimizer, parameter)
+                optimizer.load_state(self.optimizer, parameter, {key: tensors[f"{key}:{name}"] for key in keys})

@@ -36,7 +36,7 @@ from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
-from nybble.workflows import plan, session, steps, text, train
+from nybble.workflows import execution, plan, session, steps, text, train
 from nybble.workflows.judge import judge_distillation
 from nybble.workflows.measure import (
     DECODER_ERROR_TOKENS,
@@ -124,18 +124,18 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
         "%d steps of %d x %d tokens = %.2f M tokens, %.2f passes over the %d training sequences",
         steps_, training.batch_size, seq_len, sequences * seq_len / 1e6, sequences / count, count,
     )  # fmt: skip
-    size = train.TrainingSize(
+    size = execution.TrainingSize(
         rank=training.lora_rank if training.train == "lora" else 0,
         train=training.train,
         seq_len=seq_len,
         teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
         weight_copies=2 if training.train != "lora" or (training.scale_lr and training.lora_rank) else 1,
     )
-    execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
+    chosen = execution.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
     return options.replace(
         output_dir=str(options.folder),
-        **execution.options(),
+        **chosen.options(),
         **method,
     )
 

@@ -32,7 +32,7 @@ from nybble.tasks.sources import is_scored_by_lm_eval
 from nybble.tasks.task_data import TaskData, TaskDataConfig, load_task_data
 from nybble.tasks.teacher import load_teacher
 from nybble.training.objective import TrainingObjective
-from nybble.workflows import plan, session, steps, train
+from nybble.workflows import execution, plan, session, steps
 from nybble.workflows.measure import Evaluator, TaskScorer
 from nybble.workflows.plan import PlannedRun
 from nybble.workflows.steps import RunContext
@@ -199,18 +199,18 @@ def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData) ->
         training.epochs, len(data.texts) // training.batch_size, training.batch_size,
         " ".join(map(str, data.rank_space)), data.num_decoder_layers,
     )  # fmt: skip
-    size = train.TrainingSize(
+    size = execution.TrainingSize(
         rank=max(data.rank_space),
         seq_len=max(data.forward_tokens()),
         teacher_tokens=planned.text.test.ids.numel(),
         weight_copies=2 if training.quantize == "during" and training.scale_lr else 1,
         max_rows=max_microbatch_rows(data, planned.loaded.model.device.type),
     )
-    execution = train.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
+    chosen = execution.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
     return options.replace(
         output_dir=str(options.folder),
-        **execution.options(),
+        **chosen.options(),
         **method,
     )
 

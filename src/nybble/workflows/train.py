@@ -1,24 +1,19 @@
-"""What distill and tune share around a training: memory plan, layers to train, the call of fit."""
+"""What distill and tune share around a training: layers to train, and the call of fit."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from nybble import processes
 from nybble.callbacks import Callback, CallbackList
-from nybble.files import check_free_disk
-from nybble.models.schemes import num_scales, weight_shapes
-from nybble.options.commands import TrainCommand
-from nybble.options.training import TrainedPart, TrainingOptions
+from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
@@ -29,168 +24,16 @@ from nybble.qat.insert import (
     insert_lora_layers,
 )
 from nybble.qat.lora import LoRALinear
-from nybble.quant.position import MAX_CODE_BITS
 from nybble.run.folder import RunFolder
-from nybble.run.results import Phase, Training, read_results
-from nybble.training import memory
+from nybble.run.results import Training
 from nybble.training.checkpointing import checkpointed_blocks
 from nybble.training.fit import FitConfig, checkpoint_names, fit, load_parameters
-from nybble.training.losses import chunk_tokens
-from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from nybble.training.objective import TrainingObjective
 from nybble.training.tensorboard import TensorBoardCallback
 from nybble.training.trainer import ParameterGroup, TrainerConfig
-from nybble.workflows import plan
-from nybble.workflows.plan import PlannedRun
 from nybble.workflows.steps import CompressedModel, RunContext
 
 log = logging.getLogger("nybble")
-
-# Larger microbatches are no faster, because the matrix products are already large, and need more memory. The value for
-# GPUs is an upper bound that was not measured.
-_MAX_MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
-
-
-@dataclass(frozen=True)
-class TrainingSize:
-    """What the memory of a training depends on, besides the model.
-
-    Attributes:
-        rank: of the adapters; 0 = none.
-        train: what is trained beside scales and norms.
-        seq_len: tokens in the longest sequence that is trained on.
-        teacher_tokens: tokens whose teacher states are kept on disk.
-        weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
-        max_rows: upper bound on the sequences of an automatic microbatch; None = what memory allows.
-    """
-
-    rank: int
-    seq_len: int
-    teacher_tokens: int
-    weight_copies: int
-    max_rows: int | None = None
-    train: TrainedPart = "lora"
-
-
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """How a training computes; chosen by the estimate of memory unless it was given.
-
-    Attributes:
-        weight_cache: see --weight_cache.
-        microbatch_size: sequences per forward pass.
-        gradient_checkpointing: decoder blocks are computed again in the backward.
-        fixed_point: frozen weights take one byte each.
-    """
-
-    weight_cache: Literal["step", "recompute"]
-    microbatch_size: int
-    gradient_checkpointing: bool
-    fixed_point: bool
-
-    def options(self) -> dict[str, Any]:
-        """These choices as values of options."""
-        return {
-            "weight_cache": self.weight_cache,
-            "microbatch_size": self.microbatch_size,
-            "gradient_checkpointing": "on" if self.gradient_checkpointing else "off",
-            "base_weights": "fixed" if self.fixed_point else "exact",
-        }
-
-
-def plan_memory(
-    options: TrainCommand, training: TrainingOptions, planned: PlannedRun, size: TrainingSize, tasks: tuple[str, ...]
-) -> ExecutionPlan:
-    """Choose how to compute by the memory that is free; log the estimate, refuse a small disk, and warn of memory.
-
-    Args:
-        tasks: lm-eval tasks that are measured.
-
-    Raises:
-        RunError: the disk is too small.
-    """
-    device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
-    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
-    setup = TrainingSetup(
-        shapes=shapes,
-        rank=size.rank,
-        train=size.train,
-        positions_bytes=memory.positions_bytes(shapes, options.compression.keep_positions),
-        num_scales=num_scales(planned.loaded.model, planned.selection),
-        chunk_tokens=chunk_tokens(device, shapes.vocab_size),
-        weight_copies=size.weight_copies,
-        logits_bytes=plan.measured_logit_bytes(planned, tasks),
-        averages=training.lr_scheduler_type == "constant_with_averaging",
-        on_gpu=device.type != "cpu",
-    )
-    limits = MicrobatchLimits(
-        length=size.seq_len,
-        batch_size=min(training.batch_size, size.max_rows or training.batch_size),
-        available_bytes=available,
-        max_tokens=_MAX_MICROBATCH_TOKENS.get(device.type, _MAX_MICROBATCH_TOKENS["cpu"]),
-    )
-    setup, chosen = _choose(training, planned, setup, limits)
-    wanted = options.compression.num_calibration_samples
-    needed = max(
-        memory.training_memory(setup, chosen.microbatch_size * size.seq_len),
-        plan.calibration_memory(shapes, planned, wanted),
-        memory.measuring_memory(shapes, setup.logits_bytes),
-    )
-    if not _is_trained(options):
-        disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(shapes, planned)
-        check_free_disk(options.folder, disk)
-        log.info(
-            "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk",
-            needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
-            ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9,
-        )  # fmt: skip
-        fewer = "--train lora" if size.train == "full" else "a smaller rank"
-        smaller = ["--microbatch_size 1", "--weight_cache recompute", "--gradient_checkpointing on"]
-        smaller += ["--base_weights fixed"] * training.keeps_base_weights
-        plan.warn_of_memory(needed, available, f"{fewer}, {', '.join(smaller)} or a shorter --seq_len needs less")
-    # Free memory differs between processes; what they choose by it must not.
-    return processes.on_first(lambda: chosen)
-
-
-def _choose(
-    training: TrainingOptions, planned: PlannedRun, setup: TrainingSetup, limits: MicrobatchLimits
-) -> tuple[TrainingSetup, ExecutionPlan]:
-    """Choose what was not given, in the order of what it costs: the cache, checkpointing, base weights in one byte.
-
-    Returns: the setup that follows, and what was chosen.
-    """
-    smallest = max(1, training.microbatch_size) * limits.length
-
-    def fits(tokens: int) -> bool:
-        return memory.fits(memory.training_memory(setup, tokens), limits.available_bytes)
-
-    cache = training.weight_cache
-    if cache == "auto":
-        cache = "step" if fits(limits.length) else "recompute"
-    setup = replace(setup, weight_copies=setup.weight_copies if cache == "step" else 0)
-    checkpointing = training.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = "off" if fits(smallest) else "on"
-    setup = replace(setup, checkpointing=checkpointing == "on")
-    base = training.base_weights if training.keeps_base_weights else "exact"
-    if base == "auto":
-        base = "exact" if fits(smallest) else "fixed"
-    if base == "fixed":
-        setup = replace(setup, fixed_point_weights=_short_weights(planned))
-    size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
-    return setup, ExecutionPlan(cache, size, setup.checkpointing, base == "fixed")
-
-
-def _short_weights(planned: PlannedRun) -> int:
-    """Numbers in the linear layers whose codes leave room for a position in one byte."""
-    shapes, selection = weight_shapes(planned.loaded.model, planned.selection), planned.selection
-    short = [name for name in selection.linears if selection.schemes[name].bits <= MAX_CODE_BITS]
-    return sum(math.prod(shapes[name]) for name in short)
-
-
-def _is_trained(options: TrainCommand) -> bool:
-    """Whether the run that is resumed has its 4-bit model already."""
-    return options.run.resume and read_results(options.folder).phase.reached(Phase.QUANTIZED)
 
 
 def insert_quantized_layers(
@@ -310,6 +153,7 @@ def train_parameters(
         warmup_ratio=options.warmup_ratio,
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=options.lr_scheduler_type,
+        optim=options.optim,
     )
     config = FitConfig(trainer, options.save_steps, options.early_stopping_patience, name)
     callbacks: list[Callback] = [_SaveSeconds(run), context.callback]
