@@ -232,12 +232,14 @@ def test_logits_must_be_those_of_torch(error: float, accepted: bool, scale: floa
             exporter.export(checkpoint, tmp_path / "toy")
 
 
-def test_logits_of_large_models_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_large_models_are_compared_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, exporter = make_checkpoint(tmp_path / "quantized", "smollm"), Broken()
     (tmp_path / "toy").mkdir()
     exporter.error = 1.0
     monkeypatch.setattr(Broken, "most_parameters_compared", checkpoint.num_parameters - 1)
     assert exporter.export(checkpoint, tmp_path / "toy").logit_difference is None
+    with pytest.raises(ExportError, match="must give the logits of torch"):
+        exporter.export(checkpoint, tmp_path / "toy", compare_logits=True)
     monkeypatch.setattr(Broken, "most_parameters_compared", checkpoint.num_parameters)
     with pytest.raises(ExportError, match="must give the logits of torch"):
         exporter.export(checkpoint, tmp_path / "toy")

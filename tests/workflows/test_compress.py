@@ -11,6 +11,7 @@ from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForC
 
 from nybble.cli.main import main
 from nybble.compression import awq, blockwise, methods
+from nybble.export.base import EXPORTERS
 from nybble.models import quantized_file, quantized_model
 from nybble.options.commands import CompressOptions
 from nybble.run.results import read_results
@@ -476,3 +477,12 @@ def test_text_of_another_domain_is_measured_on_every_model(tmp_path: Path) -> No
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"| {compressed['other_token_perplexity']:.3f} | {compressed['other_kl_to_teacher']:.4f} |" in report
     assert "Another domain: " in report
+
+
+def test_logits_of_a_large_export_are_compared_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EXPORTERS["hf"], "most_parameters_compared", 0)
+    run = tmp_path / "run"
+    assert main(compress_command(save_model(tmp_path / "model", "llama"), run)) == 0
+    for words, difference in (([], None), (["--compare_logits"], 0.0)):
+        assert main(["export", str(run), "--to", "hf", *words]) == 0
+        assert read_results(run).exports["hf"]["logit_difference"] == difference

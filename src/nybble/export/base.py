@@ -83,7 +83,7 @@ class Exporter(ABC):
             most exact mode and torch in float32.
         decodes: whether decoding with past tokens is compared too; not where transformers runs the export.
         holds_parts: whether the format holds vision and audio parts; else an export is that of the text model inside.
-        most_parameters_compared: logits of larger models are not compared, as that takes memory. None: always compared.
+        most_parameters_compared: logits of larger models are compared on request, as that takes memory. None: always.
     """
 
     name: ClassVar[str]
@@ -171,13 +171,14 @@ class Exporter(ABC):
         """Return the transformers configuration of what the runtime computes, where that differs (see `limits`)."""
         return config
 
-    def export(self, checkpoint: QuantizedCheckpoint, folder: Path) -> ExportResult:
+    def export(self, checkpoint: QuantizedCheckpoint, folder: Path, compare_logits: bool = False) -> ExportResult:
         """Write a model and compare what was written.
 
         Args:
             checkpoint: the quantized model.
             folder: existing empty folder. Configuration and tokenizer are written there first, in the format of
                 transformers.
+            compare_logits: compare logits whatever the size of the model.
 
         Returns:
             What was written.
@@ -196,7 +197,7 @@ class Exporter(ABC):
                 embedding_weights=len(checkpoint.selection.embeddings),
                 bytes=sum(file.stat().st_size for pattern in self.weight_files for file in folder.glob(pattern)),
                 rounded=self.compare_weights(checkpoint.quantized, folder),
-                logit_difference=self.compare_logits(checkpoint, folder),
+                logit_difference=self.compare_logits(checkpoint, folder, compare_logits),
                 widened=widened(schemes, checkpoint.selection.schemes) if self.holds_codes else {},
             )
 
@@ -244,7 +245,7 @@ class Exporter(ABC):
         weights = self.read_weights(folder) if has_reader else None
         return compare_weights(written, self.read_codes(folder), weights, self.int8_tolerance, folder)
 
-    def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path) -> float | None:
+    def compare_logits(self, checkpoint: QuantizedCheckpoint, folder: Path, always: bool = False) -> float | None:
         """Compare logits with torch in float32 on fixed pseudo-random tokens: whole, or a prompt and decoding steps.
 
         torch computes with the weights that the export holds, so that only the runtime can cause a difference.
@@ -252,15 +253,16 @@ class Exporter(ABC):
         Args:
             checkpoint: the quantized model. torch reads one weight at a time.
             folder: the export.
+            always: also for models of more than `most_parameters_compared`.
 
         Returns:
-            The largest absolute difference; None for a model of more than `most_parameters_compared`.
+            The largest absolute difference; None where logits were not compared.
 
         Raises:
             ExportError: it is above `tolerance` times the largest logit.
         """
         limit = self.most_parameters_compared
-        if limit is not None and checkpoint.num_parameters > limit:
+        if not always and limit is not None and checkpoint.num_parameters > limit:
             return None
         length = _PROMPT_LENGTH + _DECODED_TOKENS
         generator = torch.Generator().manual_seed(0)

@@ -195,6 +195,12 @@ class _ExportGroup(Group):
 
     run: str = option("", "Folder of a finished run.", required=True)
     to: tuple[str, ...] = option(("openvino",), "Formats: openvino, gguf, onnx, vllm, mlx, hf, or all.", basic=True)
+    compare_logits: bool = option(
+        False,
+        "Compare logits with torch for models of more than 150 M parameters too, in 4 bytes of memory a parameter. "
+        "Weights are always compared; openvino always compares logits.",
+        basic=True,
+    )
     push_to_hub: str | None = option(None, "Upload the export to this repository of the Hugging Face hub.", basic=True)
     private: bool = option(False, "Make the repository private.", basic=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", basic=True)

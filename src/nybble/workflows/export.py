@@ -26,13 +26,18 @@ def export(options: ExportOptions) -> None:
     """Export the 4-bit model of a run to every format named; upload it where that is asked for."""
     asked = options.export
     check_repository(asked.push_to_hub, asked.to)
-    folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code)
+    folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code, asked.compare_logits)
     if asked.push_to_hub is not None:
         push_to_hub(folders[0], asked.push_to_hub, asked.private)
 
 
-def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) -> list[Path]:
+def export_formats(
+    path: Path, formats: Sequence[str], trust_remote_code: bool, compare_logits: bool = False
+) -> list[Path]:
     """Export the 4-bit model of the run in `path`; returns the folders.
+
+    Args:
+        compare_logits: compare logits whatever the size of the model.
 
     Raises:
         OptionError: no format, or an unknown one.
@@ -53,7 +58,7 @@ def export_formats(path: Path, formats: Sequence[str], trust_remote_code: bool) 
         with remedies_of_this_command():
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
             for name in formats:
-                export_run(run, name, trust_remote_code)
+                export_run(run, name, trust_remote_code, compare_logits)
                 write_cards(run)  # also of those before one that fails
     finally:
         run.close()

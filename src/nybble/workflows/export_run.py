@@ -15,8 +15,11 @@ from nybble.runtime import returning_freed_memory
 log = logging.getLogger("nybble")
 
 
-def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResult:
+def export_run(run: RunFolder, name: str, trust_remote_code: bool, compare_logits: bool = False) -> ExportResult:
     """Export the 4-bit model of a run to the folder RUN/name.
+
+    Args:
+        compare_logits: compare logits whatever the size of the model.
 
     Raises:
         ExportError: the format cannot hold the model, or what was read back differs.
@@ -28,7 +31,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool) -> ExportResu
         exporter.check(config, checkpoint.selection)
         log.info("exporting to %s", exporter.label)
         with atomic_folder(folder) as temporary:
-            result = exporter.export(checkpoint, temporary)
+            result = exporter.export(checkpoint, temporary, compare_logits)
             copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
         run.note_files(name)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
@@ -56,5 +59,5 @@ def _exactness(result: ExportResult) -> str:
 
 def _logits_compared(result: ExportResult) -> str:
     if result.logit_difference is None:
-        return "logits not compared, as the model is large"
+        return "logits not compared, as the model is large (nybble export --compare_logits)"
     return f"logits within {result.logit_difference:.1e} of torch"
