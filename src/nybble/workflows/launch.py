@@ -9,11 +9,11 @@ from pathlib import Path
 import nybble
 from nybble import processes
 from nybble.errors import OptionError
-from nybble.options.commands import RunCommand
+from nybble.options.base import Command
 from nybble.run.machine import package_versions
 
 
-def check_processes(options: RunCommand) -> None:
+def check_processes(options: Command) -> None:
     """Check the processes that torchrun or accelerate launch started; one process passes.
 
     Raises:
