@@ -57,6 +57,11 @@ def test_each_weight_copy_costs_the_4_bit_weights() -> None:
     assert cached - recomputed == 2 * SHAPES.linear_weights * 4
 
 
+def test_shards_divide_the_4_bit_weights() -> None:
+    whole, shard = (memory.training_memory(replace(SETUP, weight_copies=0, shards=count), 256) for count in (1, 4))
+    assert whole - shard == SHAPES.linear_weights * 4 * 3 // 4
+
+
 def test_without_adapters_layers_hold_one_byte_per_weight() -> None:
     with_rank, without = (memory.training_memory(replace(SETUP, rank=rank), 256) for rank in (1, 0))
     adapters = 24 * SHAPES.int4_features  # 16 bytes of Adam, and two float32 copies for averaging

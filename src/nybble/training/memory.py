@@ -108,6 +108,7 @@ class TrainingSetup:
             backward, 1 = they are cached for a step, 2 = their gradients are collected in a step as well.
         logits_bytes: bytes of the logits that exist at the same time while the model is measured.
         checkpointing: decoder blocks keep their inputs alone, and one at a time all activations.
+        shards: processes that divide the rows of the 4-bit layers; 1 = each has all of them.
     """
 
     shapes: ModelShapes
@@ -119,6 +120,7 @@ class TrainingSetup:
     train: str = "lora"
     positions_bytes: int = 0
     checkpointing: bool = False
+    shards: int = 1
 
     @property
     def trained_parameters(self) -> int:
@@ -160,7 +162,7 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     shapes = setup.shapes
     untouched = (shapes.parameters - shapes.linear_weights) * shapes.itemsize
     of_weight = {"full": 0, "rounding": shapes.itemsize}.get(setup.train, shapes.itemsize if setup.rank else 1)
-    int4 = shapes.linear_weights * of_weight
+    int4 = shapes.linear_weights * of_weight // setup.shards
     int4 += setup.positions_bytes
     cache = setup.weight_copies * shapes.linear_weights * shapes.itemsize
     temporaries = _LAYER_TEMPORARIES * shapes.largest_int4_weight * FLOAT32

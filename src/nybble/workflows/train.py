@@ -60,6 +60,7 @@ class TrainingSize:
         teacher_tokens: tokens whose teacher states are kept on disk.
         weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
         max_rows: upper bound on the sequences of an automatic microbatch; None = what memory allows.
+        shards: processes that divide the rows of the 4-bit layers.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class TrainingSize:
     weight_copies: int
     max_rows: int | None = None
     train: TrainedPart = "lora"
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def plan_memory(
         chunk_tokens=chunk_tokens(device),
         weight_copies=size.weight_copies,
         logits_bytes=plan.measured_logit_bytes(planned, tasks),
+        shards=size.shards,
     )
     cache = training.weight_cache
     if cache == "auto":
@@ -124,10 +127,10 @@ def plan_memory(
         max_tokens=_MAX_MICROBATCH_TOKENS.get(device.type, _MAX_MICROBATCH_TOKENS["cpu"]),
     )
     microbatch_size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
-    wanted = options.compression.num_calibration_samples
     needed = max(
         memory.training_memory(setup, microbatch_size * size.seq_len),
-        plan.calibration_memory(setup.shapes, planned, wanted),
+        memory.measuring_memory(shapes, setup.logits_bytes) if size.shards > 1 else 0,
+        plan.calibration_memory(setup.shapes, planned, options.compression.num_calibration_samples),
     )
     if not _is_trained(options):
         disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(setup.shapes, planned)
