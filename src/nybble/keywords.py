@@ -97,6 +97,7 @@ class DistillKeywords(TypedDict, total=False):
     same_samples: bool
     train: Literal["lora", "full", "rounding"]
     lora_rank: int
+    shard: bool
     cage_lambda: float
     kl_temperature: float
     cross_entropy_share: float

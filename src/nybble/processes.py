@@ -14,7 +14,7 @@ A command in one process changes nothing here: `count` is 1, nothing is sent, an
 from __future__ import annotations
 
 import os
-import pickle
+import pickle  # of values that other processes of this command send
 import re
 import sys
 import time
@@ -174,16 +174,12 @@ def gather(value: T) -> list[T]:
     if count() == 1:
         return [value]
     import torch
-    import torch.distributed as dist
 
     content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    size, sizes = torch.tensor([len(content)]), [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
-    _finish(lambda: dist.all_gather(sizes, size, async_op=True))
-    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    sizes = gather_parts(torch.tensor(len(content))).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(content)] = content
-    parts = [torch.empty_like(padded) for _ in sizes]
-    _finish(lambda: dist.all_gather(parts, padded, async_op=True))
-    return [_unpickled(part[: int(length)]) for part, length in zip(parts, sizes, strict=True)]
+    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(gather_parts(padded), sizes, strict=True)]
 
 
 def merge(shares: Sequence[T], total: int) -> list[T]:
@@ -193,16 +189,12 @@ def merge(shares: Sequence[T], total: int) -> list[T]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Call a function in the first process, which is alone meanwhile; returns its result in all of them.
-
-    An error of the function has to end the command: the others wait for a result.
-    """
+    """Call a function in the first process, alone meanwhile; all return its result. An error must end the command."""
     if _group is None or _group.alone:
         return function()
     import torch
     import torch.distributed as dist
 
-    content = torch.empty(0, dtype=torch.uint8)
     if is_first():
         _group.alone = True
         try:
@@ -210,12 +202,12 @@ def on_first(function: Callable[[], T]) -> T:
         finally:
             _group.alone = False
         content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    size = torch.tensor([len(content)])
+    size = torch.tensor([len(content) if is_first() else 0])
     _finish(lambda: dist.broadcast(size, 0, async_op=True))
     if not is_first():
         content = torch.empty(int(size), dtype=torch.uint8)
     _finish(lambda: dist.broadcast(content, 0, async_op=True))
-    return value if is_first() else _unpickled(content)
+    return value if is_first() else pickle.loads(content.numpy().tobytes())  # type: ignore[no-any-return]
 
 
 def wait() -> None:
@@ -243,9 +235,8 @@ def add_up(tensors: Sequence[Tensor], what: str) -> None:
         buffer = same[0].detach().view(-1) if alone else torch.cat([tensor.detach().reshape(-1) for tensor in same])
         _finish(partial(dist.all_reduce, buffer, async_op=True))
         _group.sent[what] += buffer.nbytes
-        if alone:
-            continue
-        for tensor, summed in zip(same, buffer.split([tensor.numel() for tensor in same]), strict=True):
+        parts = buffer.split([tensor.numel() for tensor in same])
+        for tensor, summed in () if alone else zip(same, parts, strict=True):
             tensor.detach().copy_(summed.view_as(tensor))
 
 
@@ -260,18 +251,31 @@ def collect(tensor: Tensor, what: str) -> list[Tensor]:
     import torch.distributed as dist
 
     parts = [torch.empty_like(tensor) for _ in range(count())] if is_first() else []
-    # gloo gathers no bfloat16.
-    content, received = tensor.view(torch.uint8), [part.view(torch.uint8) for part in parts]
+    content, received = tensor.view(torch.uint8), [part.view(torch.uint8) for part in parts]  # gloo has no bfloat16
     _finish(lambda: dist.gather(content, received or None, 0, async_op=True))
     if not is_first():
         _group.sent[what] += content.nbytes
     return parts
 
 
+def gather_parts(part: Tensor, what: str = "") -> Tensor:
+    """The tensors of all processes, of one shape and dtype: [count, *shape]. `what`: see `add_up`; "" = uncounted."""
+    if _group is None or _group.alone:
+        return part[None]
+    import torch.distributed as dist
+
+    flat = part.contiguous().view(-1)
+    whole = flat.new_empty(_group.count * len(flat))
+    _finish(lambda: dist.all_gather_into_tensor(whole, flat, async_op=True))
+    _group.sent.update({what: part.nbytes} if what else {})
+    return whole.view(_group.count, *part.shape)
+
+
 def bytes_sent() -> dict[str, int]:
     """Kind of transfer -> bytes that this process handed to it so far; empty with one process.
 
-    A ring of N processes sends 2 (N - 1) / N times as many over each connection to add them up.
+    A ring of N processes sends 2 (N - 1) / N times as many over each connection to add them up, and N - 1 times as many
+    to gather them.
     """
     return {} if _group is None else dict(_group.sent)
 
@@ -299,10 +303,6 @@ def end(code: int) -> None:
         sys.stderr.flush()
         _leave(_group)
         os._exit(code)
-
-
-def _unpickled(content: Tensor) -> Any:
-    return pickle.loads(content.numpy().tobytes())  # from a process of this command
 
 
 def _finish(begin: Callable[[], Any]) -> None:

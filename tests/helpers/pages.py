@@ -35,7 +35,8 @@ def flags(page: Path) -> set[str]:
     """Names of all flags of nybble that a page mentions: `--seq_len` -> seq_len."""
     text = page.read_text(encoding="utf-8")
     other = (
-        "pip install", "accelerate launch", "torchrun", "docker run", "--rest_port", "llama-", "vllm serve", "mlx_lm.",
+        "pip install", "accelerate launch", "torchrun", "sbatch", "docker run", "--rest_port", "llama-", "vllm serve",
+        "mlx_lm.",
     )  # fmt: skip
     lines = [line for line in text.splitlines() if not line.strip().startswith(other)]
     return set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", "\n".join(lines).replace("pip install --no-deps", "")))

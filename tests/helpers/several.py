@@ -86,18 +86,21 @@ class Launcher:
         self._server.kill()
         self._server.communicate()
 
-    def start(self, commands: Sequence[Sequence[str]], code: str = "", number: int | None = None) -> list[int]:
+    def start(
+        self, commands: Sequence[Sequence[str]], code: str = "", number: int | None = None, apart: bool = False
+    ) -> list[int]:
         """Start a process for each list of arguments; returns their ids.
 
         Args:
             code: Python that runs before the command, in process `number`; None = in all of them.
+            apart: they do not know of each other.
         """
         self._launches += 1
         port, count = _free_port(), len(commands)
         children = [
             {
                 "arguments": list(arguments),
-                "environment": _environment(i, count, port),
+                "environment": _environment(0, 1, port) if apart else _environment(i, count, port),
                 "code": code if number in (None, i) else "",
                 "output": str(self._output(i)),
             }

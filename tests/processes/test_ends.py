@@ -128,7 +128,9 @@ def test_commands_for_one_process(tmp_path: Path, launcher: Launcher) -> None:
     ended = launcher.run(["report", str(tmp_path)])
     assert {process.code for process in ended} == {2}
     (line,) = lines_of(ended)
-    assert "only compress, distill, tune run in several processes; nybble report was started in 2" in line
+    assert "only compress, distill, tune, search run in several processes; nybble report was started in 2" in line
+    (line,) = lines_of(launcher.run(["compare"]))
+    assert "start it without torchrun and accelerate launch, once for each GPU" in line
 
 
 def test_the_folder_must_be_seen_by_all(command: list[str], launcher: Launcher) -> None:

@@ -58,6 +58,13 @@ def test_each_weight_copy_costs_the_4_bit_weights() -> None:
     assert cached - recomputed == 2 * SHAPES.linear_weights * 4
 
 
+def test_shards_divide_the_4_bit_weights() -> None:
+    whole, shard = (
+        memory.training_memory(replace(SETUP, weight_copies=0, shards=count, on_gpu=True), 256) for count in (1, 4)
+    )
+    assert whole - shard == SHAPES.linear_weights * 4 * 3 // 4
+
+
 @pytest.mark.parametrize("averages", [False, True])
 def test_without_adapters_layers_hold_one_byte_per_weight(averages: bool) -> None:
     setup = replace(SETUP, averages=averages, on_gpu=True)

@@ -14,6 +14,7 @@ from nybble.models.selection import select_layers
 from nybble.options.commands import CompareOptions, TuneOptions
 from nybble.report import five_columns
 from nybble.report.five_columns import COLUMNS
+from nybble.run.claims import claimed
 from nybble.run.results import RunResults, TaskResults, read_results
 from nybble.run.resume import saved_options
 from nybble.workflows import compare as compare_module
@@ -126,6 +127,36 @@ def test_a_training_that_cannot_continue_ends_its_task_alone(
     said = capsys.readouterr().err
     assert "all 2 tasks must be tuned; 2 could not" in said
     assert "arc_easy/qat-nls: the loss must stay finite" in said
+
+
+def columns_of(folder: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, **changes: object) -> Any:
+    """The columns of one task, of which only the names are noted when they are made."""
+    names = {"_nls": "qat-nls", "_plain_lora": "qat-lora", "_lora16": "lora", "_ptwc": "ptwc"}
+    for method, name in names.items():
+        monkeypatch.setattr(compare_module._TaskComparison, method, lambda self, name=name: made.append(name))
+    return compare_module._TaskComparison(options(folder, folder, **changes), "t", folder / "t", ())
+
+
+def test_a_process_makes_the_columns_that_no_other_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    columns = columns_of(tmp_path, made, monkeypatch)
+    with claimed(tmp_path / "t" / "qat-nls"), claimed(tmp_path / "t" / "lora"):
+        columns.make_free_columns()
+        assert made == ["qat-lora"], "what is compressed comes from lora"
+        assert columns.missing == ["t/qat-nls", "t/lora", "t/ptwc"]
+    columns.make_free_columns()
+    assert made == ["qat-lora", "qat-nls", "lora", "ptwc"]
+    assert columns.missing == []
+
+
+def test_what_others_make_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    columns_of(tmp_path, made, monkeypatch)
+    monkeypatch.setattr(compare_module, "_check", lambda options: None)
+    path = tmp_path / "runs" / "openbookqa" / "ptwc"
+    with claimed(path), pytest.raises(RunError, match="--overwrite must be given to one process alone"):
+        compare(options(tmp_path, tmp_path, overwrite=True))
+    assert made == []
 
 
 def test_16_bit_adapters_are_as_wide_and_scaled_as_those_in_4_bits() -> None:

@@ -34,7 +34,7 @@ _FUNCTIONS = {
     "report": "nybble.workflows.report:report",
 }
 # Commands that divide their work among the processes of torchrun or accelerate launch.
-_IN_SEVERAL_PROCESSES = ("compress", "distill", "tune")
+_IN_SEVERAL_PROCESSES = ("compress", "distill", "tune", "search")
 _HELP = ("-h", "--help", "help")
 _HELP_ALL = ("--help-all", "--help_all")
 
@@ -105,9 +105,12 @@ def _unforeseen(arguments: list[str], error: Exception) -> int:
 
 def _run(arguments: list[str]) -> None:
     if processes.count() > 1 and (not arguments or arguments[0] not in _IN_SEVERAL_PROCESSES):
+        remedy = "start it without torchrun and accelerate launch"
+        if arguments[:1] == ["compare"]:
+            remedy += ", once for each GPU: each takes columns that no other makes"
         raise OptionError(
             f"only {', '.join(_IN_SEVERAL_PROCESSES)} run in several processes; nybble {' '.join(arguments[:1])} was "
-            f"started in {processes.count()}; start it without torchrun and accelerate launch"
+            f"started in {processes.count()}; {remedy}"
         )
     if not arguments or arguments[0] in _HELP:
         print(USAGE, end="")

@@ -95,6 +95,8 @@ def measure_sequences(
                 divergence += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum().item()
         tokens += len(predicting)
         advance(min(processes.count(), len(input_ids) - i))
+    if processes.share(1).start >= len(input_ids) % processes.count() > 0:
+        logits(0)  # where layers gather their rows from all processes, each of them must compute as often
     loss, divergence, tokens = map(sum, zip(*processes.gather((loss, divergence, tokens)), strict=True))
     measured = {"token_perplexity": math.exp(min(loss / max(tokens, 1), _MAX_LOSS)), "tokens": tokens}
     return measured if teacher is None else measured | {"kl_to_teacher": divergence / max(tokens, 1)}

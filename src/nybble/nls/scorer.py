@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+from nybble import processes
 from nybble.models.loading import LoadedModel
 from nybble.nls import ranks
 from nybble.nls.ranks import RankConfiguration
@@ -67,6 +68,31 @@ class AdapterScorer:
                 self.data.dataset.length_normalized,
                 self.seq_len,
             )
+
+
+class LeadingScorer:
+    """In the first process, a scorer that has all processes score what this one asks for; see `follow`.
+
+    Args:
+        scorer: divides the questions among the processes; in one process it scores them all.
+    """
+
+    def __init__(self, scorer: ConfigurationScorer) -> None:
+        self.scorer = scorer
+
+    def score(self, configuration: RankConfiguration, questions: Sequence[Question]) -> QuestionScores:
+        """Score a configuration on questions, in all processes together."""
+        return self.scorer.score(*processes.on_first(lambda: (configuration, questions)))
+
+    def end(self) -> None:
+        """Let the other processes return from `follow`."""
+        processes.on_first(lambda: None)
+
+    def follow(self) -> None:
+        """In a process other than the first: score what that one asks for, until it ends."""
+        asked: tuple[RankConfiguration, Sequence[Question]] | None
+        while (asked := processes.on_first(lambda: None)) is not None:
+            self.scorer.score(*asked)
 
 
 def evaluation_weights(layers: Mapping[str, CachedWeightLinear], cache: bool) -> AbstractContextManager[None]:

@@ -12,7 +12,8 @@ All samplers but nsga2 prune by successive halving: a trial stops after a quarte
 is worse than that of most other trials. Configurations that were scored before the search are never pruned, and every
 sampler but random begins with them.
 
-Trials are stored in a SQLite file of the run folder, so a search continues where it stopped.
+Trials are stored in a SQLite file of the run folder, so a search continues where it stopped. Of several processes, the
+first one holds the studies, and all of them score a trial together, so the studies are those of one process.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nybble import processes
 from nybble.console import bar
 from nybble.errors import RunError
 from nybble.nls.ranks import RankConfiguration
-from nybble.nls.scorer import ConfigurationScorer
+from nybble.nls.scorer import ConfigurationScorer, LeadingScorer
 from nybble.nls.study import (
     FrontPoint,
     SearchSampler,
@@ -94,8 +96,16 @@ def search_ranks(space: SearchSpace, scorer: ConfigurationScorer, config: Search
     Raises:
         RunError: all trials of a sampler were pruned, or the stored trials cannot be read or written.
     """
-    with reporting_full_storage(config.storage):
-        return _search(space, scorer, config)
+    leading, found = LeadingScorer(scorer), None
+    if processes.is_first():
+        with reporting_full_storage(config.storage):
+            found = _search(space, leading, config)
+        leading.end()
+    else:
+        leading.follow()
+    result = processes.on_first(lambda: found)
+    assert result is not None, "the first process has searched"
+    return result
 
 
 def _search(space: SearchSpace, scorer: ConfigurationScorer, config: SearchConfig) -> SearchResult:

@@ -14,7 +14,7 @@ CONFIG = "config.toml"
 # Never written to a file and never taken from one: only a flag makes nybble run code that comes with a model.
 TRUST = "trust_remote_code"
 # What one start was told to do is no property of the run.
-_OF_ONE_START = ("resume", "overwrite", "eval_only", TRUST)
+_OF_ONE_START = ("resume", "overwrite", "eval_only", "shard", TRUST)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -104,6 +104,11 @@ class DistillTrainingOptions(TrainingOptions):
         "which is faster and better with little text.",
         basic=True,
     )
+    shard: bool = option(
+        False,
+        "Several processes: each keeps some rows of the weights in training, and gathers the codes of the others when "
+        "a layer computes, as with --weight_cache recompute. For --train lora, and a --batch_size that they divide.",
+    )
     lr: float = option(
         6e-4,
         "Peak learning rate of the adapters. With --train full in code units: 1e-3 moves a weight by about 0.1 % of "
@@ -158,6 +163,11 @@ class DistillTrainingOptions(TrainingOptions):
         if self.train != "lora" and self.lora_rank != type(self).lora_rank:
             raise OptionError(
                 f"--train {self.train} has no adapters and takes no --lora_rank; got --lora_rank {self.lora_rank}; "
+                "leave one of them out"
+            )
+        if self.shard and self.train != "lora":
+            raise OptionError(
+                f"--shard needs --train lora, as trained weights are not divided; got --train {self.train}; "
                 "leave one of them out"
             )
         if not (self.trains_codes or self.scale_lr or self.norm_lr):

@@ -12,7 +12,7 @@ there are two ways to compute, which give the same gradients:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nybble.qat.row_shard import RowShard
 from nybble.quant import fake_quant
 from nybble.quant import grid as quant_grid
 from nybble.quant.scheme import QuantScheme
@@ -134,7 +135,12 @@ class QuantizedLinear(CachedWeightLinear):
             are integral values of any dtype.
         scheme: quantization scheme of the codes.
         generator: CPU random generator for log_scale_shift. None uses the global one.
+
+    Attributes:
+        shard: the rows of the weight that this process keeps; None = it has all of them.
     """
+
+    shard: RowShard | None = None
 
     def __init__(
         self,
@@ -158,9 +164,31 @@ class QuantizedLinear(CachedWeightLinear):
         """Compute the current scales: float32 on the scale grid, differentiable."""
         return fake_quant.round_scale_ste(self.init_scale * self.log_scale_shift.exp())
 
+    def keep_own_rows(self, shard: RowShard) -> None:
+        """Free the rows of the weight that other processes keep."""
+        raise NotImplementedError
+
+    def bring_all_rows(self) -> None:
+        """Undo `keep_own_rows` in the first process; the others have no use for the layer any more."""
+        raise NotImplementedError
+
     def absorb(self) -> QuantizedWeight:
         """Return the weight of the forward, before the cast to `dtype`, as codes, scales and zero points."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, rank {self.active_rank} of {self.rank}"
+
+
+@contextmanager
+def row_shards(layers: Mapping[str, QuantizedLinear]) -> Iterator[None]:
+    """Let each process keep its own rows of the layers' weights inside the context; see row_shard.py.
+
+    Afterwards the first process has all rows, and the layers of the others must not be used. After an error no rows are
+    gathered, because the other processes end too.
+    """
+    for number, layer in enumerate(layers.values()):
+        layer.keep_own_rows(RowShard((layer.out_features, layer.in_features), layer.scheme.bits, number))
+    yield
+    for layer in layers.values():
+        layer.bring_all_rows()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nybble.compression.init import QuantizedInit
@@ -32,7 +32,7 @@ class FakeQuantizedLinear(QuantizedLinear):
         weight: the frozen weight before rounding, in subclasses that keep one; uint8 [O, I] after `to_fixed_point`.
     """
 
-    weight: Tensor
+    weight: nn.Parameter
 
     @torch.no_grad()
     def to_fixed_point(self) -> None:
@@ -43,14 +43,15 @@ class FakeQuantizedLinear(QuantizedLinear):
         if self.scheme.bits > MAX_CODE_BITS:
             return
         init = QuantizedInit(self.weight.detach(), self.init_scale, self.zero_point)
-        del self.weight
-        self.register_buffer("weight", to_bytes(init.weight_OI, init.quantized(self.scheme)))
+        bytes_OI = to_bytes(init.weight_OI, init.quantized(self.scheme))
+        self.weight = nn.Parameter(bytes_OI, requires_grad=False)
 
     def base_OI(self) -> Tensor:
-        """Return the frozen weight before rounding, float32."""
-        if self.weight.dtype == torch.uint8:
-            return from_bytes(self.weight, self.init_scale, self.zero_point)
-        return self.weight.float()
+        """Return the frozen weight before rounding, float32; with a row shard its own rows."""
+        if self.weight.dtype != torch.uint8:
+            return self.weight.float()
+        own = slice(None) if self.shard is None else self.shard.own
+        return from_bytes(self.weight, self.init_scale[own], self.zero_point[own])
 
     @property
     def trains_weight(self) -> bool:

@@ -28,9 +28,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nybble import processes
 from nybble.compression.init import QuantizedInit
 from nybble.qat.fake_quant_linear import FakeQuantizedLinear
 from nybble.qat.lora import AdapterGradient, add_adapters, init_adapters
+from nybble.qat.row_shard import RowShard, ShardedGradient
+from nybble.quant import grid
+from nybble.quant.fake_quant import codes_and_inside
 from nybble.quant.scheme import QuantScheme
 
 
@@ -71,8 +75,9 @@ class FakeQuantizedLoRALinear(FakeQuantizedLinear):
         self.rank = self.active_rank = len(lora_a)
 
     def merged_OI(self) -> Tensor:
-        """Compute weight + lora_b @ lora_a at the active rank; float32, differentiable."""
-        return add_adapters(self.base_OI(), self.lora_a, self.lora_b, self.active_rank)
+        """Compute weight + lora_b @ lora_a at the active rank, of the own rows; float32, differentiable."""
+        lora_b = self.lora_b if self.shard is None else self.lora_b[self.shard.own]
+        return add_adapters(self.base_OI(), self.lora_a, lora_b, self.active_rank)
 
     def rounding_scale_OG(self) -> Tensor:
         """The initial scales."""
@@ -83,8 +88,41 @@ class FakeQuantizedLoRALinear(FakeQuantizedLinear):
         """Whether scales are trained; adapters alone need no gradient of the size of a weight."""
         return self.log_scale_shift.requires_grad
 
+    def keep_own_rows(self, shard: RowShard) -> None:
+        """Keep the base weight of the own rows."""
+        self.shard, self.weight = shard, nn.Parameter(self.weight[shard.own].clone(), requires_grad=False)
+
+    def bring_all_rows(self) -> None:
+        """Undo `keep_own_rows` in the first process."""
+        assert self.shard is not None, "bring_all_rows needs keep_own_rows before"
+        weight_OI = self.shard.rows(self.weight)
+        if processes.is_first():
+            self.shard, self.weight = None, nn.Parameter(weight_OI, requires_grad=False)
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight of the forward; with a row shard, from the codes of all processes, without a gradient."""
+        if self.shard is None:
+            return super().compute_weight()
+        codes_OI, _ = self._own_codes_and_inside(self.shard)
+        codes_OI = self.shard.codes(self.shard.pack(codes_OI))
+        return grid.dequantize(codes_OI, self.scale_OG().detach(), self.zero_point).to(self.dtype)
+
+    def gathered_codes_and_inside(self) -> tuple[Tensor, Tensor]:
+        """With a row shard: the codes [O, I] of all processes, and where they are not clipped."""
+        assert self.shard is not None, "gathered_codes_and_inside needs a row shard"
+        codes_OI, inside_OI = self._own_codes_and_inside(self.shard)
+        return self.shard.codes_and_inside(self.shard.pack(codes_OI), inside_OI)
+
+    @torch.no_grad()
+    def _own_codes_and_inside(self, shard: RowShard) -> tuple[Tensor, Tensor]:
+        scale_OG, zero_point_OG = self.init_scale[shard.own], self.zero_point[shard.own]
+        return codes_and_inside(self.merged_OI(), scale_OG, zero_point_OG, self.scheme)
+
     def forward(self, inputs: Tensor) -> Tensor:
+        r = self.active_rank
         if torch.is_grad_enabled() and not self.log_scale_shift.requires_grad:
-            r = self.active_rank
             return AdapterGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and self.shard is not None:
+            given = self.lora_a[:r], self.lora_b[:, :r], self.log_scale_shift
+            return ShardedGradient.apply(self, inputs, *given)  # type: ignore[no-any-return]
         return super().forward(inputs)

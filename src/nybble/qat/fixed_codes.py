@@ -19,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble import processes
 from nybble.qat.base import QuantizedLinear
+from nybble.qat.row_shard import RowShard
 from nybble.quant import grid as quant_grid
 from nybble.quant.weight import QuantizedWeight
 
@@ -49,7 +51,19 @@ class FixedCodesLinear(QuantizedLinear):
         # Computed in `dtype` throughout, which saves a float32 copy. A scale has 7 significant bits and a centered
         # 4-bit code has 4, so both are exact in 16 bits. Only their product is rounded, and to the same value as by a
         # cast from float32.
-        return quant_grid.dequantize(self.codes, self.scale_OG().to(self.dtype), self.zero_point.to(self.dtype))
+        codes_OI = self.codes if self.shard is None else self.shard.codes(self.codes)
+        return quant_grid.dequantize(codes_OI, self.scale_OG().to(self.dtype), self.zero_point.to(self.dtype))
+
+    def keep_own_rows(self, shard: RowShard) -> None:
+        """Keep the codes of the own rows, packed."""
+        self.shard, self.codes = shard, shard.pack(self.codes[shard.own])
+
+    def bring_all_rows(self) -> None:
+        """Undo `keep_own_rows` in the first process."""
+        assert self.shard is not None, "bring_all_rows needs keep_own_rows before"
+        codes_OI = self.shard.codes(self.codes)
+        if processes.is_first():
+            self.shard, self.codes = None, codes_OI.contiguous()
 
     @torch.no_grad()
     def absorb(self) -> QuantizedWeight:

@@ -72,6 +72,16 @@ def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, sc
     return _FakeQuantize.apply(weight_OI, scale_OG, zero_point_OG, scheme)  # type: ignore[no-any-return]
 
 
+def codes_and_inside(
+    weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Compute the codes of `grid.quantize`, uint8 [O, I], and where they are not clipped, bool [O, I]."""
+    rounded_OGK = (to_groups(weight_OI, scale_OG.shape[-1]) / scale_OG[..., None]).round_()
+    shifted_OGK = rounded_OGK.add_(zero_point_OG[..., None])
+    codes_OGK = shifted_OGK.clamp(0, scheme.max_code)
+    return codes_OGK.to(torch.uint8).flatten(-2), codes_OGK.eq(shifted_OGK).flatten(-2)
+
+
 class _CenteredCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme) -> Tensor:  # type: ignore[no-untyped-def,override]

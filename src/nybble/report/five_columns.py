@@ -32,8 +32,8 @@ from nybble.run.results import has_results, read_results
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
-# Run folders of the last column, of the column before it, and of the third one.
-NLS_RUN, LORA_RUN, PTWC_RUN = "qat-nls", "qat-lora", "ptwc"
+# Run folders of the last column and those before it.
+NLS_RUN, LORA_RUN, PTWC_RUN, LORA16_RUN = "qat-nls", "qat-lora", "ptwc", "lora"
 # Options that name places or change speed, and those that are no part of what was compared.
 NO_SETTING = (
     "pretrained", "seed", "tasks", "output_dir", "data_dir", "resume", "overwrite", "report_to", "save_steps",

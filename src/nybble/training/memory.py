@@ -117,6 +117,7 @@ class TrainingSetup:
         short_moments: the optimizer keeps moments in 8 bits.
         averages: the schedule averages what is trained.
         on_gpu: memory is that of a GPU. On a CPU, it holds the codes before the training and the positions as well.
+        shards: processes that divide the rows of the 4-bit layers; 1 = each has all of them.
     """
 
     shapes: ModelShapes
@@ -132,6 +133,7 @@ class TrainingSetup:
     short_moments: bool = False
     averages: bool = False
     on_gpu: bool = False
+    shards: int = 1
 
     @property
     def trained_parameters(self) -> int:
@@ -191,7 +193,7 @@ def _linear_layers(setup: TrainingSetup) -> int:
     weights = 0 if setup.train == "full" else shapes.linear_weights
     if keep_weights:
         weights = setup.fixed_point_weights + (weights - setup.fixed_point_weights) * shapes.itemsize
-    size = weights + _INITIAL_SCALE * setup.num_scales
+    size = weights // setup.shards + _INITIAL_SCALE * setup.num_scales
     if setup.on_gpu:
         return size
     changing = setup.train != "lora" or setup.rank > 0

@@ -6,7 +6,9 @@
     INT4, QAT + LoRA        nybble tune with the largest rank of the space alone
     INT4, QAT + NLS         nybble tune with the whole space
 
-Each is a run folder in OUTPUT/TASK, so a comparison continues where it stopped. Figures are lm-eval's on the task's
+Each is a run folder in OUTPUT/TASK, so a comparison continues where it stopped. The same command may be started several
+times at once, once for each GPU: each process makes columns that no other one makes, and waits for the others at the
+end. Figures are lm-eval's on the task's
 test rows, with the standard error of their mean. Most rows are right, or wrong, in all columns, so the difference
 between two columns is known more precisely, from the differences row by row.
 """
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from typing import Any
 from nybble.callbacks import Callback
 from nybble.compression.methods import automatic_method
 from nybble.console import console, say
-from nybble.errors import MissingExtraError, OptionError, TrainingError
+from nybble.errors import MissingExtraError, OptionError, RunError, TrainingError
 from nybble.evaluation.lm_eval import main_metric, open_task
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import ALL
@@ -34,18 +38,24 @@ from nybble.options.commands import CompareOptions, CompressOptions, RunCommand,
 from nybble.report import five_columns, html
 from nybble.report.combine import combine
 from nybble.report.figures import Figure
-from nybble.report.five_columns import LORA_RUN, NLS_RUN, PTWC_RUN, ColumnComparison
+from nybble.report.five_columns import LORA16_RUN, LORA_RUN, NLS_RUN, PTWC_RUN, ColumnComparison
 from nybble.report.tables import as_table
+from nybble.run.claims import claimed
 from nybble.run.folder import MERGED, TEXTS
 from nybble.run.results import has_results, read_results
 from nybble.run.resume import check_same_options, saved_options
 from nybble.tasks.sources import is_scored_by_lm_eval
 from nybble.workflows import lora, plan
 from nybble.workflows.compress import compress
+from nybble.workflows.measure import SIXTEEN_BIT
 from nybble.workflows.task_run import with_task
 from nybble.workflows.tune import tune
 
 log = logging.getLogger("nybble")
+
+# In the order in which one process makes them. The last needs the one before.
+_RUNS = (NLS_RUN, LORA_RUN, LORA16_RUN, PTWC_RUN)
+_LOOK_EVERY = 2.0  # seconds between two looks at what other processes make
 
 
 def compare(options: CompareOptions, callbacks: Sequence[Callback] = ()) -> Path:
@@ -62,25 +72,53 @@ def compare(options: CompareOptions, callbacks: Sequence[Callback] = ()) -> Path
     folder = options.folder
     if not options.run.overwrite:
         five_columns.check_same_setting(folder, options)
-    figures: dict[str, dict[str, Figure]] = {}
-    stopped: list[str] = []
-    shown: ColumnComparison | None = None
-    for task in options.task.tasks:
-        try:
-            figures[task] = _TaskComparison(options, task, folder / task, callbacks).figures()
-        except TrainingError as error:
-            stopped.append(str(error))
-            log.error("%s", error)
-            continue
-        written = five_columns.write_comparison(folder, options, figures)
-        if written != shown:  # tasks that earlier sessions finished are shown once
-            _show(written)
-        shown = written
+    comparisons = {task: _TaskComparison(options, task, folder / task, callbacks) for task in options.task.tasks}
+    with ExitStack() as stack:
+        for path in (path for comparison in comparisons.values() for path in comparison.paths):
+            if options.run.overwrite and not stack.enter_context(claimed(path)):
+                raise RunError(
+                    f"--overwrite must be given to one process alone; another one makes {path}; wait for it, or choose "
+                    "another --output_dir"
+                )
+        stopped = _make_and_show(options, comparisons)
     if stopped:
         raise TrainingError(
             f"all {len(options.task.tasks)} tasks must be tuned; {len(stopped)} could not: {'; '.join(stopped)}"
         )
     return folder
+
+
+def _make_and_show(options: CompareOptions, comparisons: Mapping[str, _TaskComparison]) -> list[str]:
+    """Make all columns together with the other processes that make this comparison; why trainings of tasks stopped."""
+    figures: dict[str, dict[str, Figure]] = {}
+    stopped: list[str] = []
+    shown: ColumnComparison | None = None
+    waiting, said = dict(comparisons), False
+    while waiting:
+        for task, comparison in tuple(waiting.items()):
+            try:
+                comparison.make_free_columns()
+            except TrainingError as error:
+                stopped.append(str(error))
+                log.error("%s", error)
+                del waiting[task]
+                continue
+            if comparison.missing:
+                continue
+            del waiting[task]
+            figures[task] = comparison.figures()
+            with claimed(options.folder / five_columns.FILE, wait=True):
+                written = five_columns.write_comparison(options.folder, options, figures)
+            if written != shown:  # tasks that earlier sessions finished are shown once
+                _show(written)
+            shown = written
+        if waiting:
+            if not said:
+                names = [name for comparison in waiting.values() for name in comparison.missing]
+                log.info("waiting for other processes, which make %s", ", ".join(names))
+            said = True
+            time.sleep(_LOOK_EVERY)
+    return stopped
 
 
 def _check(options: CompareOptions) -> None:
@@ -125,27 +163,70 @@ class _TaskComparison:
 
     def __init__(self, options: CompareOptions, task: str, folder: Path, callbacks: Sequence[Callback]) -> None:
         self.options, self.task, self.folder, self.callbacks = options, task, folder, callbacks
+        self.finished: set[str] = set()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The run folders."""
+        return [self.folder / name for name in _RUNS]
+
+    @property
+    def missing(self) -> list[str]:
+        """The columns that are not known to be finished, as TASK/COLUMN."""
+        return [f"{self.task}/{name}" for name in _RUNS if name not in self.finished]
+
+    def make_free_columns(self) -> None:
+        """Finish the columns that no other process makes."""
+        make = {NLS_RUN: self._nls, LORA_RUN: self._plain_lora, LORA16_RUN: self._lora16, PTWC_RUN: self._ptwc}
+        for name in _RUNS:
+            # What is overwritten was claimed at the start.
+            with nullcontext(True) if self.options.run.overwrite else claimed(self.folder / name) as free:
+                ready = name != PTWC_RUN or LORA16_RUN in self.finished
+                if free and ready and name not in self.finished:
+                    make[name]()
+                    self.finished.add(name)
+
+    @property
+    def _shipped(self) -> str | None:
+        formats = self.options.evaluation.export
+        return formats[0] if formats else None
+
+    def _nls(self) -> None:
+        options = self._tune_options(NLS_RUN)
+        self._unless_done(options, self._shipped or "tuned", lambda: tune(options, self.callbacks))
+
+    def _plain_lora(self) -> None:
+        options = self._tune_options(LORA_RUN, lora_rank_space=self._largest)
+        # With --quantize during, the compressed model is the same too.
+        known = self._measured(SIXTEEN_BIT, *(("compressed",) if self.options.training.quantize == "during" else ()))
+        self._unless_done(options, self._shipped or "tuned", lambda: tune(options, self.callbacks, known))
+
+    def _lora16(self) -> None:
+        training = self.options.training
+        epochs = training.epochs + training.scale_training_epochs
+        options = self._tune_options(LORA16_RUN, lora_rank_space=self._largest, export=(), epochs=epochs)
+        known = self._measured(SIXTEEN_BIT)
+        self._unless_done(options, "lora16", lambda: lora.tune_16bit(options, known))
+
+    def _ptwc(self) -> None:
+        options, known = self._compress_options(self.folder / LORA16_RUN)
+        self._unless_done(options, self._shipped or "compressed", lambda: compress(options, self.callbacks, known))
+
+    @property
+    def _largest(self) -> tuple[int]:
+        return (max(self.options.ranks.lora_rank_space),)
+
+    def _measured(self, *rows: str) -> dict[str, dict[str, Any]]:
+        """Rows of the model before it is tuned, as far as the column with the whole rank space has measured them."""
+        models = read_results(self.folder / NLS_RUN).models
+        return {row: models[row] for row in rows if row in models}
 
     def figures(self) -> dict[str, Figure]:
-        """Make what is missing; column -> figure."""
-        options = self.options
-        shipped = options.evaluation.export[0] if options.evaluation.export else None
-        nls, largest = self._tune_options(NLS_RUN), (max(options.ranks.lora_rank_space),)
-        self._unless_done(nls, shipped or "tuned", lambda: tune(nls, self.callbacks))
-        # The 16-bit model, and with --quantize during the compressed one, are the same in the next column.
-        alike = ("16bit",) if options.training.quantize == "after" else ("16bit", "compressed")
-        models = read_results(nls.folder).models
-        before = {row: models[row] for row in alike if row in models}
-        plain = self._tune_options(LORA_RUN, lora_rank_space=largest)
-        self._unless_done(plain, shipped or "tuned", lambda: tune(plain, self.callbacks, before))
-        epochs = options.training.epochs + options.training.scale_training_epochs
-        full = self._tune_options("lora", lora_rank_space=largest, export=(), epochs=epochs)
-        self._unless_done(full, "lora16", lambda: lora.tune_16bit(full, before["16bit"]))
-        compressed, known = self._compress_options(full.folder)
-        self._unless_done(compressed, shipped or "compressed", lambda: compress(compressed, self.callbacks, known))
+        """Column -> figure, once all are made."""
+        shipped = self._shipped
         return {
-            "BF16": self._figure(NLS_RUN, "16bit"),
-            "BF16 + LoRA": self._figure("lora", "lora16"),
+            "BF16": self._figure(NLS_RUN, SIXTEEN_BIT),
+            "BF16 + LoRA": self._figure(LORA16_RUN, "lora16"),
             "INT4, LoRA + PTWC": self._figure(PTWC_RUN, shipped or "compressed"),
             "INT4, QAT + LoRA": self._figure(LORA_RUN, shipped or "tuned"),
             "INT4, QAT + NLS": self._figure(NLS_RUN, shipped or "tuned"),

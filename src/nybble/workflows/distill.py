@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from nybble import processes
 from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
@@ -49,6 +51,7 @@ from nybble.workflows.measure import (
 )
 from nybble.workflows.plan import PlannedRun
 from nybble.workflows.positions import TrainedPositions
+from nybble.workflows.shard import check_shardable, sharded
 from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
@@ -75,6 +78,9 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
+    if options.training.shard:
+        check_shardable(loaded.model, selection)
+        options = options.replace(weight_cache="recompute")  # no process has room for all weights
     compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
     request = text.distill_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
@@ -130,6 +136,7 @@ def _plan_training(options: DistillOptions, planned: PlannedRun) -> DistillOptio
         seq_len=seq_len,
         teacher_tokens=seq_len * (count + len(prepared.validation) + len(prepared.test)),
         weight_copies=2 if training.train != "lora" or (training.scale_lr and training.lora_rank) else 1,
+        shards=processes.count() if training.shard else 1,
     )
     chosen = execution.plan_memory(options, training, planned, size, options.evaluation.eval_tasks)
     method = {} if planned.compression.init_from is not None else {"method": planned.compression.method}
@@ -182,13 +189,18 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     else:
         layers |= train.insert_layers_without_adapters(context, compressed, options.train, fixed_point)
     positions = TrainedPositions.of(context, compressed, options.codes_stay)
+    if options.shard:
+        compressed.release_inits()  # the layers will have weights of their own
+    weights = compressed.weights if processes.is_first() else {}  # the others do not absorb
     with train.measuring_weights(layers, options.weight_cache):
         measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     norms = make_norms_trainable(model) if options.norm_lr else {}
     objective = _objective(context, options, teacher, layers)
-    train.train_layers(context, options, layers, objective, norms)
+    del compressed
+    with sharded(layers) if options.shard else nullcontext():
+        train.train_layers(context, options, layers, objective, norms)
     run.reach(Phase.TRAINED)
-    run.on_first(lambda: _absorb(context, compressed.weights, layers, positions))
+    run.on_first(lambda: _absorb(context, weights, layers, positions))
 
 
 def _absorb(

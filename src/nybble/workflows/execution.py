@@ -39,6 +39,7 @@ class TrainingSize:
         teacher_tokens: tokens whose teacher states are kept on disk.
         weight_copies: of the weights that the step cache keeps: 2 where it collects gradients, otherwise 1.
         max_rows: upper bound on the sequences of an automatic microbatch; None = what memory allows.
+        shards: processes that divide the rows of the 4-bit layers.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class TrainingSize:
     weight_copies: int
     max_rows: int | None = None
     train: TrainedPart = "lora"
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def plan_memory(
         short_moments=training.optim == "adamw_8bit",
         averages=training.lr_scheduler_type == "constant_with_averaging",
         on_gpu=device.type != "cpu",
+        shards=size.shards,
     )
     limits = MicrobatchLimits(
         length=size.seq_len,

@@ -9,11 +9,11 @@ from pathlib import Path
 import nybble
 from nybble import processes
 from nybble.errors import OptionError
-from nybble.options.commands import RunCommand
+from nybble.options.base import Command
 from nybble.run.machine import package_versions
 
 
-def check_processes(options: RunCommand) -> None:
+def check_processes(options: Command) -> None:
     """Check the processes that torchrun or accelerate launch started; one process passes.
 
     Raises:
@@ -24,6 +24,12 @@ def check_processes(options: RunCommand) -> None:
         raise OptionError(
             f"nybble {options.NAME} must run in one process when Python calls it; it was started in {launched}; use "
             f"torchrun with -m nybble {options.NAME}"
+        )
+    shard = options.flat().get("shard", False)
+    if shard and count == 1:
+        raise OptionError(
+            "--shard divides the weights among several processes; there is one; start them with torchrun or accelerate "
+            "launch, or leave --shard out"
         )
     if count == 1:
         return
@@ -36,6 +42,11 @@ def check_processes(options: RunCommand) -> None:
         raise OptionError(
             f"--batch_size must be at least the number of processes; it is {batch}, with {count} processes; start "
             "fewer of them, or raise --batch_size"
+        )
+    if shard and batch % count:
+        raise OptionError(
+            f"--batch_size must be divisible by the number of processes with --shard, as they compute together; it is "
+            f"{batch}, with {count} processes"
         )
 
 

@@ -27,17 +27,18 @@ from nybble.workflows.task_run import TaskRun, open_task_run
 log = logging.getLogger("nybble")
 
 
-def tune_16bit(options: TuneOptions, before: Mapping[str, Any]) -> Path:
+def tune_16bit(options: TuneOptions, before: Mapping[str, Mapping[str, Any]]) -> Path:
     """Tune the 16-bit model; the merged model is written to the run's folder `merged`, its rows as text to `texts`.
 
     Args:
-        before: what the untuned model measured.
+        before: the row of the untuned model if it was measured; empty otherwise.
 
     Returns: the run folder.
     """
     with open_task_run(options, command="lora") as task_run:
         run, loaded = task_run.context.run, task_run.context.loaded
-        run.results.models.setdefault(SIXTEEN_BIT, dict(before))
+        run.results.models = {**{row: dict(metrics) for row, metrics in before.items()}, **run.results.models}
+        measure_row(run, task_run.evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))
         merged = run.path / MERGED
         if not run.results.phase.reached(Phase.TRAINED):
             _train(task_run)

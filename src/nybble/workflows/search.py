@@ -23,11 +23,10 @@ from nybble.report.markdown import run_markdown
 from nybble.report.tables import as_table
 from nybble.run.results import FrontPoint, Phase, RunResults, SearchResults, Winner, read_results
 from nybble.run.resume import saved_options
-from nybble.workflows import session, steps
-from nybble.workflows.judge import judge_tuning
-from nybble.workflows.quantize_tuned import TunedRun, quantize_and_save, remove_leftovers
+from nybble.workflows.launch import check_processes
+from nybble.workflows.quantize_tuned import TunedRun, quantize_and_save
 from nybble.workflows.task_run import open_task_run
-from nybble.workflows.tune import reopen
+from nybble.workflows.tune import finish, reopen
 
 log = logging.getLogger("nybble")
 
@@ -40,6 +39,7 @@ def search(options: SearchOptions) -> None:
         RunError: not a run of nybble tune with a choice of ranks.
     """
     options.check()
+    check_processes(options)
     if importlib.util.find_spec("optuna") is None:
         raise MissingExtraError("search", "nybble search")
     path, asked = Path(options.search.run), options.search
@@ -126,6 +126,4 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
         return
     if not made:  # otherwise an earlier --apply was killed afterwards
         quantize_and_save(tuned, tuple(best.configuration), by_search=True)
-    remove_leftovers(task_run)
-    failed = steps.measure_shipped(task_run.context, task_run.evaluator, "tuned")
-    session.finish(run, judge_tuning(run.results), failed)
+    run.on_first(lambda: finish(task_run))

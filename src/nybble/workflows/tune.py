@@ -115,10 +115,10 @@ def _run(task_run: TaskRun, known: Mapping[str, Mapping[str, Any]]) -> None:
                 run.reach(Phase.TRAINED)
             configuration = _chosen_before(task_run) or _choose(tuned)
         quantize_and_save(tuned, configuration)
-    run.on_first(lambda: _finish(task_run))
+    run.on_first(lambda: finish(task_run))
 
 
-def _finish(task_run: TaskRun) -> None:
+def finish(task_run: TaskRun) -> None:
     """Delete what is no longer needed, export, measure, report."""
     run = task_run.context.run
     remove_leftovers(task_run)
