@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,8 @@ def by_nncf(plan: Plan, deadline: float) -> None:
         return
     minutes = read_results(out / winner).seconds.get("train", 0.0) / 60
     left = (deadline - time.perf_counter()) / 60
-    if left < minutes:
-        print(f"nncf needs {minutes:.1f} minutes and its loading; {left:.1f} are left", file=sys.stderr)
+    if not 0 < minutes < left:
+        print(f"nncf: trains as long as {winner} did, {minutes:.1f} minutes; {left:.1f} are left", file=sys.stderr)
         return
     from peers import prepare
 
@@ -269,11 +269,9 @@ def by_nncf(plan: Plan, deadline: float) -> None:
     )  # fmt: skip
     worker = [options.nncf, Path(__file__).with_name("peer_worker.py"), "--job", "nncf:distill", "--folder", folder]
     worker += ["--samples", 1024, "--minutes", minutes, "--texts", "wiki", "docs", "gsm8k", "--out", out / "nncf.jsonl"]
-    with (out / "nncf.log").open("a") as log:
-        subprocess.run(
-            [str(part) for part in worker], stdout=log, stderr=log, check=False,
-            timeout=max(1.0, deadline - time.perf_counter()),
-        )  # fmt: skip
+    with (out / "nncf.log").open("a") as log, suppress(subprocess.TimeoutExpired):
+        left = max(1.0, deadline - time.perf_counter())
+        subprocess.run([str(part) for part in worker], stdout=log, stderr=log, check=False, timeout=left)
 
 
 def tables(plan: Plan) -> str:
@@ -307,13 +305,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     plan = Plan(options)
-    for stage in options.stages:
-        if stage == "nncf":
-            by_nncf(plan, deadline)
-        elif not all(execute(experiment, plan.out, deadline) for experiment in plan.experiments(stage)):
-            break
-    write_lines(plan.out)
-    print(tables(plan))
+    try:
+        for stage in options.stages:
+            if stage == "nncf":
+                by_nncf(plan, deadline)
+            elif not all(execute(experiment, plan.out, deadline) for experiment in plan.experiments(stage)):
+                break
+    finally:
+        write_lines(plan.out)
+        print(tables(plan))
 
 
 if __name__ == "__main__":

@@ -304,9 +304,10 @@ def main() -> None:
     tool, method = options.job.split(":")
     ids = load_file(options.folder / "train.safetensors")["ids"].long()[: options.samples]
     job = Job(method, options.folder, ids, options.seed, options.minutes)
+    began = time.process_time()
     done = Done(None, 0.0, {}) if method == "16bit" else TOOLS[tool](job)
     row: dict[str, Any] = {key: getattr(options, key) for key in ("job", "seed", "samples")}
-    row |= {"length": ids.shape[1], "seconds": done.seconds} | done.facts
+    row |= {"length": ids.shape[1], "seconds": done.seconds, "cpu_seconds": time.process_time() - began} | done.facts
     row["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     device = getattr(done.model, "device", torch.device("cpu"))
     head = LMHead.of(job.load().to(device))

@@ -106,13 +106,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             row["job"].replace(":", " "), str(row["samples"]), f"{row['seconds'] / 60:.1f}",
-            f"{row['peak_gigabytes']:.2f}", *(
+            f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_gigabytes']:.2f}", *(
                 f"{row[text][key]:.{digits}f}" for text in TEXTS for key, digits in (("perplexity", 2), ("kl", 4))
             ),
         ]
         for row in sorted(rows, key=lambda row: (order.get(row["job"], len(order)), row["samples"]))
     ]  # fmt: skip
-    return as_markdown(["", "sequences", "minutes", "peak GB", *measures], cells)
+    return as_markdown(["", "sequences", "minutes", "of CPU", "peak GB", *measures], cells)
 
 
 def main() -> None:
