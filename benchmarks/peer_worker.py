@@ -267,11 +267,16 @@ TOOLS: dict[str, Callable[[Job], Done]] = {
 
 
 def levels(model: Any) -> dict[str, int]:
-    """How many linear layers of the decoder there are, and how many have at most 16 values in every group."""
+    """Linear layers of the decoder whose weights are numbers, not packed codes; those with 16 values in every group."""
     counts = {"linears": 0, "in_16_levels": 0}
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         weight = getattr(module, "weight", None)
-        if ".layers." in name and isinstance(module, torch.nn.Linear) and isinstance(weight, torch.Tensor):
+        if (
+            ".layers." in name
+            and isinstance(module, torch.nn.Linear)
+            and weight is not None
+            and weight.is_floating_point()
+        ):
             counts["linears"] += 1
             groups = weight.detach().float().reshape(-1, GROUP_SIZE).sort(1).values
             counts["in_16_levels"] += int((groups.diff(dim=1) > 0).sum(1).max()) < 16

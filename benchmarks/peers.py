@@ -83,12 +83,9 @@ def run(job: str, options: argparse.Namespace) -> None:
     command: list[Any] = [python, HERE / "peer_worker.py", "--job", job, "--seed", options.seed]
     command += ["--samples", options.samples, "--minutes", options.minutes, "--folder", options.folder]
     command += ["--out", options.folder / "peers.jsonl", "--texts", *TEXTS]
-    # GPTQModel refuses to start with fewer workers.
-    settings = os.environ | {
-        "PYTHONPATH": str(HERE.parent / "src"),
-        "HF_HUB_OFFLINE": "1",
-        "GPTQMODEL_CPU_WORKERS": "2",
-    }
+    # GPTQModel refuses to start with fewer workers, and NNCF builds an extension in its first training.
+    settings = {"GPTQMODEL_CPU_WORKERS": "2", "NNCF_EXTENSION_LOAD_TIMEOUT": "0", "HF_HUB_OFFLINE": "1"}
+    settings = os.environ | settings | {"PYTHONPATH": str(HERE.parent / "src")}
     with (options.folder / f"{name}.log").open("w") as log:
         subprocess.run([str(part) for part in command], stdout=log, stderr=log, env=settings, cwd=options.folder)
 
