@@ -5,8 +5,9 @@
 # make format       let ruff rewrite the code
 # make fuzz         damaged files and random command lines for MINUTES (60), from SEED (0)
 # make bench        decoding speed and size of the demo's export, compared with torch
-# make bench-nncf   post-training compression compared with NNCF's, which is installed in .venv-nncf;
-#                   TEXT is a folder with wikitext-2 (takes hours on two cores)
+# make peers        install the tools to compare with, each in an environment of its own (.venv-nncf, .venv-mlx, ...)
+# make bench-peers  the same model and text compressed by each of them; DATA is a folder with wikitext and gsm8k (takes
+#                   hours on two cores)
 # make docs         build the documentation site into build/site
 # make docs-serve   serve the site on this machine and rebuild it on changes
 # make clean        delete environments, runs and builds
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick lint fuzz format bench bench-nncf nncf docs docs-serve install clean
+.PHONY: demo test quick lint fuzz format bench bench-peers peers docs docs-serve install clean
 
 # torch comes first: a local CPU build, if pip knows of one, then satisfies every other package.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -56,18 +57,18 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/decode.py runs/demo
 
-NNCF := .venv-nncf
-TEXT ?= ../shared/data/wikitext
+PEERS := autoround gptqmodel llmcompressor mlx nncf
+DATA ?= ../shared/data
 
-$(NNCF)/.installed: benchmarks/nncf.txt
-	test -x $(NNCF)/bin/python || $(PYTHON) -m venv $(NNCF)
-	$(NNCF)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/nncf.txt
+.venv-%/.installed: benchmarks/%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/$*.txt
 	touch $@
 
-nncf: $(NNCF)/.installed
+peers: $(PEERS:%=.venv-%/.installed)
 
-bench-nncf: install nncf
-	$(BIN)/python benchmarks/compress_vs_nncf.py --text $(TEXT)
+bench-peers: install peers
+	$(BIN)/python benchmarks/peers.py --data_dir $(DATA)
 
 # NO_MKDOCS_2_WARNING: mkdocs-material would print a notice about MkDocs 2 on every build.
 docs: install
@@ -79,4 +80,4 @@ docs-serve: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
-	rm -rf $(VENV) $(NNCF) runs build
+	rm -rf $(VENV) .venv-* runs build

@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--nncf", help="Python of an environment with NNCF (make nncf)")
+    parser.add_argument("--nncf", help="Python of an environment with NNCF (make peers)")
     parser.add_argument("--requantized_only", action="store_true")
     parser.add_argument("--nncf-worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

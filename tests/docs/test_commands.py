@@ -64,6 +64,7 @@ def test_the_makefile_describes_its_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     described = set(re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE))
     assert described == {
-        "demo", "test", "quick", "lint", "fuzz", "format", "bench", "bench-nncf", "docs", "docs-serve", "clean",
+        "demo", "test", "quick", "lint", "fuzz", "format", "bench", "bench-peers", "peers", "docs", "docs-serve",
+        "clean",
     }  # fmt: skip
     assert described <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
