@@ -1,6 +1,8 @@
 """What is said while a command runs: how far it is, and how long it will take."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,21 @@ def test_a_file_gets_whole_lines_without_padding(capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert [len(line.rstrip()) for line in lines] == [9 + 279, 329]
     assert not lines[0].endswith("  ")
+
+
+def test_libraries_that_set_up_logging_change_nothing() -> None:
+    code = """
+import logging
+import subprocess
+import sys
+from nybble.console import set_up_logging
+set_up_logging()
+logging.basicConfig(format="%(name)s %(message)s", level=logging.INFO)  # as onnxruntime's quantizer does
+logging.getLogger("library").info("quiet")
+logging.getLogger("library").warning("loud")
+logging.getLogger("nybble").info("once")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quiet" not in done.stderr + done.stdout
+    assert done.stderr.splitlines()[-1] == "loud"
+    assert done.stdout.count("once") == 1

@@ -74,6 +74,11 @@ def set_up_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+    root = logging.getLogger()
+    if not root.handlers and logging.lastResort is not None:
+        # What Python does without handlers: messages from WARNING on. Libraries that set up logging when they are
+        # imported (onnxruntime's quantizer) then change nothing.
+        root.addHandler(logging.lastResort)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("lm_eval", "lm-eval", "accelerate", "httpx", "huggingface_hub", "datasets", *_TORCHAO):

@@ -1,6 +1,7 @@
 """Loading models, and the messages for models that cannot be loaded."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,3 +312,14 @@ def test_an_unnamed_quantization_is_refused() -> None:
     config.quantization_config = object()
     with pytest.raises(ModelError, match="already quantized by an unnamed method"):
         pretrained._check_architecture("m", config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
+def test_a_model_may_let_go_of_its_files(tmp_path: Path) -> None:
+    model = loading.load(str(save_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu")).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mapped = str(tmp_path / "model" / "model.safetensors")
+    assert mapped in Path("/proc/self/maps").read_text()
+    loading.release_files(model)
+    assert mapped not in Path("/proc/self/maps").read_text()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

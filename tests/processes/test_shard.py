@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow  # every process imports transformers
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--scale_lr", "0"], ["--lora_rank", "0"], ["--gradient_checkpointing", "on", "--bits", "3"]]
+    "more",
+    [
+        [],
+        ["--scale_lr", "0"],
+        ["--lora_rank", "0"],
+        ["--gradient_checkpointing", "on", "--bits", "3"],
+        ["--base_weights", "fixed"],
+    ],
 )
 def test_distill_with_shards(more: list[str], tmp_path: Path, launcher: Launcher) -> None:
     command = distill_command(save_model(tmp_path / "model", "llama"), tmp_path, *more)
@@ -38,7 +45,7 @@ def test_distill_with_shards(more: list[str], tmp_path: Path, launcher: Launcher
     log = (tmp_path / "two" / "log.txt").read_text()
     found = re.search(r"2 processes keep ([\d.]+) of ([\d.]+) MB of the layers each, and gather ([\d.]+) MB", log)
     assert found is not None
-    assert float(found[1]) < 0.85 * float(found[2])
+    assert float(found[1]) < 0.85 * float(found[2]) or "fixed" in more  # too small to see in MB
     print(json.dumps({"log": found[0], "sent": two.machine["bytes_sent"]}))
 
 

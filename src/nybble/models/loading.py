@@ -253,3 +253,15 @@ def _correct_tying(model: Any) -> None:
             "the configuration ties lm_head to the embedding, but the checkpoint has a head of its own, which is used"
         )
         model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def release_files(model: Any) -> None:
+    """Copy every tensor of a model on the CPU, so that the files it was loaded from are no longer mapped into memory.
+
+    transformers maps safetensors files, and a single tensor keeps all of its file resident: after most layers were
+    replaced, the weights that they had before.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()

@@ -13,6 +13,7 @@ from torch import nn
 
 from nybble import processes
 from nybble.callbacks import Callback, CallbackList
+from nybble.models.loading import release_files
 from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
@@ -52,6 +53,8 @@ def insert_quantized_layers(
     else:
         codes = {name: compressed.weights[name] for name in compressed.inits}
         layers |= insert_fixed_codes_layers(model, codes, context.seed)
+    if fixed_point or not rank:
+        release_files(model)
     _note_rank(context.run, layers, rank)
     return layers
 
@@ -71,6 +74,8 @@ def insert_layers_without_adapters(
         layers |= insert_fake_quant_layers_of(FakeQuantizedFullLinear, *given)
     else:
         layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given, fixed_point)
+    if fixed_point or train == "full":
+        release_files(model)
     _note_rank(context.run, layers, 0)
     return layers
 
