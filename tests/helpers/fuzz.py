@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +151,21 @@ def _text(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-def _read_text(folder: Path) -> object:
+@cache  # each one that encodes leaves most of a megabyte in native memory: gigabytes in an hour
+def _tokenizer() -> Any:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return tokenizer
+
+
+def _read_text(folder: Path) -> object:
     read = []
     for path in sorted(folder.iterdir()):
         options = DistillOptions.of(
             pretrained="x", data=(str(path),), seq_len=32, num_train_samples=4, num_validation_samples=2,
             num_test_samples=2, batch_size=2,
         )  # fmt: skip
-        read.append(prepare_text(distill_request(options, calibrates=False), tokenizer, 260))
+        read.append(prepare_text(distill_request(options, calibrates=False), _tokenizer(), 260))
     return read
 
 
