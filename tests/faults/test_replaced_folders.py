@@ -178,7 +178,7 @@ def test_a_search_that_was_killed_before_the_measurement_is_finished_by_the_same
     pytest.importorskip("optuna", reason="the extra search")
     command = ["search", str(smallest), "--sampler", "random", "--num_trials", "8", "--apply"]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(search_module, "remove_leftovers", lambda *_: (_ for _ in ()).throw(RuntimeError()))
+        patch.setattr(search_module, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError()))
         search_module.search(
             search_module.SearchOptions.of(run=str(smallest), sampler="random", num_trials=8, apply=True)
         )
