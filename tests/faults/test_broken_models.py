@@ -93,6 +93,17 @@ def test_the_field_is_named(name: str, value: object, message: str, folder: Path
         load_and_try(folder)
 
 
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 2**63, "num_attention_heads": True}, {"text_config": {"n_layer": 10**6}},
+    {"num_local_experts": 10**6, "hidden_act": "nothing"},
+])  # fmt: skip
+def test_modules_without_end_are_never_built(changes: dict[str, object], folder: Path) -> None:
+    """Two faults: what fails first is explained by building the model without one field after the other."""
+    mutate(folder, changes)
+    with pytest.raises(ModelError, match=r"config.json: (num_hidden_layers|n_layer|num_local_experts) must be at most"):
+        load_and_try(folder)
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 700\n"
 
 

@@ -29,8 +29,9 @@ _POSITIVE = (
     "max_position_embeddings", "query_pre_attn_scalar",
 )  # fmt: skip
 
-_MOST_LAYERS = 1000
-"""Published models have at most some hundred. A million layers would be built for hours before a weight is read."""
+_MOST = {"layer": 1000, "layers": 1000, "experts": 10_000}
+"""Last word of a field that counts modules -> the largest number. Published models have at most some hundred layers. A
+million would be built for hours before a weight is read."""
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -60,6 +61,17 @@ def check_config_file(folder: Path) -> None:
         value = fields.get(name)
         if value is not None and not (isinstance(value, kind) and _holds_texts(name, value)):
             raise _field_error(folder, name, value, what)
+    _check_counts(folder, fields)
+
+
+def _check_counts(folder: Path, fields: dict[str, Any]) -> None:
+    """Check the fields that count modules, and those of the configurations inside, under any name."""
+    for name, value in fields.items():
+        most = _MOST.get(name.rpartition("_")[2])
+        if most is not None and isinstance(value, int) and value > most:
+            raise _field_error(folder, name, value, f"at most {most}")
+        if isinstance(value, dict):
+            _check_counts(folder, value)
 
 
 def _holds_texts(name: str, value: Any) -> bool:
@@ -84,9 +96,9 @@ def check_config(folder: Path | None, config: Any) -> None:
         stated = name in config.to_dict() or name in getattr(config, "attribute_map", {})
         if isinstance(value, int | float) and stated and not value > 0:
             raise _field_error(folder, name, value, "a positive number")
-    layers = config_value(config, "num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise _field_error(folder, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
+    layers, most = config_value(config, "num_hidden_layers"), _MOST["layers"]
+    if isinstance(layers, int) and layers > most:
+        raise _field_error(folder, "num_hidden_layers", layers, f"at most {most}")
 
 
 def explain_folder(folder: Path, reason: str) -> str | None:
