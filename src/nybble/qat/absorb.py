@@ -54,7 +54,10 @@ def frozen_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]) -> dict[str, QuantizedWeight]:
-    """Replace quantized layers by plain linear layers with the absorbed weights, in place.
+    """Take the weights out of quantized layers, and put plain linear layers in their places that have none.
+
+    What is returned is saved, loaded again and measured. A second copy of it in the model would, for a large one, take
+    more memory than the training did.
 
     Args:
         model: the model that holds the layers.
@@ -72,9 +75,20 @@ def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]
         layer.drop_weight_cache()
         assert_absorbs_exactly(name, layer)
         absorbed = layer.absorb()
-        model.set_submodule(name, frozen_linear(absorbed.dequantize().to(layer.dtype), layer.bias))
+        empty_OI = torch.empty(absorbed.codes_OI.shape, dtype=layer.dtype, device="meta")
+        model.set_submodule(name, frozen_linear(empty_OI, layer.bias))
         quantized[name] = absorbed.to("cpu")
     return quantized
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight], device: torch.device) -> None:
+    """Give the plain layers that `absorb_layers` has put in the weights that it returned; others stay as they are."""
+    for name, weight in weights.items():
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear) and linear.weight.is_meta:
+            weight_OI = weight.to(device).dequantize().to(linear.weight.dtype)
+            model.set_submodule(name, frozen_linear(weight_OI, linear.bias))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from nybble.models.loading import LoadedModel
 from nybble.models.quantized_model import load_quantized
 from nybble.nls import ranks
 from nybble.nls.ranks import RankConfiguration
+from nybble.qat.absorb import put_weights
 from nybble.report.labels import ranks_text
 from nybble.report.markdown import run_markdown
 from nybble.run.folder import RunFolder
@@ -53,7 +54,9 @@ def measure_configuration(tuned: TunedRun, custom: RankConfiguration) -> None:
         else:
             ranks.activate_ranks(tuned.layers, configuration)
             with _apart(tuned) as trial:
-                to_4_bits(trial)
+                model = context.loaded.model
+                quantized, _ = to_4_bits(trial)
+                put_weights(model, quantized, model.device)
                 value = test_metric(trial.task_run)
     options = task_run.options
     fast = tuned.quantized_after or options.ranks.fast_eval or options.training.weight_cache == "step"
