@@ -203,7 +203,7 @@ def test_a_run_on_a_disk_of_any_size_ends_with_one_line_and_is_finished_with_spa
     used = sum(file.stat().st_size for file in (folder / "whole").rglob("*") if file.is_file())
     with small_tmpfs(tmp_path, int(share * used)):
         with monkeypatch.context() as patch:  # the estimate would refuse most of these disks before the work
-            patch.setattr("nybble.workflows.train.check_free_disk", lambda *_: None)
+            patch.setattr("nybble.workflows.execution.check_free_disk", lambda *_: None)
             code = main(arguments)
         said = capfd.readouterr().err
         assert code == 2, said
