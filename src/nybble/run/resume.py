@@ -80,7 +80,9 @@ def check_same_options(folder: Path, options: Command) -> None:
         for values in (type(options)(), options)
     )
     before = defaults | saved_options(folder)
-    for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
+    # Left to the memory that is free; a run that goes on keeps what it began with.
+    automatic = {key for key in ("base_weights",) if "auto" in (before.get(key), now.get(key))}
+    for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE - automatic):
         if before.get(key) != now.get(key):
             raise RunError(
                 f"--resume must use the options of the run {folder}: --{key} was {_readable(before.get(key))}, got "
