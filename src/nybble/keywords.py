@@ -53,6 +53,7 @@ class DistillKeywords(TypedDict, total=False):
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     trust_remote_code: bool
     pretrained: str
+    offload: Literal["auto", "none", "disk"]
     data: str | Sequence[str]
     seq_len: int
     text_column: str

@@ -135,7 +135,7 @@ def returning_freed_memory() -> Iterator[None]:
     memory of an export.
     """
     global _returning
-    _set_allocator((_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 16), (_M_TOP_PAD, 0))
+    _return_freed_memory()
     _returning += 1
     try:
         yield
@@ -143,6 +143,23 @@ def returning_freed_memory() -> Iterator[None]:
         _returning -= 1
         if _keeps_freed_memory and not _returning:
             keep_freed_memory()
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Undo `returning_freed_memory` inside this block, for a training in the middle of it."""
+    global _returning
+    outside = _returning
+    if not (_keeps_freed_memory and outside):
+        yield
+        return
+    _returning = 0
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        _returning = outside
+        _return_freed_memory()
 
 
 def hand_back_freed_memory() -> None:
@@ -164,6 +181,10 @@ def disable_cudnn_attention() -> None:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _return_freed_memory() -> None:
+    _set_allocator((_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 16), (_M_TOP_PAD, 0))
 
 
 def _set_allocator(*settings: tuple[int, int]) -> None:

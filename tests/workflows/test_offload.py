@@ -34,7 +34,9 @@ def options(model: Path, run: Path, **changes: object) -> CompressOptions:
 
 def assert_equal_runs(one: Path, two: Path) -> None:
     """The same tensors, metrics and errors, to the last bit, and the same files."""
-    for file in ("weights.safetensors", "positions.safetensors"):
+    files = [sorted(path.name for path in (run / "quantized").glob("*.safetensors")) for run in (one, two)]
+    assert files[0] == files[1]
+    for file in files[0]:
         first, second = (load_file(run / "quantized" / file) for run in (one, two))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)

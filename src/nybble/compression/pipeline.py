@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nybble.compression.block_compression import BlockCompressor, Progress, share_model_memory
@@ -24,7 +25,7 @@ from nybble.compression.methods import MethodCombination, combine, parse_method
 from nybble.compression.rounding import round_layers
 from nybble.compression.store import BlockStore
 from nybble.compression.stored_block import CompressedBlock, StoredBlock
-from nybble.models.layers_on_disk import block_number, by_block, layers_on_disk, tensors_of
+from nybble.models.layers_on_disk import LayersOnDisk, block_number, by_block, layers_on_disk, tensors_of
 from nybble.models.quantized_file import LazyMapping
 from nybble.quant.scheme import QuantScheme
 
@@ -145,9 +146,11 @@ class _Work:
 
     def result(self) -> CompressionResult:
         """What was done, in the order of the names asked for."""
-        inits = LazyMapping(self.schemes, self._read_init) if layers_on_disk(self.model) else self.inits
-        ordered = inits if isinstance(inits, LazyMapping) else {name: inits[name] for name in self.schemes}
-        return CompressionResult(ordered, {name: self.errors[name] for name in self.schemes}, self.losses)
+        layers = layers_on_disk(self.model)
+        inits: Mapping[str, QuantizedInit] = {name: self.inits[name] for name in self.schemes if layers is None}
+        if layers is not None:
+            inits = LazyMapping(self.schemes, partial(self._read_init, layers))
+        return CompressionResult(inits, {name: self.errors[name] for name in self.schemes}, self.losses)
 
     def _round(self, methods: MethodCombination, prefix: str, names: Sequence[str]) -> CompressedBlock:
         """Round layers one by one, and put the new weights in; `names` come after the prefix."""
@@ -178,10 +181,9 @@ class _Work:
         own = {name.removeprefix(prefix): scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
         return StoredBlock(self.store, prefix, own, layers.device)
 
-    def _read_init(self, name: str) -> QuantizedInit:
-        layers = layers_on_disk(self.model)
-        i = None if layers is None else block_number(layers, name)
-        if layers is None or i is None or self.store is None:
+    def _read_init(self, layers: LayersOnDisk, name: str) -> QuantizedInit:
+        i = block_number(layers, name)
+        if i is None or self.store is None:
             return self.inits[name]
         prefix = layers.prefix(i)
         return StoredBlock(self.store, prefix, {}, layers.device).init(name.removeprefix(prefix))

@@ -104,7 +104,8 @@ class StoredBlock:
 
     def init(self, name: str) -> QuantizedInit:
         """Read one compressed layer."""
-        return QuantizedInit(*self.store.read(self.prefix, [f"{name}:{leaf}" for leaf in _INIT_TENSORS]))
+        tensors = self.store.read(self.prefix, [f"{name}:{leaf}" for leaf in _INIT_TENSORS])
+        return QuantizedInit(*(tensor.to(self.device) for tensor in tensors))
 
     def weights(self) -> Mapping[str, Tensor]:
         """All parameters and buffers of the block by their names in it, read at each access; weights are those before

@@ -10,6 +10,8 @@ A forward of the model, or of a block, outside of such a context reads each bloc
 afterwards. So whatever runs the model works, and is slow where it runs the model often: `streamed.py` passes many
 sequences through one block after the other.
 
+`into_memory` reads the blocks one after the other for good, while smaller layers take the place of theirs.
+
 In a model that is in memory, `loaded` moves the block to the device of the model, and back to the CPU. So code that
 works block by block is the same for both kinds of model.
 """
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nybble.errors import ModelError
 
@@ -107,11 +110,12 @@ class LayersOnDisk(Layers):
         self._running: dict[int, AbstractContextManager[nn.Module]] = {}
         self._versions: dict[str, int] = {}
         self._bypassed = 0
+        self._hooks: dict[int, list[RemovableHandle]] = {}
         _LAYERS[model] = self
         for i, block in enumerate(self.modules):
             _OWNERS[block] = (weakref.ref(self), i)
-            block.register_forward_pre_hook(_before_forward)
-            block.register_forward_hook(_after_forward, always_call=True)
+            before = block.register_forward_pre_hook(_before_forward)
+            self._hooks[i] = [before, block.register_forward_hook(_after_forward, always_call=True)]
             block.requires_grad_(False)
 
     def read(self, i: int) -> Mapping[str, Tensor]:
@@ -126,11 +130,7 @@ class LayersOnDisk(Layers):
     def loaded(self, i: int) -> Iterator[nn.Module]:
         """See Layers.loaded. Contexts may be nested."""
         if not self._depth[i]:
-            for name, tensor in self.read(i).items():
-                empty = self._empty[i].get(name)
-                if empty is not None and empty.dtype != tensor.dtype:  # kept in float32 (transformers)
-                    self._empty[i][name] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-                self._assign(i, name, tensor)
+            self._load(i)
         self._depth[i] += 1
         try:
             yield self.modules[i]
@@ -139,6 +139,17 @@ class LayersOnDisk(Layers):
             if not self._depth[i]:
                 for name, parameter in self._empty[i].items():
                     self._assign(i, name, parameter)
+
+    def keep(self, i: int) -> None:
+        """Read block i a last time, and leave it in memory; it becomes a block like any other."""
+        assert not self._depth[i], "a block is kept outside of the contexts that load it"
+        if i not in self._hooks:
+            return
+        self._load(i)
+        for handle in self._hooks.pop(i):
+            handle.remove()
+        self._empty[i].clear()
+        del _OWNERS[self.modules[i]]
 
     def release(self, model: Any) -> None:
         """Nothing to do."""
@@ -171,6 +182,14 @@ class LayersOnDisk(Layers):
         now = dict(self.modules[i].named_parameters())
         self.changed |= {f"{self.prefix(i)}{n}" for n, version in self._versions.items() if now[n]._version != version}
         self._running.pop(i).__exit__(None, None, None)
+
+    def _load(self, i: int) -> None:
+        """Give block i the tensors that are read."""
+        for name, tensor in self.read(i).items():
+            empty = self._empty[i].get(name)
+            if empty is not None and empty.dtype != tensor.dtype:  # kept in float32 (transformers)
+                self._empty[i][name] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+            self._assign(i, name, tensor)
 
     def _assign(self, i: int, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
@@ -223,6 +242,26 @@ def loaded_block(block: nn.Module) -> Iterator[None]:
         return
     with layers.loaded(i):
         yield
+
+
+def into_memory(model: Any, names: Iterable[str]) -> Iterator[str]:
+    """Yield names of layers, whose block is in memory from then on. At the end all are, and the model is like one that
+    never was on disk. A caller that replaces the layers as they come holds one block of them at a time.
+
+    Args:
+        model: transformers.PreTrainedModel, on disk or not.
+        names: of the layers, those of a block side by side.
+    """
+    layers = layers_on_disk(model)
+    for name in names:
+        i = None if layers is None else block_number(layers, name)
+        if layers is not None and i is not None:
+            layers.keep(i)
+        yield name
+    if layers is not None:
+        for i in range(len(layers.modules)):
+            layers.keep(i)
+        del _LAYERS[model]
 
 
 def tensors_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -55,12 +55,14 @@ class LoadedModel:
         tokenizer: transformers.PreTrainedTokenizerBase.
         name: for messages and reports.
         files: that come with the model and travel with it unchanged (companions.py).
+        on_disk: it was loaded with its decoder blocks on the disk (layers_on_disk.py).
     """
 
     model: Any
     tokenizer: Any
     name: str
     files: tuple[Path, ...] = ()
+    on_disk: bool = False
 
 
 def load(
@@ -116,7 +118,7 @@ def load(
     model.requires_grad_(False)
     if not offload:
         model.to(device)
-    return LoadedModel(model.eval(), tokenizer, name, companion_files(source, tokenizer))
+    return LoadedModel(model.eval(), tokenizer, name, companion_files(source, tokenizer), offload)
 
 
 def smollm2_path() -> Path:

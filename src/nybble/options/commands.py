@@ -93,6 +93,7 @@ class DistillOptions(TrainCommand):
 
     NAME: ClassVar[str] = "distill"
 
+    model: OffloadOptions = field(default_factory=OffloadOptions)
     text: TextOptions = field(default_factory=TextOptions)
     training: DistillTrainingOptions = field(default_factory=DistillTrainingOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

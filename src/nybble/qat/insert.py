@@ -6,13 +6,14 @@ Weights and biases that a new layer keeps are shared with the model, not copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from nybble.compression.init import QuantizedInit
+from nybble.models.layers_on_disk import into_memory
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
@@ -30,14 +31,22 @@ M = TypeVar("M", bound=nn.Module)
 _ROWS_PER_CHUNK = 4096
 
 
+def _taken(inits: Mapping[str, QuantizedInit], name: str) -> QuantizedInit:
+    """Remove a layer where it is in memory; read it where it is not."""
+    return inits.pop(name) if isinstance(inits, dict) else inits[name]
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name))
 
 
 def _replace(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear], M]) -> dict[str, M]:
-    """Replace linear layers by what `make` returns for a name and the layer, one after the other."""
+    """Replace linear layers by what `make` returns for a name and the layer, one after the other.
+
+    A model on disk is in memory afterwards, with the new layers in place of the weights that it has on disk.
+    """
     layers = {}
-    for name in names:
+    for name in into_memory(model, names):
         layers[name] = make(name, _linear(model, name))
         model.set_submodule(name, layers[name])
     return layers
@@ -45,7 +54,7 @@ def _replace(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Lin
 
 def insert_fake_quant_layers(
     model: nn.Module,
-    inits: MutableMapping[str, QuantizedInit],
+    inits: Mapping[str, QuantizedInit],
     schemes: Mapping[str, QuantScheme],
     rank: int,
     seed: int,
@@ -57,7 +66,8 @@ def insert_fake_quant_layers(
 
     Args:
         model: the model whose layers are replaced.
-        inits: layer name -> result of compression. They are removed from it one by one, so that their memory is freed.
+        inits: layer name -> result of compression. They are removed from a dictionary one by one, so that their memory
+            is freed.
         schemes: layer name -> scheme that the weight was compressed with.
         rank: rank of the adapters, clamped to the smaller side of each layer.
         seed: seed of the adapters and log scale shifts.
@@ -70,7 +80,7 @@ def insert_fake_quant_layers(
 
     def make(name: str, linear: nn.Linear) -> FakeQuantizedLoRALinear:
         layer = FakeQuantizedLoRALinear(
-            inits.pop(name), schemes[name], linear.bias, rank, linear.weight.dtype, generator
+            _taken(inits, name), schemes[name], linear.bias, rank, linear.weight.dtype, generator
         )
         if fixed_point:
             layer.to_fixed_point()
@@ -82,7 +92,7 @@ def insert_fake_quant_layers(
 def insert_fake_quant_layers_of(
     kind: type[L],
     model: nn.Module,
-    inits: MutableMapping[str, QuantizedInit],
+    inits: Mapping[str, QuantizedInit],
     schemes: Mapping[str, QuantScheme],
     seed: int,
     fixed_point: bool = False,
@@ -94,7 +104,8 @@ def insert_fake_quant_layers_of(
     Args:
         kind: class of the layers: weights are trained, or the scales that round.
         model: the model whose layers are replaced.
-        inits: layer name -> result of compression. They are removed from it one by one, so that their memory is freed.
+        inits: layer name -> result of compression. They are removed from a dictionary one by one, so that their memory
+            is freed.
         schemes: layer name -> scheme that the weight was compressed with.
         seed: seed of the log scale shifts.
         fixed_point: keep frozen weights in one byte each, see `FakeQuantizedLinear.to_fixed_point`; not for trained
@@ -106,7 +117,7 @@ def insert_fake_quant_layers_of(
     generator = torch.Generator().manual_seed(seed)
 
     def make(name: str, linear: nn.Linear) -> L:
-        layer = kind(inits.pop(name), schemes[name], linear.bias, linear.weight.dtype, generator)
+        layer = kind(_taken(inits, name), schemes[name], linear.bias, linear.weight.dtype, generator)
         if fixed_point:
             layer.to_fixed_point()
         return layer

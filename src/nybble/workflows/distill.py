@@ -38,7 +38,7 @@ from nybble.run.results import Phase
 from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
-from nybble.workflows import execution, plan, session, steps, text, train
+from nybble.workflows import execution, placement, plan, session, steps, text, train
 from nybble.workflows.judge import judge_distillation
 from nybble.workflows.measure import (
     DECODER_ERROR_TOKENS,
@@ -72,10 +72,17 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     started = time.perf_counter()
     options.check()
     options = plan.keep_saved_choices(options)
+    plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
+    check_tasks(options.evaluation.eval_tasks, options.text.data_dir)
+    on_disk = placement.stays_on_disk(options)
+    with placement.freed_memory(on_disk):
+        return _distill(options, callbacks, on_disk, started)
+
+
+def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bool, started: float) -> Path:
+    """Everything from the model to the report."""
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    plan.validate(options, options.compression, evaluation, plan.input_names(options))
-    check_tasks(evaluation.eval_tasks, data_dir)
-    loaded = plan.load_model(options.model)
+    loaded = plan.load_model(options.model, on_disk)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
     if options.training.shard:
@@ -216,7 +223,8 @@ def _absorb(
         kept = positions.after(layers)
         tuned = absorb_layers(model, layers)
         run.results.changes = weight_changes(compressed, tuned)
-        save_quantized(run.quantized, context.loaded, {**compressed, **tuned}, kept)
+        weights = {name: tuned[name] if name in tuned else compressed[name] for name in compressed}
+        save_quantized(run.quantized, context.loaded, weights, kept)
         run.reach(Phase.QUANTIZED)
 
 

@@ -18,7 +18,7 @@ from nybble.training import memory
 from nybble.training.losses import chunk_tokens
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from nybble.training.optimizer import check_optimizer
-from nybble.workflows import plan
+from nybble.workflows import placement, plan
 from nybble.workflows.plan import PlannedRun
 
 log = logging.getLogger("nybble")
@@ -87,7 +87,7 @@ def plan_memory(
 
     Raises:
         RunError: the disk is too small.
-        MissingExtraError, OptionError: the optimizer cannot be used here.
+        MissingExtraError, OptionError: the optimizer cannot be used here, or a model on disk would have to write text.
     """
     device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
     check_optimizer(training.optim, device)
@@ -113,19 +113,15 @@ def plan_memory(
         max_tokens=_MAX_MICROBATCH_TOKENS.get(device.type, _MAX_MICROBATCH_TOKENS["cpu"]),
     )
     setup, chosen = _choose(training, planned, setup, limits)
-    wanted = options.compression.num_calibration_samples
-    needed = max(
-        memory.training_memory(setup, chosen.microbatch_size * size.seq_len),
-        plan.calibration_memory(shapes, planned, wanted),
-        memory.measuring_memory(shapes, setup.logits_bytes),
-    )
+    before = placement.preparation(planned, options.model, options.compression, tasks)
+    needed = max(memory.training_memory(setup, chosen.microbatch_size * size.seq_len), before.memory)
     if not _is_trained(options):
-        disk = memory.training_disk(setup, size.teacher_tokens) + plan.calibration_disk(shapes, planned)
+        disk = memory.training_disk(setup, size.teacher_tokens) + before.disk
         check_free_disk(options.folder, disk)
         log.info(
-            "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk",
+            "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk%s",
             needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
-            ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9,
+            ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9, before.place,
         )  # fmt: skip
         fewer = "--train lora" if size.train == "full" else "a smaller rank"
         smaller = ["--microbatch_size 1", "--weight_cache recompute", "--gradient_checkpointing on"]

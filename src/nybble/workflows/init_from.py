@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from nybble.compression.init import QuantizedInit
 from nybble.errors import OptionError
 from nybble.models import positions_file, quantized_file, quantized_model
+from nybble.models.layers_on_disk import LayersOnDisk, block_number, layers_on_disk
 from nybble.models.loading import LoadedModel
+from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.options.scheme import WHOLE_ROW
 from nybble.quant.position import weight_at_positions
@@ -84,31 +87,60 @@ def was_trained(run: Path) -> bool:
 
 def take_over(
     run: Path, loaded: LoadedModel, selection: LayerSelection
-) -> tuple[dict[str, QuantizedInit], dict[str, QuantizedWeight]]:
+) -> tuple[Mapping[str, QuantizedInit], Mapping[str, QuantizedWeight]]:
     """Give the model the weights of a finished run, in place, and everything else that the run has (folded norms).
 
     Returns: where each 4-bit layer starts, with exactly the codes, scales and zero points of the run, and between the
     codes where the run has it, otherwise in the middle of the cells; and all quantized weights, those in 8 bits too.
+    Both are dictionaries for a model in memory, and read from the run at each access for one on disk.
 
     Raises:
         RunError: the positions are damaged.
     """
-    model = loaded.model
-    quantized, others = quantized_file.load_weights(run / QUANTIZED)
+    model, layers = loaded.model, layers_on_disk(loaded.model)
+    quantized, others = quantized_file.open_weights(run / QUANTIZED)
+    quantized = quantized if layers is not None else dict(quantized)
     positions = _open_positions(run, selection)
-    for name, weight in quantized.items():
-        model.get_submodule(name).weight.data.copy_(_start(weight, positions.get(name), model.dtype))
-    model.load_state_dict(others, strict=False)  # check_fits has seen that these are all others
-    inits = {}
-    for name in selection.linears:
-        weight = quantized[name]
-        scale_OG, zero_point_OG = (
-            tensor.to(model.device, torch.float32) for tensor in (weight.scale_OG, weight.zero_point_OG)
-        )
-        inits[name] = QuantizedInit(model.get_submodule(name).weight.detach(), scale_OG, zero_point_OG)
+
+    def read(name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        return _start(quantized[layer], positions.get(layer), model.dtype) if layer in quantized else others[name]
+
+    def init(name: str) -> QuantizedInit:
+        if layers is not None and block_number(layers, name) is not None:
+            weight_OI = read(f"{name}.weight").to(model.device, model.dtype)
+        else:
+            weight_OI = model.get_submodule(name).weight.detach()
+        scales = quantized[name].scale_OG, quantized[name].zero_point_OG
+        return QuantizedInit(weight_OI, *(tensor.to(model.device, torch.float32) for tensor in scales))
+
+    places: dict[int | None, list[str]] = {}
+    for name in (*(f"{name}.weight" for name in quantized), *others):  # all there are, as check_fits has seen
+        places.setdefault(None if layers is None else block_number(layers, name), []).append(name)
+    for name in places.pop(None, []):
+        owner, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(owner), leaf).data.copy_(read(name))
+    for i, own in places.items():
+        if layers is not None and i is not None:
+            layers.replace(i, partial(_block, layers, i, own, read))
     where = "positions between the codes too" if positions else "no positions between the codes"
-    log.info("initial 4-bit weights: those of %s, %d layers; %s", run, len(inits), where)
-    return inits, quantized
+    log.info("initial 4-bit weights: those of %s, %d layers; %s", run, len(selection.linears), where)
+    if layers is not None:
+        return LazyMapping(selection.linears, init), quantized
+    return {name: init(name) for name in selection.linears}, quantized
+
+
+def _block(layers: LayersOnDisk, i: int, names: Sequence[str], read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of block i by their names in it, read at each access, for LayersOnDisk.
+
+    Args:
+        names: in the model.
+        read: a tensor by its name in the model.
+    """
+    prefix = layers.prefix(i)
+    dtypes = {name: tensor.dtype for name, tensor in layers.modules[i].state_dict().items()}
+    own = [name.removeprefix(prefix) for name in names]
+    return LazyMapping(own, lambda name: read(prefix + name).to(layers.device, dtypes[name]))
 
 
 def _open_positions(run: Path, selection: LayerSelection) -> Mapping[str, Tensor]:

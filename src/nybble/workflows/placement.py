@@ -1,10 +1,11 @@
-"""Whether the decoder blocks of a model that is compressed stay on the disk, and the memory that follows from it."""
+"""Whether the decoder blocks of a model stay on the disk until it has 4 bits, and the memory that follows from it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from nybble.models.loading import SMOLLM2
 from nybble.models.pretrained import empty_model, read_config
 from nybble.models.selection import select_layers
 from nybble.models.shards import safetensors_files
-from nybble.options.commands import CompressOptions
+from nybble.options.commands import CompressOptions, DistillOptions
+from nybble.options.compression import CompressionOptions
+from nybble.options.model import ModelOptions, OffloadOptions
 from nybble.runtime import returning_freed_memory
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
@@ -41,7 +44,7 @@ log = logging.getLogger("nybble")
 _SMALL = 0.25
 
 
-def stays_on_disk(options: CompressOptions) -> bool:
+def stays_on_disk(options: CompressOptions | DistillOptions) -> bool:
     """Whether the decoder blocks stay on the disk: with --offload auto where the model in memory would not fit.
 
     Nothing is chosen for a model that cannot be read; loading it says why.
@@ -63,7 +66,7 @@ def stays_on_disk(options: CompressOptions) -> bool:
     return on_disk
 
 
-def _does_not_fit(options: CompressOptions) -> bool:
+def _does_not_fit(options: CompressOptions | DistillOptions) -> bool:
     """Whether a model needs more memory than is free; False for one that cannot be read."""
     pretrained = options.model.pretrained
     if _is_gguf(pretrained):
@@ -116,34 +119,70 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
         OptionError: a model on disk would have to write text.
         RunError: the disk is too small.
     """
-    loaded, wanted = planned.loaded, options.compression.num_calibration_samples
-    if planned.text.pending is not None and layers_on_disk(loaded.model) is not None:
+    loaded = planned.loaded
+    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
+    needed = preparation(planned, options.model, options.compression, options.evaluation.eval_tasks)
+    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
+    disk = states + needed.disk + 3 * shapes.parameters
+    disk += memory.positions_bytes(shapes, options.compression.keep_positions)
+    check_free_disk(options.folder, disk)
+    if planned.compression.calibrates or loaded.on_disk:
+        available = available_memory(loaded)
+        log.info(
+            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
+            needed.memory / 1e9, available / 1e9, disk / 1e9, needed.place,
+        )  # fmt: skip
+        kept = loaded.on_disk or _is_gguf(options.model.pretrained)
+        remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
+        fewer = "fewer --num_calibration_samples or a smaller --seq_len need less"
+        warn_of_memory(needed.memory, available, f"{fewer}{remedy}")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a run takes before any training, and while the 16-bit model is measured.
+
+    Attributes:
+        memory: bytes at the peak.
+        disk: bytes of what waits there.
+        place: where decoder blocks wait, for a message; "" in memory.
+    """
+
+    memory: int
+    disk: int
+    place: str = ""
+
+
+def preparation(
+    planned: PlannedRun, model: ModelOptions, compression: CompressionOptions, tasks: tuple[str, ...]
+) -> Preparation:
+    """Estimate the compression, and the measuring of the 16-bit model.
+
+    Args:
+        tasks: lm-eval tasks that are measured.
+
+    Raises:
+        OptionError: a model on disk would have to write text.
+    """
+    shapes, logits = (
+        ModelShapes.of(planned.loaded.model, planned.selection.linears),
+        measured_logit_bytes(planned, tasks),
+    )
+    calibration = calibration_memory(shapes, planned, compression.num_calibration_samples)
+    in_memory = max(calibration, memory.measuring_memory(shapes, logits))
+    layers, finished = layers_on_disk(planned.loaded.model), calibration_disk(shapes, planned)
+    if layers is None:
+        return Preparation(in_memory, finished)
+    if planned.text.pending is not None:
         raise OptionError(
             "--data self needs the model in memory, as it would be read from disk for every token that it writes; use "
             "another --data, or --offload none"
         )
-    shapes = ModelShapes.of(loaded.model, planned.selection.linears)
-    logits = measured_logit_bytes(planned, options.evaluation.eval_tasks)
-    in_memory = max(calibration_memory(shapes, planned, wanted), memory.measuring_memory(shapes, logits))
-    layers, needed, remedy, place = layers_on_disk(loaded.model), in_memory, "", ""
-    if layers is not None:
-        needed = _on_disk(layers.path, planned, shapes, logits)
-        reason = "--offload disk" if options.model.offload == "disk" else "it does not fit into memory"
-        place = f"; decoder blocks wait on disk: {reason} (in memory it needs {in_memory / 1e9:.1f} GB)"
-    elif not _is_gguf(options.model.pretrained):
-        remedy = ", and --offload disk holds one decoder block at a time"
-    available = available_memory(loaded)
-    states = planned.text.test.ids.numel() * shapes.hidden_size * shapes.itemsize
-    finished = 0 if layers is None else shapes.parameters * shapes.itemsize
-    disk = states + max(calibration_disk(shapes, planned), finished) + 3 * shapes.parameters
-    disk += memory.positions_bytes(shapes, options.compression.keep_positions)
-    check_free_disk(options.folder, disk)
-    if planned.compression.calibrates or layers is not None:
-        log.info(
-            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
-            needed / 1e9, available / 1e9, disk / 1e9, place,
-        )  # fmt: skip
-        warn_of_memory(needed, available, f"fewer --num_calibration_samples or a smaller --seq_len need less{remedy}")
+    asked = isinstance(model, OffloadOptions) and model.offload == "disk"
+    reason = "--offload disk" if asked else "it does not fit into memory"
+    place = f"; decoder blocks wait on disk: {reason} (in memory it needs {in_memory / 1e9:.1f} GB)"
+    finished = max(finished, shapes.parameters * shapes.itemsize)
+    return Preparation(_on_disk(layers.path, planned, shapes, logits), finished, place)
 
 
 def _on_disk(path: str, planned: PlannedRun, shapes: ModelShapes, logits: int) -> int:

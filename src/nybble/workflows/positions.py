@@ -41,7 +41,8 @@ def compressed_positions(context: RunContext, compressed: CompressedModel) -> Ma
     if isinstance(inits, dict):
         return {name: position(name) for name in inits}
     model = context.loaded.model
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in inits}
+    layers = {name: model.get_submodule(name) for name in inits}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     layouts = {name: position_layout(shape, model.dtype, keep == "exact") for name, shape in shapes.items()}
     return LazyMapping(inits, position, layouts)
 

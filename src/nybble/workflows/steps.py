@@ -26,7 +26,6 @@ from nybble.export.base import EXPORTERS
 from nybble.export.read_back import runtime_errors
 from nybble.models import quantized_model
 from nybble.models.head import LMHead
-from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.loading import LoadedModel, model_fingerprint
 from nybble.models.positions_file import has_positions
 from nybble.models.quantized_file import LayerLayout, LazyMapping
@@ -108,7 +107,7 @@ class CompressedModel:
     """A model that was compressed in place.
 
     Attributes:
-        inits: where each 4-bit layer starts, by name; a dictionary unless the model is on disk.
+        inits: where each 4-bit layer starts, by name; a dictionary, or read at each access where the model is on disk.
         weights: all quantized weights, those in 8 bits too, on the CPU.
         has_positions: inits lie where the compression left them; False where they lie in the middle of their cells.
     """
@@ -118,10 +117,9 @@ class CompressedModel:
     has_positions: bool = True
 
     @property
-    def inits_in_memory(self) -> dict[str, QuantizedInit]:
-        """The inits of a model that is not on disk."""
-        assert isinstance(self.inits, dict), "only compress works with models on disk"
-        return self.inits
+    def linears(self) -> Mapping[str, QuantizedWeight]:
+        """The quantized weights of the 4-bit layers; those of a model on disk are read at each access."""
+        return LazyMapping(self.inits, self.weights.__getitem__)
 
     def release_inits(self) -> None:
         """Free the weights before rounding, where they are in memory."""
@@ -291,7 +289,7 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
     if row not in run.results.models:
         device, dtype = pick_place(options)
         trust = options.trust_remote_code
-        if layers_on_disk(context.loaded.model) is None:
+        if not context.loaded.on_disk:
             model, tokenizer, quantized = quantized_model.load_quantized(run.quantized, dtype, trust)
             model.to(device)
         else:

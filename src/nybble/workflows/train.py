@@ -27,6 +27,7 @@ from nybble.qat.insert import (
 from nybble.qat.lora import LoRALinear
 from nybble.run.folder import RunFolder
 from nybble.run.results import Training
+from nybble.runtime import keeping_freed_memory
 from nybble.training.checkpointing import checkpointed_blocks
 from nybble.training.fit import FitConfig, checkpoint_names, fit, load_parameters
 from nybble.training.objective import TrainingObjective
@@ -48,11 +49,10 @@ def insert_quantized_layers(
     """
     model, layers = context.loaded.model, dict[str, QuantizedLinear]()
     if rank:
-        inits, schemes = compressed.inits_in_memory, context.selection.schemes
-        layers |= insert_fake_quant_layers(model, inits, schemes, rank, context.seed, fixed_point)
+        schemes = context.selection.schemes
+        layers |= insert_fake_quant_layers(model, compressed.inits, schemes, rank, context.seed, fixed_point)
     else:
-        codes = {name: compressed.weights[name] for name in compressed.inits}
-        layers |= insert_fixed_codes_layers(model, codes, context.seed)
+        layers |= insert_fixed_codes_layers(model, compressed.linears, context.seed)
     if fixed_point or not rank:
         release_files(model)
     _note_rank(context.run, layers, rank)
@@ -69,7 +69,7 @@ def insert_layers_without_adapters(
         fixed_point: the frozen weights take one byte each.
     """
     context.run.results.train, model, layers = train, context.loaded.model, dict[str, QuantizedLinear]()
-    given = model, compressed.inits_in_memory, context.selection.schemes, context.seed
+    given = model, compressed.inits, context.selection.schemes, context.seed
     if train == "full":
         layers |= insert_fake_quant_layers_of(FakeQuantizedFullLinear, *given)
     else:
@@ -168,7 +168,8 @@ def train_parameters(
         size = sum(parameter.nbytes for group in groups for parameter in group.parameters.values())
         log.info("%d processes add up %.3f MB of gradients in each step", processes.count(), size / 1e6)
     with run.stage(config.stage):
-        record = fit(groups, objective, config, run.path, CallbackList(callbacks), one_pass)
+        with keeping_freed_memory():
+            record = fit(groups, objective, config, run.path, CallbackList(callbacks), one_pass)
         training = Training(name, record.steps, record.validation, record.best_step)
         run.results.trainings = [other for other in run.results.trainings if other.name != name] + [training]
 
