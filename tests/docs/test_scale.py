@@ -15,7 +15,7 @@ from nybble.training.memory import ModelShapes, TrainingSetup
 from nybble.training.memory_from_disk import BlockShapes, CompressionSetup, offloaded_memory
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
-LENGTH, SEQUENCES = 1024, 128
+LENGTH, SEQUENCES, METHOD = 1024, 128, "awq+se+gptq"
 # Layers, width, inner width, vocabulary, tied, heads, key-value heads, width of a head.
 MODELS = {
     "Llama-3.2-1B": (16, 2048, 8192, 128256, True, 32, 8, 64),
@@ -54,10 +54,10 @@ def estimate(name: str, command: str, on_gpu: bool) -> float:
     kept, device = memory.positions_bytes(shapes, "fixed"), torch.device("cuda" if on_gpu else "cpu")
     words = command.strip("`").split()
     flags = dict(zip(words[1::2], words[2::2], strict=True))
-    steps = tuple(flags["--method"].split("+")) if "--method" in flags else ()
-    if flags.get("--offload") == "disk":
-        setup = CompressionSetup(steps, SEQUENCES, LENGTH, logits, on_gpu)
-        return offloaded_memory(shapes, BlockShapes.of(model, "model.layers", names), setup) / 1e9
+    setup = CompressionSetup(tuple(flags.get("--method", METHOD).split("+")), SEQUENCES, LENGTH, logits, on_gpu)
+    from_disk = offloaded_memory(shapes, BlockShapes.of(model, "model.layers", names), setup)
+    if words[0] == "compress":
+        return from_disk / 1e9
     rank, sequences = int(flags["--lora_rank"]), int(flags.get("--microbatch_size", 1))
     training = TrainingSetup(
         shapes, rank, shapes.linear_weights // 64, chunk_tokens(device, vocabulary),
@@ -65,10 +65,9 @@ def estimate(name: str, command: str, on_gpu: bool) -> float:
         positions_bytes=kept, checkpointing=flags["--gradient_checkpointing"] == "on",
         fixed_point_weights=shapes.linear_weights if flags.get("--base_weights") == "fixed" else 0, on_gpu=on_gpu,
     )  # fmt: skip
-    peaks = [memory.training_memory(training, sequences * LENGTH), memory.measuring_memory(shapes, logits)]
-    if "--init_from" not in flags:
-        peaks.append(memory.compression_memory(shapes, SEQUENCES, LENGTH, on_gpu))
-    return max(peaks) / 1e9
+    in_memory = memory.compression_memory(shapes, SEQUENCES, LENGTH, on_gpu), memory.measuring_memory(shapes, logits)
+    before = from_disk if flags.get("--offload") == "disk" else max(in_memory)
+    return max(memory.training_memory(training, sequences * LENGTH), before) / 1e9
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[1]} {row[2]}")

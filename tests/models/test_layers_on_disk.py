@@ -124,7 +124,7 @@ def test_many_sequences_read_each_block_once(tmp_path: Path, monkeypatch: pytest
         original = layers(model)._read[i]
         layers(model).replace(i, lambda i=i, original=original: read.append(i) or original())  # type: ignore[misc]
     batches = [IDS[:2], IDS[2:, :7]]
-    calls = BlockwiseForward(model, batches, tmp_path)
+    calls = BlockwiseForward(model, dict(enumerate(batches)), tmp_path)
     for number, ids in enumerate(batches):
         with calls.at(number):
             assert torch.equal(last_hidden_states(model, ids), last_hidden_states(loaded, ids))

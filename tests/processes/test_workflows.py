@@ -150,6 +150,23 @@ def test_compress_in_two_processes(method: str, tmp_path: Path, launcher: Launch
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+@pytest.mark.parametrize("method", ["rtn", "awq+se+gptq", "blockwise"])
+def test_compress_from_disk_in_two_processes(method: str, tmp_path: Path, launcher: Launcher) -> None:
+    """The same bits as two processes have with the model in memory."""
+    write_tasks(tmp_path / "data")
+    command = compress_command(save_model(tmp_path / "model", "llama"), tmp_path, "--method", method)
+    command += ["--dtype", "float32", "--num_calibration_samples", "9", "--num_test_samples", "5"]
+    command += ["--eval_tasks", "arc_easy", "wikitext", "--data_dir", str(tmp_path / "data")]
+    for name, offload in (("one", "none"), ("two", "disk")):
+        ended = launcher.run([*command, "--output_dir", str(tmp_path / name), "--offload", offload])
+        assert [process.code for process in ended] == [0, 0], ended
+    one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
+    assert changed_codes(tmp_path) == 0
+    for row, metrics in one.models.items():
+        assert metrics == two.models[row], row
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
 def test_lm_eval_in_two_processes(tmp_path: Path, launcher: Launcher) -> None:
     write_tasks(tmp_path / "data")
     tasks = ["--eval_tasks", "arc_easy", "wikitext", "--data_dir", str(tmp_path / "data"), "--dtype", "float32"]

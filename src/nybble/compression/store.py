@@ -67,6 +67,7 @@ class BlockStore:
         """
         self.path.mkdir(exist_ok=True)
         save_tensors(self._file(block), tensors, note | {"identity": self.identity})
+        processes.wait()  # the others may read it from now on
 
     def names(self, block: str) -> list[str]:
         """Names of the tensors of a finished block."""

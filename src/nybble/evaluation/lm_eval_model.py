@@ -126,7 +126,7 @@ class _BlockByBlock:
         self._collected = batches
         compute(*arguments, **options)
         self._collected = None
-        forward = BlockwiseForward(self.model, batches)
+        forward = BlockwiseForward(self.model, dict(enumerate(batches)))
         self._calls = (forward.at(number) for number in range(len(batches)))
         results = compute(*arguments, **options)
         self._calls = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from nybble import processes
 from nybble.errors import ModelError, NybbleError, RunError, describe_error
 from nybble.models.head import last_hidden_states
 from nybble.models.layers_on_disk import layers_on_disk
@@ -39,16 +40,16 @@ class BlockwiseForward:
 
     Args:
         model: a transformers model on disk.
-        batches: token ids [B, T] of each forward, int64.
+        batches: number of a batch -> its token ids [B, T], int64.
         folder: for temporary files. None: the system's.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Tensor], folder: Path | None = None) -> None:
+    def __init__(self, model: Any, batches: Mapping[int, Tensor], folder: Path | None = None) -> None:
         layers = layers_on_disk(model)
         assert layers is not None, "a model in memory needs no other forward"
-        self._model, self._layers, self._batches, self._folder = model, layers, list(batches), folder
-        ends = list(accumulate(ids.numel() for ids in self._batches))
-        self._places = [slice(end - ids.numel(), end) for end, ids in zip(ends, self._batches, strict=True)]
+        self._model, self._layers, self._batches, self._folder = model, layers, batches, folder
+        ends = accumulate(ids.numel() for ids in batches.values())
+        self._places = {i: slice(end - ids.numel(), end) for end, (i, ids) in zip(ends, batches.items(), strict=True)}
         self._outputs_ND: Tensor | None = None
         self._returns: list[Callable[[Tensor | None], Any]] = []  # for each block: hidden states -> what it returns
 
@@ -73,11 +74,11 @@ class BlockwiseForward:
         stream_ND: Tensor | None = None
         for i in range(len(self._layers.modules)):
             with self._layers.loaded(i):
-                for number, place in enumerate(self._places):
+                for number, place in self._places.items():
                     before = None if stream_ND is None or not i else self._stored(stream_ND, number)
                     output_BTD = self._output_of(i, self._batches[number], before)
                     if stream_ND is None:
-                        shape = (self._places[-1].stop, output_BTD.shape[-1])
+                        shape = (sum(ids.numel() for ids in self._batches.values()), output_BTD.shape[-1])
                         stream_ND = new_stream(shape, output_BTD.dtype, self._folder)
                     stream_ND[place] = output_BTD.flatten(0, 1).cpu()
         assert stream_ND is not None
@@ -137,8 +138,8 @@ def _constant(output: Any) -> Callable[..., Any]:
 def forwards(model: Any, input_ids: Tensor, batch: int, folder: Path | None = None) -> Callable[[int], Any]:
     """Return a function from the index of the first sequence of a batch to a context for the forward of this batch.
 
-    For a model in memory the context changes nothing. For one on disk, the blocks compute all batches when the first
-    context is entered.
+    For a model in memory the context changes nothing. For one on disk, the blocks compute all batches of this process
+    (`processes.share`) when the first context is entered.
 
     Args:
         model: a transformers model, or an exported one.
@@ -148,8 +149,10 @@ def forwards(model: Any, input_ids: Tensor, batch: int, folder: Path | None = No
     """
     if not isinstance(model, nn.Module) or layers_on_disk(model) is None:
         return lambda start: nullcontext()
-    calls = BlockwiseForward(model, input_ids.split(batch), folder)
-    return lambda start: calls.at(start // batch)
+    batches = dict(enumerate(input_ids.split(batch)))
+    own = {i: batches[i] for i in processes.share(len(batches))}
+    calls = BlockwiseForward(model, own, folder)
+    return lambda start: calls.at(start // batch) if start // batch in own else nullcontext()
 
 
 @torch.no_grad()
@@ -178,7 +181,7 @@ def check_streamed(model: Any) -> None:
             f"{type(model).__name__} does not ({describe_error(error)}); use --offload none"
         ) from error
     layers.changed |= {n for n, parameter in model.named_parameters() if parameter._version != versions[n]}
-    with BlockwiseForward(model, [input_ids]).at(0):
+    with BlockwiseForward(model, {0: input_ids}).at(0):
         streamed = last_hidden_states(model, input_ids).float()
     finite = expected.isfinite()  # a model that overflows is refused later, for that
     difference, norm = (torch.where(finite, tensor, 0.0).norm(dim=-1) for tensor in (streamed - expected, expected))
