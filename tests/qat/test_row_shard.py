@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble import processes
-from nybble.qat.base import QuantizedLinear, row_shards
+from nybble.qat.base import QuantizedLinear
 from nybble.qat.row_shard import RowShard
 from nybble.quant import fake_quant, grid
 from tests.helpers.qat_layers import DTYPES, INPUTS, SCHEME, fake_quant_layer, fixed_codes_layer
@@ -104,9 +104,10 @@ def test_a_sharded_layer_computes_as_a_whole_one(
 
     def train(index: int) -> list[Tensor]:
         layer = layer_of(kind, dtype)
-        with row_shards({"layer": layer}):
-            assert sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers())) < size
-            found = computed(layer, index)
+        layer.divide_rows(0)
+        assert sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers())) < size
+        found = computed(layer, index)
+        layer.bring_all_rows()
         if index == 0:
             assert layer.shard is None
             for name, tensor in whole.state_dict().items():

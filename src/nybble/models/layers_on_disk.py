@@ -122,9 +122,10 @@ class LayersOnDisk(Layers):
         """Read the parameters and buffers of block i, by names within the block."""
         return self._read[i]()
 
-    def replace(self, i: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Let `read` give the weights of block i from now on; those that are loaded now stay."""
-        self._read[i] = read
+    def replace(self, i: int, read: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
+        """Let `read` give the weights of block i when it is loaded next. Returns what did before."""
+        before, self._read[i] = self._read[i], read
+        return before
 
     @contextmanager
     def loaded(self, i: int) -> Iterator[nn.Module]:

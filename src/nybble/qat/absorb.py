@@ -7,7 +7,7 @@ every layer of every run, that the plain layer computes the same outputs to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,11 @@ def frozen_linear(weight_OI: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]) -> dict[str, QuantizedWeight]:
+def absorb_layers(
+    model: nn.Module,
+    layers: MutableMapping[str, QuantizedLinear],
+    note: Callable[[str, QuantizedLinear], None] = lambda name, layer: None,
+) -> dict[str, QuantizedWeight]:
     """Take the weights out of quantized layers, and put plain linear layers in their places that have none.
 
     What is returned is saved, loaded again and measured. A second copy of it in the model would, for a large one, take
@@ -61,10 +65,12 @@ def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]
 
     Args:
         model: the model that holds the layers.
-        layers: layer name -> layer. Layers are removed from it one by one, so that their memory is freed.
+        layers: layer name -> layer. Layers are removed from it one by one, so that their memory is freed. Where the
+            rows of a layer are divided, all processes must take part, and the first one gets the rows.
+        note: called with each layer that is whole here, before it goes.
 
     Returns:
-        Layer name -> quantized weight to export, on the CPU.
+        Layer name -> quantized weight to export, on the CPU; none where the rows went to another process.
 
     Raises:
         AssertionError: a plain layer computes other outputs than the layer it replaces.
@@ -73,11 +79,14 @@ def absorb_layers(model: nn.Module, layers: MutableMapping[str, QuantizedLinear]
     for name in list(layers):
         layer = layers.pop(name)
         layer.drop_weight_cache()
-        assert_absorbs_exactly(name, layer)
-        absorbed = layer.absorb()
-        empty_OI = torch.empty(absorbed.codes_OI.shape, dtype=layer.dtype, device="meta")
+        empty_OI = torch.empty((layer.out_features, layer.in_features), dtype=layer.dtype, device="meta")
         model.set_submodule(name, frozen_linear(empty_OI, layer.bias))
-        quantized[name] = absorbed.to("cpu")
+        if layer.shard is not None:
+            layer.bring_all_rows()
+        if layer.shard is None:
+            assert_absorbs_exactly(name, layer)
+            note(name, layer)
+            quantized[name] = layer.absorb().to("cpu")
     return quantized
 
 

@@ -12,7 +12,7 @@ there are two ways to compute, which give the same gradients:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -164,12 +164,20 @@ class QuantizedLinear(CachedWeightLinear):
         """Compute the current scales: float32 on the scale grid, differentiable."""
         return fake_quant.round_scale_ste(self.init_scale * self.log_scale_shift.exp())
 
+    def divide_rows(self, number: int) -> None:
+        """Keep the own rows of the weight alone, and free those that other processes keep; see row_shard.py.
+
+        Args:
+            number: of the layer, the same in all processes.
+        """
+        self.keep_own_rows(RowShard((self.out_features, self.in_features), self.scheme.bits, number))
+
     def keep_own_rows(self, shard: RowShard) -> None:
-        """Free the rows of the weight that other processes keep."""
+        """What `divide_rows` does to the layer."""
         raise NotImplementedError
 
     def bring_all_rows(self) -> None:
-        """Undo `keep_own_rows` in the first process; the others have no use for the layer any more."""
+        """Undo `divide_rows` in the first process; the others keep the shard, and have no more use for the layer."""
         raise NotImplementedError
 
     def absorb(self) -> QuantizedWeight:
@@ -178,17 +186,3 @@ class QuantizedLinear(CachedWeightLinear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, rank {self.active_rank} of {self.rank}"
-
-
-@contextmanager
-def row_shards(layers: Mapping[str, QuantizedLinear]) -> Iterator[None]:
-    """Let each process keep its own rows of the layers' weights inside the context; see row_shard.py.
-
-    Afterwards the first process has all rows, and the layers of the others must not be used. After an error no rows are
-    gathered, because the other processes end too.
-    """
-    for number, layer in enumerate(layers.values()):
-        layer.keep_own_rows(RowShard((layer.out_features, layer.in_features), layer.scheme.bits, number))
-    yield
-    for layer in layers.values():
-        layer.bring_all_rows()

@@ -14,6 +14,7 @@ from torch import nn
 
 from nybble.compression.init import QuantizedInit
 from nybble.models.layers_on_disk import into_memory
+from nybble.qat.base import QuantizedLinear
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
@@ -29,6 +30,14 @@ M = TypeVar("M", bound=nn.Module)
 # Rows of an embedding that are quantized at once. Their float32 copies take 32 MB with a hidden size of 2048, while
 # those of a whole embedding with 150,000 rows would take 1.2 GB.
 _ROWS_PER_CHUNK = 4096
+
+
+# What is done to a new layer before the next one is made.
+Prepare = Callable[[QuantizedLinear], None]
+
+
+def as_it_is(layer: QuantizedLinear) -> None:
+    """Nothing."""
 
 
 def _taken(inits: Mapping[str, QuantizedInit], name: str) -> QuantizedInit:
@@ -58,7 +67,7 @@ def insert_fake_quant_layers(
     schemes: Mapping[str, QuantScheme],
     rank: int,
     seed: int,
-    fixed_point: bool = False,
+    prepare: Prepare = as_it_is,
 ) -> dict[str, FakeQuantizedLoRALinear]:
     """Replace linear layers, in place, by fake-quantized ones with LoRA adapters inside the rounding.
 
@@ -71,7 +80,7 @@ def insert_fake_quant_layers(
         schemes: layer name -> scheme that the weight was compressed with.
         rank: rank of the adapters, clamped to the smaller side of each layer.
         seed: seed of the adapters and log scale shifts.
-        fixed_point: keep frozen weights in one byte each, see `FakeQuantizedLinear.to_fixed_point`.
+        prepare: called with each new layer before the next is made.
 
     Returns:
         Layer name -> new layer, in the order of `inits`.
@@ -82,8 +91,7 @@ def insert_fake_quant_layers(
         layer = FakeQuantizedLoRALinear(
             _taken(inits, name), schemes[name], linear.bias, rank, linear.weight.dtype, generator
         )
-        if fixed_point:
-            layer.to_fixed_point()
+        prepare(layer)
         return layer
 
     return _replace(model, list(inits), make)
@@ -95,7 +103,7 @@ def insert_fake_quant_layers_of(
     inits: Mapping[str, QuantizedInit],
     schemes: Mapping[str, QuantScheme],
     seed: int,
-    fixed_point: bool = False,
+    prepare: Prepare = as_it_is,
 ) -> dict[str, L]:
     """Replace linear layers, in place, by fake-quantized ones without adapters.
 
@@ -108,8 +116,7 @@ def insert_fake_quant_layers_of(
             is freed.
         schemes: layer name -> scheme that the weight was compressed with.
         seed: seed of the log scale shifts.
-        fixed_point: keep frozen weights in one byte each, see `FakeQuantizedLinear.to_fixed_point`; not for trained
-            weights.
+        prepare: called with each new layer before the next is made.
 
     Returns:
         Layer name -> new layer, in the order of `inits`.
@@ -118,15 +125,14 @@ def insert_fake_quant_layers_of(
 
     def make(name: str, linear: nn.Linear) -> L:
         layer = kind(_taken(inits, name), schemes[name], linear.bias, linear.weight.dtype, generator)
-        if fixed_point:
-            layer.to_fixed_point()
+        prepare(layer)
         return layer
 
     return _replace(model, list(inits), make)
 
 
 def insert_fixed_codes_layers(
-    model: nn.Module, weights: Mapping[str, QuantizedWeight], seed: int
+    model: nn.Module, weights: Mapping[str, QuantizedWeight], seed: int, prepare: Prepare = as_it_is
 ) -> dict[str, FixedCodesLinear]:
     """Replace linear layers, in place, by ones with fixed codes and trainable scales; the 16-bit weights are released.
 
@@ -136,18 +142,20 @@ def insert_fixed_codes_layers(
         model: the model whose layers are replaced.
         weights: layer name -> compressed weight. It is moved to the device of the layer.
         seed: seed of the log scale shifts.
+        prepare: called with each new layer before the next is made.
 
     Returns:
         Layer name -> new layer, in the order of `weights`.
     """
     generator = torch.Generator().manual_seed(seed)
-    return _replace(
-        model,
-        weights,
-        lambda name, linear: FixedCodesLinear(
-            weights[name].to(linear.weight.device), linear.bias, linear.weight.dtype, generator
-        ),
-    )
+
+    def make(name: str, linear: nn.Linear) -> FixedCodesLinear:
+        weight = weights[name].to(linear.weight.device)
+        layer = FixedCodesLinear(weight, linear.bias, linear.weight.dtype, generator)
+        prepare(layer)
+        return layer
+
+    return _replace(model, weights, make)
 
 
 def insert_lora_layers(model: nn.Module, names: Iterable[str], rank: int, seed: int) -> dict[str, LoRALinear]:

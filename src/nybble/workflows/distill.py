@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,7 @@ from nybble.workflows.measure import (
 )
 from nybble.workflows.plan import PlannedRun
 from nybble.workflows.positions import TrainedPositions
-from nybble.workflows.shard import check_shardable, sharded
+from nybble.workflows.shard import check_shardable, divide_rows, rounded_blocks
 from nybble.workflows.steps import RunContext
 
 log = logging.getLogger("nybble")
@@ -191,8 +190,12 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     model = loaded.model
     compressed, fixed_point = steps.compress_model(context), options.base_weights == "fixed"
     layers: dict[str, QuantizedLinear] = {}
+    if options.shard and loaded.on_disk:  # no process has room for all layers
+        with rounded_blocks(model, compressed.linears):
+            measure_row(run, evaluator, "compressed", loaded, size_when_shipped(model, compressed.weights))
     if options.train == "lora":
-        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank, fixed_point)
+        divided = options.shard and loaded.on_disk
+        layers |= train.insert_quantized_layers(context, compressed, options.lora_rank, fixed_point, divided)
     else:
         layers |= train.insert_layers_without_adapters(context, compressed, options.train, fixed_point)
     positions = TrainedPositions.of(context, compressed, options.codes_stay)
@@ -204,10 +207,11 @@ def _train(context: RunContext, options: DistillTrainingOptions, evaluator: Eval
     norms = make_norms_trainable(model) if options.norm_lr else {}
     objective = _objective(context, options, teacher, layers)
     del compressed
-    with sharded(layers) if options.shard else nullcontext():
-        train.train_layers(context, options, layers, objective, norms)
+    if options.shard:
+        divide_rows(layers)
+    train.train_layers(context, options, layers, objective, norms)
     run.reach(Phase.TRAINED)
-    run.on_first(lambda: _absorb(context, weights, layers, positions))
+    _absorb(context, weights, layers if options.shard or processes.is_first() else {}, positions)
 
 
 def _absorb(
@@ -216,16 +220,19 @@ def _absorb(
     layers: dict[str, QuantizedLinear],
     positions: TrainedPositions,
 ) -> None:
-    """Turn the trained layers into codes, and save the 4-bit model."""
-    run, model = context.run, context.loaded.model
-    with run.stage("absorb"):
-        bake_norms(model)
-        kept = positions.after(layers)
-        tuned = absorb_layers(model, layers)
+    """Turn the trained layers into codes in the first process, and save the 4-bit model."""
+    run, model, kept = context.run, context.loaded.model, dict[str, Tensor]()
+
+    def save() -> None:
         run.results.changes = weight_changes(compressed, tuned)
         weights = {name: tuned[name] if name in tuned else compressed[name] for name in compressed}
         save_quantized(run.quantized, context.loaded, weights, kept)
         run.reach(Phase.QUANTIZED)
+
+    with run.stage("absorb"):
+        bake_norms(model)
+        tuned = absorb_layers(model, layers, lambda name, layer: kept.update(positions.after(name, layer)))
+        run.on_first(save)
 
 
 def _objective(

@@ -82,11 +82,9 @@ class TrainedPositions:
         return TrainedPositions(keep, start, scales)
 
     @torch.no_grad()
-    def after(self, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-        """Positions of trained layers, for `save_positions`."""
-        if self.keep == "none":
-            return {}
-        return {name: self._of_layer(name, layer) for name, layer in layers.items()}
+    def after(self, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """Positions of a trained layer by its name, for `save_positions`; empty where none are kept."""
+        return {} if self.keep == "none" else {name: self._of_layer(name, layer)}
 
     def _of_layer(self, name: str, layer: QuantizedLinear) -> Tensor:
         quantized = layer.absorb()

@@ -100,8 +100,10 @@ def to_4_bits(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[str, Te
         layers = cast(dict[str, QuantizedLinear], tuned.layers)  # the same object, which absorb_layers empties
     with context.run.stage("absorb"):
         bake_norms(context.loaded.model)
-        kept = positions.after(layers)
-        absorbed = absorb_layers(context.loaded.model, layers)
+        kept: dict[str, Tensor] = {}
+        absorbed = absorb_layers(
+            context.loaded.model, layers, lambda name, layer: kept.update(positions.after(name, layer))
+        )
         context.run.results.changes = weight_changes(before, absorbed)
     return before | absorbed, kept
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,10 @@ from nybble.models.loading import release_files
 from nybble.options.training import TrainingOptions
 from nybble.qat.base import CachedWeightLinear, QuantizedLinear, cached_weights
 from nybble.qat.fake_quant_full import FakeQuantizedFullLinear
+from nybble.qat.fake_quant_linear import FakeQuantizedLinear
 from nybble.qat.fake_quant_rounding import FakeQuantizedRoundingLinear
 from nybble.qat.insert import (
+    as_it_is,
     insert_fake_quant_layers,
     insert_fake_quant_layers_of,
     insert_fixed_codes_layers,
@@ -39,20 +42,28 @@ log = logging.getLogger("nybble")
 
 
 def insert_quantized_layers(
-    context: RunContext, compressed: CompressedModel, rank: int, fixed_point: bool = False
+    context: RunContext, compressed: CompressedModel, rank: int, fixed_point: bool = False, divided: bool = False
 ) -> dict[str, QuantizedLinear]:
     """Replace the compressed layers by trainable ones: adapters inside the rounding, or fixed codes at rank 0.
 
     Args:
         compressed: with adapters it loses its inits, layer by layer, so that their memory is freed.
         fixed_point: the frozen weights take one byte each.
+        divided: each process keeps its own rows of the layers' weights.
     """
-    model, layers = context.loaded.model, dict[str, QuantizedLinear]()
+    model, layers, numbers = context.loaded.model, dict[str, QuantizedLinear](), count()
+
+    def prepare(layer: QuantizedLinear) -> None:
+        if fixed_point:
+            _to_fixed_point(layer)
+        if divided:
+            layer.divide_rows(next(numbers))
+
     if rank:
         schemes = context.selection.schemes
-        layers |= insert_fake_quant_layers(model, compressed.inits, schemes, rank, context.seed, fixed_point)
+        layers |= insert_fake_quant_layers(model, compressed.inits, schemes, rank, context.seed, prepare)
     else:
-        layers |= insert_fixed_codes_layers(model, compressed.linears, context.seed)
+        layers |= insert_fixed_codes_layers(model, compressed.linears, context.seed, prepare)
     if fixed_point or not rank:
         release_files(model)
     _note_rank(context.run, layers, rank)
@@ -73,11 +84,17 @@ def insert_layers_without_adapters(
     if train == "full":
         layers |= insert_fake_quant_layers_of(FakeQuantizedFullLinear, *given)
     else:
-        layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given, fixed_point)
+        prepare = _to_fixed_point if fixed_point else as_it_is
+        layers |= insert_fake_quant_layers_of(FakeQuantizedRoundingLinear, *given, prepare)
     if fixed_point or train == "full":
         release_files(model)
     _note_rank(context.run, layers, 0)
     return layers
+
+
+def _to_fixed_point(layer: QuantizedLinear) -> None:
+    if isinstance(layer, FakeQuantizedLinear):
+        layer.to_fixed_point()
 
 
 def insert_adapters(context: RunContext, rank: int) -> dict[str, LoRALinear]:
