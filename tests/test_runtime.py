@@ -83,6 +83,7 @@ def test_allocator_settings_of_an_export(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @glibc_only
+@pytest.mark.slow
 def test_memory_that_was_kept_is_returned_during_an_export() -> None:
     """Tensors of 16 MB, written and freed, between others that stay: their pages are the system's again, as those of
     larger tensors always are."""
@@ -160,6 +161,7 @@ def test_no_file_needs_a_unix_module(part: str) -> None:
 
 
 @pytest.mark.usefixtures("needs_openvino")
+@pytest.mark.slow
 def test_openvino_has_no_telemetry_once_exports_are_imported() -> None:
     """Its package would start a process that inherits the lock of the run and sends data without being asked."""
     program = "import nybble.export, openvino.tools.ovc; print(type(openvino.tools.ovc.telemetry).__module__)"

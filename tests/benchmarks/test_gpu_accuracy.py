@@ -16,6 +16,7 @@ from nybble.run.results import Phase, RunResults, Training, read_results
 from nybble.training.trainer import Trainer
 from tests.helpers.tiny import save_model
 
+pytestmark = pytest.mark.slow  # whole runs
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_accuracy.py"
 
 

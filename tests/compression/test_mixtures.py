@@ -21,6 +21,8 @@ from tests.helpers.compression import decoder_blocks
 from tests.helpers.mixtures import EXPERTS, FAMILIES, make_mixture
 
 SCHEME = QuantScheme(group_size=32)
+FAST = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "lfm2_moe")
+EVERY_FAMILY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 IDS = torch.randint(0, 255, (16, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -143,7 +145,7 @@ def test_blocks_with_idle_experts_are_restored(tmp_path: Path) -> None:
         assert torch.equal(again.inits[name].weight_OI, init.weight_OI)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_mixture_gets_closer_on_its_text_than_by_rounding_to_nearest(family: str) -> None:
     result = compress_all(linear_mixture(family), "awq+se+gptq")
     experts = [error for name, error in result.errors.items() if "expert" in name and error.compressed is not None]
@@ -151,7 +153,7 @@ def test_every_mixture_gets_closer_on_its_text_than_by_rounding_to_nearest(famil
     assert sum(error.compressed for error in experts) < sum(error.rtn for error in experts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_awq_folds_into_every_mixture_and_keeps_its_function(family: str) -> None:
     model = linear_mixture(family)
     ids = IDS[:2]

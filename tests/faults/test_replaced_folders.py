@@ -108,6 +108,7 @@ def test_a_deleted_folder_is_whole_or_gone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_plain_exporter")
 @pytest.mark.parametrize("command", ["compress", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_what_a_finished_run_lacks_is_made_again(command: str, tmp_path: Path) -> None:
     model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
 
@@ -172,6 +173,7 @@ def smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_before_the_measurement_is_finished_by_the_same_command(
     smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_divide_work_and_add_up_what_one_has() -> None:
     ended = launch_program(_PROGRAM)
     assert [process.code for process in ended] == [0, 0], ended

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from nybble.run.machine import describe_machine
 
@@ -15,6 +16,7 @@ print(peak_memory()["cpu"])
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_was_released_and_nothing_of_the_parent_process() -> None:
     """On Linux, ru_maxrss of a process starts at the memory of the process that started it."""
     held = np.ones(1 << 30, np.uint8)

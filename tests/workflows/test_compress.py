@@ -141,6 +141,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
 def test_interrupted_in_any_block_it_ends_with_the_same_bits(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_folder_named_like_a_method_is_not_used(tmp_path: Path, monkeypatch: p
         pytest.param(False, 4, "se+gptq", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_automatic_method_needs_no_facts_about_the_family(
     known: bool, rank: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -334,6 +334,7 @@ def test_training_that_makes_it_worse_is_said_and_undone(tmp_path: Path) -> None
     assert kls[0] == pytest.approx(kls[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_sequences_in_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(save_model(tmp_path / "model", "smollm"), tmp_path / "run", "--epochs", "2")
     assert main(given) == 0

@@ -52,7 +52,7 @@ SAVED: dict[str, Callable[[Path, str], Path]] = {
     **dict.fromkeys(["mixtral", "gpt_oss", "qwen3_moe"], save_mixture),
 }
 METHODS = ("rtn", "awq+se", "se+gptq", "awq+se+gptq", "awq+se+blockwise")
-FAST = {("smollm", "rtn"), ("gemma3", "awq+se+gptq"), ("mixtral", "se+gptq")}
+FAST = {("smollm", "rtn")}
 CASES = [
     (name, method) if (name, method) in FAST else pytest.param(name, method, marks=pytest.mark.slow)
     for name in SAVED

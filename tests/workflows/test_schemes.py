@@ -54,6 +54,7 @@ def test_smaller_groups_are_said_in_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_3_bits_are_distilled_and_taken_over(tmp_path: Path, rank: int) -> None:
     """What a run ships in 3 and 8 bits, with a layer in 16, another run takes over to the bit."""
     model, first, second = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "second"
@@ -74,6 +75,7 @@ def test_3_bits_are_distilled_and_taken_over(tmp_path: Path, rank: int) -> None:
 
 
 @pytest.mark.usefixtures("needs_openvino")
+@pytest.mark.slow
 def test_an_npu_gets_signed_codes_without_zero_points(tmp_path: Path) -> None:
     import openvino as ov
 

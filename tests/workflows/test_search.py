@@ -121,6 +121,7 @@ def test_killed_on_the_way_it_ends_as_a_run_that_was_given_these_ranks(
     assert not (run / "compress").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_replacement_is_finished_by_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, changes = tmp_path / "run", {"epochs": 1, "lora_rank_space": (8, 1)}
     with monkeypatch.context() as patch:

@@ -35,6 +35,7 @@ def test_all_weights_are_trained_and_an_interrupted_run_ends_with_the_same_bits(
     assert losses(other) == losses(run)
 
 
+@pytest.mark.slow
 def test_the_ingredients_of_the_loss_reach_the_training(tmp_path: Path) -> None:
     model, found = save_model(tmp_path / "model", "llama"), []
     for name, changes in {"kl": {}, "warm": {"kl_temperature": 2.0}, "labels": {"cross_entropy_share": 0.1}}.items():

@@ -146,6 +146,7 @@ def test_interrupted_in_either_training_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("with_teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_configuration_is_tried_aside(with_teacher: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It scores what a run with it ships, and changes nothing in the run."""
     changes: dict[str, Any] = {
@@ -226,6 +227,7 @@ def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("start", [pytest.param("rtn", marks=pytest.mark.slow), "se"])
+@pytest.mark.slow
 def test_one_configuration_is_measured_alike_fast_and_slow(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -630,6 +632,7 @@ def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(
     assert len(results(tmp_path / "run")["trainings"][0]["steps"]) == 48 // 8
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_its_ranks_and_its_rows(tmp_path: Path) -> None:
     from nybble.errors import RunError
 
@@ -656,6 +659,7 @@ def test_only_a_run_whose_training_ended_is_tested(tmp_path: Path, monkeypatch: 
         tune(options(tmp_path, resume=True, eval_only=True))
 
 
+@pytest.mark.slow
 def test_sandwich_counts_the_largest_and_the_smallest_as_trained_most(tmp_path: Path) -> None:
     tune(options(tmp_path, rank_sampling="sandwich", epochs=1, lora_rank_space=(8, 4)))
     found = results(tmp_path / "run")
