@@ -10,6 +10,7 @@ from nybble.options.toml import to_toml
 from nybble.run.marker import write_marker
 from nybble.run.results import RunResults
 from nybble.run.resume import check_same_command, check_same_inputs, check_same_options, saved_options
+from nybble.workflows.plan import keep_saved_choices
 
 OPTIONS = DistillOptions.of(pretrained="m")
 
@@ -47,6 +48,17 @@ def test_an_option_that_an_earlier_version_did_not_have_was_as_its_default_is(tm
     check_same_options(tmp_path, OPTIONS)
     with pytest.raises(RunError, match="--kl_temperature was 1.0, got 2.0"):
         check_same_options(tmp_path, OPTIONS.replace(kl_temperature=2.0))
+
+
+def test_a_run_from_before_base_weights_took_one_byte_goes_on_with_exact_ones(tmp_path: Path) -> None:
+    file = save_run(tmp_path) / "config.toml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith("base_weights")))
+    again = OPTIONS.replace(output_dir=str(tmp_path), resume=True)
+    assert keep_saved_choices(again).training.base_weights == "exact"
+    check_same_options(tmp_path, again)
+    with pytest.raises(RunError, match="--base_weights was exact, got fixed"):
+        check_same_options(tmp_path, again.replace(base_weights="fixed"))
 
 
 def test_what_changes_no_weights_may_change(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ _MAY_CHANGE = {
 def saved_options(folder: Path) -> dict[str, Any]:
     """Option values in the config.toml of a run; "none" is an empty list, as options have it.
 
+    Versions without --base_weights kept the weights themselves, so their runs go on with exact ones.
+
     Raises:
         RunError: this is not a run folder, or its configuration is missing or damaged.
     """
@@ -55,7 +57,8 @@ def saved_options(folder: Path) -> dict[str, Any]:
         raise RunError(
             f"{folder / CONFIG} must be the options of a run; {error}; bring it back, or make the run again"
         ) from error
-    return {key: [] if value == NONE else value for key, value in values.items()}
+    kept = {"base_weights": "exact"} if "base_weights" in kind.fields() else {}
+    return kept | {key: [] if value == NONE else value for key, value in values.items()}
 
 
 def check_same_command(folder: Path, kind: type[Command]) -> None:

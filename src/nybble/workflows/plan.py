@@ -90,8 +90,7 @@ def keep_saved_choices(options: AnyRun) -> AnyRun:
     """On --resume, what was chosen automatically when the run began stays: other choices would give other bits."""
     if not (options.run.resume and check_folder(options.folder, resume=True, overwrite=False)):
         return options
-    # Runs of versions without --base_weights kept the weights themselves.
-    saved, given = {"base_weights": "exact"} | saved_options(options.folder), options.flat()
+    saved, given = saved_options(options.folder), options.flat()
     automatic: dict[str, Any] = {"method": AUTO, "microbatch_size": 0}
     automatic |= dict.fromkeys(("weight_cache", "gradient_checkpointing", "base_weights"), AUTO)
     return options.replace(
