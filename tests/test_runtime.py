@@ -82,6 +82,24 @@ def test_allocator_settings_of_an_export(monkeypatch: pytest.MonkeyPatch) -> Non
         assert library.calls == returned * 2 + (KEPT if keeps else [])
 
 
+def test_a_training_between_readings_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorder()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(runtime, "_keeps_freed_memory", True)
+    returned = [("mallopt", -4, 2**16), ("mallopt", -3, 2**16), ("mallopt", -1, 2**16), ("mallopt", -2, 0)]
+    with runtime.keeping_freed_memory():
+        assert library.calls == [], "it is kept anyway"
+    with runtime.returning_freed_memory():
+        with runtime.keeping_freed_memory():
+            assert library.calls == returned + KEPT
+        assert library.calls == [*returned, *KEPT, *returned]
+    monkeypatch.setattr(runtime, "_keeps_freed_memory", False)
+    library.calls.clear()
+    with runtime.returning_freed_memory(), runtime.keeping_freed_memory():
+        assert library.calls == returned, "a notebook keeps the allocator that it had"
+
+
 @glibc_only
 @pytest.mark.slow
 def test_memory_that_was_kept_is_returned_during_an_export() -> None:
