@@ -3,8 +3,9 @@
     python benchmarks/schemes.py OUT --pretrained smollm2 --recipes rtn awq+se+gptq distill [--bits 2 3 4 8]
                                  [--group_size 32 64 128 -1] [--symmetric both] [--export gguf] [any option of compress]
 
-A row is a run in OUT: nybble compress with a method, or nybble distill with recipes/quick.toml. Rows that OUT has are
-not made again, so an interrupted table continues. OUT/schemes.jsonl has a line per row as it is finished; the table is
+A row is a run in OUT: nybble compress with a method, or nybble distill with recipes/quick.toml, which starts from the
+run of its method in OUT where there is one: the same bits, and the seconds of both are added. Rows that OUT has are not
+made again, so an interrupted table continues. OUT/schemes.jsonl has a line per row as it is finished; the table is
 printed in Markdown. A row in which a group size does not divide all rows of the model says so (NNCF calls it ADJUST).
 """
 
@@ -15,6 +16,7 @@ import itertools
 import json
 import shutil
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,20 +34,29 @@ HEADINGS = [
 ]  # fmt: skip
 
 
-def command_of(recipe: str, scheme: Sequence[str], more: Sequence[str]) -> list[str]:
-    """The command that makes a row, without its output folder."""
+def command_of(recipe: str, scheme: Sequence[str], more: Sequence[str], start: Path | None) -> list[str]:
+    """The command that makes a row, without its output folder.
+
+    Args:
+        start: a finished run with the compression that a distillation starts from.
+    """
     common = [*scheme, "--eval_tasks", "none", *more]
     if recipe == "distill":
-        return ["distill", "--config", str(QUICK), *common]
+        taken = [] if start is None else ["--method", "auto", "--init_from", str(start)]
+        return ["distill", "--config", str(QUICK), *common, *taken]
     return ["compress", "--method", recipe, *common]
 
 
-def rows_of(results: RunResults, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """The 4-bit model as torch computes it, and each export as deployed."""
+def rows_of(results: RunResults, key: dict[str, Any], before: float) -> list[dict[str, Any]]:
+    """The 4-bit model as torch computes it, and each export as deployed.
+
+    Args:
+        before: seconds of the compression in the run that this one started from.
+    """
     layers = results.layers
     assert layers is not None
     assert layers.bits_per_weight is not None
-    seconds = sum(results.seconds.get(stage, 0.0) for stage in ("compress", "train"))
+    seconds = before + sum(results.seconds.get(stage, 0.0) for stage in ("compress", "train"))
     rows = []
     for model in (
         name for name in results.models if name not in ("16bit", *(["compressed"] if results.trains else []))
@@ -70,19 +81,21 @@ def rows_of(results: RunResults, key: dict[str, Any]) -> list[dict[str, Any]]:
 def make_rows(out: Path, key: dict[str, Any], more: Sequence[str]) -> list[dict[str, Any]]:
     """Make a run unless it is finished; its rows."""
     group = key["group_size"]
-    folder = (
-        out / f"{key['bits']}-g{group if group > 0 else 'row'}-{'sym' if key['symmetric'] else 'asym'}-{key['recipe']}"
-    )
+    name = f"{key['bits']}-g{group if group > 0 else 'row'}-{'sym' if key['symmetric'] else 'asym'}"
+    folder, start, before = out / f"{name}-{key['recipe']}", None, 0.0
+    compressed = out / f"{name}-{tomllib.loads(QUICK.read_text())['method']}"
+    if key["recipe"] == "distill" and read_results(compressed).finished:
+        start, before = compressed, read_results(compressed).seconds["compress"]
     scheme = ["--bits", str(key["bits"]), "--group_size", str(group), *(["--symmetric"] if key["symmetric"] else [])]
     if not read_results(folder).finished:
-        command = [*command_of(key["recipe"], scheme, more), "--output_dir", str(folder), "--resume"]
+        command = [*command_of(key["recipe"], scheme, more, start), "--output_dir", str(folder), "--resume"]
         if code := nybble(command):
             if code > _SIGNALS:  # interrupted: the table continues where it is started again
                 sys.exit(code)
             return []
         for leftover in ("teacher", "checkpoints"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
-    return rows_of(read_results(folder), key)
+    return rows_of(read_results(folder), key, before)
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
