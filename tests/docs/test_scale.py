@@ -65,7 +65,7 @@ def estimate(name: str, command: str, gpus: int) -> float:
         weight_copies=2 if flags["--weight_cache"] == "step" else 0, logits_bytes=logits,
         positions_bytes=kept, checkpointing=flags["--gradient_checkpointing"] == "on",
         fixed_point_weights=shapes.linear_weights if flags.get("--base_weights") == "fixed" else 0, on_gpu=on_gpu,
-        shards=gpus if "--shard" in command else 1,
+        on_disk=flags.get("--offload") == "disk", shards=gpus if "--shard" in command else 1,
     )  # fmt: skip
     in_memory = memory.compression_memory(shapes, SEQUENCES, LENGTH, on_gpu), memory.measuring_memory(shapes, logits)
     before = from_disk if flags.get("--offload") == "disk" else max(in_memory)

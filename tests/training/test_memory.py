@@ -91,6 +91,15 @@ def test_codes_before_the_training_and_positions_are_in_the_memory_of_the_cpu() 
     assert cpu - gpu == 1000 + SHAPES.linear_weights
 
 
+def test_a_training_from_disk_has_codes_and_positions_in_memory_only_when_they_are_saved() -> None:
+    setup = replace(SETUP, positions_bytes=1000)
+    disk, gpu = (memory.training_memory(replace(setup, **{name: True}), 256) for name in ("on_disk", "on_gpu"))
+    assert disk == gpu
+    many = replace(setup, positions_bytes=10**12)
+    assert memory.training_memory(replace(many, on_gpu=True), 256) == gpu
+    assert 0 < memory.training_memory(replace(many, on_disk=True), 256) - 10**12 < gpu
+
+
 def test_trained_weights_replace_those_of_the_layers() -> None:
     setup = replace(SETUP, rank=0, averages=True, on_gpu=True)
     setups = [replace(setup, train=train) for train in ("full", "lora", "rounding")]

@@ -116,7 +116,8 @@ class TrainingSetup:
         fixed_point_weights: numbers in frozen weights that take one byte each, see --base_weights.
         short_moments: the optimizer keeps moments in 8 bits.
         averages: the schedule averages what is trained.
-        on_gpu: memory is that of a GPU. On a CPU, it holds the codes before the training and the positions as well.
+        on_gpu: memory is that of a GPU. On a CPU, it holds the codes before the training and the positions as well,
+        on_disk: unless they are read from the disk when the training has ended.
         shards: processes that divide the rows of the 4-bit layers; 1 = each has all of them.
     """
 
@@ -133,6 +134,7 @@ class TrainingSetup:
     short_moments: bool = False
     averages: bool = False
     on_gpu: bool = False
+    on_disk: bool = False
     shards: int = 1
 
     @property
@@ -182,8 +184,10 @@ def training_memory(setup: TrainingSetup, microbatch_tokens: int) -> int:
     if setup.checkpointing:
         kept = of_one + shapes.num_layers * microbatch_tokens * shapes.hidden_size * shapes.itemsize
     loss = CHUNK_COPIES * setup.chunk_tokens * shapes.vocab_size * FLOAT32
-    model = untouched + _linear_layers(setup) + shapes.head_bytes  # the teacher's head is a copy
-    return OVERHEAD + model + cache + temporaries + trained + max(kept, setup.logits_bytes) + loss
+    others = OVERHEAD + untouched + shapes.head_bytes  # the teacher's head is a copy
+    steps = _linear_layers(setup) + cache + temporaries + trained + max(kept, setup.logits_bytes) + loss
+    saving = 0 if setup.on_gpu else shapes.linear_weights * 3 // 2 + setup.positions_bytes  # codes, also packed
+    return others + max(steps, saving)
 
 
 def _linear_layers(setup: TrainingSetup) -> int:
@@ -194,7 +198,7 @@ def _linear_layers(setup: TrainingSetup) -> int:
     if keep_weights:
         weights = setup.fixed_point_weights + (weights - setup.fixed_point_weights) * shapes.itemsize
     size = weights // setup.shards + _INITIAL_SCALE * setup.num_scales
-    if setup.on_gpu:
+    if setup.on_gpu or setup.on_disk:
         return size
     changing = setup.train != "lora" or setup.rank > 0
     return size + setup.positions_bytes + (shapes.linear_weights if changing else 0)

@@ -104,6 +104,7 @@ def plan_memory(
         short_moments=training.optim == "adamw_8bit",
         averages=training.lr_scheduler_type == "constant_with_averaging",
         on_gpu=device.type != "cpu",
+        on_disk=planned.loaded.on_disk,
         shards=size.shards,
     )
     limits = MicrobatchLimits(
