@@ -35,7 +35,7 @@ def test_models_are_compared_with_the_best_compression_without_training() -> Non
     assert comparison.baseline.label == "INT4, awq+se", "not rtn, which is worse, nor block-wise, which is trained"
     headings, rows = comparison_rows(comparison)
     assert headings[-1] == "recovered"
-    assert [row[-1] for row in rows] == ["-", "-60%", "60%", "20%", "-", "40%"], "of 12.5 - 10.0"
+    assert [row[-1] for row in rows] == ["-", "-", "60%", "20%", "-", "40%"], "of 12.5 - 10.0"
 
 
 def test_exports_ship_in_the_place_of_their_model() -> None:
@@ -139,10 +139,18 @@ def test_what_a_recipe_leaves_out_are_options(name: str) -> None:
     assert any(name in kind.fields() for kind in (CompressOptions, DistillOptions, TuneOptions))
 
 
+def test_nothing_is_recovered_where_nothing_was_trained() -> None:
+    models = {"16bit": metrics(10.0, 0.0, 2), "compressed": metrics(12.5, 0.2, 1), "toy": metrics(12.6, 0.2, 1)}
+    comparison = one({"awq": compressed(models=models)})
+    assert "recovered" not in comparison_rows(comparison)[0]
+    assert "Recovered" not in comparison_note(comparison)
+
+
 def test_markdown_has_the_comparison_and_the_reports_of_its_runs() -> None:
     text = comparison_markdown(compare_runs({"a<b": distilled(), "awq": compressed()}, {}))
     assert text.startswith("# Small: 2 runs\n\n| model |")
-    assert "Recovered: share of the damage to token perplexity that the best compression without training does" in text
+    assert "Recovered: share of the damage to token perplexity that training repairs, (compressed - trained) /" in text
+    assert "compressed is the best model without training: INT4, awq+se." in text
     assert "\n## a&lt;b: Small: INT4 distillation (rtn)\n" in text
     assert "\n## awq: Small: INT4 compression (awq+se)\n" in text
     assert "a<b" not in text

@@ -109,12 +109,21 @@ class Comparison:
     @property
     def untrained(self) -> list[Entry]:
         """The shipped models that were compressed without any training, block-wise or end to end."""
-        return [entry for entry in self.shipped if not entry.trained and "blockwise" not in entry.method]
+        return [entry for entry in self.shipped if not self.is_refined(entry)]
 
     @property
     def baseline(self) -> Entry | None:
         """The best untrained model; None if there is none."""
         return (min if self.lower_is_better else max)(self.untrained, key=self.value, default=None)
+
+    @property
+    def shows_recovered(self) -> bool:
+        """Whether there is a model that training or reconstruction could have repaired, and one to compare it with."""
+        return self.lower_is_better and self.baseline is not None and any(map(self.is_refined, self.entries))
+
+    def is_refined(self, entry: Entry) -> bool:
+        """Whether an entry is a 4-bit model that was trained, or reconstructed block by block."""
+        return entry.row not in ROWS_16_BIT and (entry.trained or "blockwise" in entry.method)
 
     def recovered_share(self, entry: Entry, untrained: Sequence[Entry] = ()) -> float | None:
         """Share of the compression damage of untrained models that an entry recovered.
@@ -239,21 +248,21 @@ def comparison_rows(comparison: Comparison) -> Cells:
     rows = []
     for entry in comparison.entries:
         row = [entry.label, *(metric_cell(column, entry.metrics.get(column)) for column in columns)]
-        if comparison.lower_is_better:
-            measured = entry.row != "16bit" and entry is not comparison.baseline
-            share = comparison.recovered_share(entry) if measured else None
+        if comparison.shows_recovered:
+            share = comparison.recovered_share(entry) if comparison.is_refined(entry) else None
             row.append("-" if share is None else f"{share:.0%}")
         rows.append(row)
-    return ["model", *map(metric_label, columns), *(["recovered"] if comparison.lower_is_better else [])], rows
+    return ["model", *map(metric_label, columns), *(["recovered"] if comparison.shows_recovered else [])], rows
 
 
 def comparison_note(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
     text = comparison.measured_on
-    if comparison.baseline is not None and comparison.lower_is_better:
+    if comparison.baseline is not None and comparison.shows_recovered:
+        name = metric_label(comparison.metric)
         text += (
-            f" Recovered: share of the damage to {metric_label(comparison.metric)} that the best compression without "
-            f"training does ({comparison.baseline.label})."
+            f" Recovered: share of the damage to {name} that training repairs, (compressed - trained) / (compressed - "
+            f"16-bit); compressed is the best model without training: {comparison.baseline.label}."
         )
     return text
 
