@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,13 @@ from safetensors import safe_open
 
 from nybble import files
 from nybble.errors import ExportError, RunError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such permissions")
+def test_whoever_may_read_other_files_of_a_run_may_read_tensors(tmp_path: Path) -> None:
+    files.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    files.write_text(tmp_path / "x.txt", "text")
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,10 +31,12 @@ from nybble import processes
 from nybble.errors import NybbleError, RunError, first_line
 from nybble.schema import SchemaError, parse_json
 
-# safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
 # Of a file that TensorReader keeps open.
 _BYTES_MAPPED = 32 << 20
-
+# Permissions that files of this process do not get. It can only be read by setting it, here while there is one thread.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+# safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
 _COPY_LOADED_TENSORS = sys.platform == "win32"
 # Disk full, quota used up, file larger than `ulimit -f` allows. Not every system has a quota error.
 _NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -96,6 +98,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, A
     try:
         with _replacing(path) as temporary:
             save_file(on_cpu, temporary, {"note": json.dumps(note)})
+            temporary.chmod(0o666 & ~_UMASK)  # the library lets nobody else read the file
             sync(temporary)
     except SafetensorError as error:
         raise RunError(f"{path} could not be written: {error}; free some disk space, then add --resume") from error
