@@ -66,15 +66,17 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
         assert main(["inspect", str(target)]) == 0
         table = capsys.readouterr().out
         assert "15 quantized layers" in table, "the head is tied"
-        row = next(line for line in table.splitlines() if "model.layers.0.mlp.down_proj" in line)
+        assert "; their names begin with model." in table
+        row = next(line for line in table.splitlines() if line.startswith("layers.0.mlp.down_proj "))
         error = errors["model.layers.0.mlp.down_proj"]
-        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
-        assert cells[1:3] == ["64 x 128", "uint4 asymmetric group 32"]
+        cells = row.split()
+        assert len(row) <= 80
+        assert cells[1:3] == ["64x128", "4g32"]
         assert cells[3:7] == [
             f"{error['rtn']:.3%}", f"{error['compressed']:.3%}", f"{error['weight']:.2%}", f"{error['clipped']:.3%}",
         ]  # fmt: skip
-        assert "14 x uint4 asymmetric group 32" in table
-        assert "1 x uint8 symmetric per row" in table
+        assert "14 x uint4 asymmetric group 32 (4g32)" in table
+        assert "1 x uint8 symmetric per row (8rs)" in table
 
 
 def test_inspect_refuses_what_is_no_quantized_model(

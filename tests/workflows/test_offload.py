@@ -1,7 +1,8 @@
 """`nybble compress --offload disk`: the bits of the path in memory, resuming, the automatic choice, and its words."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,24 @@ def test_blocks_wait_on_disk_where_the_model_does_not_fit(
     )
     assert words in caplog.text
     assert "the estimate is above the free memory (0.6 GB)" in caplog.text
+
+
+def test_what_is_freed_goes_back_to_the_system_where_the_model_is_on_disk_or_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, entered = options(save_model(tmp_path / "model", "smollm"), tmp_path / "run"), list[int]()
+
+    @contextmanager
+    def returning() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr(placement, "returning_freed_memory", returning)
+    for on_disk, large, expected in ((False, 1 << 30, 0), (False, 1 << 10, 1), (True, 1 << 30, 1)):
+        entered.clear()
+        monkeypatch.setattr(placement, "_LARGE_CHECKPOINT", large)
+        with placement.freed_memory(given, on_disk):
+            assert len(entered) == expected
 
 
 @pytest.mark.parametrize("pretrained", ["smollm2", "model.gguf", "nobody/has-this-model"])

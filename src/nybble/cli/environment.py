@@ -13,5 +13,5 @@ def show_environment() -> None:
     facts = describe_machine()
     table = Table("what", "value")
     for key, value in (facts | facts.pop("versions")).items():
-        table.add_row(key, str(value))
+        table.add_row(key, "none" if value is None else str(value))
     console.print(table)

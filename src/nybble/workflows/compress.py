@@ -50,7 +50,7 @@ def compress(
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     check_tasks(evaluation.eval_tasks, data_dir)
     on_disk = placement.stays_on_disk(options)
-    with placement.freed_memory(on_disk):
+    with placement.freed_memory(options, on_disk):
         return _compress(options, callbacks, known, on_disk, started)
 
 

@@ -74,7 +74,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
     check_tasks(options.evaluation.eval_tasks, options.text.data_dir)
     on_disk = placement.stays_on_disk(options)
-    with placement.freed_memory(on_disk):
+    with placement.freed_memory(options, on_disk):
         return _distill(options, callbacks, on_disk, started)
 
 

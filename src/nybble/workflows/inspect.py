@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -13,10 +14,14 @@ from nybble.errors import RunError
 from nybble.export.checks import check_formats, exporter_of
 from nybble.models import quantized_file
 from nybble.options.commands import InspectOptions
+from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from nybble.report.run import LAYER_HEADINGS, error_cells
+from nybble.report.run import LAYER_NOTE, error_cells
 from nybble.run.folder import QUANTIZED, check_complete
 from nybble.run.results import RunResults, has_results, read_results
+
+# report.run.LAYER_HEADINGS, in narrow columns.
+_ERRORS = ("output\nerror,\nrtn", "output\nerror", "weight\nerror", "clipped")
 
 
 def inspect(options: InspectOptions) -> None:
@@ -29,21 +34,36 @@ def inspect(options: InspectOptions) -> None:
     run = next((folder for folder in (path, path.parent) if has_results(folder)), None)
     results = RunResults() if run is None else read_results(run)
     weights = _quantized_weights(path)
-    table = Table("layer", "shape", "scheme", title=f"{path}: {len(weights)} quantized layers")
-    for heading in (*LAYER_HEADINGS[1:], "at the ends"):
-        table.add_column(heading, justify="right")
+    prefix = _common_prefix(list(weights))
+    say(f"{path}: {len(weights)} quantized layers" + (f"; their names begin with {prefix}" if prefix else ""))
+    table = Table(box=None, padding=(0, 1, 0, 0))  # for names of usual length 80 columns wide
+    table.add_column("layer", overflow="fold", vertical="bottom")
+    for heading in ("shape", "scheme", *_ERRORS, "ends"):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for name, weight in weights.items():
         cells = error_cells(results.layer_errors[name]) if name in results.layer_errors else ["-"] * 4
         ends = ((weight.codes_OI == 0) | (weight.codes_OI == weight.scheme.max_code)).float().mean()
-        shape = " x ".join(map(str, weight.codes_OI.shape))
-        table.add_row(name, shape, str(weight.scheme), *cells, f"{float(ends):.2%}")
+        shape = "x".join(map(str, weight.codes_OI.shape))
+        table.add_row(name.removeprefix(prefix), shape, _short(weight.scheme), *cells, f"{float(ends):.2%}")
     console.print(table)
+    say(f"{LAYER_NOTE} Ends: share of the codes that are the lowest or the highest.")
     if results.layer_errors and results.trains and "tuned" in results.models:
         say(f"The errors are those of the compression ({results.method}), before training.")
-    counts = Counter(str(weight.scheme) for weight in weights.values())
+    counts = Counter(weight.scheme for weight in weights.values())
     size = sum(weight.nbytes for weight in weights.values())
-    summary = ", ".join(f"{count} x {scheme}" for scheme, count in counts.items())
-    say(f"{summary}; {size / 1e6:.1f} MB.")
+    summary = ", ".join(f"{count} x {scheme} ({_short(scheme)})" for scheme, count in counts.items())
+    say(f"{summary}; {size / 1e6:.1f} MB of quantized weights.")
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The path that all names begin with, with a dot at the end; "" if there is none."""
+    return posixpath.commonprefix(names).rpartition(".")[0] + "." if "." in posixpath.commonprefix(names) else ""
+
+
+def _short(scheme: QuantScheme) -> str:
+    """A scheme in a few letters: bits, the group (r: whole rows), s if it is symmetric. Example: 4g64, 8rs."""
+    group = "r" if scheme.group_size is None else f"g{scheme.group_size}"
+    return f"{scheme.bits}{group}{'s' if scheme.symmetric else ''}"
 
 
 def _quantized_weights(path: Path) -> Mapping[str, QuantizedWeight]:
