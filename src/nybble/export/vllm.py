@@ -1,11 +1,12 @@
 """Write a compressed-tensors folder (pack-quantized) for vLLM and transformers.
 
 model.safetensors holds packed codes, scales and zero points of every linear layer (packed_layers.py), the weights of
-embedding and head, rounded to float16, and all other tensors in their own dtype. Names are those of models on the hub
-(published.py). A head that is tied to the embedding is not
-stored. `quantization_config` in config.json describes the linear layers: those of one scheme by the type Linear, those
-of several by their names. It leaves out the head, and layers in 16 bits, by their names. vLLM's kernels have 4 bits and
-8 symmetric ones; codes of 2 and 3 bits are held in 4.
+embedding and head, rounded to float16, and all other tensors in float16 where that is exact, else in bfloat16 or
+float32. Names are those of models on the hub (published.py). A head that is tied to the embedding is not stored.
+config.json has `"dtype": "float16"`, in which vLLM's kernels compute and other tensors are rounded, or "float32" where
+activations or tensors overflow in float16. Its `quantization_config` describes the linear layers: those of one scheme
+by the type Linear, those of several by their names. It leaves out the head, and layers in 16 bits, by their names.
+vLLM's kernels have 4 bits and 8 symmetric ones; codes of 2 and 3 bits are held in 4.
 
 Refused (OptionError): groups, or whole rows, that 32 does not divide (`container`), as vLLM's kernel for GPUs (Marlin)
 has groups of 32, 64 and 128; layers that vLLM fuses and that have different schemes. Refused (ExportError): models that
@@ -140,7 +141,7 @@ class VLLMExporter(Exporter):
                     weight = take_rows(checkpoint.quantized[places[0].name], places[0].rows)
                     write_layer(writer, _module(name), weight)
                 else:
-                    writer.write_blocks(name, float16_blocks(checkpoint, places))
+                    writer.write_blocks(name, float16_blocks(checkpoint, places, layouts[name].dtype))
         # vLLM looks for the published name of a layer, transformers for the one in memory: both are listed.
         in_memory = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in int4)
         embeddings = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
@@ -148,7 +149,13 @@ class VLLMExporter(Exporter):
         ignored = sorted({_name_of_head(model), *published, *in_memory})
         coded = {_module(name): schemes[place.name] for name, place in packed.items()}
         coded |= {place.name: schemes[place.name] for place in packed.values()}
-        update_config(folder, model, quantization_config=quantization_config(coded, ignored))
+        in_range = all(
+            bool(block.isfinite().all())
+            for name in tensors.keys() & layouts.keys()
+            if layouts[name].dtype in (torch.bfloat16, torch.float32)
+            for block in float16_blocks(checkpoint, tensors[name], torch.float16)
+        )
+        update_config(folder, model, in_range, quantization_config=quantization_config(coded, ignored))
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""
