@@ -24,6 +24,7 @@ from nybble.models.selection import LayerSelection
 from nybble.quant.grid import quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
+from nybble.workflows.target import open_exported
 from tests.helpers.checkpoints import make_checkpoint, save_checkpoint
 from tests.helpers.tiny import make_config, make_model, save_model
 
@@ -128,6 +129,8 @@ def test_a_format_whose_modules_are_missing_is_refused(toy: ToyExporter, monkeyp
     monkeypatch.setattr(ToyExporter, "extra", "toys")
     with pytest.raises(MissingExtraError, match='the extra "toys" is needed for exporting to toy'):
         checks.check_formats(["toy"], "--export")
+    with pytest.raises(MissingExtraError, match='the extra "toys" is needed for opening run/toy; install it'):
+        open_exported(Path("run/toy"), toy, trust_remote_code=False)
 
 
 def test_a_family_without_tests_causes_a_warning(toy: ToyExporter, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,8 @@ from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import make_checkpoint, save_checkpoint
+from tests.helpers.tiny import make_model
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ def export_checkpoint(name: str, checkpoint: QuantizedCheckpoint, folder: Path) 
 def export_tiny(name: str, folder: Path, family: str, scheme: QuantScheme | None = None, **changes: Any) -> Export:
     """Export a random model of a family of tiny.py to FOLDER/export."""
     return export_checkpoint(name, make_checkpoint(folder / "quantized", family, scheme, **changes), folder / "export")
+
+
+BFLOAT16_NORM = "model.norm.weight"
+
+
+def export_bfloat16(name: str, folder: Path, value: float) -> Export:
+    """Export a random Llama of one layer in bfloat16, the first weight of whose last norm is `value`."""
+    model = make_model("llama", num_hidden_layers=1, dtype=torch.bfloat16)
+    model.get_parameter(BFLOAT16_NORM)[0] = value
+    return export_checkpoint(name, save_checkpoint(folder / "quantized", model), folder / name)
 
 
 def slow_values(weight: QuantizedWeight) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nybble.cli.main import main
 from nybble.models.checkpoint import open_checkpoint
@@ -142,6 +143,20 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_program(
         assert "[2 tokens, " in capsys.readouterr().out
     else:
         assert len(prompts) == 1
+
+
+def test_what_computes_is_named(tmp_path: Path) -> None:
+    folders = {"hf": "transformers", "vllm": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
+    for name, runtime in folders.items():
+        (tmp_path / name).mkdir()
+        if name == "gguf":
+            (tmp_path / name / "model.gguf").touch()
+        else:
+            save_file({}, tmp_path / name / "model.safetensors", {"nybble": name})
+        assert module._runtime(tmp_path / name) == runtime
+    file = tmp_path / "gguf" / "model.gguf"
+    assert module._runtime(file) == f"torch; nybble chat {file.parent} computes in llama.cpp"
+    assert module._runtime(Path("smollm2")) == "torch"
 
 
 def test_a_run_is_talked_to_through_its_first_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def test_every_export_of_a_run_has_a_card(run: Path) -> None:
     results = read_results(run)
     for row in ("16bit", "compressed", "plain"):
         assert f"| {results.models[row]['token_perplexity']:.3f} |" in card
-    assert "7 linear layers and 1 embeddings and heads are quantized (the head is the embedding)." in card
+    assert "7 linear layers and 1 embedding (also the head) are quantized." in card
+    assert "plain computed the figures of this export." in card
+    assert "not measured" not in card
     assert "7 x uint4 asymmetric group" in card
     assert "bits a weight, with scales and zero points" in card
     assert "are equal to those of the run" in card
@@ -85,6 +87,60 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in built_in
     for local in ("/a/b", "./b", "models/a.gguf", "model"):
         assert "base_model" not in model_card(results, "plain", {"pretrained": local}, {})
+
+
+def unmeasured() -> RunResults:
+    """A run whose results have the figures of the 4-bit model in torch and of OpenVINO, and two more exports."""
+    results = RunResults(model="m", command="compress", layers=LayerCounts(7, 1, True), seconds={"compress": 3})
+    for row, perplexity, size in (("16bit", 10.0, 269_000_000), ("compressed", 11.0, 85_000_000)):
+        results.models[row] = {"token_perplexity": perplexity, "kl_to_teacher": 0.1, "bytes": size}
+    results.models["openvino"] = {"token_perplexity": 12.0, "kl_to_teacher": 0.2, "bytes": 89_000_000}
+    counts = {"linear_weights": 7, "embedding_weights": 1, "logit_difference": 0.0}
+    results.exports = {name: counts | {"bytes": 114_000_000} for name in ("openvino", "vllm")}
+    return results
+
+
+def test_the_card_of_an_export_that_was_not_measured_says_so_and_gives_no_figures_of_another() -> None:
+    options = {"pretrained": "smollm2", "data": ("python-docs", "/a/own.txt"), "seq_len": 256, "num_test_samples": 8}
+    card = model_card(unmeasured(), "vllm", options, {})
+    assert "**This export was not measured.**" in card
+    command = "nybble eval FOLDER --data python-docs own.txt --seq_len 256 --num_samples 8 --teacher smollm2"
+    assert f"\n    {command}\n" in card
+    assert "(torch) has token perplexity 11.00" in card
+    assert "Size: 114 MB; the 16-bit model has 2.4 times that size." in card
+    assert "| INT4, compressed (vLLM) | - | - | 114.0 MB |" in card
+    assert "12.00" not in card
+    assert "OpenVINO" not in card
+    generated = model_card(unmeasured(), "vllm", options | {"data": ("self",)}, {})
+    assert "nybble eval FOLDER --data TEXT --seq_len 256" in generated
+    measured = model_card(unmeasured(), "openvino", options, {})
+    assert "(OpenVINO) has token perplexity 12.00" in measured
+    assert "Size: 89 MB" in measured
+    assert "not measured" not in measured
+
+
+def test_a_card_says_what_was_compared_with_what() -> None:
+    results = unmeasured()
+    results.exports["vllm"]["rounded"] = {"model.embed_tokens": 4.9e-4}
+    card = model_card(results, "vllm", {}, {}).replace("\\", "")
+    assert "The format rounds model.embed_tokens by at most 4.9e-04." in card
+    assert (
+        "Logits in transformers differ by at most 0.0e+00 from those of torch with the weights of these files" in card
+    )
+
+
+def test_every_built_in_format_has_commands_that_run_it() -> None:
+    for name in ("openvino", "gguf", "onnx", "vllm", "mlx", "hf"):
+        exporter = EXPORTERS[name]
+        assert exporter.runtime
+        assert "```" in exporter.how_to_run({}), name
+    for words in ("llama-cli -m model.gguf", "llama-server -m model.gguf", "ollama run", "were not run on this file"):
+        assert words in EXPORTERS["gguf"].how_to_run({})
+    vllm = EXPORTERS["vllm"]
+    assert vllm.how_to_run({"dtype": "float16"}).count("--dtype float16") == 2
+    assert vllm.how_to_run({"dtype": "float32"}).count("--dtype bfloat16") == 2, "float16 overflows"
+    assert '"compressed-tensors<0.18"' in vllm.how_to_run({})
+    assert "set_dtype(mx.float32)" in EXPORTERS["mlx"].how_to_run({})
 
 
 PROGRAM = """

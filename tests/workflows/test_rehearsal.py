@@ -109,7 +109,7 @@ def test_an_optional_format_that_cannot_hold_the_model_is_left_out(caplog: pytes
     gpt2 = LoadedModel(linearize(tiny_model("gpt2")), make_tokenizer(), "gpt2")
     groups_of_32 = SchemeOptions(group_size=32)
     assert rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["vllm"]) == ("hf",)
-    assert "there is no export to vLLM (compressed-tensors): an export to vLLM needs nn.Linear layers" in caplog.text
+    assert "there is no export to vLLM: an export to vLLM needs nn.Linear layers" in caplog.text
     with pytest.raises(ExportError, match="GPT2LMHeadModel has Conv1D layers; remove vllm from --export"):
         rehearse(gpt2, groups_of_32, ["hf", "vllm"], False, False, ["hf"])
 

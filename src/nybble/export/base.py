@@ -71,6 +71,7 @@ class Exporter(ABC):
         modules: top-level modules that exporting, opening and reading import.
         extra: optional extra of nybble that installs `modules`. A package that brings its own exporter depends on its
             modules directly and leaves both empty.
+        runtime: what computes with an export in `open_model`, for people.
         library: what the hub calls the library that loads the format.
         usage: Markdown for the model card: the shortest way to run the export, from its folder.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
@@ -92,6 +93,7 @@ class Exporter(ABC):
     weight_files: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    runtime: ClassVar[str] = ""
     library: ClassVar[str] = ""
     usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
@@ -103,14 +105,10 @@ class Exporter(ABC):
     holds_parts: ClassVar[bool] = False
     most_parameters_compared: ClassVar[int | None] = 150_000_000
 
-    def check_installed(self) -> None:
-        """Check that `modules` can be imported, without importing them.
-
-        Raises:
-            MissingExtraError: a module is not installed.
-        """
+    def check_installed(self, purpose: str = "") -> None:
+        """Raise MissingExtraError, which names `purpose`, unless `modules` can be imported; they are not."""
         if any(importlib.util.find_spec(module) is None for module in self.modules):
-            raise MissingExtraError(self.extra, f"exporting to {self.name}")
+            raise MissingExtraError(self.extra, purpose or f"exporting to {self.name}")
 
     @abstractmethod
     def check(self, config: Any, selection: LayerSelection) -> None:
@@ -144,6 +142,10 @@ class Exporter(ABC):
             config: transformers configuration of the model.
         """
         return ()
+
+    def how_to_run(self, config: Mapping[str, Any]) -> str:
+        """Return `usage`, or what an export with the config.json `config` needs instead."""
+        return self.usage
 
     def too_slow(self) -> str:
         """Why measuring an export would take hours on this machine; "" where it would not.
@@ -290,9 +292,6 @@ class Exporter(ABC):
             folder: what `export` wrote.
             config: transformers configuration of the model.
             strict: compute as torch does in float32, instead of as the runtime does when deployed.
-
-        Returns:
-            The model.
         """
 
     @abstractmethod

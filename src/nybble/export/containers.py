@@ -71,5 +71,5 @@ def exact_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return float16 or bfloat16, whichever has all values of the tensors, float16 if both have; else float32."""
     dtypes = [torch.float16, torch.bfloat16]
     for tensor in tensors:
-        dtypes = [dtype for dtype in dtypes if torch.equal(tensor.to(dtype).to(torch.float32), tensor.float())]
+        dtypes = [dtype for dtype in dtypes if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)]
     return [*dtypes, torch.float32][0]

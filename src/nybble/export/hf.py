@@ -1,9 +1,10 @@
 """Write the dequantized weights as a folder for everything that reads folders of transformers.
 
 model.safetensors holds the weights of all quantized modules in float16, up to 4 bits exactly, 8 bits (embedding and
-head) rounded, and all other tensors in their own dtype. Names and shapes are those of models on the hub (published.py).
-A head that is tied to the embedding is not stored.
-config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16.
+head) rounded, and all other tensors in float16 where that is exact, else in bfloat16 or float32. Names and shapes are
+those of models on the hub (published.py). A head that is tied to the embedding is not stored.
+config.json has `"dtype": "float16"`, or "float32" where activations overflow in float16, or a tensor would be
+rounded.
 
 Refused: models that come with Python code of their own (ExportError).
 """
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nybble.export.base import Exporter
@@ -23,6 +25,7 @@ from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
     float16_limits,
+    kept_in_float32,
     load_with_transformers,
     metadata,
     update_config,
@@ -53,9 +56,10 @@ class HFExporter(Exporter):
     """Export to safetensors in float16, without codes."""
 
     name = "hf"
-    label = "safetensors (float16)"
+    label = "hf in float16"
     model_file = MODEL_FILE
     weight_files = (MODEL_FILE,)
+    runtime = "transformers"
     library = "transformers"
     usage = USAGE
     tested_families = frozenset(
@@ -89,8 +93,14 @@ class HFExporter(Exporter):
         layouts = {name: tensor_layout(checkpoint, places) for name, places in tensors.items()}
         with safetensors_writer(folder / MODEL_FILE, layouts, metadata(checkpoint, self.name)) as writer:
             for name, places in tensors.items():
-                writer.write_blocks(name, float16_blocks(checkpoint, places))
-        update_config(folder, empty_model(checkpoint.config, checkpoint.trust_remote_code))
+                writer.write_blocks(name, float16_blocks(checkpoint, places, layouts[name].dtype))
+        model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        exact = all(
+            layouts[name].dtype == torch.float16 or kept_in_float32(model, places[0].name)
+            for name, places in tensors.items()
+            if layouts[name].dtype.is_floating_point
+        )
+        update_config(folder, model, exact)
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError, describe_error
+from nybble.export.containers import exact_dtype
 from nybble.export.places import Place, by_name, by_tensor, join_tensors, stored_shape, take_rows
 from nybble.export.safetensors_writer import weight_blocks
 from nybble.export.transformers_folder import quantized_names
@@ -78,8 +79,8 @@ def locate_modules(folder: Path) -> dict[str, list[Place]]:
 def tensor_layout(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> TensorLayout:
     """Dtype and shape of a published tensor.
 
-    The dtype is float16 where it holds quantized weights, that of the model where it holds none, and one that holds
-    both exactly where experts in 16 bits are stacked with quantized ones.
+    The dtype is float16 where that is exact, as it is for quantized weights of up to 4 bits; else the one of 16 bits
+    that is exact, else float32.
     """
     if places[0].name in checkpoint.others:
         others = [_other_tensor(checkpoint, place) for place in places]
@@ -88,20 +89,25 @@ def tensor_layout(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> T
             shape = (sum(map(len, others)), *shape[1:])
         elif len(others) > 1:
             shape = (len(others), *shape)
-        return TensorLayout(others[0].dtype, shape)
+        return TensorLayout(exact_dtype(others) if others[0].is_floating_point() else others[0].dtype, shape)
     names, quantized = {place.name for place in places}, checkpoint.shapes
     in_16_bits = {name: _weight_in_16_bits(checkpoint, name) for name in names if name not in quantized}
-    dtypes = [in_16_bits[name].dtype if name in in_16_bits else torch.float16 for name in names]
+    dtypes = [exact_dtype([in_16_bits[name]]) if name in in_16_bits else torch.float16 for name in names]
     shape = stored_shape(places, lambda name: tuple(in_16_bits[name].shape if name in in_16_bits else quantized[name]))
     return TensorLayout(reduce(torch.promote_types, dtypes), shape)
 
 
-def float16_blocks(checkpoint: QuantizedCheckpoint, places: Sequence[Place]) -> Iterator[Tensor]:
-    """Yield the values of a published tensor as consecutive blocks, in the dtype of `tensor_layout`."""
-    dtype = tensor_layout(checkpoint, places).dtype
+def float16_blocks(checkpoint: QuantizedCheckpoint, places: Sequence[Place], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the values of a published tensor as consecutive blocks.
+
+    Args:
+        checkpoint: the quantized model.
+        places: of the tensor.
+        dtype: of `tensor_layout`. Quantized weights are rounded to float16 first.
+    """
     for place in places:
         if place.name in checkpoint.others:
-            yield _other_tensor(checkpoint, place)
+            yield _other_tensor(checkpoint, place).to(dtype)
             continue
         if place.name in checkpoint.shapes:
             values = weight_blocks(take_rows(checkpoint.quantized[place.name], place.rows))

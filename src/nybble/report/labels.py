@@ -27,6 +27,18 @@ def format_label(name: str) -> str:
     return str(getattr(EXPORTERS[name], "label", name)) if name in EXPORTERS else name
 
 
+def runtime_label(name: str) -> str:
+    """What computes with an export of a format when nybble opens it."""
+    return str(getattr(EXPORTERS[name], "runtime", "")) or format_label(name) if name in EXPORTERS else name
+
+
+def embeddings_text(count: int, tied: bool) -> str:
+    """The number of quantized embeddings and heads in words. `tied`: the head is the embedding."""
+    if count == 1:
+        return "1 embedding (also the head)" if tied else "1 embedding or head"
+    return f"{count} embeddings and heads"
+
+
 def is_export(row: str) -> bool:
     """Whether a key of RunResults.models is an export format."""
     return row not in BASE_ROWS

@@ -89,14 +89,19 @@ def measured_on(results: RunResults) -> str:
     return text
 
 
-def summary(results: RunResults) -> str:
-    """The outcome of a run in sentences."""
+def summary(results: RunResults, size: int | None = None) -> str:
+    """The outcome of a run in sentences.
+
+    Args:
+        results: of the run.
+        size: bytes of what ships; None: of the model whose figures are given.
+    """
     if "lora16" in results.models:
         text = _summary_of_lora(results)
     elif results.trains:
-        text = _summary_of_training(results)
+        text = _summary_of_training(results, size)
     else:
-        text = _summary_of_compression(results)
+        text = _summary_of_compression(results, size)
     return text or f"{results.model}: the run is not finished; continue it with --resume."
 
 
@@ -110,7 +115,7 @@ def _summary_of_lora(results: RunResults) -> str:
     )
 
 
-def _summary_of_compression(results: RunResults) -> str:
+def _summary_of_compression(results: RunResults, size: int | None) -> str:
     shipped = _shipped_row(results)
     metric = _common_metric(results, "16bit", shipped)
     if metric is None:
@@ -119,11 +124,11 @@ def _summary_of_compression(results: RunResults) -> str:
     return (
         f"{results.model} compressed to {results.precision} with {results.described_method} ({_runtime(shipped)}) has "
         f"{metric_label(metric)} {compressed}; the 16-bit model has {full}. Compression took "
-        f"{results.seconds.get('compress', 0):.0f} s. {_size_text(results, shipped)}"
+        f"{results.seconds.get('compress', 0):.0f} s. {_size_text(results, shipped, size)}"
     )
 
 
-def _summary_of_training(results: RunResults) -> str:
+def _summary_of_training(results: RunResults, size: int | None) -> str:
     shipped, start = _shipped_row(results), "tuned16" if results.tuned_in_16_bit else "compressed"
     metric = _common_metric(results, "16bit", start, shipped)
     if metric is None:
@@ -139,7 +144,7 @@ def _summary_of_training(results: RunResults) -> str:
     elif results.task.chosen_on_test:
         text += " The ranks were chosen by this score on the test rows, so it is no score on unseen rows."
     seconds = sum(results.seconds.get(stage, 0) for stage in ("train", "train scales"))
-    return f"{text} Training took {seconds / 60:.1f} minutes. {_size_text(results, shipped)}"
+    return f"{text} Training took {seconds / 60:.1f} minutes. {_size_text(results, shipped, size)}"
 
 
 def _shipped_row(results: RunResults) -> str:
@@ -180,8 +185,8 @@ def _recovery_text(models: Mapping[str, Metrics], row: str) -> str:
     return f" Training recovered {share:.0%} of the compression damage." if share >= 0 else " Training made it worse."
 
 
-def _size_text(results: RunResults, row: str) -> str:
-    size, full = results.models[row]["bytes"], results.models["16bit"]["bytes"]
+def _size_text(results: RunResults, row: str, size: int | None) -> str:
+    size, full = results.models[row]["bytes"] if size is None else size, results.models["16bit"]["bytes"]
     return f"Size: {size / 1e6:.0f} MB; the 16-bit model has {full / size:.1f} times that size."
 
 

@@ -44,8 +44,7 @@ def chat(options: ChatOptions) -> None:
     opened = open_target(target, options.model, "TARGET")
     conversation = _Conversation(opened, asked)
     interactive = sys.stdin.isatty() and asked.prompt is None
-    exporter = exporter_of(Path(target))
-    say(f"{target} in {'torch' if exporter is None else exporter.label}.")
+    say(f"{target} in {_runtime(Path(target))}.")
     if conversation.template is None:
         say("This model has no chat template: it continues the text.")
     if interactive:
@@ -68,6 +67,15 @@ def _in_its_runtime(target: str) -> str:
                 check_complete(path / name)
                 return str(path / name)
     return target
+
+
+def _runtime(path: Path) -> str:
+    """What computes with a target, and how another runtime would, where its file is that of an export."""
+    if (exporter := exporter_of(path)) is not None:
+        return exporter.runtime or exporter.label
+    if path.is_file() and (exporter := exporter_of(path.parent)) is not None:
+        return f"torch; nybble chat {path.parent} computes in {exporter.runtime or exporter.label}"
+    return "torch"
 
 
 def _messages(interactive: bool) -> Iterator[str]:

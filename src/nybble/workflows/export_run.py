@@ -9,6 +9,7 @@ from nybble.export.base import EXPORTERS, Exporter, ExportResult
 from nybble.files import atomic_folder
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
+from nybble.report.labels import embeddings_text, runtime_label
 from nybble.run.folder import RunFolder
 from nybble.runtime import returning_freed_memory
 
@@ -36,9 +37,10 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool, compare_logit
         run.note_files(name)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
     log.info(
-        "%s: %d linear layers%s, %d embeddings and heads, %s; %s; %.1f MB",
-        exporter.label, result.linear_weights, _held(exporter, result), result.embedding_weights, _exactness(result),
-        _logits_compared(result), result.bytes / 1e6,
+        "%s: %d linear layers%s, %s; %s; %s; %.1f MB",
+        exporter.label, result.linear_weights, _held(exporter, result),
+        embeddings_text(result.embedding_weights, checkpoint.selection.tied), _exactness(result),
+        _logits_compared(result, name), result.bytes / 1e6,
     )  # fmt: skip
     return result
 
@@ -53,11 +55,12 @@ def _held(exporter: Exporter, result: ExportResult) -> str:
 
 def _exactness(result: ExportResult) -> str:
     if not result.rounded:
-        return "all read back equal"
-    return f"all read back equal but {', '.join(result.rounded)}, within {max(result.rounded.values()):.1e}"
+        return "all read back equal to the run's"
+    rounded = f"rounded by at most {max(result.rounded.values()):.1e}"
+    return f"all read back equal to the run's but {', '.join(result.rounded)}, {rounded}"
 
 
-def _logits_compared(result: ExportResult) -> str:
+def _logits_compared(result: ExportResult, name: str) -> str:
     if result.logit_difference is None:
         return "logits not compared, as the model is large (nybble export --compare_logits)"
-    return f"logits within {result.logit_difference:.1e} of torch"
+    return f"logits in {runtime_label(name)} within {result.logit_difference:.1e} of torch with the weights of the file"

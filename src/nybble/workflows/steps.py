@@ -307,7 +307,7 @@ def measure_shipped(context: RunContext, evaluator: Evaluator, row: str) -> list
             if slow := EXPORTERS[name].too_slow():
                 log.info("%s is not measured: %s; nybble eval %s measures it", name, slow, run.path / name)
                 continue
-            exported = open_exported(run.path / name, EXPORTERS[name], "--export", options.trust_remote_code)
+            exported = open_exported(run.path / name, EXPORTERS[name], options.trust_remote_code)
             with runtime_errors(EXPORTERS[name].label, name):
                 measure_row(run, evaluator, name, exported, result.bytes)
         except ExportError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nybble.errors import ModelError, RunError
 from nybble.export.base import Exporter
-from nybble.export.checks import check_formats, exporter_of
+from nybble.export.checks import exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions
@@ -40,18 +40,16 @@ def open_target(target: str, place: DeviceOptions, named: str, strict: bool = Fa
         return LoadedModel(model.to(device), tokenizer, str(path))
     exporter = exporter_of(path)
     if exporter is not None:
-        return open_exported(path, exporter, named, trust, strict)
+        return open_exported(path, exporter, trust, strict)
     try:
         return load(target, dtype, device, trust)
     except ModelError as error:
         raise ModelError(str(error).replace("--pretrained", named)) from error
 
 
-def open_exported(
-    path: Path, exporter: Exporter, named: str, trust_remote_code: bool, strict: bool = False
-) -> LoadedModel:
+def open_exported(path: Path, exporter: Exporter, trust_remote_code: bool, strict: bool = False) -> LoadedModel:
     """Open an export in its runtime; arguments and errors: see `open_target`."""
-    check_formats([exporter.name], named)
+    exporter.check_installed(f"opening {path}")
     config = quantized_model.load_config(path, trust_remote_code)
     tokenizer = quantized_model.load_tokenizer(path, trust_remote_code)
     return LoadedModel(exporter.open_model(path, config, strict), tokenizer, str(path))

@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import exporter_of
+from nybble.export.transformers_folder import kept_in_float32
+from nybble.models.checkpoint import empty_model
 from nybble.models.linearize import linearize
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.causal_types import tiny_model
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.exports import (
+    BFLOAT16_NORM,
     Export,
     check_logits_and_greedy_tokens,
+    export_bfloat16,
     export_checkpoint,
     export_tiny,
     slow_values,
@@ -49,8 +53,31 @@ def test_the_file_holds_the_weights(exported: Export) -> None:
             assert exported.result.rounded[name] == pytest.approx(largest, rel=1e-6)
     assert tensors.keys() == checkpoint.others.keys(), "and all other tensors; no head that is tied"
     for name, tensor in checkpoint.others.items():
-        assert tensor.dtype == tensors[name].dtype
-        assert torch.equal(tensor, tensors[name])
+        assert torch.equal(tensor.float(), tensors[name].float())
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype"),
+    [(1.5, torch.float16, "float16"), (70000.0, torch.bfloat16, "float32"), (1e-9, torch.bfloat16, "float32")],
+)
+def test_a_model_in_bfloat16_has_one_dtype_where_that_is_exact(
+    tmp_path: Path, value: float, stored: torch.dtype, dtype: str
+) -> None:
+    exported = export_bfloat16("hf", tmp_path, value)
+    dtypes = {name: tensor.dtype for name, tensor in load_file(exported.folder / "model.safetensors").items()}
+    assert dtypes.pop(BFLOAT16_NORM) == stored
+    assert set(dtypes.values()) == {torch.float16}
+    assert json.loads((exported.folder / "config.json").read_text())["dtype"] == dtype
+    model = AutoModelForCausalLM.from_pretrained(exported.folder)
+    for name, tensor in exported.checkpoint.others.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(model.get_parameter(name).float(), tensor.float())
+
+
+def test_a_parameter_that_transformers_keeps_in_float32_does_not_change_the_dtype() -> None:
+    model = empty_model(AutoConfig.for_model("glm4_moe"), trust_remote_code=False)
+    assert kept_in_float32(model, "model.layers.1.mlp.gate.e_score_correction_bias")
+    assert not kept_in_float32(model, "model.layers.1.mlp.gate.weight")
 
 
 def test_transformers_uses_every_tensor(exported: Export) -> None:
@@ -62,12 +89,13 @@ def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
     check_logits_and_greedy_tokens(HF, exported)
 
 
-def test_config_names_the_class_and_a_dtype_that_does_not_overflow(exported: Export) -> None:
+def test_config_names_the_class_and_a_dtype_that_holds_everything(exported: Export) -> None:
     config = exported.checkpoint.config
     gemma = config.model_type.startswith("gemma")
-    dtype = torch.float32 if gemma else torch.float16
     model = HF.open_model(exported.folder, config)
-    assert model.dtype == dtype
+    assert model.dtype == torch.float32, "the norms are random float32 numbers"
+    for name, tensor in exported.checkpoint.others.items():
+        assert torch.equal(model.get_parameter(name), tensor.float())
     limits = HF.limits(config)
     assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert len(limits) == (1 if gemma else 0)

@@ -16,9 +16,11 @@ from nybble.export.safetensors_writer import read_metadata
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.exports import (
+    BFLOAT16_NORM,
     Export,
     check_group_sizes,
     check_logits_and_greedy_tokens,
+    export_bfloat16,
     export_checkpoint,
     export_tiny,
     logits_of,
@@ -70,10 +72,25 @@ def test_the_file_holds_codes_scales_and_zero_points(exported: Export) -> None:
         largest = float((stored.double() - expected).abs().max())
         assert exported.result.rounded[name] == pytest.approx(largest, rel=1e-6)
     assert others.keys() == checkpoint.others.keys(), "and all other tensors; no head that is tied"
-    assert all(
-        torch.equal(others[name], tensor) and others[name].dtype == tensor.dtype
-        for name, tensor in checkpoint.others.items()
-    )
+    assert all(torch.equal(others[name].float(), tensor.float()) for name, tensor in checkpoint.others.items())
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype"),
+    [(1.5, torch.float16, "float16"), (70000.0, torch.bfloat16, "float32"), (1e-9, torch.bfloat16, "float16")],
+)
+def test_a_model_in_bfloat16_has_one_dtype_where_that_is_exact(
+    tmp_path: Path, value: float, stored: torch.dtype, dtype: str
+) -> None:
+    """vLLM warns of every tensor of another dtype. Too small a number is rounded by its kernels."""
+    exported = export_bfloat16("vllm", tmp_path, value)
+    tensors = load_file(exported.folder / "model.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    assert dtypes.pop(BFLOAT16_NORM) == stored
+    assert set(dtypes.values()) == {torch.float16}
+    assert json.loads((exported.folder / "config.json").read_text())["dtype"] == dtype
+    for name, tensor in exported.checkpoint.others.items():
+        assert torch.equal(tensors[name].float(), tensor.float())
 
 
 def test_compressed_tensors_reads_the_weights(exported: Export) -> None:

@@ -53,6 +53,34 @@ from nybble.quant.weight import QuantizedWeight
 
 log = logging.getLogger("nybble")
 
+USAGE = """
+```bash
+llama-cli -m model.gguf
+llama-server -m model.gguf --port 8080
+```
+
+For Ollama, write a file `Modelfile` with the line `FROM ./model.gguf` beside it:
+
+```bash
+ollama create my-model -f Modelfile
+ollama run my-model
+```
+
+These programs were not run on this file. llama.cpp in Python was:
+
+```python
+# pip install xllamacpp
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path = "model.gguf"
+server = xllamacpp.Server(parameters)
+question = [{"role": "user", "content": "What is 4-bit quantization?"}]
+answer = server.handle_chat_completions({"messages": question, "max_tokens": 100, "temperature": 0})
+print(answer["choices"][0]["message"]["content"])
+```
+"""
+
 MODEL_GGUF = "model.gguf"
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 """Block type of most weights -> general.file_type."""
@@ -72,6 +100,8 @@ class GGUFExporter(Exporter):
     weight_files = (MODEL_GGUF,)
     modules = ("gguf", "xllamacpp")
     extra = "gguf"
+    runtime = "llama.cpp"
+    usage = USAGE
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",

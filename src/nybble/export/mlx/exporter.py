@@ -61,10 +61,13 @@ from nybble.schema import read_json
 
 USAGE = """
 ```python
-# pip install mlx-lm
+# pip install mlx-lm, on Linux: pip install "mlx[cpu]" mlx-lm
+import mlx.core as mx
 from mlx_lm import generate, load
 
 model, tokenizer = load(".")
+if mx.default_device() == mx.Device(mx.cpu):  # where float16 takes seconds for a token
+    model.set_dtype(mx.float32)
 question = [{"role": "user", "content": "What is 4-bit quantization?"}]
 prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens=100))
@@ -83,6 +86,7 @@ class MLXExporter(Exporter):
     weight_files = (MODEL_FILE,)
     modules = ("mlx", "mlx_lm")
     extra = "mlx"
+    runtime = "mlx-lm"
     library = "mlx"
     usage = USAGE
     tested_families = frozenset(

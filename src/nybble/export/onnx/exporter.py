@@ -73,6 +73,7 @@ class OnnxExporter(Exporter):
     weight_files = (f"{MODEL_FILE}*",)
     modules = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
     extra = "onnx"
+    runtime = "onnxruntime"
     library = "onnxruntime-genai"
     usage = USAGE
     tested_families = frozenset(

@@ -50,6 +50,7 @@ class OpenVINOExporter(Exporter):
     weight_files = ("openvino_model.*",)
     modules = ("openvino", "openvino_tokenizers")
     extra = "openvino"
+    runtime = "OpenVINO"
     library = "openvino"
     usage = USAGE
     tested_families = frozenset(
