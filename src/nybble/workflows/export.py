@@ -10,6 +10,7 @@ from pathlib import Path
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
+from nybble.files import check_folder_place
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
@@ -57,6 +58,8 @@ def export_formats(
         columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
         with remedies_of_this_command():
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
+            for name in formats:
+                check_folder_place(path / name)
             for name in formats:
                 export_run(run, name, trust_remote_code, compare_logits)
                 write_cards(run)  # also of those before one that fails
