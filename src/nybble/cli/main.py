@@ -62,7 +62,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:
         runtime.raise_if_interrupted()  # the error may be what a library made of the interruption
         if isinstance(error, NybbleError | OSError):  # OSError: a full disk, no permission, a name that is too long
-            return _fail(str(error).replace("\n", " "), 2)
+            return _fail(_followable(arguments, str(error).replace("\n", " ")), 2)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded yet
             return _fail(
                 "the device must have memory for this; it ran out; use a smaller model, or --device cpu",
@@ -70,6 +70,16 @@ def _exit_code(arguments: list[str]) -> int:
             )
         return _unforeseen(arguments, error)
     return 0
+
+
+def _has_resume(arguments: Sequence[str]) -> bool:
+    kind = COMMANDS.get(arguments[0]) if arguments else None
+    return kind is not None and "resume" in kind.fields()
+
+
+def _followable(arguments: Sequence[str], message: str) -> str:
+    """The message without the advice to add --resume, where the command has none."""
+    return message if _has_resume(arguments) else message.replace("then add --resume", "then run the command again")
 
 
 def _fail(message: str, code: int) -> int:
@@ -81,9 +91,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:
-    kind = COMMANDS.get(arguments[0]) if arguments else None
-    resumable = kind is not None and "resume" in kind.fields()
-    remedy = "; the same command with --resume continues from the last checkpoint" if resumable else ""
+    remedy = "; the same command with --resume continues from the last checkpoint" if _has_resume(arguments) else ""
+    remedy += "".join(getattr(interruption, "__notes__", ()))  # what the workflow says of what is done
     number = interruption.signal if isinstance(interruption, runtime.Interrupted) else signal.SIGINT
     cause = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     return _fail(f"interrupted{cause}{remedy}", 128 + number)

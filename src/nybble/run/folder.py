@@ -185,9 +185,12 @@ def check_complete(path: Path) -> None:
     results = read_results(run)
     wrong = missing_files(run, results, name) if name in results.files else []
     if wrong:
+        again = "let the run make the folder again with --resume"
+        if name in results.exports:
+            again = f"make the folder again: nybble export {path.parent} --to {name}"
         raise RunError(
             f"{path} must have the files that it was written with; {', '.join(wrong[:3])} is missing or cut; bring it "
-            "back, or let the run make the folder again with --resume"
+            f"back, or {again}"
         )
 
 
@@ -271,7 +274,7 @@ def reopen_run(path: Path) -> RunFolder:
     Raises:
         RunError: in use, not writable, or damaged.
     """
-    lock = _lock(path)
+    lock = _lock(path, is_new=False)
     try:
         if not has_results(path):
             raise RunError(f"{path} must be a finished run; it has no {RESULTS}; finish it with --resume")
@@ -315,17 +318,25 @@ def _check_no_links(path: Path) -> None:
             )
 
 
-def _lock(path: Path) -> FileLock:
-    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
+def _lock(path: Path, is_new: bool = True) -> FileLock:
+    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it.
+
+    Args:
+        is_new: --output_dir named the folder, and may name another, for error messages.
+    """
     _check_no_links(path)
     lock = FileLock(path / _LOCK, blocking=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
+        if not is_new:
+            raise RunError(f"{path} is in use by another process; wait until that ends") from error
         raise RunError(
             f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
         ) from error
     except OSError as error:
+        if not is_new:
+            raise RunError(f"{path} must be writable; {error.strerror}; change its permissions") from error
         raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
     return lock
