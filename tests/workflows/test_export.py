@@ -105,3 +105,12 @@ def test_an_interruption_says_what_is_finished_and_how_to_go_on(
     assert said(capsys) == f"interrupted; finished: plain; for the rest: nybble export {run} --to other"
     assert main(["export", str(run), "--to", "other"]) == 130
     assert said(capsys) == f"interrupted; for the formats: nybble export {run} --to other"
+
+
+def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "nosuch"), "--to", "plain"]) == 2
+    assert said(capsys) == f"{tmp_path / 'nosuch'} must be a run folder; there is nothing at this path; check the path"
+    assert main(["export", str(run / "quantized"), "--to", "plain"]) == 2
+    assert said(capsys).endswith(f"it has no nybble-run.json of nybble's; did you mean {run}?")
+    assert main(["export", str(tmp_path), "--to", "plain"]) == 2
+    assert said(capsys).endswith("it has no nybble-run.json of nybble's")

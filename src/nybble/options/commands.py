@@ -318,6 +318,7 @@ class ChatGroup(Group):
 
     def check(self) -> None:
         """Raise OptionError for values outside of their range."""
+        self.require("prompt", lambda value: value is None or value.strip(), "a message, not an empty one")
         self.require("max_new_tokens", lambda value: value >= 1, "at least 1")
         self.require("temperature", lambda value: value is None or 0 <= value < math.inf, "0 or more")
 

@@ -73,7 +73,10 @@ def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> TokenRows
     """
     text, split = options.text, options.evaluation.split
     mixture, assistant = Mixture.parse(text.data), text.assistant_only_loss
-    documents = {name: load_documents(name, text.text_column, text.data_dir, (split,))[split] for name in mixture.names}
+    documents = {
+        name: load_documents(name, text.text_column, text.data_dir, (split,), "--data", "--data")[split]
+        for name in mixture.names
+    }
     if assistant:
         require_conversations(documents)
     parts = [

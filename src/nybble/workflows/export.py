@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
-from nybble.export.checks import check_exportable, check_formats
+from nybble.export.checks import ALL, check_exportable, check_formats
 from nybble.files import check_folder_place
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
@@ -47,7 +47,7 @@ def export_formats(
         ExportError: a format cannot hold the model.
     """
     if not formats:
-        raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
+        raise OptionError(f"--to must name a format: {', '.join((*EXPORTERS, ALL))}")
     check_formats(formats, "--to")
     saved_options(path)
     if not (path / QUANTIZED / WEIGHTS_FILE).is_file():
