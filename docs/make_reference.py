@@ -20,7 +20,7 @@ from typing import Any
 
 import nybble
 from nybble import api
-from nybble.cli.help import USAGE, positional_option
+from nybble.cli.help import USAGE
 from nybble.export import EXPORTERS
 from nybble.options.base import NONE, Command, describe_type
 from nybble.options.commands import COMMANDS
@@ -55,7 +55,7 @@ def command_line_page() -> str:
 
 
 def _command(kind: type[Command]) -> str:
-    positional, types = positional_option(kind), kind.types()
+    positional, types = kind.positional(), kind.types()
     usage = f"nybble {kind.NAME}" + (f" {positional.upper()}" if positional else "") + " [options]"
     parts = [f"## nybble {kind.NAME} {{ #{kind.NAME} }}\n", f"{(kind.__doc__ or '').splitlines()[0]}\n",
              f"```text\n{usage}\n```\n"]  # fmt: skip

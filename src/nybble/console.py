@@ -12,15 +12,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nybble import processes
 
-console = Console(markup=False)  # paths may have brackets
-if not console.is_terminal:  # a file or a pipe: do not fold lines at 80
-    console = Console(width=160, markup=False)
+
+class _Console(Console):
+    """A console that leaves a closed pipe to the command line, and does not fold lines of a file or a pipe at 80."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines."""
+        return super().size if self.is_terminal else ConsoleDimensions(160, 25)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; rich would end the process with 1."""
+        raise
+
+
+console = _Console(markup=False)  # paths may have brackets
 log = logging.getLogger("nybble")
 
 # Where the output is no terminal (a file, CI) a progress line is logged instead of drawn, this many seconds apart.
@@ -56,8 +72,13 @@ class _PlainHandler(logging.Handler):
 _TORCHAO = ("torchao", "torch.utils._pytree")
 
 
-def set_up_logging() -> None:
-    """Log to the terminal; quiet the progress bars and advice of the libraries underneath."""
+def set_up_logging(result_on_stdout: bool = False) -> None:
+    """Log to the terminal; quiet the progress bars and advice of the libraries underneath.
+
+    Args:
+        result_on_stdout: where stdout is no terminal, everything that is written to the console goes to stderr.
+    """
+    console.stderr = result_on_stdout and not sys.stdout.isatty()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when data are
     import transformers
 

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Wait until the disk has what was written to a file."""
-    with path.open("rb+") as file:
+    with path.open("rb+" if sys.platform == "win32" else "rb") as file:  # people's files may be read-only
         os.fsync(file.fileno())
 
 
@@ -219,8 +219,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder. It replaces `path` if the block succeeds, and is deleted if the block raises.
 
     Raises:
-        RunError: the disk is full.
+        RunError: the disk is full, or `path` is a file.
     """
+    check_folder_place(path)
     settle_folder(path)
     temporary, old = _temporary(path), _old(path)
     temporary.mkdir(parents=True)
@@ -236,6 +237,52 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _remove(old)
     finally:
         _remove(temporary)
+
+
+def check_folder_place(path: Path) -> None:
+    """Raise RunError where something that is no folder has the name of a folder that is to be written."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} must be a folder, or not be there; it is a file; move it to another place")
+
+
+def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
+    """Link the files of other people in a folder into the one that replaces it, at the end of `atomic_folder`.
+
+    Args:
+        old: the folder; it need not exist.
+        new: the temporary folder.
+        own: names in `old` of files that nybble wrote; they are left behind.
+
+    Raises:
+        RunError: a file in `new` has the name of one of them.
+    """
+    for entry in sorted(old.rglob("*")):
+        name, target = entry.relative_to(old).as_posix(), new / entry.relative_to(old)
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if name in own or (is_folder and (any(entry.iterdir()) or target.is_dir())):
+            continue  # the files of a folder follow
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if entry.is_symlink():
+                target.symlink_to(os.readlink(entry))
+            elif is_folder:
+                target.mkdir()
+            else:
+                _link_or_copy(entry, target)
+        except FileExistsError as error:
+            raise RunError(
+                f"{entry} must not have a name that is written now, as the run did not write it; "
+                "move it to another place"
+            ) from error
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        raise
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(file, target)
 
 
 def settle_folder(path: Path) -> None:
@@ -263,6 +310,12 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Path in the folder -> bytes, of all files."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def check_free_disk(path: Path, needed: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nybble.cli.help import USAGE, help_text, positional_option
+from nybble.cli.help import USAGE, help_text
 from nybble.options.base import describe_type
 from nybble.options.commands import COMMANDS
 
@@ -26,11 +26,7 @@ def test_help_all_speaks_of_every_option_by_group(name: str) -> None:
     for group in kind.groups().values():
         assert f"{group.TITLE}:" in text
     for option, field in kind.fields().items():
-        flag = (
-            option.upper()
-            if option == positional_option(kind)
-            else f"--{'no_' if field.default is True else ''}{option}"
-        )
+        flag = option.upper() if option == kind.positional() else f"--{'no_' if field.default is True else ''}{option}"
         assert re.search(rf"(^|\s){re.escape(flag)}(\s|$)", text), flag
         assert " ".join(field.metadata["help"].split())[:40] in re.sub(r"(?<=\w)- (?=\w)", "-", joined), option
 
@@ -42,7 +38,7 @@ def test_help_shows_at_most_20_basic_options_and_fits_a_terminal(name: str, monk
     basic = [option for option, field in kind.fields().items() if field.metadata["basic"]]
     assert len(basic) <= 20
     shown = set(re.findall(r"^  --(\w+)", text, flags=re.MULTILINE)) - {"config", "help"}
-    positional = {positional_option(kind)} if positional_option(kind) else set()
+    positional = {kind.positional()} if kind.positional() else set()
     assert {option.removeprefix("no_") for option in shown} | positional == set(basic)
     assert max(map(len, text.splitlines())) <= 80
     hidden = len(kind.fields()) - len(basic)

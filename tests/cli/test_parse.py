@@ -106,7 +106,9 @@ def test_what_is_looked_at_is_given_by_position() -> None:
         ("distill stray", "unrecognized arguments: stray; see nybble distill --help"),
         ("distill --lora_rank x", "--lora_rank must be a whole number; got x"),
         ("distill --lr x", "--lr must be a number; got x"),
-        ("distill --dtype int3", "dtype must be one of auto, bfloat16, float16, float32; got 'int3'"),
+        ("distill --dtype int3", "--dtype must be one of auto, bfloat16, float16, float32; got 'int3'"),
+        ("eval m --split x", "--split must be one of train, validation, test; got 'x'"),
+        ("chat m --temperature nan", "--temperature must be a number; got nan"),
         ("tune --lora_rank_space 8 x", "--lora_rank_space must be a whole number; got x"),
     ],
 )

@@ -119,8 +119,17 @@ def test_openvino_is_registered() -> None:
 
 
 def test_an_unknown_format_is_refused(toy: ToyExporter) -> None:
-    with pytest.raises(OptionError, match=r"--to must name a known export format \(.*toy\); got tflite"):
+    with pytest.raises(OptionError, match=r"--to must name a known export format \(.*toy, all\); got tflite"):
         checks.check_formats(["toy", "tflite"], "--to")
+    for given, meant in {
+        "GGUF": "did you mean gguf\\?$",
+        "ggfu": "did you mean gguf\\?$",
+        "gguf,onnx": r"did you mean gguf onnx\? \(several are separated by spaces\)$",
+        "x,gguf": "choose one of these$",
+        ",": "choose one of these$",
+    }.items():
+        with pytest.raises(OptionError, match=rf"\(.*, all\); got {given}; {meant}"):
+            checks.check_formats([given], "--to")
 
 
 def test_a_format_whose_modules_are_missing_is_refused(toy: ToyExporter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,52 @@ def test_nothing_beside_the_run_is_touched(tmp_path: Path, monkeypatch: pytest.M
     assert not run.exists()
 
 
+@pytest.mark.usefixtures("_plain_exporter")
+def test_what_people_put_into_an_export_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "smollm", num_hidden_layers=1), tmp_path / "run"
+    command = compress_command(model, run, "--export", "plain")
+    assert main(command) == 0
+    exported = contents(run / "plain").keys()
+    mine = {"Modelfile": b"FROM ./plain.safetensors", "notes/a/b.txt": b"mine"}
+    for name, content in mine.items():
+        (run / "plain" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "plain" / name).write_bytes(content)
+    (run / "plain" / "Modelfile").chmod(0o444)
+    (run / "plain" / "empty").mkdir()
+    for _ in range(2):  # the second time after all files were noted again
+        assert main(["export", str(run), "--to", "plain"]) == 0
+        assert contents(run / "plain").keys() == exported | mine.keys()
+        assert mine.items() <= contents(run / "plain").items()
+        assert (run / "plain" / "empty").is_dir()
+        assert read_results(run).files["plain"].keys() == exported
+    results = read_results(run)
+    del results.files["plain"]["plain.safetensors"]  # as if it were another person's
+    results.save(run)
+    before = contents(run)
+    capsys.readouterr()
+    assert main(["export", str(run), "--to", "plain"]) == 2
+    assert "must not have a name that is written now" in capsys.readouterr().err
+    assert contents(run / "plain") == {
+        name.removeprefix("plain/"): content for name, content in before.items() if name.startswith("plain/")
+    }
+    results.files["plain"]["plain.safetensors"] = 1
+    results.save(run)
+    assert main([*command, "--overwrite", "--export", "none"]) == 0
+    assert contents(run / "plain") == mine
+
+
+@pytest.mark.usefixtures("_plain_exporter")
+def test_a_file_in_the_place_of_an_export_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = save_model(tmp_path / "model", "smollm", num_hidden_layers=1), tmp_path / "run"
+    assert main(compress_command(model, run)) == 0
+    (run / "plain").write_text("mine")
+    assert main(["export", str(run), "--to", "plain"]) == 2
+    assert "plain must be a folder, or not be there; it is a file; move it" in capsys.readouterr().err
+    assert (run / "plain").read_text() == "mine"
+    assert main([*compress_command(model, run, "--export", "plain"), "--resume"]) == 2
+    assert (run / "plain").read_text() == "mine"
+
+
 @pytest.fixture
 def smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of tune that chose the smallest ranks, so that a search finds better ones."""

@@ -6,7 +6,18 @@ import pytest
 
 from nybble.errors import OptionError
 from nybble.options.base import Group
-from nybble.options.commands import COMMANDS, CompressOptions, DistillOptions, EvalOptions, RunCommand, TuneOptions
+from nybble.options.commands import (
+    COMMANDS,
+    ChatOptions,
+    CompressOptions,
+    DistillOptions,
+    EvalOptions,
+    ExportOptions,
+    InspectOptions,
+    ReportOptions,
+    RunCommand,
+    TuneOptions,
+)
 
 
 @pytest.mark.parametrize("kind", COMMANDS.values(), ids=COMMANDS)
@@ -45,18 +56,18 @@ NO_FILE_NAME = "must be text that a file name can hold; '{}' has a zero byte or 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"lr": "abc"}, "lr must be a number; got 'abc'"),
-        ({"lr": float("nan")}, "lr must be a number; got nan"),
-        ({"epochs": 1.5}, "epochs must be a whole number; got 1.5"),
-        ({"epochs": True}, "epochs must be a whole number; got True"),
-        ({"weight_cache": "bogus"}, "weight_cache must be one of auto, step, recompute; got 'bogus'"),
-        ({"eval_tasks": 3}, "eval_tasks must be a list of texts; got (3,)"),
-        ({"limit": 1.5}, "limit must be a whole number; got 1.5"),
-        ({"resume": 1}, "resume must be true or false; got 1"),
-        ({"data_dir": 1}, "data_dir must be text; got 1"),
+        ({"lr": "abc"}, "--lr must be a number; got 'abc'"),
+        ({"lr": float("nan")}, "--lr must be a number; got nan"),
+        ({"epochs": 1.5}, "--epochs must be a whole number; got 1.5"),
+        ({"epochs": True}, "--epochs must be a whole number; got True"),
+        ({"weight_cache": "bogus"}, "--weight_cache must be one of auto, step, recompute; got 'bogus'"),
+        ({"eval_tasks": 3}, "--eval_tasks must be a list of texts; got (3,)"),
+        ({"limit": 1.5}, "--limit must be a whole number; got 1.5"),
+        ({"resume": 1}, "--resume must be true or false; got 1"),
+        ({"data_dir": 1}, "--data_dir must be text; got 1"),
         ({"batchsize": 1}, "batchsize is no option of nybble distill; did you mean batch_size?"),
-        ({"pretrained": "\ud800"}, rf"pretrained {NO_FILE_NAME.format(chr(92) + 'ud800')}"),
-        ({"data": ("a", "b\0c")}, rf"data {NO_FILE_NAME.format('b' + chr(92) + 'x00c')}"),
+        ({"pretrained": "\ud800"}, rf"--pretrained {NO_FILE_NAME.format(chr(92) + 'ud800')}"),
+        ({"data": ("a", "b\0c")}, rf"--data {NO_FILE_NAME.format('b' + chr(92) + 'x00c')}"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
@@ -69,6 +80,10 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
     ("kind", "values", "words"),
     [
         (DistillOptions, {"pretrained": ""}, "--pretrained is required: Hub id, local folder, .gguf file, or smollm2"),
+        (ExportOptions, {}, "RUN is required: "),
+        (InspectOptions, {}, "TARGET is required: "),
+        (ReportOptions, {}, "RUNS is required: "),
+        (ChatOptions, {"target": "m", "prompt": " "}, "--prompt must be a message, not an empty one; got"),
         (TuneOptions, {}, "--task is required: gsm8k, hellaswag"),
         (DistillOptions, {"lora_rank": -1}, "--lora_rank must be 0 (no adapters) or more; got -1"),
         (
@@ -130,7 +145,7 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
 )
 def test_impossible_values_are_refused(kind: type[RunCommand], values: dict[str, object], words: str) -> None:
     given = ({"pretrained": "m"} if "pretrained" in kind.fields() else {}) | values
-    with pytest.raises(OptionError, match="^--") as error:
+    with pytest.raises(OptionError, match="^(--|[A-Z]+ is required)") as error:
         kind.of(**given).check()
     assert words in str(error.value)
 

@@ -90,5 +90,5 @@ def test_compare_has_4_bits() -> None:
 
 
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(OptionError, match="target must be one of any, npu; got 'tpu'"):
+    with pytest.raises(OptionError, match="--target must be one of any, npu; got 'tpu'"):
         parsed("--target", "tpu")

@@ -70,7 +70,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     )
     attempt = [sys.executable, "-c", code, str(run.path)]
     refused = subprocess.run(attempt, capture_output=True, text=True, check=False)
-    assert "is in use by another process; wait for it, or choose another folder" in refused.stderr
+    assert "is in use by another process; wait until that ends" in refused.stderr
     run.save()
     run.close()
     reopen_run(run.path).close()

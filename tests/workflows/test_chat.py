@@ -65,10 +65,10 @@ def test_an_answer_is_the_most_likely_continuation_of_the_template(
         ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
         if new[-1] == checkpoint.tokenizer.eos_token_id:
             break
-    output = capsys.readouterr().out
-    assert checkpoint.tokenizer.decode(new, skip_special_tokens=True) in output
-    assert f"[{len(new)} tokens, " in output
-    assert f"{folder} in torch." in output
+    printed = capsys.readouterr()
+    assert printed.out == checkpoint.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert f"[{len(new)} tokens, " in printed.err
+    assert f"{folder} in torch." in printed.err
 
 
 def test_lines_of_the_input_are_a_conversation(
@@ -81,7 +81,33 @@ def test_lines_of_the_input_are_a_conversation(
     assert prompts[1].startswith(prompts[0])
     assert prompts[1].count("two") == 1
     assert prompts[2] == rendered(folder, ("user", "three"))
-    assert capsys.readouterr().out.count(" tokens, ") == 3
+    assert capsys.readouterr().err.count(" tokens, ") == 3
+
+
+def test_a_line_that_looks_like_a_command_is_none(
+    folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n/help\n/etc/passwd\n/a b\n"))
+    assert main(["chat", str(folder), *SHORT]) == 0
+    assert len(prompts) == 2
+    printed = capsys.readouterr()
+    assert "/quit is no command. /new starts another conversation, /exit or Ctrl-D ends" in printed.err
+    assert "/help is no command." in printed.err
+    assert len(printed.out.splitlines()) >= 2
+    assert main(["chat", str(folder), "--prompt", "/exit", *SHORT]) == 0
+    assert len(prompts) == 3, "the value of --prompt is a message"
+
+
+def test_input_that_is_no_text_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for errors in ("strict", "surrogateescape"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"one\n\xff\x80\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["chat", str(folder), *SHORT]) == 2
+        assert "of the input must be UTF-8 text; it has other bytes; convert it" in capsys.readouterr().err
+    assert main(["chat", str(folder), "--prompt", "\udcff", *SHORT]) == 2
+    assert "--prompt must be UTF-8 text" in capsys.readouterr().err
 
 
 def test_the_oldest_messages_are_left_out_of_a_long_conversation(
@@ -92,7 +118,7 @@ def test_the_oldest_messages_are_left_out_of_a_long_conversation(
     assert "first" not in prompts[2]
     assert "be" in prompts[2]
     assert "third" in prompts[2]
-    assert "its oldest messages are left out" in capsys.readouterr().out
+    assert "its oldest messages are left out" in capsys.readouterr().err
 
 
 def test_a_message_that_is_too_long_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +132,7 @@ def test_a_model_without_a_template_continues_the_text(
     save_checkpoint(tmp_path / "quantized", make_model("smollm"))
     assert main(["chat", str(tmp_path / "quantized"), "--prompt", "one two", *SHORT]) == 0
     assert prompts == ["one two"]
-    assert "has no chat template" in capsys.readouterr().out
+    assert "has no chat template" in capsys.readouterr().err
 
 
 def test_a_template_that_refuses_a_message_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +166,7 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_program(
     raise_if_interrupted()  # what comes afterwards was not interrupted
     if code == 0:
         assert len(prompts) == 2
-        assert "[2 tokens, " in capsys.readouterr().out
+        assert "[2 tokens, " in capsys.readouterr().err
     else:
         assert len(prompts) == 1
 

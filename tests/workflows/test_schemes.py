@@ -104,7 +104,7 @@ def test_an_npu_gets_signed_codes_without_zero_points(tmp_path: Path) -> None:
             "--layer must match the name of a layer; q_proj matches none of 16; names are such as",
         ),
         ("--ignore *.gate", "--ignore must match the name of a layer; *.gate matches none of 16"),
-        ("--target tpu", "target must be one of any, npu; got 'tpu'"),
+        ("--target tpu", "--target must be one of any, npu; got 'tpu'"),
         ("--target npu --group_size 32", "--target npu needs --group_size 128 or -1; got 32"),
         (
             "--export gguf --group_size 16",

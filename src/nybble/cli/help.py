@@ -54,7 +54,7 @@ def help_text(kind: type[Command], everything: bool) -> str:
     def formatter(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=28, width=width)
 
-    positional = positional_option(kind)
+    positional = kind.positional()
     usage = f"nybble {kind.NAME}" + (f" {positional.upper()}" if positional else "") + " [options]"
     parser = OptionParser(usage=usage, description=(kind.__doc__ or "").split("\n")[0], formatter_class=formatter,
                           add_help=False)  # fmt: skip
@@ -78,13 +78,6 @@ def help_text(kind: type[Command], everything: bool) -> str:
     if hidden:
         other.add_argument("--help-all", action="store_true", help=f"Show all options ({hidden} more).")
     return parser.format_help()
-
-
-def positional_option(kind: type[Command]) -> str | None:
-    """The option that is given without a flag, in commands that take a run or a model to look at."""
-    if "pretrained" in kind.fields():
-        return None
-    return next((name for name, field in kind.fields().items() if field.metadata["required"]), None)
 
 
 def _by_title(kind: type[Command]) -> dict[str, list[dataclasses.Field[Any]]]:

@@ -1,17 +1,19 @@
 """`nybble COMMAND --flags`.
 
 Exit codes: 0 done; 2 something that a person can repair (one line on stderr says what); 70 a fault of nybble; 130, 143
-and 129 interrupted by Ctrl-C, SIGTERM and SIGHUP.
+and 129 interrupted by Ctrl-C, SIGTERM and SIGHUP; 141 the program that reads the output has ended (`| head`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 
 from nybble import processes, runtime
@@ -35,6 +37,9 @@ _FUNCTIONS = {
 }
 # Commands that divide their work among the processes of torchrun or accelerate launch.
 _IN_SEVERAL_PROCESSES = ("compress", "distill", "tune", "search")
+# Commands whose stdout is their result alone, where it is no terminal; all others report what they do there.
+_RESULT_ON_STDOUT = ("eval", "chat")
+_CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 _HELP = ("-h", "--help", "help")
 _HELP_ALL = ("--help-all", "--help_all")
 
@@ -42,6 +47,8 @@ _HELP_ALL = ("--help-all", "--help_all")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not _streams_are_open():
+        return _fail("stdout must be open; it is closed; redirect it, to /dev/null if nothing is to be seen", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     runtime.set_openmp_spin()
     runtime.keep_freed_memory()
@@ -59,10 +66,13 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         with processes.joined():
             _run(arguments)
+        sys.stdout.flush()  # now rather than when Python ends, which does not tell what is wrong
     except Exception as error:
         runtime.raise_if_interrupted()  # the error may be what a library made of the interruption
+        if (code := _lost_output(error)) is not None:
+            return code
         if isinstance(error, NybbleError | OSError):  # OSError: a full disk, no permission, a name that is too long
-            return _fail(str(error).replace("\n", " "), 2)
+            return _fail(_followable(arguments, str(error).replace("\n", " ")), 2)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded yet
             return _fail(
                 "the device must have memory for this; it ran out; use a smaller model, or --device cpu",
@@ -72,18 +82,54 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
+def _streams_are_open() -> bool:
+    """Open stdin and stderr where they are closed (`<&-`), as the next file would get their number; is stdout open?"""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return sys.stdout is not None
+
+
+def _lost_output(error: Exception) -> int | None:
+    """The exit code where what was printed went nowhere; None for any other error.
+
+    nybble writes files in blocks that name them (files.reporting_full_disk), so that an error without a name is that of
+    a stream.
+    """
+    numbers = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in numbers:
+        return None
+    with suppress(OSError, ValueError):  # or Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        said = processes.claim_end(_CLOSED_PIPE)
+        return _CLOSED_PIPE if said is None else said
+    return _fail(f"stdout must take what is printed; it cannot: {error.strerror}; redirect it elsewhere", 2)
+
+
+def _has_resume(arguments: Sequence[str]) -> bool:
+    kind = COMMANDS.get(arguments[0]) if arguments else None
+    return kind is not None and "resume" in kind.fields()
+
+
+def _followable(arguments: Sequence[str], message: str) -> str:
+    """The message without the advice to add --resume, where the command has none."""
+    return message if _has_resume(arguments) else message.replace("then add --resume", "then run the command again")
+
+
 def _fail(message: str, code: int) -> int:
     """Print the line of an error, unless another process has printed why all of them end; returns the exit code."""
     said = processes.claim_end(code)
     if said is None:
-        print(f"nybble: {message}", file=sys.stderr)
+        with suppress(OSError):  # stderr is closed too
+            print(f"nybble: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     return code if said is None else said
 
 
 def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:
-    kind = COMMANDS.get(arguments[0]) if arguments else None
-    resumable = kind is not None and "resume" in kind.fields()
-    remedy = "; the same command with --resume continues from the last checkpoint" if resumable else ""
+    remedy = "; the same command with --resume continues from the last checkpoint" if _has_resume(arguments) else ""
+    remedy += "".join(getattr(interruption, "__notes__", ()))  # what the workflow says of what is done
     number = interruption.signal if isinstance(interruption, runtime.Interrupted) else signal.SIGINT
     cause = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     return _fail(f"interrupted{cause}{remedy}", 128 + number)
@@ -130,6 +176,6 @@ def _run(arguments: list[str]) -> None:
         options.check()  # now rather than after the seconds that torch and transformers take to load
         from nybble.console import set_up_logging
 
-        set_up_logging()
+        set_up_logging(options.NAME in _RESULT_ON_STDOUT)
         module, function = _FUNCTIONS[options.NAME].split(":")
         getattr(import_module(module), function)(options)

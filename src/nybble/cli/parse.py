@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nybble.cli.help import OptionParser, positional_option
+from nybble.cli.help import OptionParser
 from nybble.errors import OptionError
 from nybble.options.base import NONE, Command, describe_type
 from nybble.options.commands import COMMANDS, RunCommand
@@ -67,7 +67,7 @@ def _check_known(kind: type[Command], flags: Sequence[str]) -> None:
 def _parse_flags(kind: type[Command], flags: Sequence[str]) -> dict[str, Any]:
     """Option name -> value of what is given by flags, `config` included."""
     parser = OptionParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    positional, hints = positional_option(kind), kind.types()
+    positional, hints = kind.positional(), kind.types()
     parser.add_argument("--config")
     for name, hint in hints.items():
         if hint is bool:

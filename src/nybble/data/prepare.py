@@ -273,7 +273,8 @@ class _SourceReader:
     def other_rows(self, name: str) -> TokenRows:
         """All test sequences of a source of --other_data."""
         request = self.request
-        found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), "--other_data")
+        option = "--other_data"
+        found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), option, option)
         return packing.pack_documents(self.tokenizer, found.test, request.seq_len, f"test ({name})")
 
 

@@ -76,7 +76,12 @@ def prefix_source(name: str) -> str | None:
 
 
 def load_documents(
-    name: str, column: str, data_dir: str | None, wanted: Sequence[str], option: str = "--data"
+    name: str,
+    column: str,
+    data_dir: str | None,
+    wanted: Sequence[str],
+    option: str = "--data",
+    measured: str = "--eval_data",
 ) -> DocumentSplits:
     """Read the documents of a source.
 
@@ -86,6 +91,7 @@ def load_documents(
         data_dir: a folder with local copies of data sets, or None (--data_dir).
         wanted: the splits that must not be empty.
         option: the option that names the source, for error messages.
+        measured: the option that names the text to measure on.
 
     Raises:
         DataError: the source does not exist or cannot be read; it lacks the column (the existing ones are named); a
@@ -103,7 +109,7 @@ def load_documents(
             raise DataError(
                 f"{option} {name} must have text in its {split} split; the split is empty (splits can be taken from 10 "
                 "rows, 3 conversations, or 201 lines of text); use more text, or name another to measure on with "
-                "--eval_data"
+                f"{measured}"
             )
     if name == WIKITEXT2_PLAIN:
         return DocumentSplits(*(_plain_articles(documents[split]) for split in SPLITS))

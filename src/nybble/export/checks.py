@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,23 @@ def check_formats(formats: Sequence[str], option: str) -> None:
         OptionError: no exporter has this name.
         MissingExtraError: the modules that the exporter needs are not installed.
     """
+    known = (*EXPORTERS, ALL)
+    for name in formats:
+        if name not in known:
+            raise OptionError(
+                f"{option} must name a known export format ({', '.join(known)}); got {name}; {_meant(name, known)}"
+            )
     for name in (*(n for n in formats if n != ALL), *(EXPORTERS if ALL in formats else ())):
-        EXPORTERS.get(name, option).check_installed()
+        EXPORTERS[name].check_installed()
+
+
+def _meant(given: str, known: Sequence[str]) -> str:
+    """What the person may have wanted to write instead of an unknown format."""
+    near = [get_close_matches(part.lower(), known, 1) for part in re.split(r"[,;+/\s]+", given) if part]
+    if not near or not all(near):
+        return "choose one of these"
+    spaces = " (several are separated by spaces)" if len(near) > 1 else ""
+    return f"did you mean {' '.join(part for (part,) in near)}?{spaces}"
 
 
 def check_exportable(

@@ -82,7 +82,7 @@ def load_gguf_tokenizer(file: GGUFFile) -> Any:
 
     prefix, path = "tokenizer.", file.path
     fields = {key.removeprefix(prefix): field.value for key, field in file.fields.items() if key.startswith(prefix)}
-    with _conversion(f"--pretrained {path.name} must hold a tokenizer"):
+    with _conversion(f"--pretrained {path} must hold a tokenizer"):
         _check_tokenizer(fields)
         if fields.get("ggml.model") != "gpt2" or fields.get("ggml.pre") not in _SPLITS_DIGITS:
             with stands_in(file):
@@ -119,7 +119,7 @@ def _check_size(file: GGUFFile) -> None:
     for key, field in file.fields.items():
         if key.endswith(".block_count") and field.value not in range(1, len(file.tensors) + 1):
             raise ModelError(
-                f"--pretrained {file.path.name} must have a tensor at least for each block; {key} is {field.value} and "
+                f"--pretrained {file.path} must have a tensor at least for each block; {key} is {field.value} and "
                 f"it has {len(file.tensors)} tensors; download it again"
             )
 

@@ -117,7 +117,7 @@ def read_gguf(path: Path) -> GGUFFile:
         return GGUFFile(path, fields, [_tensor(path, parser, row) for row in table])
     except (OSError, ValueError, struct.error) as error:  # ValueError: also text that is not UTF-8, an empty file
         raise ModelError(
-            f"--pretrained {path.name} must be a complete GGUF file; {first_line(error)}; download it again"
+            f"--pretrained {path} must be a complete GGUF file; {first_line(error)}; download it again"
         ) from error
 
 

@@ -89,6 +89,18 @@ class Command:
         return {name: hints[name] for name in cls.fields()}
 
     @classmethod
+    def positional(cls) -> str | None:
+        """The option that is given without a flag, in commands that take a run or a model to look at."""
+        if "pretrained" in cls.fields():
+            return None
+        return next((name for name, field in cls.fields().items() if field.metadata["required"]), None)
+
+    @classmethod
+    def spelled(cls, name: str) -> str:
+        """An option as people give it, for error messages: --lr, or RUN."""
+        return name.upper() if name == cls.positional() else f"--{name}"
+
+    @classmethod
     def of(cls, **values: Any) -> Self:
         """The command's options from flat names; what is not given has its default.
 
@@ -116,7 +128,7 @@ class Command:
             getattr(self, name).check()
         for name, field in self.fields().items():
             if field.metadata["required"] and not self.flat()[name]:
-                raise OptionError(f"--{name} is required: {field.metadata['help'].rstrip('.')}")
+                raise OptionError(f"{self.spelled(name)} is required: {field.metadata['help'].rstrip('.')}")
 
 
 def typed_values(kind: type[Command], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -135,7 +147,10 @@ def typed_values(kind: type[Command], values: Mapping[str, Any], where: str) -> 
             raise OptionError(
                 f"{where}{name} is no option of nybble {kind.NAME}" + (f"; did you mean {near[0]}?" if near else "")
             )
-    return {name: _typed(f"{where}{name}", value, types_[name]) for name, value in values.items()}
+    return {
+        name: _typed(f"{where}{name}" if where else kind.spelled(name), value, types_[name])
+        for name, value in values.items()
+    }
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -300,6 +300,11 @@ class EvalOptions(Command):
             raise OptionError("--teacher is for the KL divergence, which --data none leaves out; give one of them")
 
 
+def _is_text(value: str | None) -> bool:
+    """Whether a text holds characters alone; other bytes of a command line come as halves of characters."""
+    return value is None or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatGroup(Group):
     """What is talked to, and how it answers."""
@@ -318,6 +323,8 @@ class ChatGroup(Group):
 
     def check(self) -> None:
         """Raise OptionError for values outside of their range."""
+        self.require("prompt system", _is_text, "UTF-8 text")
+        self.require("prompt", lambda value: value is None or value.strip(), "a message, not an empty one")
         self.require("max_new_tokens", lambda value: value >= 1, "at least 1")
         self.require("temperature", lambda value: value is None or 0 <= value < math.inf, "0 or more")
 

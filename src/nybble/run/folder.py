@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -35,10 +34,11 @@ from filelock import FileLock, Timeout
 
 from nybble import processes
 from nybble.errors import RunError
-from nybble.files import settle_folder, write_text
+from nybble.files import file_sizes, settle_folder, write_text
 from nybble.models.positions_file import POSITIONS_FILE
 from nybble.options.commands import RunCommand
 from nybble.options.toml import CONFIG, to_toml
+from nybble.run.deletion import delete_run
 from nybble.run.machine import peak_memory
 from nybble.run.marker import MARKER, check_deletable, is_run, write_marker
 from nybble.run.results import RESULTS, Phase, RunResults, has_results, read_results
@@ -110,13 +110,24 @@ class RunFolder:
             self.note_files(QUANTIZED)
         self.save()
 
-    def note_files(self, name: str) -> None:
+    def note_files(self, name: str, names: Collection[str] | None = None) -> None:
         """Note the files of a folder that was just written, for `is_complete`. Call `save` afterwards.
 
         Positions of weights are not noted: they may be deleted.
+
+        Args:
+            name: of the folder.
+            names: of the files that were written, where it may hold others. None: all files.
         """
-        sizes = _file_sizes(self.path / name)
-        self.results.files[name] = {file: size for file, size in sizes.items() if file != POSITIONS_FILE}
+        self.results.files[name] = {
+            file: size
+            for file, size in file_sizes(self.path / name).items()
+            if file != POSITIONS_FILE and (names is None or file in names)
+        }
+
+    def note_file(self, name: str, file: str) -> None:
+        """Note one more file that was written to a folder; see `note_files`."""
+        self.results.files.setdefault(name, {})[file] = (self.path / name / file).stat().st_size
 
     def is_complete(self, name: str) -> bool:
         """Whether a folder of the run still has every file that it was written with; see `missing_files`."""
@@ -124,7 +135,7 @@ class RunFolder:
 
     def delete(self) -> None:
         """Delete the run, and its folder if nothing else is in it."""
-        _delete_run(self.path)
+        delete_run(self.path, _OWN, _LOCK)
         (self.path / _LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # other files are in it
             self.path.rmdir()
@@ -146,7 +157,7 @@ def missing_files(path: Path, results: RunResults, name: str) -> list[str]:
 
     Of a run that an earlier version of nybble made it is known only that the folder has files.
     """
-    found = _file_sizes(path / name)
+    found = file_sizes(path / name)
     if not found:
         return [name]
     shorter = [file for file, size in results.files.get(name, {}).items() if found.get(file, -1) < size]
@@ -174,16 +185,13 @@ def check_complete(path: Path) -> None:
     results = read_results(run)
     wrong = missing_files(run, results, name) if name in results.files else []
     if wrong:
+        again = "let the run make the folder again with --resume"
+        if name in results.exports:
+            again = f"make the folder again: nybble export {path.parent} --to {name}"
         raise RunError(
             f"{path} must have the files that it was written with; {', '.join(wrong[:3])} is missing or cut; bring it "
-            "back, or let the run make the folder again with --resume"
+            f"back, or {again}"
         )
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Path in the folder -> bytes, of all files."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
@@ -240,7 +248,7 @@ def _open(options: RunCommand, keep_options: bool) -> RunFolder:
     lock = _lock(path)
     try:
         if used and overwrite:
-            _delete_run(path)
+            delete_run(path, _OWN, _LOCK)
         results = RunResults()
         if used and resume:
             check_same_options(path, options)
@@ -266,7 +274,7 @@ def reopen_run(path: Path) -> RunFolder:
     Raises:
         RunError: in use, not writable, or damaged.
     """
-    lock = _lock(path)
+    lock = _lock(path, is_new=False)
     try:
         if not has_results(path):
             raise RunError(f"{path} must be a finished run; it has no {RESULTS}; finish it with --resume")
@@ -310,32 +318,25 @@ def _check_no_links(path: Path) -> None:
             )
 
 
-def _lock(path: Path) -> FileLock:
-    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
+def _lock(path: Path, is_new: bool = True) -> FileLock:
+    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it.
+
+    Args:
+        is_new: --output_dir named the folder, and may name another, for error messages.
+    """
     _check_no_links(path)
     lock = FileLock(path / _LOCK, blocking=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
+        if not is_new:
+            raise RunError(f"{path} is in use by another process; wait until that ends") from error
         raise RunError(
             f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
         ) from error
     except OSError as error:
+        if not is_new:
+            raise RunError(f"{path} must be writable; {error.strerror}; change its permissions") from error
         raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
     return lock
-
-
-def _delete_run(path: Path) -> None:
-    """Delete what a run wrote; other files in its folder stay and are named."""
-    exports: set[str] = set()
-    with suppress(RunError):  # damaged results: the exports stay
-        exports = set(read_results(path).exports)
-    for name in (*exports, *_OWN):
-        for entry in (path / f"{name}.tmp", path / f"{name}.old.tmp", path / name):
-            if entry.is_symlink() or entry.is_file():
-                entry.unlink()
-            elif entry.is_dir():
-                shutil.rmtree(entry)
-    if left := sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK):
-        log.info("%s: left in place, because no run wrote it: %s", path, ", ".join(left))

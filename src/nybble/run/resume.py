@@ -42,8 +42,11 @@ def saved_options(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: this is not a run folder, or its configuration is missing or damaged.
     """
+    if not folder.exists():
+        raise RunError(f"{folder} must be a run folder; there is nothing at this path; check the path")
     if not is_run(folder):
-        raise RunError(f"{folder} must be a run folder; it has no {MARKER} of nybble's")
+        guess = f"; did you mean {folder.parent}?" if is_run(folder.parent) else ""
+        raise RunError(f"{folder} must be a run folder; it has no {MARKER} of nybble's{guess}")
     if not (folder / CONFIG).is_file():
         raise RunError(
             f"{folder} must be a complete run; its {CONFIG} is missing; bring it back, or make the run again"

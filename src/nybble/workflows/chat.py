@@ -1,11 +1,14 @@
 """`nybble chat`: talk to a model, a finished run or an export in the terminal, in its own runtime.
 
 A line is a message; the answer appears while it is generated. /new starts another conversation, /exit or Ctrl-D ends.
-Ctrl-C stops an answer. Where the input is no terminal, each of its lines is a message.
+Ctrl-C stops an answer. Where the input is no terminal, each of its lines is a message. Where stdout is no terminal, it
+gets the answers alone; everything else goes to stderr.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import signal
 import sys
 import time
@@ -18,7 +21,7 @@ import torch
 from transformers import TextStreamer
 
 from nybble.console import console, say
-from nybble.errors import ModelError, describe_error
+from nybble.errors import DataError, ModelError, describe_error
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import exporter_of
 from nybble.models.loading import LoadedModel
@@ -30,6 +33,8 @@ from nybble.runtime import Interrupted, forget_interruption
 from nybble.workflows.target import open_target
 
 _NEW, _EXIT = "/new", "/exit"
+_COMMANDS = f"{_NEW} starts another conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer."
+_COMMAND = re.compile(r"/\w*")  # a line of one word; a path or a sentence is a message
 
 
 def chat(options: ChatOptions) -> None:
@@ -47,13 +52,18 @@ def chat(options: ChatOptions) -> None:
     say(f"{target} in {_runtime(Path(target))}.")
     if conversation.template is None:
         say("This model has no chat template: it continues the text.")
+    if asked.prompt is not None:
+        conversation.answer(asked.prompt)
+        return
     if interactive:
-        say(f"{_NEW} starts another conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer.")
-    for message in (asked.prompt,) if asked.prompt is not None else _messages(interactive):
+        say(_COMMANDS)
+    for message in _messages(interactive):
         if message == _EXIT:
             break
         if message == _NEW:
             conversation.start()
+        elif _COMMAND.fullmatch(message):
+            say(f"{message} is no command. {_COMMANDS}")
         elif message:
             conversation.answer(message)
 
@@ -79,10 +89,20 @@ def _runtime(path: Path) -> str:
 
 
 def _messages(interactive: bool) -> Iterator[str]:
-    """Lines of the input, without spaces around them."""
-    while True:
+    """Lines of the input, without spaces around them.
+
+    Raises:
+        DataError: a line is no UTF-8 text.
+    """
+    for number in itertools.count(1):
         try:
-            yield input("> " if interactive else "").strip()
+            message = input("> " if interactive else "").strip()
+            message.encode()  # bytes that are no text come as halves of characters in some locales
+            yield message
+        except UnicodeError as error:
+            raise DataError(
+                f"line {number} of the input must be UTF-8 text; it has other bytes; convert it, or give a text file"
+            ) from error
         except EOFError:
             if interactive:
                 print()

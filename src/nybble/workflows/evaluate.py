@@ -1,8 +1,14 @@
-"""`nybble eval`: perplexity, KL divergence to a teacher, and lm-eval tasks of anything that can be opened."""
+"""`nybble eval`: perplexity, KL divergence to a teacher, and lm-eval tasks of anything that can be opened.
+
+A table is for people, a JSON object for programs. Where stdout is no terminal, it gets the object alone
+(`nybble eval RUN | jq .token_perplexity`), and the table goes to stderr.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -21,7 +27,7 @@ from nybble.workflows.target import open_target
 
 
 def evaluate(options: EvalOptions) -> dict[str, float]:
-    """Measure one model; prints the results as a table and as JSON, and returns them.
+    """Measure one model; prints what was measured, on what, as a table and as JSON, and returns the numbers.
 
     Raises:
         NybbleError: whatever a person can repair.
@@ -32,23 +38,39 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     opened = open_target(asked.target, options.model, "MODEL_OR_RUN", asked.strict)
     check_tokenizer(asked.eval_tasks, opened.tokenizer)
     results: dict[str, float] = {}
+    measured: dict[str, Any] = {"model": opened.name, "strict": asked.strict}
     with torch.no_grad():
         if text.data:
-            results |= _measure_text(options, opened)
+            rows = sequences_to_measure(options, opened)
+            measured |= {"data": list(text.data), "split": asked.split, "teacher": asked.teacher}
+            measured |= {"num_samples": len(rows), "seq_len": rows.ids.shape[1]}
+            results |= _measure_text(options, opened, rows)
         if asked.eval_tasks:
             config = LmEvalConfig(asked.eval_tasks, asked.eval_batch_size, asked.limit, text.data_dir)
             columns = result_columns(run_tasks(opened.model, opened.tokenizer, config))
             results |= {key: value for key, value in columns.items() if not key.startswith("right:")}
-    table = Table("measure", "value", title=opened.name)
+            measured |= {"limit": asked.limit}
+    table = Table("measure", "value", title=_title(measured))
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
-    console.print_json(json.dumps(results))
+    print(json.dumps(measured | results, indent=2))
     return results
 
 
-def _measure_text(options: EvalOptions, opened: LoadedModel) -> dict[str, float]:
-    rows, teacher = sequences_to_measure(options, opened), None
+def _title(measured: Mapping[str, Any]) -> str:
+    """What was measured, and on what, in words."""
+    if "data" not in measured:
+        return str(measured["model"])
+    compared = f", compared with {measured['teacher']}" if measured["teacher"] else ""
+    return (
+        f"{measured['model']} on the {measured['split']} split of {' + '.join(measured['data'])} "
+        f"({measured['num_samples']} sequences of {measured['seq_len']} tokens){compared}"
+    )
+
+
+def _measure_text(options: EvalOptions, opened: LoadedModel, rows: TokenRows) -> dict[str, float]:
+    teacher = None
     if options.evaluation.teacher is not None:
         teacher = model_logits(_open_teacher(options, options.evaluation.teacher, opened).model, rows.ids)
     with bar(f"{options.evaluation.split} of {' + '.join(options.text.data)}", len(rows)) as advance:
@@ -73,7 +95,10 @@ def sequences_to_measure(options: EvalOptions, opened: LoadedModel) -> TokenRows
     """
     text, split = options.text, options.evaluation.split
     mixture, assistant = Mixture.parse(text.data), text.assistant_only_loss
-    documents = {name: load_documents(name, text.text_column, text.data_dir, (split,))[split] for name in mixture.names}
+    documents = {
+        name: load_documents(name, text.text_column, text.data_dir, (split,), "--data", "--data")[split]
+        for name in mixture.names
+    }
     if assistant:
         require_conversations(documents)
     parts = [

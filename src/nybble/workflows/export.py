@@ -9,12 +9,14 @@ from pathlib import Path
 
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
-from nybble.export.checks import check_exportable, check_formats
+from nybble.export.checks import ALL, check_exportable, check_formats
+from nybble.files import check_folder_place
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
+from nybble.runtime import raise_if_interrupted
 from nybble.workflows.export_run import export_run
 from nybble.workflows.publish import check_repository, push_to_hub, write_cards
 
@@ -45,7 +47,7 @@ def export_formats(
         ExportError: a format cannot hold the model.
     """
     if not formats:
-        raise OptionError(f"--to must name a format: {', '.join(EXPORTERS)}")
+        raise OptionError(f"--to must name a format: {', '.join((*EXPORTERS, ALL))}")
     check_formats(formats, "--to")
     saved_options(path)
     if not (path / QUANTIZED / WEIGHTS_FILE).is_file():
@@ -55,20 +57,44 @@ def export_formats(
         check_complete(run.quantized)
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
-        with remedies_of_this_command():
+        with remedies_of_this_command(path):
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
             for name in formats:
-                export_run(run, name, trust_remote_code, compare_logits)
-                write_cards(run)  # also of those before one that fails
+                check_folder_place(path / name)
+            for i, name in enumerate(formats):
+                with _telling_what_is_left(path, formats, i):
+                    export_run(run, name, trust_remote_code, compare_logits)
+                    write_cards(run)  # also of those before one that fails
     finally:
         run.close()
     return [path / name for name in formats]
 
 
 @contextmanager
-def remedies_of_this_command() -> Iterator[None]:
-    """Name --to in the remedies of exporters; the schemes of a finished run cannot be changed."""
+def remedies_of_this_command(path: Path) -> Iterator[None]:
+    """Name --to in the remedies of exporters, and what continues this command.
+
+    The schemes of a finished run cannot be changed.
+    """
     try:
         yield
     except (ExportError, OptionError) as error:
         raise type(error)(_OTHER_REMEDY.sub(r"remove \1 from --to", str(error))) from error
+    except RunError as error:
+        raise RunError(str(error).replace("then add --resume", f"then run nybble export {path} again")) from error
+
+
+@contextmanager
+def _telling_what_is_left(path: Path, formats: Sequence[str], done: int) -> Iterator[None]:
+    """Add to an interruption how to go on: `done` formats are finished, and stay."""
+    try:
+        try:
+            yield
+        except Exception:
+            raise_if_interrupted()  # the error may be what a library made of the interruption
+            raise
+    except KeyboardInterrupt as interruption:
+        finished = f"; finished: {', '.join(formats[:done])}" if done else ""
+        left = f"for the {'rest' if done else 'formats'}: nybble export {path} --to {' '.join(formats[done:])}"
+        interruption.add_note(f"{finished}; {left}")
+        raise

@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 
 from nybble.export.base import EXPORTERS, Exporter, ExportResult
-from nybble.files import atomic_folder
+from nybble.files import atomic_folder, carry_over, file_sizes
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
 from nybble.report.labels import embeddings_text, runtime_label
@@ -34,7 +34,9 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool, compare_logit
         with atomic_folder(folder) as temporary:
             result = exporter.export(checkpoint, temporary, compare_logits)
             copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
-        run.note_files(name)
+            written = file_sizes(temporary)
+            carry_over(folder, temporary, run.results.files.get(name, written))
+        run.note_files(name, written)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
     log.info(
         "%s: %d linear layers%s, %s; %s; %s; %.1f MB",

@@ -26,7 +26,7 @@ def write_cards(run: RunFolder) -> None:
         if folder.is_dir():
             config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
             write_text(folder / CARD, model_card(run.results, name, options, config))
-            run.note_files(name)
+            run.note_file(name, CARD)
     run.save()
 
 

@@ -314,7 +314,7 @@ def test_a_disk_that_fills_is_one_line(
 
     monkeypatch.setattr("nybble.export.gguf.exporter.write_file", fail)
     with pytest.raises(
-        ExportError, match=r"must be written to disk; it cannot be \(OSError: .*No space left on device"
+        ExportError, match=r"must be written to disk; it cannot be \(OSError: .*No space left on device.* --to gguf$"
     ):
         EXPORTER.write(EXPORTER.held(export("smollm").checkpoint), tmp_path)
 

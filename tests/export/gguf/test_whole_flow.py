@@ -55,5 +55,5 @@ def test_exporting_a_run_again_names_its_own_option(tmp_path: Path, capsys: pyte
     assert "this model has a sliding window of 8 tokens; remove gguf from --to\n" in capsys.readouterr().err
     message = "an export needs groups; there are none; change --bits or --layer, or remove a and b from --export"
     expected = "^an export needs groups; there are none; remove a and b from --to$"
-    with pytest.raises(OptionError, match=expected), remedies_of_this_command():
+    with pytest.raises(OptionError, match=expected), remedies_of_this_command(tmp_path):
         raise OptionError(message)

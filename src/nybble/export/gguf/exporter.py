@@ -169,7 +169,7 @@ class GGUFExporter(Exporter):
         except OSError as error:
             raise ExportError(
                 f"the export to {folder} must be written to disk; it cannot be ({describe_error(error)}); free some "
-                f"disk space, then run: nybble export {folder.parent}"
+                f"disk space, then run: nybble export {folder.parent} --to {self.name}"
             ) from error
         if fields.get("tokenizer.ggml.pre") == UNKNOWN and fields["tokenizer.ggml.model"] == "gpt2":
             log.warning(

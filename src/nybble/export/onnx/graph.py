@@ -111,7 +111,7 @@ def write_graph(checkpoint: QuantizedCheckpoint, model_file: Path) -> None:
         run, free = model_file.parent.parent, shutil.disk_usage(model_file.parent).free
         raise ExportError(
             f"the export to {run} must be written to disk; it cannot be ({describe_error(error)}); {free / 1e6:.0f} MB "
-            f"are free; free some disk space, then run: nybble export {run}"
+            f"are free; free some disk space, then run: nybble export {run} --to onnx"
         ) from error
 
 

@@ -181,5 +181,5 @@ def _writing(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         raise ExportError(
             f"the export to {folder.parent} must be written to disk; it cannot be ({describe_error(error)}); "
-            f"{free / 1e6:.0f} MB are free; free some disk space, then run: nybble export {folder.parent}"
+            f"{free / 1e6:.0f} MB are free; free some disk space, then run: nybble export {folder.parent} --to openvino"
         ) from error

@@ -1,0 +1,47 @@
+"""nybble eval: what it prints, and what it says when it cannot measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nybble.cli.main import main
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.tiny import make_model
+
+FLAGS = ["--seq_len", "32", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "quantized"
+    save_checkpoint(path, make_model("smollm", num_hidden_layers=1))
+    return path
+
+
+def test_stdout_is_one_json_object_that_says_what_was_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(folder), "--data", "python-docs", "--teacher", str(folder), *FLAGS]) == 0
+    printed = capsys.readouterr()
+    measured = json.loads(printed.out)
+    assert measured.pop("token_perplexity") > 1
+    assert measured.pop("kl_to_teacher") == pytest.approx(0, abs=1e-6)
+    assert {key: measured[key] for key in ("model", "data", "split", "num_samples", "seq_len", "teacher")} == {
+        "model": str(folder), "data": ["python-docs"], "split": "test", "num_samples": 2, "seq_len": 32,
+        "teacher": str(folder),
+    }  # fmt: skip
+    table = " ".join(printed.err.split())
+    assert "on the test split of python-docs (2 sequences of 32 tokens)" in table
+    assert "token_perplexity" in table
+
+
+@pytest.mark.parametrize("text", ["", "one line"])
+def test_too_little_text_names_an_option_that_exists(
+    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.txt").write_text(text)
+    assert main(["eval", str(folder), "--data", str(tmp_path / "tiny.txt"), *FLAGS]) == 2
+    assert capsys.readouterr().err.endswith("; use more text, or name another to measure on with --data\n")

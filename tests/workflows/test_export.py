@@ -1,0 +1,116 @@
+"""nybble export: what it says when it cannot go on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from nybble.cli.main import main
+from nybble.export.base import EXPORTERS
+from nybble.files import reporting_full_disk
+from tests.helpers.compress import compress_command
+from tests.helpers.plain_exporter import PlainExporter
+from tests.helpers.tiny import save_model
+
+
+class OtherExporter(PlainExporter):
+    name = label = "other"
+    model_file = "other.safetensors"
+    weight_files = ("other.safetensors",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _formats() -> Iterator[None]:
+    for exporter in (PlainExporter(), OtherExporter()):
+        EXPORTERS.register(exporter.name, exporter)
+    yield
+    for name in ("plain", "other"):
+        EXPORTERS.unregister(name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    assert main(compress_command(save_model(folder / "model", "smollm", num_hidden_layers=1), folder / "run")) == 0
+    return folder / "run"
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, without the name of the program."""
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("nybble: ")
+
+
+def test_a_full_disk_names_a_command_that_exists(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PlainExporter, "write", write)
+    assert main(["export", str(run), "--to", "plain"]) == 2
+    assert said(capsys) == (
+        f"{run / 'plain'} must fit on the disk; it could not be written: No space left on device; "
+        f"free some disk space, then run nybble export {run} again"
+    )
+
+
+def test_a_report_on_a_full_disk_does_not_advise_resume(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(path: Path, _: str) -> None:
+        with reporting_full_disk(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nybble.report.command.write_text", write)
+    assert main(["report", str(run)]) == 2
+    assert said(capsys).endswith("No space left on device; free some disk space, then run the command again")
+
+
+def test_a_run_in_use_and_one_that_is_read_only_are_refused_without_output_dir(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(run / ".lock"):
+        assert main(["export", str(run), "--to", "plain"]) == 2
+    assert said(capsys) == f"{run} is in use by another process; wait until that ends"
+
+    def denied(_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("nybble.run.folder.FileLock.acquire", denied)
+    assert main(["export", str(run), "--to", "plain"]) == 2
+    assert said(capsys) == f"{run} must be writable; Permission denied; change its permissions"
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_an_interruption_says_what_is_finished_and_how_to_go_on(
+    swallowed: bool, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            if swallowed:
+                raise RuntimeError("something happened") from None
+            raise
+
+    monkeypatch.setattr(OtherExporter, "write", write)
+    assert main(["export", str(run), "--to", "plain", "other"]) == 130
+    assert said(capsys) == f"interrupted; finished: plain; for the rest: nybble export {run} --to other"
+    assert main(["export", str(run), "--to", "other"]) == 130
+    assert said(capsys) == f"interrupted; for the formats: nybble export {run} --to other"
+
+
+def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "nosuch"), "--to", "plain"]) == 2
+    assert said(capsys) == f"{tmp_path / 'nosuch'} must be a run folder; there is nothing at this path; check the path"
+    assert main(["export", str(run / "quantized"), "--to", "plain"]) == 2
+    assert said(capsys).endswith(f"it has no nybble-run.json of nybble's; did you mean {run}?")
+    assert main(["export", str(tmp_path), "--to", "plain"]) == 2
+    assert said(capsys).endswith("it has no nybble-run.json of nybble's")
