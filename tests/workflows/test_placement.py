@@ -19,8 +19,9 @@ def test_an_average_of_bits_takes_a_gradient(tmp_path: Path) -> None:
         stays_on_disk(options(tmp_path, bits=4.5))
 
 
-def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stays_on_disk(options(tmp_path))
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    with pytest.raises(OptionError, match="needs one process; got 2"):
-        stays_on_disk(options(tmp_path))
+def test_several_processes_choose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model does not fit in one of them, it stays on disk in all."""
+    automatic = options(tmp_path).replace(offload="auto")
+    for others, expected in (([False, False], False), ([False, True], True)):
+        monkeypatch.setattr(processes, "gather", lambda fits_not, others=others: others)
+        assert stays_on_disk(automatic) == expected
