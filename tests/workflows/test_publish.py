@@ -89,6 +89,17 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
         assert "base_model" not in model_card(results, "plain", {"pretrained": local}, {})
 
 
+def test_the_command_of_the_run_measures_what_nybble_export_wrote(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "smollm", num_hidden_layers=1)
+    command = compress_command(model, tmp_path / "run", "--export")
+    assert main([*command, "none"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", "plain"]) == 0
+    card = tmp_path / "run" / "plain" / "README.md"
+    assert "**This export was not measured.**" in card.read_text()
+    assert main([*command, "plain", "--resume"]) == 0
+    assert "plain computed the figures of this export." in card.read_text()
+
+
 def unmeasured() -> RunResults:
     """A run whose results have the figures of the 4-bit model in torch and of OpenVINO, and two more exports."""
     results = RunResults(model="m", command="compress", layers=LayerCounts(7, 1, True), seconds={"compress": 3})
