@@ -11,6 +11,7 @@ import yaml
 
 from nybble.cli.main import main
 from nybble.export.base import EXPORTERS
+from nybble.models.companions import stated_license
 from nybble.report.card import model_card
 from nybble.run.folder import check_complete
 from nybble.run.results import LayerCounts, RunResults, read_results
@@ -218,3 +219,23 @@ def test_what_cannot_be_uploaded_is_refused_first(run: Path, capsys: pytest.Capt
         assert main(["export", str(run), *options]) == 2
         assert message in capsys.readouterr().err
     assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n", "apache-2.0"),
+        ("---\r\nlanguage: en\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlicense: [a, b]\n---\n", ""),
+        ("# Model\nlicense: mit\n", ""),
+        (None, ""),
+    ],
+)
+def test_a_license_goes_along(tmp_path: Path, text: str | None, expected: str) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, newline="")
+    assert stated_license(tmp_path) == expected
+    front = yaml.safe_load(model_card(unmeasured(), "vllm", {}, {}, expected).split("---")[1])
+    assert front.get("license", "") == expected
+    assert stated_license("org/no-such-model") == ""
+    assert stated_license("/no/such/folder") == ""

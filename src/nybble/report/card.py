@@ -31,7 +31,9 @@ _TASKS = {"vision_config": "image-text-to-text", "audio_config": "audio-text-to-
 """Configuration of a part that an export holds beside the text model -> what the hub calls its task."""
 
 
-def model_card(results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def model_card(
+    results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any], license_name: str = ""
+) -> str:
     """The card of one export of a run.
 
     Args:
@@ -39,6 +41,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
         name: of the export format.
         options: of the run, by name: pretrained.
         config: content of config.json of the export.
+        license_name: license of the 16-bit model, as the hub calls it.
 
     Returns:
         Markdown with the front matter that the Hugging Face hub reads.
@@ -46,7 +49,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
     label = format_label(name)
     results = _shown(results, name)
     parts = [
-        _front_matter(results, name, str(options.get("pretrained", "")), config),
+        _front_matter(results, name, str(options.get("pretrained", "")), config, license_name),
         f"# {escape_markdown(results.model)}, {results.precision} ({escape_markdown(label)})",
         *_headline(results, name, options),
         as_markdown(*result_rows(results)),
@@ -109,10 +112,11 @@ def _precision_tags(results: RunResults) -> list[str]:
     return [tag for width in widths for tag in (f"int{width}", f"{width}-bit")]
 
 
-def _front_matter(results: RunResults, name: str, pretrained: str, config: Mapping[str, Any]) -> str:
+def _front_matter(results: RunResults, name: str, pretrained: str, config: Mapping[str, Any], license_name: str) -> str:
     library = (EXPORTERS[name].library if name in EXPORTERS else "") or name
     task = next((task for part, task in _TASKS.items() if config.get(part)), "text-generation")
     lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
+    lines += [f"license: {license_name}"] if license_name else []
     pretrained = _BUILT_IN.get(pretrained, pretrained)
     if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
         lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]
