@@ -80,7 +80,7 @@ def _headline(results: RunResults, name: str, options: Mapping[str, Any]) -> lis
     if row.keys() != {"bytes"}:
         return [
             escape_markdown(_without_paths(summary(results))),
-            f"{runtime_label(name)} computed the figures of this export.",
+            escape_markdown(f"{runtime_label(name)} computed the figures of this export."),
         ]
     torch = replace(results, models={key: metrics for key, metrics in models.items() if key != name})
     return [
@@ -98,7 +98,7 @@ def _eval_command(options: Mapping[str, Any]) -> str:
     words = ["nybble", "eval", "FOLDER", "--data", *(data if known else ["TEXT"])]
     for option, flag in (("seq_len", "seq_len"), ("num_test_samples", "num_samples"), ("pretrained", "teacher")):
         words += [f"--{flag}", str(options[option])] if options.get(option) else []
-    return _without_folders(shlex.join(words))
+    return " ".join(_without_folders(shlex.join(words)).split())  # one line, whatever the names of files hold
 
 
 def _other_domain(results: RunResults) -> list[str]:
