@@ -189,7 +189,7 @@ _REASONS = {
     "vLLM needs rows in multiples": "The tiny model has a layer whose rows vLLM cannot split with zero points; "
     "`--symmetric` has none.",
     "vLLM needs nn.Linear layers": "It has Conv1D layers.",
-    "(compressed-tensors) needs groups": "The tiny model has a layer of a width that 32 does not divide.",
+    "an export to vLLM needs groups": "The tiny model has a layer of a width that 32 does not divide.",
     "needs a model that transformers saves": "transformers saves it under other names than it loads.",
     "MLX needs a model type that": "mlx-lm has no code for this type.",
     "MLX needs experts of": "nybble has no names of this type's experts in mlx-lm.",

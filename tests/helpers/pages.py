@@ -36,7 +36,7 @@ def flags(page: Path) -> set[str]:
     text = page.read_text(encoding="utf-8")
     other = (
         "pip install", "accelerate launch", "torchrun", "sbatch", "docker run", "--rest_port", "llama-", "vllm serve",
-        "mlx_lm.",
+        "vllm-env/bin/", "mlx_lm.",
     )  # fmt: skip
     lines = [line for line in text.splitlines() if not line.strip().startswith(other)]
     return set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", "\n".join(lines).replace("pip install --no-deps", "")))

@@ -11,6 +11,7 @@ import yaml
 
 from nybble.cli.main import main
 from nybble.export.base import EXPORTERS
+from nybble.models.companions import stated_license
 from nybble.report.card import model_card
 from nybble.run.folder import check_complete
 from nybble.run.results import LayerCounts, RunResults, read_results
@@ -87,6 +88,17 @@ def test_a_card_says_what_the_format_rounds_and_cannot_do() -> None:
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in built_in
     for local in ("/a/b", "./b", "models/a.gguf", "model"):
         assert "base_model" not in model_card(results, "plain", {"pretrained": local}, {})
+
+
+def test_the_command_of_the_run_measures_what_nybble_export_wrote(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "smollm", num_hidden_layers=1)
+    command = compress_command(model, tmp_path / "run", "--export")
+    assert main([*command, "none"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", "plain"]) == 0
+    card = tmp_path / "run" / "plain" / "README.md"
+    assert "**This export was not measured.**" in card.read_text()
+    assert main([*command, "plain", "--resume"]) == 0
+    assert "plain computed the figures of this export." in card.read_text()
 
 
 def unmeasured() -> RunResults:
@@ -207,3 +219,23 @@ def test_what_cannot_be_uploaded_is_refused_first(run: Path, capsys: pytest.Capt
         assert main(["export", str(run), *options]) == 2
         assert message in capsys.readouterr().err
     assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n", "apache-2.0"),
+        ("---\r\nlanguage: en\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlicense: [a, b]\n---\n", ""),
+        ("# Model\nlicense: mit\n", ""),
+        (None, ""),
+    ],
+)
+def test_a_license_goes_along(tmp_path: Path, text: str | None, expected: str) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, newline="")
+    assert stated_license(tmp_path) == expected
+    front = yaml.safe_load(model_card(unmeasured(), "vllm", {}, {}, expected).split("---")[1])
+    assert front.get("license", "") == expected
+    assert stated_license("org/no-such-model") == ""
+    assert stated_license("/no/such/folder") == ""

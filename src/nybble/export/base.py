@@ -106,7 +106,7 @@ class Exporter(ABC):
     most_parameters_compared: ClassVar[int | None] = 150_000_000
 
     def check_installed(self, purpose: str = "") -> None:
-        """Raise MissingExtraError, which names `purpose`, unless `modules` can be imported; they are not."""
+        """Raise MissingExtraError, which names `purpose`, unless `modules` can be imported. Imports nothing."""
         if any(importlib.util.find_spec(module) is None for module in self.modules):
             raise MissingExtraError(self.extra, purpose or f"exporting to {self.name}")
 

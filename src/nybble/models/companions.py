@@ -7,12 +7,16 @@ it finds contradictory are refused, and licences are left behind.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CARD = "README.md"
+_FRONT_MATTER = re.compile(r"---\r?\n(.*?)^---", re.MULTILINE | re.DOTALL)
+_LICENSE = re.compile(r"^license:[ \t]*([\w.-]+)[ \t\r]*$", re.MULTILINE)
 _NAMES = (
     GENERATION_CONFIG, "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json",
     "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
@@ -37,6 +41,31 @@ def companion_files(source: str | Path, tokenizer: Any) -> tuple[Path, ...]:
         folder = Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return tuple(sorted(found))
+
+
+def stated_license(source: str | Path) -> str:
+    """The license that the README.md of a model states to the hub; "" without one, or where no such file is at hand.
+
+    Args:
+        source: folder, or hub id.
+    """
+    readme = Path(source) / MODEL_CARD
+    if not Path(source).exists():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(str(source), MODEL_CARD)
+        except HFValidationError:  # a folder that is gone
+            return ""
+        if not isinstance(cached, str):
+            return ""
+        readme = Path(cached)
+    if not readme.is_file():
+        return ""
+    front = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
+    found = _LICENSE.search(front.group(1)) if front else None
+    return found.group(1) if found else ""
 
 
 def copy_companions(files: Iterable[Path], folder: Path) -> None:

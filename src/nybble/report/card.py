@@ -31,7 +31,9 @@ _TASKS = {"vision_config": "image-text-to-text", "audio_config": "audio-text-to-
 """Configuration of a part that an export holds beside the text model -> what the hub calls its task."""
 
 
-def model_card(results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def model_card(
+    results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any], license_name: str = ""
+) -> str:
     """The card of one export of a run.
 
     Args:
@@ -39,6 +41,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
         name: of the export format.
         options: of the run, by name: pretrained.
         config: content of config.json of the export.
+        license_name: license of the 16-bit model, as the hub calls it.
 
     Returns:
         Markdown with the front matter that the Hugging Face hub reads.
@@ -46,7 +49,7 @@ def model_card(results: RunResults, name: str, options: Mapping[str, Any], confi
     label = format_label(name)
     results = _shown(results, name)
     parts = [
-        _front_matter(results, name, str(options.get("pretrained", "")), config),
+        _front_matter(results, name, str(options.get("pretrained", "")), config, license_name),
         f"# {escape_markdown(results.model)}, {results.precision} ({escape_markdown(label)})",
         *_headline(results, name, options),
         as_markdown(*result_rows(results)),
@@ -77,7 +80,7 @@ def _headline(results: RunResults, name: str, options: Mapping[str, Any]) -> lis
     if row.keys() != {"bytes"}:
         return [
             escape_markdown(_without_paths(summary(results))),
-            f"{runtime_label(name)} computed the figures of this export.",
+            escape_markdown(f"{runtime_label(name)} computed the figures of this export."),
         ]
     torch = replace(results, models={key: metrics for key, metrics in models.items() if key != name})
     return [
@@ -95,7 +98,7 @@ def _eval_command(options: Mapping[str, Any]) -> str:
     words = ["nybble", "eval", "FOLDER", "--data", *(data if known else ["TEXT"])]
     for option, flag in (("seq_len", "seq_len"), ("num_test_samples", "num_samples"), ("pretrained", "teacher")):
         words += [f"--{flag}", str(options[option])] if options.get(option) else []
-    return _without_folders(shlex.join(words))
+    return " ".join(_without_folders(shlex.join(words)).split())  # one line, whatever the names of files hold
 
 
 def _other_domain(results: RunResults) -> list[str]:
@@ -109,10 +112,11 @@ def _precision_tags(results: RunResults) -> list[str]:
     return [tag for width in widths for tag in (f"int{width}", f"{width}-bit")]
 
 
-def _front_matter(results: RunResults, name: str, pretrained: str, config: Mapping[str, Any]) -> str:
+def _front_matter(results: RunResults, name: str, pretrained: str, config: Mapping[str, Any], license_name: str) -> str:
     library = (EXPORTERS[name].library if name in EXPORTERS else "") or name
     task = next((task for part, task in _TASKS.items() if config.get(part)), "text-generation")
     lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
+    lines += [f"license: {license_name}"] if license_name else []
     pretrained = _BUILT_IN.get(pretrained, pretrained)
     if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
         lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]

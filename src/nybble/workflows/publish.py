@@ -10,6 +10,7 @@ from nybble.console import say
 from nybble.errors import ExportError, OptionError, describe_error
 from nybble.export.checks import ALL
 from nybble.files import write_text
+from nybble.models.companions import stated_license
 from nybble.report.card import CARD, model_card
 from nybble.run.folder import RunFolder
 from nybble.run.resume import saved_options
@@ -21,11 +22,12 @@ log = logging.getLogger("nybble")
 def write_cards(run: RunFolder) -> None:
     """Write the model card of every export of a run, from what the run knows now. Saves the results."""
     options = saved_options(run.path)
+    license_name = stated_license(str(options["pretrained"])) if options.get("pretrained") else ""
     for name in run.results.exports:
         folder = run.path / name
         if folder.is_dir():
             config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-            write_text(folder / CARD, model_card(run.results, name, options, config))
+            write_text(folder / CARD, model_card(run.results, name, options, config, license_name))
             run.note_file(name, CARD)
     run.save()
 

@@ -66,7 +66,7 @@ ollama create my-model -f Modelfile
 ollama run my-model
 ```
 
-These programs were not run on this file. llama.cpp in Python was:
+These programs were not run on this file. In Python, with the server of llama.cpp that the tests of nybble run:
 
 ```python
 # pip install xllamacpp
