@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +117,47 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert said(capsys).endswith(f"it has no nybble-run.json of nybble's; did you mean {run}?")
     assert main(["export", str(tmp_path), "--to", "plain"]) == 2
     assert said(capsys).endswith("it has no nybble-run.json of nybble's")
+
+
+EVAL = ["--data", "python-docs", "--seq_len", "32", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
+CHAT = ["--prompt", "one", "--max_new_tokens", "3", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_a_damaged_file_of_an_export_is_named_wherever_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--to", "plain"]) == 0
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(run / "plain", copy)
+    assert json.loads((copy / "nybble-export.json").read_text())["format"] == "plain"
+    (copy / "README.md").write_text("")
+    (copy / "generation_config.json").write_text("{}")  # settings may be edited
+    for command in (["eval", str(copy), *EVAL], ["chat", str(copy), *CHAT]):
+        assert main(command) == 0
+    damages: list[tuple[str, bytes | None, str]] = []
+    for name in ("plain.safetensors", "tokenizer.json"):
+        whole = (copy / name).read_bytes()
+        damages += [(name, whole[: len(whole) // 2], f"it is cut to {len(whole) // 2}"), (name, b"", "it is cut to 0")]
+    damages += [("plain.safetensors", None, "it is missing")]
+    capsys.readouterr()
+    for name, content, words in damages:
+        whole = (copy / name).read_bytes()
+        (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+        for command in (["eval", str(copy), *EVAL], ["chat", str(copy), *CHAT], ["inspect", str(copy)]):
+            assert main(command) == 2
+            assert said(capsys) == (
+                f"{copy / name} must have {len(whole)} bytes; {words}; copy it again, or make it again: "
+                "nybble export RUN --to plain"
+            )
+        (copy / name).write_bytes(whole)
+    os.truncate(run / "plain" / "plain.safetensors", 5)
+    for command in (["eval", str(run / "plain"), *EVAL], ["chat", str(run), *CHAT]):
+        assert main(command) == 2
+        assert said(capsys).endswith(f"or make the folder again: nybble export {run} --to plain")
+    weights = copy / "plain.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    assert main(["eval", str(copy), *EVAL]) == 2
+    assert re.fullmatch(
+        rf"{copy} must be an export that plain opens; it does not \(SafetensorError: .*\); copy it again, or .* plain",
+        said(capsys),
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nybble.errors import ModelError, RunError
+import torch
+
+from nybble.errors import ModelError, NybbleError, RunError, describe_error
 from nybble.export.base import Exporter
-from nybble.export.checks import check_formats, exporter_of
+from nybble.export.checks import check_formats, damaged_export, exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions
@@ -54,4 +56,12 @@ def open_exported(
     check_formats([exporter.name], named)
     config = quantized_model.load_config(path, trust_remote_code)
     tokenizer = quantized_model.load_tokenizer(path, trust_remote_code)
-    return LoadedModel(exporter.open_model(path, config, strict), tokenizer, str(path))
+    try:
+        model = exporter.open_model(path, config, strict)
+    except (NybbleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a runtime raises whatever its code leads to
+        raise damaged_export(
+            path, exporter.name, f"must be an export that {exporter.label} opens; it does not ({describe_error(error)})"
+        ) from error
+    return LoadedModel(model, tokenizer, str(path))
