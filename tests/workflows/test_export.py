@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,22 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert said(capsys).endswith(f"it has no nybble-run.json of nybble's; did you mean {run}?")
     assert main(["export", str(tmp_path), "--to", "plain"]) == 2
     assert said(capsys).endswith("it has no nybble-run.json of nybble's")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = (run / "quantized" / "weights.safetensors").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+    shutil.rmtree(run / "plain", ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainExporter, "write", lambda *_: pytest.fail("it was begun"))
+        assert main(["export", str(run), "--to", "plain", "other"]) == 2
+    assert re.fullmatch(
+        rf"{run} needs at least \S+ GB for exports to plain, other; \S+ GB are free; free some disk space, or .*",
+        said(capsys),
+    )
+    assert main(["export", str(run), "--to", "plain"]) == 0
 
 
 EVAL = ["--data", "python-docs", "--seq_len", "32", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
