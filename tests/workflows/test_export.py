@@ -167,6 +167,9 @@ def test_a_damaged_file_of_an_export_is_named_wherever_it_is(
                 "nybble export RUN --to plain"
             )
         (copy / name).write_bytes(whole)
+    for note in ("[]", '{"format": []}', '{"format": "plain", "bytes": 3}', '{"format": "gone"}', "{"):
+        (copy / "nybble-export.json").write_text(note)
+        assert main(["eval", str(copy), *EVAL]) == 0
     os.truncate(run / "plain" / "plain.safetensors", 5)
     for command in (["eval", str(run / "plain"), *EVAL], ["chat", str(run), *CHAT]):
         assert main(command) == 2

@@ -147,7 +147,7 @@ def exporter_of(folder: Path) -> Exporter | None:
         note = read_json(folder / NOTE)
     except SchemaError:  # no export, or one of an earlier version
         note = {}
-    if not isinstance(note, dict) or note.get("format") not in EXPORTERS:
+    if not isinstance(note, dict) or not isinstance(note.get("format"), str) or note["format"] not in EXPORTERS:
         exporters = (EXPORTERS[name] for name in EXPORTERS)
         return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
     sizes = note.get("bytes")
