@@ -20,6 +20,10 @@ class DataError(NybbleError):
     """The text cannot be found or read, or there is too little of it."""
 
 
+class HubUnreachableError(DataError):
+    """Data are not on this machine, and the Hugging Face hub cannot be reached."""
+
+
 class RunError(NybbleError):
     """The run folder is in use, foreign, damaged, or does not fit on the disk."""
 

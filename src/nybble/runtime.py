@@ -1,5 +1,5 @@
 """Settings of the whole process: OpenMP threads, the memory allocator of the C library, attention kernels of torch,
-signals, and telemetry of libraries.
+signals, telemetry of libraries, and their use of the network.
 
 They are changed in this file and nowhere else. A function does nothing on a platform that lacks its setting, so all of
 them may be called on Linux, macOS and Windows. torch is not imported at the top, because `set_openmp_spin` has to run
@@ -91,6 +91,23 @@ def _interrupt(number: int, frame: Any) -> None:
         return
     _received = Interrupted(number)
     raise _received
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Look for data of the Hugging Face hub in its cache alone, in this block.
+
+    For the time after the hub could not be reached: each further attempt takes half a minute.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def disable_openvino_telemetry() -> None:

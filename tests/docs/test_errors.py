@@ -9,7 +9,16 @@ import pytest
 from tests.helpers.pages import DOCS, ROOT
 
 SOURCE = ROOT / "src" / "nybble"
-KINDS = {"OptionError", "ModelError", "DataError", "RunError", "TrainingError", "ExportError", "NoChainError"}
+KINDS = {
+    "OptionError",
+    "ModelError",
+    "DataError",
+    "HubUnreachableError",
+    "RunError",
+    "TrainingError",
+    "ExportError",
+    "NoChainError",
+}
 # Patterns and messages with fewer letters say nothing about which message is meant.
 MIN_LETTERS = 12
 

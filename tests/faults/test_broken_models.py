@@ -131,6 +131,11 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def cut_quantized(folder: Path) -> None:
+    cut_weights(folder)
+    mutate(folder, {"quantization_config": {"quant_method": "compressed-tensors"}})
+
+
 def index(text: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -161,6 +166,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("empty weights", writing("model.safetensors", ""), "model.safetensors must be a readable safetensors file"),
     ("page", writing("model.safetensors", "<html>404</html>"), "safetensors must be a readable safetensors file"),
     ("cut weights", cut_weights, "model.safetensors must be a readable safetensors file"),
+    ("cut quantized", cut_quantized, "model.safetensors must be a readable safetensors file; .*copy or"),
     ("index of nothing", index("{}"), "index.json must hold the objects metadata and weight_map; it does not"),
     ("index of lists", index('{"metadata": {}, "weight_map": [1]}'), "must hold the objects metadata and weight"),
     ("index of others", index('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'), "are not there .first: b.s"),

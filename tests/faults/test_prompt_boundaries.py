@@ -243,7 +243,7 @@ def test_every_command_asks_before_it_measures(
         "tune": [*model, *out, "--task", str(write_letters(tmp_path / "letters.jsonl"))],
         "eval": [str(tmp_path / "model")],
     }
-    for module in ("compress", "distill", "task_run", "evaluate"):  # it takes seconds, and wants data
+    for module in ("text", "task_run", "evaluate"):  # it takes seconds, and wants data
         monkeypatch.setattr(f"nybble.workflows.{module}.check_tasks", lambda *_: None)
     assert main([workflow, *arguments[workflow], "--eval_tasks", "wikitext"]) == 2
     assert "the tasks wikitext need a tokenizer with a bos_token or an eos_token" in capsys.readouterr().err

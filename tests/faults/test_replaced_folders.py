@@ -191,10 +191,12 @@ def test_what_people_put_into_an_export_stays(tmp_path: Path, capsys: pytest.Cap
     assert contents(run / "plain") == {
         name.removeprefix("plain/"): content for name, content in before.items() if name.startswith("plain/")
     }
-    results.files["plain"]["plain.safetensors"] = 1
+    results.files["plain"] |= {"plain.safetensors": 1, "../../mine": 1, str(tmp_path / "mine"): 1}
     results.save(run)
+    (tmp_path / "mine").write_text("not of the run")
     assert main([*command, "--overwrite", "--export", "none"]) == 0
     assert contents(run / "plain") == mine
+    assert (tmp_path / "mine").exists()
 
 
 @pytest.mark.usefixtures("_plain_exporter")

@@ -89,7 +89,7 @@ def test_lm_eval_that_was_interrupted_is_no_error_of_lm_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "run_tasks", raises_something_else)
-    monkeypatch.setattr("nybble.workflows.compress.check_tasks", lambda *_: None)
+    monkeypatch.setattr("nybble.workflows.text.check_tasks", lambda *_: None)
     command = compress_command(save_model(tmp_path / "model", "llama"), tmp_path / "run", "--eval_tasks", "wikitext")
     assert main(command) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("nybble: interrupted; the same command")
@@ -106,7 +106,7 @@ def test_a_library_that_goes_on_regardless_is_stopped_after_its_stage(
         return {}
 
     monkeypatch.setattr(measure, "run_tasks", swallows)
-    monkeypatch.setattr("nybble.workflows.compress.check_tasks", lambda *_: None)
+    monkeypatch.setattr("nybble.workflows.text.check_tasks", lambda *_: None)
     command = compress_command(save_model(tmp_path / "model", "llama"), tmp_path / "run", "--eval_tasks", "wikitext")
     assert main(command) == 130
     assert read_results(tmp_path / "run").models == {}

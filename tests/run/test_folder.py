@@ -12,7 +12,7 @@ from nybble.errors import RunError
 from nybble.options.commands import DistillOptions
 from nybble.run import folder as run_folder
 from nybble.run.folder import check_folder, open_run, reopen_run
-from nybble.run.results import read_results
+from nybble.run.results import RunResults, read_results
 
 
 def options(path: Path, **changes: object) -> DistillOptions:
@@ -233,3 +233,15 @@ def test_a_part_of_a_run_may_be_on_another_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "run" / "teacher").symlink_to(tmp_path / "disk", target_is_directory=True)
     begin(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["../mine", "..", "a/b", "/tmp", ""])
+def test_results_that_name_folders_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    for results in (RunResults(exports={name: {}}), RunResults(files={name: {"a": 1}})):
+        results.save(tmp_path / "run")
+        with pytest.raises(RunError, match="must name folders in the run"):
+            begin(tmp_path / "run", resume=True)
+        begin(tmp_path / "run", overwrite=True)
+        assert (tmp_path / "mine").is_dir()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,3 +118,66 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert said(capsys).endswith(f"it has no nybble-run.json of nybble's; did you mean {run}?")
     assert main(["export", str(tmp_path), "--to", "plain"]) == 2
     assert said(capsys).endswith("it has no nybble-run.json of nybble's")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = (run / "quantized" / "weights.safetensors").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+    shutil.rmtree(run / "plain", ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainExporter, "write", lambda *_: pytest.fail("it was begun"))
+        assert main(["export", str(run), "--to", "plain", "other"]) == 2
+    assert re.fullmatch(
+        rf"{run} needs at least \S+ GB for exports to plain, other; \S+ GB are free; free some disk space, or .*",
+        said(capsys),
+    )
+    assert main(["export", str(run), "--to", "plain"]) == 0
+
+
+EVAL = ["--data", "python-docs", "--seq_len", "32", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
+CHAT = ["--prompt", "one", "--max_new_tokens", "3", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_a_damaged_file_of_an_export_is_named_wherever_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--to", "plain"]) == 0
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(run / "plain", copy)
+    assert json.loads((copy / "nybble-export.json").read_text())["format"] == "plain"
+    (copy / "README.md").write_text("")
+    (copy / "generation_config.json").write_text("{}")  # settings may be edited
+    for command in (["eval", str(copy), *EVAL], ["chat", str(copy), *CHAT]):
+        assert main(command) == 0
+    damages: list[tuple[str, bytes | None, str]] = []
+    for name in ("plain.safetensors", "tokenizer.json"):
+        whole = (copy / name).read_bytes()
+        damages += [(name, whole[: len(whole) // 2], f"it is cut to {len(whole) // 2}"), (name, b"", "it is cut to 0")]
+    damages += [("plain.safetensors", None, "it is missing")]
+    capsys.readouterr()
+    for name, content, words in damages:
+        whole = (copy / name).read_bytes()
+        (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+        for command in (["eval", str(copy), *EVAL], ["chat", str(copy), *CHAT], ["inspect", str(copy)]):
+            assert main(command) == 2
+            assert said(capsys) == (
+                f"{copy / name} must have {len(whole)} bytes; {words}; copy it again, or make it again: "
+                "nybble export RUN --to plain"
+            )
+        (copy / name).write_bytes(whole)
+    for note in ("[]", '{"format": []}', '{"format": "plain", "bytes": 3}', '{"format": "gone"}', "{"):
+        (copy / "nybble-export.json").write_text(note)
+        assert main(["eval", str(copy), *EVAL]) == 0
+    os.truncate(run / "plain" / "plain.safetensors", 5)
+    for command in (["eval", str(run / "plain"), *EVAL], ["chat", str(run), *CHAT]):
+        assert main(command) == 2
+        assert said(capsys).endswith(f"or make the folder again: nybble export {run} --to plain")
+    weights = copy / "plain.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    assert main(["eval", str(copy), *EVAL]) == 2
+    assert re.fullmatch(
+        rf"{copy} must be an export that plain opens; it does not \(SafetensorError: .*\); copy it again, or .* plain",
+        said(capsys),
+    )

@@ -196,8 +196,10 @@ def test_an_export_is_uploaded(run: Path) -> None:
         assert len(hub.objects) > 0, "the weights go the way of large files"
         assert hub.private["team/tiny-int4"]
         assert f"Uploaded to {hub.url}/team/tiny-int4" in done.stdout
+        written = (run / "plain" / "plain.safetensors").stat().st_mtime_ns
         refused = export_command(hub, run, "--push_to_hub", "team/other", token="hf_wrong")
         assert refused.returncode == 2
+        assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == written, "refused before the work"
         assert "--push_to_hub must be able to write to team/other" in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
         hub.failing = 507
@@ -218,6 +220,11 @@ def test_what_cannot_be_uploaded_is_refused_first(run: Path, capsys: pytest.Capt
     ):
         assert main(["export", str(run), *options]) == 2
         assert message in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "plain", "--push_to_hub", "x"]) == 2  # no network in tests
+    said = capsys.readouterr().err
+    assert "--push_to_hub must be able to write to x; it is not (" in said
+    assert "name a repository of yours (OWNER/NAME)" in said
+    assert "the export is in" not in said
     assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == before
 
 

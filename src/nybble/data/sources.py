@@ -26,7 +26,7 @@ from nybble.data import files as data_files
 from nybble.data.chat import check_messages
 from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, splits_in_name
 from nybble.data.wikitext import split_articles, undo_tokenization
-from nybble.errors import DataError
+from nybble.errors import DataError, HubUnreachableError
 
 log = logging.getLogger("nybble")
 
@@ -245,7 +245,7 @@ def _hub_error(request: _Request, error: Exception) -> DataError:
     names = (WIKITEXT2, WIKITEXT2_PLAIN, PYTHON_DOCS, SELF)
     near = [name for name in get_close_matches(request.location, names, 1) if name != request.location]
     guess = f"did you mean {near[0]}? otherwise " if near else ""
-    return DataError(
+    return HubUnreachableError(
         f"{request.option} {request.name} is not on this machine and the Hugging Face hub cannot be reached; {guess}"
         "name a local file or folder, give --data_dir (a folder of data sets), or use "
         f"{request.option} python-docs ({cause})"

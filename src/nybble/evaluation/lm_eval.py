@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble import processes
-from nybble.errors import DataError, MissingExtraError, ModelError, NybbleError, OptionError
+from nybble.errors import DataError, HubUnreachableError, MissingExtraError, ModelError, NybbleError, OptionError
 from nybble.evaluation.lm_eval_model import disable_git_lookup, wrap_model
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
 
@@ -219,7 +219,7 @@ def _explain_missing_data(tasks: Sequence[str], alternative: str) -> Iterator[No
         if not any(word in repr(error) for word in _UNREACHABLE):
             raise
         folders = [str(Path("FOLDER", *filter(None, data_location(task)))) for task in tasks if not is_group(task)]
-        raise DataError(
+        raise HubUnreachableError(
             f"the data of {', '.join(tasks)} must be on this machine, as the Hugging Face hub cannot be reached; "
             f"put train.jsonl, validation.jsonl and test.jsonl into {', '.join(folders) or 'FOLDER/NAME'} "
             f"and add --data_dir FOLDER{alternative}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import ExportError, OptionError, without_remedy
+from nybble.errors import ExportError, OptionError, RunError, without_remedy
 from nybble.export.base import EXPORTERS, Exporter, check_schemes
+from nybble.files import write_text
 from nybble.models.selection import LayerSelection
+from nybble.schema import SchemaError, read_json
 
 log = logging.getLogger("nybble")
+
+NOTE = "nybble-export.json"
+"""What an export says of itself: {"format": NAME, "bytes": {FILE: SIZE}}, for what is no text."""
+
+_TEXTS = {"", ".md", ".txt", ".jinja"}
+"""Suffixes of files for people, and of chat templates, which people may edit."""
 
 ALL = "all"
 """What --export and --to call all formats that can hold the model."""
@@ -116,7 +125,58 @@ def _check(exporter: Exporter, config: Any, selection: LayerSelection, columns: 
     check_schemes(exporter, selection, columns)
 
 
+def note_files(folder: Path, name: str) -> None:
+    """Write which format an export has and how large its files are, for `exporter_of`.
+
+    Args:
+        folder: a complete export. The note goes with it, wherever it is copied to.
+        name: of its format.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in _TEXTS)
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    write_text(folder / NOTE, json.dumps({"format": name, "bytes": sizes}, indent=2) + "\n")
+
+
 def exporter_of(folder: Path) -> Exporter | None:
-    """Return the exporter whose format the folder holds, or None."""
-    exporters = (EXPORTERS[name] for name in EXPORTERS)
-    return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
+    """Return the exporter whose format the folder holds, or None.
+
+    Raises:
+        RunError: a file of the export is missing, or shorter than it was written.
+    """
+    try:
+        note = read_json(folder / NOTE)
+    except SchemaError:  # no export, or one of an earlier version
+        note = {}
+    if not isinstance(note, dict) or not isinstance(note.get("format"), str) or note["format"] not in EXPORTERS:
+        exporters = (EXPORTERS[name] for name in EXPORTERS)
+        return next((exporter for exporter in exporters if exporter.recognizes(folder)), None)
+    sizes = note.get("bytes")
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if isinstance(size, int) and (found is None or found < size) and not _may_be_edited(file):
+            what = "it is missing" if found is None else f"it is cut to {found}"
+            raise damaged_export(file, note["format"], f"must have {size} bytes; {what}")
+    return EXPORTERS[note["format"]]
+
+
+def _may_be_edited(file: Path) -> bool:
+    """Whether a file is JSON that is whole, or deleted: settings that people may change."""
+    if file.suffix != ".json" or not file.is_file():
+        return file.suffix == ".json"
+    try:
+        read_json(file)
+    except SchemaError:
+        return False
+    return True
+
+
+def damaged_export(path: Path, name: str, words: str) -> RunError:
+    """The error for an export, or a file of one, that cannot be opened.
+
+    Args:
+        path: the export or the file.
+        name: of the format.
+        words: what it must be, and what it is.
+    """
+    return RunError(f"{path} {words}; copy it again, or make it again: nybble export RUN --to {name}")

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from nybble.errors import ModelError, first_line
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -67,6 +69,21 @@ def check_model_folder(folder: Path) -> None:
         if (folder / name).exists():
             read_object(folder / name)
     _check_shards(folder)
+    for path in weights:
+        if path.suffix == ".safetensors":
+            _check_complete(path)
+
+
+def _check_complete(path: Path) -> None:
+    """Raise ModelError unless a safetensors file is as long as its header says."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} must be a readable safetensors file; it is not ({first_line(error)}); copy or download it "
+            "again, or, if nybble exported it, make it again with nybble export"
+        ) from error
 
 
 def check_no_pointers(paths: list[Path]) -> None:

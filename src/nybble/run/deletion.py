@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from nybble.errors import RunError
+from nybble.files import file_sizes
 from nybble.models.positions_file import POSITIONS_FILE
 from nybble.run.results import read_results
 
@@ -40,10 +41,14 @@ def delete_run(path: Path, own: Sequence[str], lock: str) -> None:
         log.info("%s: left in place, because no run wrote it: %s", path, ", ".join(left))
 
 
-def _delete_files(folder: Path, names: Iterable[str]) -> None:
-    """Delete files of a folder; then the folders inside, and itself, if nothing is left in them."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+def _delete_files(folder: Path, names: Collection[str]) -> None:
+    """Delete files of a folder; then the folders inside, and itself, if nothing is left in them.
+
+    `names` come from a file, which may name anything: what is deleted is looked for in the folder.
+    """
+    for name in file_sizes(folder):
+        if name in names:
+            (folder / name).unlink()
     inside = sorted((entry for entry in folder.rglob("*") if entry.is_dir() and not entry.is_symlink()), reverse=True)
     for entry in (*inside, folder):
         with suppress(OSError):

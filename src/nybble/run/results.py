@@ -325,7 +325,10 @@ def read_results(folder: Path) -> RunResults:
 
 
 def _check_details(results: RunResults) -> None:
-    """Check what types do not say and reports rely on. SchemaError, saying where, if it does not fit."""
+    """Check what types do not say and others rely on. SchemaError, saying where, if it does not fit."""
+    for name in (*results.exports, *results.files):  # folders of the run, which are replaced and deleted
+        if name in ("", "..") or Path(name).name != name:
+            raise SchemaError(f"exports and files must name folders in the run; {name!r} is none")
     for row, metrics in results.models.items():
         rights = {key for key in metrics if key.startswith("right:")}
         for key, value in metrics.items():

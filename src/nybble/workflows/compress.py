@@ -13,7 +13,7 @@ from typing import Any
 from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
@@ -46,9 +46,9 @@ def compress(
     """
     started = time.perf_counter()
     options.check()
-    evaluation, data_dir = options.evaluation, options.text.data_dir
+    evaluation = options.evaluation
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
-    check_tasks(evaluation.eval_tasks, data_dir)
+    text.check_sources(evaluation.eval_tasks, options.text)
     on_disk = placement.stays_on_disk(options)
     with placement.freed_memory(options, on_disk):
         return _compress(options, callbacks, known, on_disk, started)

@@ -21,7 +21,7 @@ from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
 from nybble.files import remove_folder
 from nybble.models.head import LMHead, last_hidden_states
@@ -72,7 +72,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     options.check()
     options = plan.keep_saved_choices(options)
     plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
-    check_tasks(options.evaluation.eval_tasks, options.text.data_dir)
+    text.check_sources(options.evaluation.eval_tasks, options.text)
     on_disk = placement.stays_on_disk(options)
     with placement.freed_memory(options, on_disk):
         return _distill(options, callbacks, on_disk, started)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nybble.console import bar, console
+from nybble.console import bar, console, say
 from nybble.data.generate import vocabulary_fingerprint
 from nybble.data.mixture import Mixture, require_conversations
 from nybble.data.packing import TokenRows, pack_documents
@@ -50,7 +50,8 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
             columns = result_columns(run_tasks(opened.model, opened.tokenizer, config))
             results |= {key: value for key, value in columns.items() if not key.startswith("right:")}
             measured |= {"limit": asked.limit}
-    table = Table("measure", "value", title=_title(measured))
+    say(_title(measured))
+    table = Table("measure", "value")
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +11,15 @@ from pathlib import Path
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import ALL, check_exportable, check_formats
-from nybble.files import check_folder_place
-from nybble.models.checkpoint import open_checkpoint
+from nybble.files import check_folder_place, file_sizes
+from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
 from nybble.runtime import raise_if_interrupted
 from nybble.workflows.export_run import export_run
-from nybble.workflows.publish import check_repository, push_to_hub, write_cards
+from nybble.workflows.publish import Upload, check_repository, make_repository, push_to_hub, write_cards
 
 _OTHER_REMEDY = re.compile(r"(?:change [^;]+ or )?remove (\w+(?: and \w+)?) from --export(?:, or the pattern)?")
 """What exporters advise in a run that compresses, where --export names the formats."""
@@ -28,18 +29,24 @@ def export(options: ExportOptions) -> None:
     """Export the 4-bit model of a run to every format named; upload it where that is asked for."""
     asked = options.export
     check_repository(asked.push_to_hub, asked.to)
-    folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code, asked.compare_logits)
-    if asked.push_to_hub is not None:
-        push_to_hub(folders[0], asked.push_to_hub, asked.private)
+    upload = None if asked.push_to_hub is None else Upload(asked.push_to_hub, asked.private)
+    folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code, asked.compare_logits, upload)
+    if upload is not None:
+        push_to_hub(folders[0], upload)
 
 
 def export_formats(
-    path: Path, formats: Sequence[str], trust_remote_code: bool, compare_logits: bool = False
+    path: Path,
+    formats: Sequence[str],
+    trust_remote_code: bool,
+    compare_logits: bool = False,
+    upload: Upload | None = None,
 ) -> list[Path]:
     """Export the 4-bit model of the run in `path`; returns the folders.
 
     Args:
         compare_logits: compare logits whatever the size of the model.
+        upload: where the export goes afterwards; that this is allowed is checked before the work.
 
     Raises:
         OptionError: no format, or an unknown one.
@@ -61,6 +68,9 @@ def export_formats(
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
             for name in formats:
                 check_folder_place(path / name)
+            _check_disk(path, formats, checkpoint)
+            if upload is not None:
+                make_repository(upload)
             for i, name in enumerate(formats):
                 with _telling_what_is_left(path, formats, i):
                     export_run(run, name, trust_remote_code, compare_logits)
@@ -68,6 +78,24 @@ def export_formats(
     finally:
         run.close()
     return [path / name for name in formats]
+
+
+def _check_disk(path: Path, formats: Sequence[str], checkpoint: QuantizedCheckpoint) -> None:
+    """Raise RunError where the disk is too small for what will be written at least: codes, or values in 16 bits.
+
+    A folder that is replaced is deleted when the new one is whole.
+    """
+    codes, needed, used = (checkpoint.folder / WEIGHTS_FILE).stat().st_size, 0, 0
+    for name in formats:
+        size = codes if EXPORTERS[name].holds_codes else 2 * checkpoint.num_parameters
+        needed = max(needed, used + size)
+        used += size - sum(file_sizes(path / name).values())
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise RunError(
+            f"{path} needs at least {needed / 1e9:.2f} GB for exports to {', '.join(formats)}; {free / 1e9:.2f} GB are "
+            "free; free some disk space, or name fewer formats"
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict
 
 from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.checks import note_files
 from nybble.files import atomic_folder, carry_over, file_sizes
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions
@@ -34,6 +35,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool, compare_logit
         with atomic_folder(folder) as temporary:
             result = exporter.export(checkpoint, temporary, compare_logits)
             copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
+            note_files(temporary, name)
             written = file_sizes(temporary)
             carry_over(folder, temporary, run.results.files.get(name, written))
         run.note_files(name, written)

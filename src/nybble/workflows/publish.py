@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nybble.console import say
 from nybble.errors import ExportError, OptionError, describe_error
@@ -15,6 +18,9 @@ from nybble.report.card import CARD, model_card
 from nybble.run.folder import RunFolder
 from nybble.run.resume import saved_options
 from nybble.schema import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger("nybble")
 
@@ -56,28 +62,59 @@ def check_repository(repository: str | None, formats: Sequence[str]) -> None:
         )
 
 
-def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+@dataclass(frozen=True)
+class Upload:
+    """Where an export goes.
+
+    Attributes:
+        repository: NAME or ORGANIZATION/NAME; made where it does not exist.
+        private: make the repository private.
+    """
+
+    repository: str
+    private: bool
+
+
+def make_repository(upload: Upload) -> None:
+    """Make the repository where it does not exist. An export does so before its work.
+
+    Raises:
+        ExportError: the hub cannot be reached, or does not let this person write to the repository.
+    """
+    with _hub_errors(upload.repository, ""):
+        _hub().create_repo(upload.repository, private=upload.private, exist_ok=True)
+
+
+def push_to_hub(folder: Path, upload: Upload) -> str:
     """Upload an export; returns its address.
 
     Args:
         folder: the export.
-        repository: NAME or ORGANIZATION/NAME; made where it does not exist.
-        private: make the repository private.
+        upload: where it goes.
 
     Raises:
         ExportError: the hub cannot be reached or refuses. The export stays where it is.
     """
+    log.info("uploading %s to %s", folder, upload.repository)
+    with _hub_errors(upload.repository, f"; the export is in {folder}"):
+        made = _hub().create_repo(upload.repository, private=upload.private, exist_ok=True)
+        _hub().upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"nybble export to {folder.name}")
+    say(f"Uploaded to {made}.")
+    return str(made)
+
+
+def _hub() -> HfApi:
     from huggingface_hub import HfApi
 
-    log.info("uploading %s to %s", folder, repository)
-    api = HfApi(library_name="nybble")
+    return HfApi(library_name="nybble")
+
+
+@contextmanager
+def _hub_errors(repository: str, and_then: str) -> Iterator[None]:
     try:
-        made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"nybble export to {folder.name}")
+        yield
     except Exception as error:  # of HTTP, of the network, of the hub's checks
         raise ExportError(
             f"--push_to_hub must be able to write to {repository}; it is not ({describe_error(error)}); log in with hf "
-            f"auth login or set HF_TOKEN; the export is in {folder}"
+            f"auth login or set HF_TOKEN, and name a repository of yours (OWNER/NAME){and_then}"
         ) from error
-    say(f"Uploaded to {made}.")
-    return str(made)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nybble.errors import ModelError, RunError
+import torch
+
+from nybble.errors import ModelError, NybbleError, RunError, describe_error
 from nybble.export.base import Exporter
-from nybble.export.checks import exporter_of
+from nybble.export.checks import damaged_export, exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions
@@ -52,4 +54,12 @@ def open_exported(path: Path, exporter: Exporter, trust_remote_code: bool, stric
     exporter.check_installed(f"opening {path}")
     config = quantized_model.load_config(path, trust_remote_code)
     tokenizer = quantized_model.load_tokenizer(path, trust_remote_code)
-    return LoadedModel(exporter.open_model(path, config, strict), tokenizer, str(path))
+    try:
+        model = exporter.open_model(path, config, strict)
+    except (NybbleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a runtime raises whatever its code leads to
+        raise damaged_export(
+            path, exporter.name, f"must be an export that {exporter.label} opens; it does not ({describe_error(error)})"
+        ) from error
+    return LoadedModel(model, tokenizer, str(path))

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from nybble.data.prepare import TextData, TextRequest
-from nybble.errors import DataError
+from nybble.data.generate import is_token_file
+from nybble.data.mixture import Mixture
+from nybble.data.prepare import TextData, TextRequest, evaluation_sources
+from nybble.data.sources import load_documents, prefix_source
+from nybble.errors import DataError, HubUnreachableError, NybbleError
+from nybble.evaluation.lm_eval import check_tasks
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import CompressOptions, DistillOptions, RunCommand
 from nybble.options.compression import MIN_CALIBRATION_SAMPLES, CompressionOptions
 from nybble.options.data import TextOptions
+from nybble.runtime import without_hub
 from nybble.workflows.mixed_precision import num_sequences
+
+
+def check_sources(tasks: tuple[str, ...], options: TextOptions) -> None:
+    """Check that lm-eval tasks can be run. Where their data cannot be downloaded, the text that cannot be is named too.
+
+    Raises:
+        HubUnreachableError: the hub cannot be reached; all that is missing is named.
+        NybbleError: see `check_tasks`.
+    """
+    try:
+        check_tasks(tasks, options.data_dir)
+    except HubUnreachableError as error:
+        raise HubUnreachableError("; and ".join((str(error), *_missing_texts(options)))) from error
+
+
+def _missing_texts(options: TextOptions) -> list[str]:
+    """What is wrong with the sources of text that only the hub has, which was not reached."""
+    trained = [prefix_source(name) or name for name in Mixture.parse(options.data).names]
+    evaluated = Mixture.parse(evaluation_sources(options.data, options.eval_data), "--eval_data").names
+    missing = []
+    for name in dict.fromkeys((*trained, *evaluated)):
+        if prefix_source(name) is not None or is_token_file(name):
+            continue
+        option = "--data" if name in trained else "--eval_data"
+        try:
+            with without_hub():
+                load_documents(name, options.text_column, options.data_dir, (), option)
+        except HubUnreachableError as error:
+            missing.append(str(error))
+        except NybbleError:  # the run says so once the hub is no obstacle
+            continue
+    return missing
 
 
 def compression_request(options: CompressOptions, calibrates: bool) -> TextRequest:

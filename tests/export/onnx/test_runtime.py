@@ -1,12 +1,16 @@
 """OnnxModel compared with the torch model from which it was exported."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nybble.errors import ExportError
+from nybble.errors import ExportError, RunError
 from nybble.export.onnx import runtime as module
+from nybble.workflows.target import open_exported
 from tests.export.onnx.conftest import EXPORTER, Export, attributes
 from tests.helpers.exports import check_generation, check_padding_and_windows, record_lengths
 from tests.helpers.tiny import FAMILIES
@@ -98,3 +102,17 @@ def test_a_session_has_the_threads_of_torch(export: Export, monkeypatch: pytest.
     for level in (None, module.FLOAT32_LEVEL):
         module.OnnxModel(exported.folder / "model.onnx", exported.checkpoint.config, level)
     assert [o.intra_op_num_threads for o in options] == [3, 3]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_cut_file_is_one_line_without_the_log_of_onnxruntime(
+    strict: bool, export: Export, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported = export("llama")
+    for file in exported.folder.iterdir():
+        shutil.copy(file, tmp_path)
+    os.truncate(tmp_path / "model.onnx.data", 100)
+    (tmp_path / "nybble-export.json").unlink(missing_ok=True)  # of an earlier version
+    with pytest.raises(RunError, match=r"must be an export that ONNX opens; it does not \(.*; copy it again"):
+        open_exported(tmp_path, EXPORTER, "TARGET", trust_remote_code=False, strict=strict)
+    assert capfd.readouterr().err == ""

@@ -87,6 +87,7 @@ def _open_session(model_file: Path, accuracy_level: int | None) -> Any:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what is wrong with a file is in the exception too
     if accuracy_level is None:
         return ort.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
     options.add_session_config_entry(
