@@ -51,6 +51,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1].removeprefix("nybble: ")
 
 
+def test_the_report_of_the_run_knows_of_the_export(run: Path) -> None:
+    assert "| export other |" not in (run / "report.md").read_text()
+    assert main(["export", str(run), "--to", "other"]) == 0
+    assert "| export other |" in (run / "report.md").read_text()
+    shutil.rmtree(run / "other")
+
+
 def test_a_full_disk_names_a_command_that_exists(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

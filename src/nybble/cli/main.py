@@ -174,8 +174,11 @@ def _run(arguments: list[str]) -> None:
     else:
         options = parse(arguments)
         options.check()  # now rather than after the seconds that torch and transformers take to load
-        from nybble.console import set_up_logging
+        from nybble.console import console, set_up_logging
 
         set_up_logging(options.NAME in _RESULT_ON_STDOUT)
         module, function = _FUNCTIONS[options.NAME].split(":")
-        getattr(import_module(module), function)(options)
+        try:
+            getattr(import_module(module), function)(options)
+        finally:
+            console.stderr = False  # for whatever this process does next

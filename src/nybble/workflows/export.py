@@ -11,10 +11,11 @@ from pathlib import Path
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import ALL, check_exportable, check_formats
-from nybble.files import check_folder_place, file_sizes
+from nybble.files import check_folder_place, file_sizes, write_text
 from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
+from nybble.report.markdown import run_markdown
 from nybble.run.folder import QUANTIZED, check_complete, reopen_run
 from nybble.run.resume import saved_options
 from nybble.runtime import raise_if_interrupted
@@ -75,6 +76,8 @@ def export_formats(
                 with _telling_what_is_left(path, formats, i):
                     export_run(run, name, trust_remote_code, compare_logits)
                     write_cards(run)  # also of those before one that fails
+                    if run.results.finished:
+                        write_text(run.path / "report.md", run_markdown(run.results))
     finally:
         run.close()
     return [path / name for name in formats]
