@@ -114,5 +114,5 @@ def test_a_cut_file_is_one_line_without_the_log_of_onnxruntime(
     os.truncate(tmp_path / "model.onnx.data", 100)
     (tmp_path / "nybble-export.json").unlink(missing_ok=True)  # of an earlier version
     with pytest.raises(RunError, match=r"must be an export that ONNX opens; it does not \(.*; copy it again"):
-        open_exported(tmp_path, EXPORTER, "TARGET", trust_remote_code=False, strict=strict)
+        open_exported(tmp_path, EXPORTER, trust_remote_code=False, strict=strict)
     assert capfd.readouterr().err == ""
