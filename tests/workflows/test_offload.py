@@ -151,7 +151,7 @@ def test_blocks_wait_on_disk_where_the_model_does_not_fit(
 def test_what_is_freed_goes_back_to_the_system_where_the_model_is_on_disk_or_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, entered = options(save_model(tmp_path / "model", "smollm"), tmp_path / "run"), list[int]()
+    model, entered = save_model(tmp_path / "model", "smollm"), list[int]()
 
     @contextmanager
     def returning() -> Iterator[None]:
@@ -159,11 +159,11 @@ def test_what_is_freed_goes_back_to_the_system_where_the_model_is_on_disk_or_lar
         yield
 
     monkeypatch.setattr(placement, "returning_freed_memory", returning)
-    for on_disk, large, expected in ((False, 1 << 30, 0), (False, 1 << 10, 1), (True, 1 << 30, 1)):
+    for offload, large, expected in (("none", 1 << 30, 0), ("none", 1 << 10, 1), ("disk", 1 << 30, 1)):
         entered.clear()
-        monkeypatch.setattr(placement, "_LARGE_CHECKPOINT", large)
-        with placement.freed_memory(given, on_disk):
-            assert len(entered) == expected
+        monkeypatch.setattr(placement, "_LARGE_MODEL", large)
+        compress(options(model, tmp_path / f"{offload}-{large}", offload=offload))
+        assert len(entered) == expected
 
 
 @pytest.mark.parametrize("pretrained", ["smollm2", "model.gguf", "nobody/has-this-model"])

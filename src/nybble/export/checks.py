@@ -12,7 +12,7 @@ from typing import Any
 
 from nybble.errors import ExportError, OptionError, RunError, without_remedy
 from nybble.export.base import EXPORTERS, Exporter, check_schemes
-from nybble.files import write_text
+from nybble.files import file_sizes, write_text
 from nybble.models.selection import LayerSelection
 from nybble.schema import SchemaError, read_json
 
@@ -132,8 +132,7 @@ def note_files(folder: Path, name: str) -> None:
         folder: a complete export. The note goes with it, wherever it is copied to.
         name: of its format.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in _TEXTS)
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    sizes = {file: size for file, size in file_sizes(folder).items() if Path(file).suffix not in _TEXTS}
     write_text(folder / NOTE, json.dumps({"format": name, "bytes": sizes}, indent=2) + "\n")
 
 

@@ -37,7 +37,7 @@ Prepare = Callable[[QuantizedLinear], None]
 
 
 def as_it_is(layer: QuantizedLinear) -> None:
-    """Nothing."""
+    """Leave a new layer as it is."""
 
 
 def _taken(inits: Mapping[str, QuantizedInit], name: str) -> QuantizedInit:

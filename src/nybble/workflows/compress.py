@@ -50,7 +50,7 @@ def compress(
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     text.check_sources(evaluation.eval_tasks, options.text)
     on_disk = placement.stays_on_disk(options)
-    with placement.freed_memory(options, on_disk):
+    with placement.freed_memory(on_disk):
         return _compress(options, callbacks, known, on_disk, started)
 
 
@@ -79,7 +79,8 @@ def _compress(
         load_seconds=time.perf_counter() - started,
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
-    with session.run_session(options, facts) as run:
+    large = placement.is_large(loaded)
+    with placement.freed_memory(large), session.run_session(options, facts) as run:
         context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
         context = steps.generate_text(context)
         states = steps.teacher_states(context, prepared.measured(), batch=1)

@@ -74,7 +74,7 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
     text.check_sources(options.evaluation.eval_tasks, options.text)
     on_disk = placement.stays_on_disk(options)
-    with placement.freed_memory(options, on_disk):
+    with placement.freed_memory(on_disk):
         return _distill(options, callbacks, on_disk, started)
 
 
@@ -100,7 +100,8 @@ def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bo
         load_seconds=time.perf_counter() - started,
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
-    with session.run_session(options, facts) as run:
+    large = placement.is_large(loaded)
+    with placement.freed_memory(large), session.run_session(options, facts) as run:
         context = steps.RunContext.of(run, options, options.compression, planned, callbacks)
         context = steps.generate_text(context)
         teacher = _teacher_states(context, options.training.microbatch_size)

@@ -17,7 +17,7 @@ from nybble.files import check_free_disk
 from nybble.models.device import free_memory
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.linearize import linearize
-from nybble.models.loading import SMOLLM2
+from nybble.models.loading import SMOLLM2, LoadedModel
 from nybble.models.pretrained import empty_model, read_config
 from nybble.models.selection import select_layers
 from nybble.models.shards import safetensors_files
@@ -40,8 +40,8 @@ from nybble.workflows.plan import (
 
 log = logging.getLogger("nybble")
 
-# Bytes of a checkpoint. Smaller models are compressed faster where freed memory is kept.
-_LARGE_CHECKPOINT = 1 << 30
+# Bytes of all parameters. Smaller models are compressed faster where freed memory is kept.
+_LARGE_MODEL = 1 << 30
 # A model whose weights take less of the free memory is loaded without an estimate.
 _SMALL = 0.25
 
@@ -101,24 +101,21 @@ def _count_numbers(files: list[Path]) -> int:
 
 
 @contextmanager
-def freed_memory(options: CompressOptions | DistillOptions, on_disk: bool) -> Iterator[None]:
-    """Let freed memory go back to the system at once, in this block, where the model is on disk or large.
-
-    What a compression frees between the weights of a large model leaves holes: distillation of 1.07 B parameters at
-    rank 64 took 7.1 GB with them and 6.2 without.
-    """
-    if not on_disk and _checkpoint_bytes(options.model.pretrained) < _LARGE_CHECKPOINT:
+def freed_memory(wanted: bool) -> Iterator[None]:
+    """Let freed memory go back to the system at once, in this block, where that is wanted."""
+    if not wanted:
         yield
         return
     with returning_freed_memory():
         yield
 
 
-def _checkpoint_bytes(pretrained: str) -> int:
-    """Bytes of the files of a local model; 0 for one that is not there."""
-    path = Path(pretrained)
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+def is_large(loaded: LoadedModel) -> bool:
+    """Whether what a run frees between the weights of a model leaves holes that matter.
+
+    Distillation of 1.07 B parameters at rank 64 took 7.1 GB with them and 6.2 without.
+    """
+    return sum(parameter.nbytes for parameter in loaded.model.parameters()) >= _LARGE_MODEL
 
 
 def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> None:
@@ -174,10 +171,8 @@ def preparation(
     Raises:
         OptionError: a model on disk would have to write text.
     """
-    shapes, logits = (
-        ModelShapes.of(planned.loaded.model, planned.selection.linears),
-        measured_logit_bytes(planned, tasks),
-    )
+    shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
+    logits = measured_logit_bytes(planned, tasks)
     calibration = calibration_memory(shapes, planned, compression.num_calibration_samples)
     in_memory = max(calibration, memory.measuring_memory(shapes, logits))
     layers, finished = layers_on_disk(planned.loaded.model), calibration_disk(shapes, planned)
