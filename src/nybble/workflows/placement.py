@@ -115,7 +115,8 @@ def is_large(loaded: LoadedModel) -> bool:
 
     Distillation of 1.07 B parameters at rank 64 took 7.1 GB with them and 6.2 without.
     """
-    return sum(parameter.nbytes for parameter in loaded.model.parameters()) >= _LARGE_MODEL
+    size: int = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    return size >= _LARGE_MODEL
 
 
 def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> None:
