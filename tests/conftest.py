@@ -41,3 +41,15 @@ def _float32(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.path.stem != "test_smollm2":
             patch.setattr("nybble.models.device.has_bfloat16", lambda device: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _found_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs share the tokens of a long text, and the versions of the installed packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in ("test_packing", "test_machine"):
+            from tests.helpers import once
+
+            patch.setattr("nybble.data.packing.tokenize", once.tokenize)
+            patch.setattr("nybble.run.machine.package_versions", once.package_versions)
+        yield

@@ -111,11 +111,16 @@ def model_type(family: str) -> str:
     return str(getattr(transformers, FAMILIES[family][0]).model_type)
 
 
+def make_config(family: str, **changes: Any) -> Any:
+    """Configuration of a family."""
+    kind, options = FAMILIES[family]
+    return getattr(transformers, kind)(**_COMMON | options | changes)
+
+
 def make_mixture(family: str, seed: int = 0, **changes: Any) -> Any:
     """A frozen model in float32. All of its parameters are random, so that a forgotten one shows."""
     torch.manual_seed(seed)
-    kind, options = FAMILIES[family]
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**_COMMON | options | changes))
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

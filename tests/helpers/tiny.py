@@ -79,6 +79,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FAST_FAMILIES = ("gemma2", "phi3")
+"""Together they have a tied and an untied head, fused projections, norm offsets, soft caps and sliding windows."""
+
+
 def make_config(family: str, **changes: Any) -> Any:
     kind, options = FAMILIES[family]
     return getattr(transformers, kind)(**COMMON | WIDE | options | changes)
@@ -120,8 +124,22 @@ def make_tokenizer(begin: bool = False) -> Any:
     )
 
 
+_SAVED: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
+"""Arguments of `save_model` -> the files, and the state of torch's generator afterwards."""
+
+
 def save_model(folder: Path, family: str, begin: bool = False, **changes: Any) -> Path:
-    """A folder that --pretrained takes."""
-    make_model(family, **changes).save_pretrained(folder)
-    make_tokenizer(begin).save_pretrained(folder)
+    """A folder that --pretrained takes. The same arguments give the same files, which are made once a process."""
+    key = repr((family, begin, sorted(changes.items())))
+    if key not in _SAVED:
+        make_model(family, **changes).save_pretrained(folder)
+        make_tokenizer(begin).save_pretrained(folder)
+        _SAVED[key] = {path.name: path.read_bytes() for path in folder.iterdir()}, torch.get_rng_state()
+        return folder
+    files, state = _SAVED[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).unlink(missing_ok=True)  # another model may have the file mapped into memory
+        (folder / name).write_bytes(content)
+    torch.set_rng_state(state)
     return folder
