@@ -37,7 +37,7 @@ def tune_options(folder: Path, **changes: Any) -> TuneOptions:
         write_letters(task)
     base: dict[str, Any] = {
         "pretrained": str(model), "output_dir": str(folder / "run"), "task": str(task), "seq_len": 32, "epochs": 2,
-        "batch_size": 8, "microbatch_size": 4, "lr": 1e-2, "lora_rank_space": (8, 4, 2), "num_min_loss_configs": 2,
+        "batch_size": 8, "microbatch_size": 8, "lr": 1e-2, "lora_rank_space": (8, 4, 2), "num_min_loss_configs": 2,
         "export": (), "method": "rtn", "save_steps": 2, "report_to": (), "num_test_samples": 2, "quantize": "during",
     }  # fmt: skip
     return TuneOptions.of(**base | changes)

@@ -19,6 +19,7 @@ from nybble.run.resume import saved_options
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.compress import FLAGS, compress_command
+from tests.helpers.copies import copy_run
 from tests.helpers.distill import distill_options, interrupt_after, shipped_bytes
 from tests.helpers.tiny import make_model, make_tokenizer, save_model
 
@@ -79,11 +80,19 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
         assert "1 x uint8 symmetric per row (8rs)" in table
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a run that compressed it by rounding, for tests that change none of them."""
+    folder = tmp_path_factory.mktemp("finished")
+    compress(options(save_model(folder / "model", "llama"), folder / "run", method="rtn"))
+    return folder
+
+
 def test_inspect_refuses_what_is_no_quantized_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
-    compress(options(model, run, method="rtn"))
+    copy_run(finished, tmp_path)
+    model, run = tmp_path / "model", tmp_path / "run"
 
     def refused(*given: str) -> str:
         capsys.readouterr()
@@ -130,7 +139,11 @@ def test_options_of_steps_that_the_method_has_not_are_reported(
 ) -> None:
     model = save_model(tmp_path / "model", "llama")
     with caplog.at_level("WARNING", "nybble"):
-        compress(options(model, tmp_path / "run", method="se", gptq_damping=0.5, blockwise_epochs=9.0))
+        compress(
+            options(
+                model, tmp_path / "run", method="se", num_calibration_samples=8, gptq_damping=0.5, blockwise_epochs=9.0
+            )
+        )
         compress(options(model, tmp_path / "other", method="rtn", limit_blocks=1))
     assert "--gptq_damping has no effect: the method has no step gptq" in caplog.text
     assert "--blockwise_epochs has no effect: the method has no step blockwise" in caplog.text
@@ -197,7 +210,7 @@ def test_distillation_starts_from_the_codes_of_the_compression(tmp_path: Path) -
 
 def test_a_folder_named_like_a_method_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    compress(options(save_model(tmp_path / "model", "llama"), Path("se"), method="se"))
+    compress(options(save_model(tmp_path / "model", "llama"), Path("se"), method="se", num_calibration_samples=8))
     assert read_results(Path("se")).method == "se"
 
 
@@ -247,10 +260,10 @@ def test_distillation_continues_from_a_finished_run(dtype: str, tmp_path: Path) 
 
 
 def test_a_run_that_does_not_fit_is_refused_before_there_is_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, first, run = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "run"
-    compress(options(model, first, method="rtn"))
+    copy_run(finished, tmp_path)
+    model, first, run = tmp_path / "model", tmp_path / "run", tmp_path / "other-run"
     other = save_model(tmp_path / "other", "llama", num_hidden_layers=1)
     biased = save_model(tmp_path / "biased", "llama", attention_bias=True)
 
@@ -335,15 +348,15 @@ def test_less_calibration_text_than_wanted_is_reported(tmp_path: Path, capsys: p
     assert "tokens of the training text (all there is; --num_calibration_samples is 128)" in printed
 
 
-def test_rtn_needs_no_calibration_text(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", "llama")
-    compress(options(model, tmp_path / "run", method="rtn"))
+def test_rtn_needs_no_calibration_text(finished: Path, tmp_path: Path) -> None:
+    copy_run(finished, tmp_path)
     errors = read_results(tmp_path / "run").layer_errors.values()
     assert all(error["rtn"] is None and error["weight"] for error in errors)
     shutil.rmtree(tmp_path / "run" / "quantized")
     assert main(["inspect", str(tmp_path / "run")]) == 2
 
 
+@pytest.mark.slow  # exports
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -424,11 +437,10 @@ def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:
 
 
 def test_code_in_a_run_of_someone_else_runs_only_where_it_is_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder asks for it in its config.toml and brings code in quantized/; nobody at the keyboard allowed it."""
-    run = tmp_path / "run"
-    compress(options(save_model(tmp_path / "model", "llama"), run, method="rtn"))
+    run = copy_run(finished, tmp_path) / "run"
     with (run / "config.toml").open("a") as file:
         file.write("trust_remote_code = true\n")
     config = json.loads((run / "quantized" / "config.json").read_text())
@@ -483,10 +495,11 @@ def test_text_of_another_domain_is_measured_on_every_model(tmp_path: Path) -> No
     assert "Another domain: " in report
 
 
-def test_logits_of_a_large_export_are_compared_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_a_large_export_are_compared_on_request(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(EXPORTERS["hf"], "most_parameters_compared", 0)
-    run = tmp_path / "run"
-    assert main(compress_command(save_model(tmp_path / "model", "llama"), run)) == 0
+    run = copy_run(finished, tmp_path) / "run"
     for words, difference in (([], None), (["--compare_logits"], 0.0)):
         assert main(["export", str(run), "--to", "hf", *words]) == 0
         assert read_results(run).exports["hf"]["logit_difference"] == difference

@@ -27,6 +27,7 @@ from nybble.workflows import steps
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.chat import TEMPLATE
+from tests.helpers.copies import copy_run
 from tests.helpers.distill import distill_options, kill_at, shipped_bytes
 from tests.helpers.tiny import make_tokenizer, save_model
 
@@ -36,6 +37,23 @@ def arguments(model: Path, run: Path, *more: str) -> list[str]:
     recipe = run.with_suffix(".toml")
     recipe.write_text(to_toml(distill_options(model, run, epochs=10, save_steps=3, dtype="float32")))
     return ["distill", "--config", str(recipe), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a run that distilled it, for tests that change none of them."""
+    folder = tmp_path_factory.mktemp("finished")
+    distill(distill_options(save_model(folder / "model", "llama"), folder / "run"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose learning rates are too high, which stops after two epochs without progress of five; only read."""
+    folder = tmp_path_factory.mktemp("spoiled")
+    changes = {"lr": 10.0, "scale_lr": 1.0, "epochs": 5, "early_stopping_patience": 2}
+    distill(distill_options(save_model(folder / "model", "llama"), folder / "run", **changes))
+    return folder / "run"
 
 
 @pytest.mark.slow
@@ -193,9 +211,8 @@ def test_weight_cache_and_recompute_train_alike(tmp_path: Path, monkeypatch: pyt
     assert losses[0][0] == losses[1][0]
 
 
-def test_results_say_what_happened(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    distill(distill_options(save_model(tmp_path / "model", "llama"), run))
+def test_results_say_what_happened(finished: Path) -> None:
+    run = finished / "run"
     results = read_results(run)
     assert results.phase == Phase.FINISHED
     assert results.models.keys() == {"16bit", "compressed", "tuned"}
@@ -256,6 +273,7 @@ def test_the_model_generates_text_and_another_run_reads_it(tmp_path: Path) -> No
     assert one[-1] != other[-1], "the same sequences in another order"
 
 
+@pytest.mark.slow
 def test_the_model_continues_beginnings_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, path, run = save_model(tmp_path / "model", "smollm"), tmp_path / "lines.txt", tmp_path / "run"
     path.write_text("".join(f"line {i} of few\n" for i in range(400)))
@@ -312,20 +330,19 @@ def test_a_small_source_is_taught_once(tmp_path: Path, monkeypatch: pytest.Monke
             data=(f"{chat}=0.5", "python-docs=0.5"),
             eval_data=("python-docs",),
             assistant_only_loss=True,
-            num_train_samples=32,
+            num_train_samples=16,
         )
     )
-    # the training tenths of 10 conversations; half of 64 sequences
-    assert len(taught["train"]) == 8 + 32
+    # the training tenths of 10 conversations; half of 32 sequences
+    assert len(taught["train"]) == 8 + 16
     assert len(taught["train"].unique(dim=0)) == len(taught["train"])
     results = read_results(tmp_path / "run")
     assert results.models["tuned"]["tokens"] == 4 * 31, "plain text counts whole"
     assert results.trainings[0].best_step > 0
 
 
-def test_training_that_makes_it_worse_is_said_and_undone(tmp_path: Path) -> None:
-    distill(distill_options(save_model(tmp_path / "model", "llama"), tmp_path / "run", lr=10.0, scale_lr=1.0))
-    results = read_results(tmp_path / "run")
+def test_training_that_makes_it_worse_is_said_and_undone(spoiled: Path) -> None:
+    results = read_results(spoiled)
     assert results.trainings[0].best_step == 0
     assert "no step of the training was better on the validation text than the compressed model" in results.warnings[0]
     assert results.changes is not None
@@ -345,11 +362,8 @@ def test_the_same_sequences_in_every_epoch(tmp_path: Path, capsys: pytest.Captur
     assert "4 steps of 4 x 32 tokens = 0.00 M tokens, 2.00 passes over the 8 training sequences" in said
 
 
-def test_training_stops_early_where_that_is_wanted(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", "llama")
-    changes = {"lr": 10.0, "scale_lr": 1.0, "epochs": 5, "early_stopping_patience": 2}
-    distill(distill_options(model, tmp_path / "run", **changes))
-    training = read_results(tmp_path / "run").trainings[0]
+def test_training_stops_early_where_that_is_wanted(spoiled: Path) -> None:
+    training = read_results(spoiled).trainings[0]
     assert [validation["step"] for validation in training.validation] == [0, 2, 4]
     assert len(training.steps) == 4
 
@@ -388,9 +402,11 @@ def test_a_used_folder_is_refused_before_the_model_is_loaded(
     assert "it holds other files; choose another folder" in capsys.readouterr().err
 
 
-def test_overwrite_spares_what_the_run_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"
-    distill(distill_options(model, run))
+def test_overwrite_spares_what_the_run_reads(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_run(finished, tmp_path)
+    model, run = tmp_path / "model", tmp_path / "run"
     before = shipped_bytes(run)
     (run / "self.safetensors").touch()
     recipe = run.with_suffix(".toml")
@@ -441,16 +457,15 @@ def test_a_model_that_repeats_itself_leaves_no_run(
 
 
 def test_a_small_disk_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
-    finished = distill_options(model, tmp_path / "finished")
-    distill(finished)
+    copy_run(finished, tmp_path)
+    model, run = tmp_path / "model", tmp_path / "other"
     monkeypatch.setattr("nybble.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert main(arguments(model, run)) == 2
     assert "GB are free" in capsys.readouterr().err
     assert not run.exists()
-    distill(finished.replace(resume=True))  # a finished run needs no disk for training
+    distill(distill_options(model, tmp_path / "run", resume=True))  # a finished run needs no disk for training
 
 
 def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
@@ -473,6 +488,7 @@ def test_malformed_shares_are_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_compressed_can_be_trained(tmp_path: Path) -> None:
     """--init_from takes over the codes and scales of a finished run exactly."""
     model, first, second = save_model(tmp_path / "model", "llama"), tmp_path / "first", tmp_path / "second"

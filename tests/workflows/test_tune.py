@@ -16,6 +16,7 @@ from nybble.nls import ranks
 from nybble.run import resume
 from nybble.tasks import encoding, likelihood, objective, scoring, task_data
 from nybble.workflows.tune import tune
+from tests.helpers.copies import copy_run
 from tests.helpers.distill import interrupt_after
 from tests.helpers.distill import shipped_bytes as codes
 from tests.helpers.tiny import save_model
@@ -29,11 +30,26 @@ def results(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
-    tune(options(tmp_path, epochs=6))
-    found = results(tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, the task and a run of two epochs, for tests that change none of them."""
+    folder = tmp_path_factory.mktemp("finished")
+    tune(options(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned the letters, which is only read."""
+    folder = tmp_path_factory.mktemp("learned")
+    tune(options(folder, epochs=4))
+    return folder / "run"
+
+
+def test_learns_the_task_and_takes_the_best_candidate(learned: Path) -> None:
+    found = results(learned)
     losses = [row["loss"] for row in found["trainings"][0]["steps"]]
-    assert len(losses) == 6 * (48 // 8)
+    assert len(losses) == 4 * (48 // 8)
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
     assert found["models"]["tuned"]["task:letters acc"] > found["models"]["16bit"]["task:letters acc"]
     candidates = found["task"]["candidates"]
@@ -49,25 +65,26 @@ def test_learns_the_task_and_takes_the_best_candidate(tmp_path: Path) -> None:
     assert all(row["behind"] >= 0 for row in candidates)
     assert all(0 < row["score"] < 1 for row in candidates), "shares, not their logarithms"
     assert all(0 < row["loss"] < 1 for row in found["trainings"][0]["validation"])
-    assert "| candidate | share | behind the best |" in (tmp_path / "run" / "report.md").read_text()
+    assert "| candidate | share | behind the best |" in (learned / "report.md").read_text()
     assert found["task"]["selected_on"] == "held_out"
 
 
-def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tune(options(tmp_path, output_dir=str(tmp_path / "undisturbed")))
+def test_interrupted_and_resumed_ends_with_the_same_bits(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         interrupt_after(7, patch)
         with pytest.raises(KeyboardInterrupt):
             tune(options(tmp_path))
     assert not (tmp_path / "run" / "quantized").exists()
     tune(options(tmp_path, resume=True))
-    assert codes(tmp_path / "run") == codes(tmp_path / "undisturbed")
-    one, other = (results(tmp_path / name)["task"] for name in ("run", "undisturbed"))
+    assert codes(tmp_path / "run") == codes(finished / "run")
+    one, other = (results(folder / "run")["task"] for folder in (tmp_path, finished))
     assert one["configuration"] == other["configuration"]
 
 
 def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
-    tune(options(tmp_path, epochs=6, quantize="after", method="se+gptq"))
+    tune(options(tmp_path, epochs=4, quantize="after", method="se+gptq"))
     found = results(tmp_path / "run")
     models = found["models"]
     assert list(models) == ["16bit", "tuned16", "compressed", "tuned"]
@@ -78,7 +95,7 @@ def test_adapters_learn_before_there_are_4_bits(tmp_path: Path) -> None:
         "scales and norms have learnt too"
     )
     assert models["tuned16"]["bytes"] == models["16bit"]["bytes"] > 2 * models["tuned"]["bytes"]
-    assert len(found["trainings"][0]["steps"]) == 6 * (48 // 8)
+    assert len(found["trainings"][0]["steps"]) == 4 * (48 // 8)
     assert len(found["trainings"][1]["steps"]) == 48 // 8
     assert found["trainings"][1]["best_step"] > 0
     assert found["trainings"][0]["steps"][-1]["loss"] < 0.5 * found["trainings"][0]["steps"][0]["loss"]
@@ -107,7 +124,7 @@ def test_the_4_bits_are_those_of_the_merged_adapters(tmp_path: Path, monkeypatch
     from nybble.quant.grid import min_max_qparams, quantize
     from nybble.quant.scheme import QuantScheme
 
-    tune(options(tmp_path, quantize="after", scale_epochs=0, custom_rank_config=(8, 2)))
+    tune(options(tmp_path, epochs=1, quantize="after", scale_epochs=0, custom_rank_config=(8, 2)))
     weights, _ = quantized_file.load_weights(tmp_path / "run" / "quantized")
     adapters, _ = files.load_tensors(tmp_path / "run" / "best.safetensors")
     plain = loading.load(str(tmp_path / "model"), torch.float32, torch.device("cpu")).model
@@ -192,6 +209,7 @@ def test_other_ranks_on_resume_make_all_of_4_bits_anew(tmp_path: Path, monkeypat
     assert results(tmp_path / "run")["models"] == results(tmp_path / "other")["models"]
 
 
+@pytest.mark.slow
 def test_scales_are_trained_once_a_step_whatever_the_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = objective.choice_loss
@@ -216,11 +234,10 @@ def test_what_the_way_of_the_adapters_does_not_use_is_said(tmp_path: Path, caplo
     assert "no effect" not in caplog.text
 
 
-def test_a_run_in_4_bits_is_no_start_for_adapters_before(tmp_path: Path) -> None:
+def test_a_run_in_4_bits_is_no_start_for_adapters_before(finished: Path, tmp_path: Path) -> None:
     from nybble.errors import OptionError
 
-    tune(options(tmp_path, epochs=1))
-    changes = {"quantize": "after", "method": "awq+se", "init_from": str(tmp_path / "run")}
+    changes = {"quantize": "after", "method": "awq+se", "init_from": str(finished / "run")}
     with pytest.raises(OptionError, match="adapters are trained before that with --quantize after"):
         tune(options(tmp_path, output_dir=str(tmp_path / "other"), **changes))
     assert not (tmp_path / "other").exists()
@@ -340,6 +357,7 @@ def test_tasks_of_lm_eval_go_through_the_whole_flow(
     assert f"{task} at ranks 2 8: {metric}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["step", "recompute"])
 def test_epochs_are_judged_at_the_middle_configuration(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -380,6 +398,7 @@ def test_a_task_of_ones_own_is_scored_on_the_export_too(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     path = tmp_path / "long-and-short.jsonl"
@@ -408,7 +427,7 @@ def test_a_microbatch_holds_rows_of_like_length(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) -> None:
+def test_choices_are_learnt_where_there_are_some(teacher: bool, learned: Path, tmp_path: Path) -> None:
     """The first loss is the compressed model's: -log of the right choice's share, or KL of shares to the teacher's."""
     from transformers import AutoModelForCausalLM
 
@@ -433,12 +452,15 @@ def test_choices_are_learnt_where_there_are_some(teacher: bool, tmp_path: Path) 
     )  # the right one is always the first
     assert found == pytest.approx(float(expected), rel=1e-4)
 
-    tune(options(tmp_path, epochs=6, teacher=path, overwrite=True))
-    before, after = (results(tmp_path / "run")["models"][row] for row in ("compressed", "tuned"))
+    if teacher:
+        tune(options(tmp_path, epochs=6, teacher=path, overwrite=True))
+    models = results(tmp_path / "run" if teacher else learned)["models"]
+    before, after = (models[row] for row in ("compressed", "tuned"))
     assert after["task:letters log_likelihood"] > before["task:letters log_likelihood"] + 0.5
     assert after["task:letters acc"] == 1.0
 
 
+@pytest.mark.slow
 def test_questions_with_more_and_fewer_choices_follow_a_teacher(tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     rows = [
@@ -451,13 +473,14 @@ def test_questions_with_more_and_fewer_choices_follow_a_teacher(tmp_path: Path) 
 
 
 def test_a_single_rank_is_plain_lora(tmp_path: Path) -> None:
-    tune(options(tmp_path, lora_rank_space=(4,)))
+    tune(options(tmp_path, lora_rank_space=(4,), epochs=1))
     found = results(tmp_path / "run")
     assert [row["why"] for row in found["task"]["candidates"]] == ["the only one"]
     assert found["task"]["configuration"] == [4, 4]
     assert "clamped" not in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_layers_are_too_narrow_for_is_said(tmp_path: Path) -> None:
     tune(options(tmp_path, lora_rank_space=(48,), epochs=1))
     assert "rank 48 is clamped in 4 layers that are narrower" in (tmp_path / "run" / "log.txt").read_text(), (
@@ -473,6 +496,7 @@ def test_a_start_that_was_kept_leaves_nothing_to_choose(tmp_path: Path) -> None:
     assert found["task"]["configuration"] == [4, 4]
 
 
+@pytest.mark.slow
 def test_sandwich_trains_largest_smallest_and_random_in_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,6 +514,7 @@ def test_sandwich_trains_largest_smallest_and_random_in_each_step(
     assert first_step[2] == ranks.sample_configuration((8, 4, 2), 2, 0, 0)
 
 
+@pytest.mark.slow
 def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = ranks.activate_ranks
@@ -506,6 +531,7 @@ def test_half_trains_the_largest_every_other_step(tmp_path: Path, monkeypatch: p
     assert trained[1::2] == [ranks.sample_configuration((8, 4, 2), 2, 0, step) for step in range(1, steps, 2)]
 
 
+@pytest.mark.slow
 def test_a_candidate_of_least_loss_is_what_was_trained_at_that_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,7 +575,7 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(task_data, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
     monkeypatch.setattr(scoring, "score_questions", contradicting)
-    tune(options(tmp_path, select_on="test"))
+    tune(options(tmp_path, select_on="test", epochs=1))
     found = results(tmp_path / "run")
     assert found["task"]["selected_on"] == "test"
     assert "the ranks were chosen on the test rows" in " ".join(found["warnings"])
@@ -568,6 +594,7 @@ def write_numbers(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,7 +623,9 @@ def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(
     )
 
 
-@pytest.mark.parametrize("what", ["a wrong choice of the training rows", "the teacher"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("a wrong choice of the training rows", marks=pytest.mark.slow), "the teacher"]
+)
 def test_what_is_read_may_not_change_before_training_ends(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,6 +648,7 @@ def test_what_is_read_may_not_change_before_training_ends(
         tune(options(tmp_path, teacher=str(teacher), resume=True))
 
 
+@pytest.mark.slow
 def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -727,22 +757,20 @@ def write_long(folder: Path) -> Path:
 
 
 def test_another_space_task_or_model_on_resume_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nybble.errors import RunError
 
-    tune(options(tmp_path, epochs=1))
+    copy_run(finished, tmp_path)
     with pytest.raises(RunError, match="--lora_rank_space was"):
-        tune(options(tmp_path, epochs=1, resume=True, lora_rank_space=(8, 4)))
+        tune(options(tmp_path, resume=True, lora_rank_space=(8, 4)))
     with pytest.raises(RunError, match="--task was"):
-        tune(options(tmp_path, epochs=1, resume=True, task=str(write_task(tmp_path / "other.jsonl"))))
+        tune(options(tmp_path, resume=True, task=str(write_task(tmp_path / "other.jsonl"))))
     with pytest.raises(RunError, match="--pretrained was"):
-        tune(
-            options(tmp_path, epochs=1, resume=True, pretrained=str(save_model(tmp_path / "another", "smollm", seed=7)))
-        )
+        tune(options(tmp_path, resume=True, pretrained=str(save_model(tmp_path / "another", "smollm", seed=7))))
     save_model(tmp_path / "model", "smollm", seed=7)
     with pytest.raises(RunError, match="the model changed"):
-        tune(options(tmp_path, epochs=1, resume=True))
+        tune(options(tmp_path, resume=True))
     capsys.readouterr()
     monkeypatch.delattr("nybble.workflows.plan.load")  # it is found before the model is loaded
     assert (
@@ -757,7 +785,7 @@ def test_answers_of_ones_own_words(tmp_path: Path) -> None:
     from nybble.errors import OptionError
 
     path = write_words(tmp_path / "words.jsonl")
-    tune(options(tmp_path, task=str(path), epochs=3))
+    tune(options(tmp_path, task=str(path), epochs=2))
     found = results(tmp_path / "run")
     models = found["models"]
     assert models["tuned"]["task:words log_likelihood"] > models["compressed"]["task:words log_likelihood"]
@@ -778,7 +806,7 @@ def test_a_teacher_is_followed(tmp_path: Path) -> None:
 
     path = taught(tmp_path)
     followed: dict[str, Any] = {
-        "epochs": 6, "teacher": str(path), "lora_rank_space": (8,), "microbatch_size": 8, "scale_lr": 0.0,
+        "epochs": 3, "teacher": str(path), "lora_rank_space": (8,), "microbatch_size": 8, "scale_lr": 0.0,
         "objective": "answer",
     }  # fmt: skip
     tune(options(tmp_path, **followed))
@@ -817,10 +845,10 @@ def test_a_teacher_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
 
 
-def test_overwriting_spares_the_task_and_its_data(tmp_path: Path) -> None:
+def test_overwriting_spares_the_task_and_its_data(finished: Path, tmp_path: Path) -> None:
     from nybble.errors import OptionError
 
-    tune(options(tmp_path, epochs=1))
+    copy_run(finished, tmp_path)
     inside = write_task(tmp_path / "run" / "letters.jsonl")
     with pytest.raises(OptionError, match="--overwrite would delete --task"):
         tune(options(tmp_path, task=str(inside), overwrite=True))
@@ -838,9 +866,7 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_another_command_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = options(tmp_path, epochs=1)
-    tune(run)
-    given = ["distill", "--pretrained", run.model.pretrained, "--output_dir", str(tmp_path / "run"), "--resume"]
+def test_a_run_of_another_command_is_not_gone_on_with(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["distill", "--pretrained", str(finished / "model"), "--output_dir", str(finished / "run"), "--resume"]
     assert main(given) == 2
     assert "--resume must continue a run of nybble distill" in capsys.readouterr().err
