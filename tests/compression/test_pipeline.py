@@ -12,6 +12,7 @@ from nybble.errors import OptionError
 from nybble.models.selection import select_layers
 from nybble.quant.grid import dequantize, min_max_qparams, quantize, quantize_dequantize
 from nybble.quant.scheme import QuantScheme
+from tests.helpers.cases import first_fast
 from tests.helpers.tiny import make_model
 
 SCHEME = QuantScheme(group_size=32)
@@ -32,7 +33,9 @@ def with_strong_channels(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", ["awq", "se", "gptq", "blockwise", "awq+se", "awq+se+gptq", "se+gptq+blockwise"])
+@pytest.mark.parametrize(
+    "method", first_fast(2, ["awq+se+gptq", "blockwise", "awq", "se", "gptq", "awq+se", "se+gptq+blockwise"])
+)
 def test_every_method_is_closer_to_the_model_than_rtn_on_unseen_text(method: str) -> None:
     ids = torch.randint(0, 255, (64, 32), generator=torch.Generator().manual_seed(0))
     original = with_strong_channels(make_model("llama"))(ids[48:]).logits
@@ -82,7 +85,7 @@ def test_a_block_without_4_bit_layers_is_passed_through() -> None:
     assert list(result.blocks) == ["model.layers.1"]
 
 
-@pytest.mark.parametrize("method", ["rtn", "se+gptq", "awq+se+blockwise"])
+@pytest.mark.parametrize("method", first_fast(2, ["rtn", "awq+se+blockwise", "se+gptq"]))
 def test_the_model_holds_the_weights_of_the_result_without_a_copy(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.nn.Module.to
 
@@ -191,7 +194,7 @@ def test_a_registered_rounding_method_compresses_a_model(monkeypatch: pytest.Mon
         assert not torch.equal(init.weight_OI, weight)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq+se+gptq", "se+blockwise"])
+@pytest.mark.parametrize("method", first_fast(2, ["rtn", "awq+se+gptq", "se+blockwise"]))
 def test_layers_of_other_schemes_are_rounded_by_their_own(method: str) -> None:
     """Query, key and value share their input but not their scheme; each scheme is rounded as if it were alone."""
     model = make_model("llama")

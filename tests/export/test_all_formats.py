@@ -56,6 +56,7 @@ def check_all_formats(family: str, path: Path) -> None:
                 assert torch.equal(weight, values), f"{name}: {module}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_every_format_holds_the_same_weights(family: str, tmp_path: Path) -> None:
     for name in BUILT_IN:

@@ -22,6 +22,7 @@ from nybble.models.schemes import assign_schemes
 from nybble.models.selection import select_layers
 from nybble.options.scheme import SchemeOptions
 from tests.helpers import mixtures
+from tests.helpers.cases import fast_cases, first_fast
 from tests.helpers.causal_types import tiny_model
 from tests.helpers.checkpoints import make_checkpoint, save_checkpoint, save_uneven_mixture
 from tests.helpers.rounding import round_model_to_nearest
@@ -35,17 +36,13 @@ ODD_ROWS = {"nemotron_h", "qwen3_5_moe", "kimi_linear"}  # rows that vLLM cannot
 DIFFERENT = {"mixtral", "gpt_oss", "llama4", "granitemoe", "nemotron_h"}  # together all that the layouts differ in
 
 
-def slow(family: str) -> Any:
-    return pytest.param(family, marks=pytest.mark.slow)
-
-
 def mixture_checkpoint(folder: Path, family: str) -> QuantizedCheckpoint:
     model = mixtures.make_mixture(family)
     linearize(model)
     return save_checkpoint(folder, model)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+@pytest.mark.parametrize("family", fast_cases([*FAMILIES, *MIXTURES], DIFFERENT | {"smollm", "phi3"}))
 def test_every_row_has_one_place(family: str, tmp_path: Path) -> None:
     in_tiny = family in FAMILIES
     checkpoint = (make_checkpoint if in_tiny else mixture_checkpoint)(tmp_path / "quantized", family)
@@ -84,7 +81,7 @@ def export(name: str, checkpoint: QuantizedCheckpoint, folder: Path) -> Any:
     return EXPORTERS[name].export(checkpoint, folder)
 
 
-@pytest.mark.parametrize("family", [family if family in DIFFERENT else slow(family) for family in MIXTURES])
+@pytest.mark.parametrize("family", fast_cases(MIXTURES, ["mixtral", "gpt_oss", "nemotron_h"]))
 def test_the_hf_export_of_a_mixture_is_what_transformers_would_save(family: str, tmp_path: Path) -> None:
     checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
     result = export("hf", checkpoint, tmp_path / "hf")
@@ -101,7 +98,7 @@ def test_the_hf_export_of_a_mixture_is_what_transformers_would_save(family: str,
 PACKED = sorted(set(MIXTURES) - STACKED - ODD_ROWS)
 
 
-@pytest.mark.parametrize("family", [name if name in ("mixtral", "deepseek_v3") else slow(name) for name in PACKED])
+@pytest.mark.parametrize("family", fast_cases(PACKED, ["mixtral"]))
 def test_the_vllm_export_of_a_mixture_has_a_packed_matrix_for_each_expert(family: str, tmp_path: Path) -> None:
     checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
     result = export("vllm", checkpoint, tmp_path / "vllm")
@@ -114,7 +111,7 @@ def test_the_vllm_export_of_a_mixture_has_a_packed_matrix_for_each_expert(family
     assert not hasattr(config, "quantization_config")
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", slow("llama4"), slow("mixtral")])
+@pytest.mark.parametrize("family", first_fast(2, ["gpt_oss", "granitemoe", "llama4", "mixtral"]))
 def test_experts_in_16_bits_are_exported_with_the_others(family: str, tmp_path: Path) -> None:
     model = mixtures.make_mixture(family)
     linearize(model)
@@ -163,7 +160,7 @@ def test_layers_in_16_bits_are_named_for_vllm(tmp_path: Path) -> None:
     assert not any("experts." in name or "self_attn" in name for name in ignored)
 
 
-@pytest.mark.parametrize("family", sorted(STACKED))
+@pytest.mark.parametrize("family", fast_cases(sorted(STACKED), ["gpt_oss"]))
 def test_stacks_are_refused_for_vllm(family: str, tmp_path: Path) -> None:
     checkpoint = mixture_checkpoint(tmp_path / "quantized", family)
     with pytest.raises(ExportError, match="published with one matrix for each layer and expert"):

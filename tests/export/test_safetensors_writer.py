@@ -43,7 +43,7 @@ def header(path: Path) -> Any:
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.dictionaries(st.text(max_size=8), st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=6), st.randoms())
 def test_the_library_reads_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, Any], random: Any

@@ -62,7 +62,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # Norms before, after and on both sides of a layer, parallel attention, three kinds of fused projections, ReLU, biases.
-_FAST = {"bitnet", "cohere", "falcon", "falcon-40b", "gemma2", "gpt_neox", "llama", "nemotron", "olmo2", "opt", "phi3"}
+_FAST = {"cohere", "falcon-40b", "gemma2", "gpt_neox", "llama", "olmo2", "opt", "phi3"}
 DENSE_CASES = [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
 """All names, for pytest.mark.parametrize; those that resemble another one are slow tests."""
 

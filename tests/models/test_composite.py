@@ -19,6 +19,7 @@ from nybble.models.loading import load
 from nybble.models.quantized_model import load_quantized
 from nybble.models.selection import select_layers
 from nybble.run.folder import QUANTIZED
+from tests.helpers.cases import fast_cases
 from tests.helpers.composites import FIELDS, IMAGE_SIZE, composite_model, save_composite
 from tests.helpers.tiny import make_model
 from tests.models.test_every_type import run_compress
@@ -97,7 +98,7 @@ def test_the_text_part_computes_what_the_whole_model_computes(gemma3: tuple[Path
     assert len(text.selection.linears) == len(checkpoint.selection.linears) == len(checkpoint.shapes) - 1
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", fast_cases(TYPES, ["gemma3", "llama4", "mllama"]))
 def test_only_linear_layers_of_the_text_decoder_are_selected(model_type: str) -> None:
     model = composite_model(model_type)
     path = decoder_path(model)

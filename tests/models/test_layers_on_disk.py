@@ -51,7 +51,7 @@ SAVED: dict[str, Callable[[Path, str], Path]] = {
     **dict.fromkeys(["mixtral", "gpt_oss", "llama4", "deepseek_v3"], save_mixture),
     **dict.fromkeys(["gpt2", "gptj", "openai-gpt", "opt"], save_tiny),
 }
-FAST = {"smollm", "mixtral", "openai-gpt"}
+FAST = {"smollm", "mixtral"}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SAVED])

@@ -16,8 +16,9 @@ from nybble.models.loading import LoadedModel
 from nybble.models.selection import select_layers
 from nybble.quant.scheme import INT8_PER_ROW
 from nybble.quant.weight import QuantizedWeight
+from tests.helpers.cases import fast_cases
 from tests.helpers.rounding import GROUPS_OF_32, round_model_to_nearest
-from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def saved(tmp_path: Path) -> tuple[Path, Any, dict[str, QuantizedWeight]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST_FAMILIES))
 def test_a_saved_model_is_loaded_to_the_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(family, dtype=dtype)
     quantized = round_model_to_nearest(model)

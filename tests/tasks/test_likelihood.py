@@ -14,9 +14,10 @@ from nybble.models.head import LMHead
 from nybble.tasks import encoding, likelihood
 from nybble.tasks.dataset import Question
 from nybble.tasks.encoding import EncodedAnswer
+from tests.helpers.cases import fast_cases
 from tests.helpers.causal_types import tiny_model
 from tests.helpers.questions import MIXED_QUESTIONS, PARTIAL_PROMPTS, choice_question
-from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, make_model, make_tokenizer
 
 # Questions whose choices all have a prefix in common.
 SHARED_QUESTIONS = (*MIXED_QUESTIONS[:2], PARTIAL_PROMPTS)
@@ -37,7 +38,7 @@ def whole_text_losses(model: Any, texts: Sequence[EncodedAnswer]) -> torch.Tenso
     return torch.stack(losses)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, [*FAST_FAMILIES, "llama"]))
 def test_losses_equal_those_of_whole_texts(family: str) -> None:
     model, tokenizer = make_windowed_model(family), make_tokenizer(begin=True)
     questions = encoding.encode_choices(tokenizer, [*MIXED_QUESTIONS, Question.with_completion("own", " words")], 64)
@@ -51,7 +52,7 @@ def test_losses_equal_those_of_whole_texts(family: str) -> None:
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, [*FAST_FAMILIES, "llama"]))
 def test_gradients_pass_through_the_shared_prefix(family: str) -> None:
     model, tokenizer = make_windowed_model(family), make_tokenizer(begin=True)
     questions = encoding.encode_choices(tokenizer, SHARED_QUESTIONS, 64)

@@ -16,9 +16,10 @@ from nybble.options.scheme import SchemeOptions
 from nybble.workflows import rehearsal
 from nybble.workflows.rehearsal import make_twin, rehearse
 from tests.helpers import mixtures
+from tests.helpers.cases import fast_cases, first_fast
 from tests.helpers.causal_types import tiny_model
 from tests.helpers.compress import compress_command
-from tests.helpers.tiny import FAMILIES, make_model, make_tokenizer, save_model
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, make_model, make_tokenizer, save_model
 
 SCHEME = SchemeOptions(group_size=16)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -28,7 +29,7 @@ def loaded(family: str, **changes: Any) -> LoadedModel:
     return LoadedModel(make_model(family, **changes), make_tokenizer(), family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, [*FAST_FAMILIES, "gemma3"]))
 def test_a_twin_has_the_class_and_the_types_of_layers(family: str) -> None:
     model = loaded(family, num_hidden_layers=6, **({"layer_types": None} if family == "gemma3" else {}))
     twin = make_twin(model, SCHEME)
@@ -50,7 +51,7 @@ def test_a_twin_of_a_large_model_is_small() -> None:
     assert twin.model.config.hidden_size == 256, "rows keep their width"
 
 
-@pytest.mark.parametrize("family", mixtures.FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(mixtures.FAMILIES, ["mixtral", "gpt_oss", "deepseek_v3", "nemotron_h"]))
 def test_a_twin_of_a_mixture_has_few_experts_and_layers_of_both_kinds(family: str) -> None:
     changes = {key: 32 for key in EXPERT_COUNTS if key in mixtures.FAMILIES[family][1]}
     if "first_k_dense_replace" in mixtures.FAMILIES[family][1]:
@@ -115,7 +116,7 @@ def test_an_optional_format_that_cannot_hold_the_model_is_left_out(caplog: pytes
 
 
 @pytest.mark.usefixtures("needs_openvino")
-@pytest.mark.parametrize("command", ["compress", "distill"])
+@pytest.mark.parametrize("command", first_fast(1, ["compress", "distill"]))
 def test_what_cannot_be_exported_is_refused_before_the_work(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from nybble.export.gguf.exporter import GGUFExporter
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
 from tests.export.gguf.conftest import CHANGES, FAMILIES, LONG_ROPE, Exported
+from tests.helpers.cases import fast_cases, first_fast
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tiny import make_config
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("needs_llama_cpp")
 
 EXPORTER = GGUFExporter()
 SELECTION = LayerSelection((), (), tied=True)
+FAST = ("smollm", "gemma2", "phi3")
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -101,7 +103,7 @@ def check_tensors(exported: Exported) -> Any:
     return reader
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST))
 def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(
     family: str, export: Callable[..., Exported]
 ) -> None:
@@ -118,24 +120,23 @@ def test_a_family_is_exact_for_other_readers_and_computed_by_llama_cpp(
     assert exported.checkpoint.config.model_type in EXPORTER.tested_families
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("qwen3", {"scheme": QuantScheme(4, 64)}),
-        ("qwen3", {"scheme": QuantScheme(4, 64, symmetric=True)}),
-        ("llama", {"scheme": QuantScheme(4, 128), "hidden_size": 128, "head_dim": 32}),
-        ("smollm", {"scheme": QuantScheme(4, None)}),
-        ("smollm", {"attention_bias": True, "mlp_bias": True}),
-        ("smollm", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
-        ("smollm", {"rope_parameters": YARN}),
-        ("qwen2", {"rope_parameters": YARN}),
-        ("gemma3", {"rope_parameters": GEMMA_ROPE, "query_pre_attn_scalar": 48, "tie_word_embeddings": False}),
-        ("gemma3", {"layer_types": ["sliding_attention"] * 2}),
-        ("gemma3", {"sliding_window": 256}),  # as long as the context; the layers differ in rotary embeddings
-        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-    ],
-    ids=str,
-)
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3", {"scheme": QuantScheme(4, 64, symmetric=True)}),
+    ("qwen2", {"rope_parameters": YARN}),
+    ("gemma3", {"rope_parameters": GEMMA_ROPE, "query_pre_attn_scalar": 48, "tie_word_embeddings": False}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("qwen3", {"scheme": QuantScheme(4, 64)}),
+    ("llama", {"scheme": QuantScheme(4, 128), "hidden_size": 128, "head_dim": 32}),
+    ("smollm", {"scheme": QuantScheme(4, None)}),
+    ("smollm", {"attention_bias": True, "mlp_bias": True}),
+    ("smollm", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    ("smollm", {"rope_parameters": YARN}),
+    ("gemma3", {"layer_types": ["sliding_attention"] * 2}),
+    ("gemma3", {"sliding_window": 256}),  # as long as the context; the layers differ in rotary embeddings
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), first_fast(3, VARIANTS), ids=str)
 def test_variants_of_families(family: str, changes: dict[str, Any], export: Callable[..., Exported]) -> None:
     exported = export(family, **changes)
     symmetric = exported.checkpoint.selection.schemes[exported.checkpoint.selection.linears[0]].symmetric
@@ -200,20 +201,23 @@ def _other_field(key: str, value: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("family", "place", "fault"),
-    [
-        ("smollm", "tensors.to_neighbours", lambda rows, heads: rows),
-        ("llama", "exporter.plan_tensors", _without("rope_freqs.weight")),
-        ("phi3", "exporter.plan_tensors", _without("rope_factors_short.weight")),
-        ("gemma3", "tensors.MODEL_TYPES", {"gemma3_text": replace(MODEL_TYPES["gemma3_text"], norm_offset=0.0)}),
-        ("gemma2", "exporter.metadata", _other_field("attention.sliding_window", 9)),
-        ("gemma2", "exporter.metadata", _other_field("attention.sliding_window_pattern", 3)),
-        ("gemma2", "exporter.metadata", _other_field("attn_logit_softcapping", 3.5)),
-        ("gemma2", "exporter.metadata", _other_field("final_logit_softcapping", 5.5)),
-        ("gemma3", "exporter.metadata", _other_field("rope.freq_base_swa", 20000.0)),
-        ("qwen3", "exporter.metadata", _other_field("rope.freq_base", 20000.0)),
-        ("qwen2", "exporter.metadata", _other_field("attention.layer_norm_rms_epsilon", 1e-3)),
-        ("phi3", "exporter.metadata", _other_field("rope.scaling.attn_factor", 1.0)),
-    ],
+    first_fast(
+        4,
+        [
+            ("smollm", "tensors.to_neighbours", lambda rows, heads: rows),
+            ("phi3", "exporter.plan_tensors", _without("rope_factors_short.weight")),
+            ("gemma3", "tensors.MODEL_TYPES", {"gemma3_text": replace(MODEL_TYPES["gemma3_text"], norm_offset=0.0)}),
+            ("gemma2", "exporter.metadata", _other_field("attention.sliding_window", 9)),
+            ("llama", "exporter.plan_tensors", _without("rope_freqs.weight")),
+            ("gemma2", "exporter.metadata", _other_field("attention.sliding_window_pattern", 3)),
+            ("gemma2", "exporter.metadata", _other_field("attn_logit_softcapping", 3.5)),
+            ("gemma2", "exporter.metadata", _other_field("final_logit_softcapping", 5.5)),
+            ("gemma3", "exporter.metadata", _other_field("rope.freq_base_swa", 20000.0)),
+            ("qwen3", "exporter.metadata", _other_field("rope.freq_base", 20000.0)),
+            ("qwen2", "exporter.metadata", _other_field("attention.layer_norm_rms_epsilon", 1e-3)),
+            ("phi3", "exporter.metadata", _other_field("rope.scaling.attn_factor", 1.0)),
+        ],
+    ),
 )
 def test_the_comparison_of_logits_finds_faults(
     family: str, place: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,7 +230,7 @@ def test_the_comparison_of_logits_finds_faults(
         EXPORTER.compare_logits(checkpoint, tmp_path / "gguf")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST))
 def test_a_deployed_model_answers_with_8_bit_activations(family: str, export: Callable[..., Exported]) -> None:
     """Measured: 1.2 to 4.4 % of the largest logit. Wrong rows in query and key projections change 60 %."""
     exported, ids = export(family), torch.randint(0, 256, (1, 48))

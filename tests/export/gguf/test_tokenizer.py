@@ -17,6 +17,7 @@ from nybble.export.gguf.file import write_file
 from nybble.export.gguf.pretokenizers import name_pre_tokenizer
 from nybble.export.gguf.tokenizer import tokenizer_fields
 from nybble.export.gguf.tokenizer_check import PROBES, check_tokenizer
+from tests.helpers.cases import fast_cases
 from tests.helpers.tiny import make_tokenizer
 from tests.helpers.tokenizers import BYTE_LEVEL, byte_level_tokenizer, random_texts, sentence_piece_tokenizer
 
@@ -47,7 +48,7 @@ def different_texts(tokenizer: Any, folder: Path, texts: list[str]) -> list[str]
     return [text for text in texts if model.tokenize(text) != tokenizer(text).input_ids]
 
 
-@pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.parametrize("name", fast_cases(BYTE_LEVEL, BYTE_LEVEL.keys() - {"gpt-4o"}))
 def test_byte_level_tokenizers_are_named_by_their_structure(name: str, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(*BYTE_LEVEL[name])
     fields = write_vocabulary(tokenizer, tmp_path)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.cases import fast_cases
 from tests.helpers.exports import Export, export_tiny
-from tests.helpers.tiny import FAMILIES
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES
 
 WINDOWS: dict[str, dict[str, Any]] = {
     family: {"sliding_window": 1024} for family in ("mistral", "qwen2", "gemma2", "phi3")
@@ -33,7 +34,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 """Mixtures of experts that mlx-lm computes, with the options in which they differ."""
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=fast_cases(FAMILIES, FAST_FAMILIES))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """A model of each family."""
     pytest.importorskip("mlx_lm", reason="the extra mlx")

@@ -14,8 +14,9 @@ from nybble.quant.grid import min_max_qparams, quantize
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.export.onnx.conftest import EXPORTER, Export
+from tests.helpers.cases import fast_cases
 from tests.helpers.exports import check_codes
-from tests.helpers.tiny import FAMILIES
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES
 
 pytestmark = pytest.mark.usefixtures("needs_onnx")
 
@@ -143,7 +144,7 @@ def looked_up(tensors: dict[str, Any], rows: int, block: int) -> torch.Tensor:
     return run_node("GatherBlockQuantized", inputs, bits=8, block_size=block, gather_axis=0, quantize_axis=2).flatten(1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST_FAMILIES))
 def test_the_operators_compute_the_weights_of_a_saved_model(family: str, export: Export) -> None:
     """onnxruntime reads every weight of every family from the files, and computes it to the bit."""
     import onnx

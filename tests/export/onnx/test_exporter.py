@@ -10,7 +10,8 @@ from nybble.export.base import EXPORTERS
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from tests.export.onnx.conftest import EXPORTER, Export
-from tests.helpers.tiny import FAMILIES, make_config
+from tests.helpers.cases import fast_cases, first_fast
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, make_config
 
 SELECTION = LayerSelection((), (), tied=True)
 
@@ -19,7 +20,7 @@ def test_onnx_is_registered() -> None:
     assert EXPORTERS["onnx"].label == "ONNX"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST_FAMILIES))
 def test_an_export_holds_the_model_to_the_bit(family: str, export: Export) -> None:
     exported = export(family)
     result = exported.result
@@ -37,8 +38,10 @@ def test_an_export_holds_the_model_to_the_bit(family: str, export: Export) -> No
     assert not EXPORTER.recognizes(exported.folder.parent)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("group_size", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"),
+    first_fast(2, [(16, False), (128, True), (16, True), (64, False), (64, True), (128, False)]),
+)
 def test_group_sizes(group_size: int, symmetric: bool, export: Export) -> None:
     scheme = QuantScheme(group_size=group_size, symmetric=symmetric)
     exported = export("qwen2", scheme, hidden_size=128, num_hidden_layers=1)

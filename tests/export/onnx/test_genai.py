@@ -15,8 +15,9 @@ from nybble.models.loading import load
 from nybble.models.quantized_model import save_quantized
 from nybble.quant.scheme import QuantScheme
 from tests.export.onnx.conftest import EXPORTER, Export
+from tests.helpers.cases import fast_cases
 from tests.helpers.rounding import round_model_to_nearest
-from tests.helpers.tiny import FAMILIES
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES
 
 pytestmark = pytest.mark.usefixtures("needs_onnx")
 
@@ -57,7 +58,7 @@ def generate(model: Any, ids: list[int], max_length: int, min_length: int = 0) -
     return [int(token) for token in generator.get_sequence(0)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST_FAMILIES))
 def test_genai_generates_the_tokens_of_torch(family: str, export: Export, tmp_path: Path) -> None:
     """Longer than the sliding windows, with caches that genai shares between past and present."""
     exported = export(family)

@@ -17,10 +17,11 @@ from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from tests.export.onnx.conftest import EXPORTER, Export, Exported, attributes
 from tests.export.onnx.test_experts import FAMILIES as MIXTURES
+from tests.helpers.cases import fast_cases, first_fast
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixtures import model_type
 from tests.helpers.small_disk import SMALL_DISKS
-from tests.helpers.tiny import FAMILIES, make_config
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, make_config
 
 pytestmark = pytest.mark.usefixtures("needs_onnx")
 
@@ -33,7 +34,7 @@ def initializer(exported: Exported, name: str) -> torch.Tensor:
     return torch.from_numpy(onnx.numpy_helper.to_array(found).copy())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, [*FAST_FAMILIES, "llama"]))
 def test_every_quantized_layer_is_an_operator_with_codes(family: str, export: Export) -> None:
     exported = export(family)
     products = [attributes(node) for node in exported.nodes("MatMulNBits")]
@@ -64,15 +65,18 @@ def test_a_tied_head_shares_the_codes_of_the_embedding(family: str, export: Expo
 
 @pytest.mark.parametrize(
     ("family", "windows"),
-    [
-        ("llama", [-1, -1]),
-        ("mistral", [8, 8]),
-        ("phi3", [8, 8]),
-        ("qwen2", [-1, 8]),
-        ("qwen3", [-1, -1]),
-        ("gemma2", [8, -1]),
-        ("gemma3", [8, -1]),
-    ],
+    first_fast(
+        3,
+        [
+            ("llama", [-1, -1]),
+            ("phi3", [8, 8]),
+            ("gemma2", [8, -1]),
+            ("mistral", [8, 8]),
+            ("qwen2", [-1, 8]),
+            ("qwen3", [-1, -1]),
+            ("gemma3", [8, -1]),
+        ],
+    ),
 )
 def test_layers_have_the_windows_of_transformers(family: str, windows: list[int], export: Export) -> None:
     """The builder alone gives Mistral and Phi-3 no windows."""
@@ -107,7 +111,12 @@ _VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes"), _VARIANTS, ids=lambda value: str(value)[:60])
+_FAST_VARIANTS = [_VARIANTS[i] for i in (0, 5, 10)]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), fast_cases(_VARIANTS, _FAST_VARIANTS), ids=lambda value: str(value)[:60]
+)
 def test_models_of_a_family_that_differ(family: str, changes: dict[str, Any], export: Export) -> None:
     """`export` compares weights and logits; 1e-5 is rounding in float32, a wrong operator gives 0.1."""
     assert (export(family, **changes).result.logit_difference or 0) <= 1e-5
@@ -124,7 +133,7 @@ _ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rope_type", _ROPES)
+@pytest.mark.parametrize("rope_type", fast_cases(_ROPES, ["linear", "yarn"]))
 def test_tables_of_rotary_embeddings_are_those_of_transformers(rope_type: str, export: Export) -> None:
     """The builder alone ignores the type "linear" of a Llama model, for example."""
     exported = export("llama", rope_parameters={"rope_type": rope_type, "rope_theta": 1e4} | _ROPES[rope_type])
@@ -146,7 +155,7 @@ def test_gemma3_has_a_table_for_each_type_of_layer(export: Export) -> None:
     assert [node.input[7] for node in exported.nodes("GroupQueryAttention")] == ["cos_cache_local", "cos_cache_global"]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("family", first_fast(1, ["gemma2", "gemma3"]))
 def test_the_factor_of_the_embedding_is_exact(family: str, export: Export) -> None:
     """The builder alone rounds it to two decimals: 9.8 instead of 9.79796."""
     import onnx

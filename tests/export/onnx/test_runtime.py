@@ -12,8 +12,9 @@ from nybble.errors import ExportError, RunError
 from nybble.export.onnx import runtime as module
 from nybble.workflows.target import open_exported
 from tests.export.onnx.conftest import EXPORTER, Export, attributes
+from tests.helpers.cases import fast_cases
 from tests.helpers.exports import check_generation, check_padding_and_windows, record_lengths
-from tests.helpers.tiny import FAMILIES
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES
 
 
 def open_strict(export: Export, family: str) -> tuple[Any, Any]:
@@ -21,7 +22,7 @@ def open_strict(export: Export, family: str) -> tuple[Any, Any]:
     return exported.checkpoint.build(), EXPORTER.open_model(exported.folder, exported.checkpoint.config, strict=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_cases(FAMILIES, FAST_FAMILIES))
 def test_padding_and_sliding_windows(family: str, export: Export) -> None:
     assert bool(check_padding_and_windows(*open_strict(export, family)).isfinite().all())
 

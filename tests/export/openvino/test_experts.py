@@ -25,7 +25,7 @@ PRODUCTS = {
     "ernie4_5_moe": 3, "phimoe": 3, "deepseek_v2": 3, "deepseek_v3": 3, "lfm2_moe": 3, "qwen3_5_moe": 3,
     "qwen3_next": 3, "kimi_linear": 3, "nemotron_h": 0, "llama4": 0, "longcat_flash": 0, "jetmoe": 0,
 }  # fmt: skip
-FAST = {"mixtral", "gpt_oss", "llama4", "lfm2_moe", "jetmoe"}
+FAST = {"mixtral"}  # gpt_oss is tested with several schemes
 
 
 def linear_mixture(family: str, **changes: Any) -> Any:
@@ -52,6 +52,7 @@ def test_a_mixture_has_the_logits_of_torch_and_computes_the_chosen_experts_only(
     assert kinds["GatherMatmul"] == PRODUCTS[family] * layers
 
 
+@pytest.mark.slow
 def test_experts_with_an_odd_number_of_groups_are_read_back(tmp_path: Path) -> None:
     """Zero points of one expert end in the middle of a byte."""
     model = linear_mixture(

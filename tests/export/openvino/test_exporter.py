@@ -14,6 +14,7 @@ from nybble.export.openvino.exporter import OpenVINOExporter
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from tests.export.openvino.conftest import Exported
+from tests.helpers.cases import first_fast
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tiny import FAMILIES, make_config, make_tokenizer
 
@@ -128,7 +129,9 @@ def test_limits_say_up_to_which_length_the_export_is_right(parameters: Any, toke
     assert [f"is right up to {tokens} tokens" in limit for limit in limits] == [True] * (tokens is not None)
 
 
-@pytest.mark.parametrize("name", ["openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"])
+@pytest.mark.parametrize(
+    "name", first_fast(1, ["openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"])
+)
 def test_a_disk_that_fills_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openvino = pytest.importorskip("openvino", reason="the extra openvino")
     original = openvino.save_model

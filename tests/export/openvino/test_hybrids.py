@@ -136,6 +136,7 @@ def sliding_windows(folder: Path) -> list[int]:
     return [int(core().compile_model(window, "CPU")({})[0]) for window in windows]
 
 
+@pytest.mark.slow
 def test_paged_attention_has_the_sliding_windows(tmp_path: Path) -> None:
     """It takes no masks: it finds windows, of 8 tokens here, in the graph."""
     _, folder = export(make_model("gemma3"), tmp_path)

@@ -14,6 +14,7 @@ from nybble.export.base import EXPORTERS
 from nybble.export.checks import exporter_of
 from nybble.export.safetensors_writer import read_metadata
 from nybble.quant.scheme import QuantScheme
+from tests.helpers.cases import fast_cases, first_fast
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.exports import (
     BFLOAT16_NORM,
@@ -27,13 +28,13 @@ from tests.helpers.exports import (
     slow_values,
 )
 from tests.helpers.smollm2 import ANSWER, chat_ids, smollm2_checkpoint
-from tests.helpers.tiny import FAMILIES, save_model
+from tests.helpers.tiny import FAMILIES, FAST_FAMILIES, save_model
 
 pytest.importorskip("compressed_tensors", reason="the extra vllm")
 VLLM = EXPORTERS["vllm"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=fast_cases(FAMILIES, FAST_FAMILIES))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """A model of each family, exported once."""
     return export_tiny("vllm", tmp_path_factory.mktemp(request.param), request.param)
@@ -103,7 +104,7 @@ def test_logits_and_greedy_tokens_are_those_of_torch(exported: Export) -> None:
     check_logits_and_greedy_tokens(VLLM, exported)
 
 
-@pytest.mark.parametrize("family", ["smollm", "phi3"])
+@pytest.mark.parametrize("family", fast_cases(["smollm", "phi3"], ["smollm"]))
 def test_plain_transformers_loads_the_folder(tmp_path: Path, family: str) -> None:
     """Without nybble's settings, weights are dequantized at the first call; a tied head stays out of it."""
     exported, ids = export_tiny("vllm", tmp_path, family), torch.randint(0, 256, (1, 20))
@@ -118,8 +119,10 @@ def test_plain_transformers_loads_the_folder(tmp_path: Path, family: str) -> Non
     )
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"),
+    first_fast(2, [(64, True), (128, False), (32, False), (32, True), (64, False), (128, True)]),
+)
 def test_group_sizes_and_symmetric_schemes(tmp_path: Path, group_size: int, symmetric: bool) -> None:
     scheme = QuantScheme(group_size=group_size, symmetric=symmetric)
     exported = export_tiny(
