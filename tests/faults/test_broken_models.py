@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nybble.errors import ModelError
 from nybble.models.head import LMHead
 from nybble.models.loading import load
 from tests.faults.config_mutations import HARMLESS, MUTATIONS, Change, mutate
+from tests.helpers.cases import slow_case
 from tests.helpers.tiny import save_model
 
 CPU = torch.device("cpu")
@@ -45,12 +47,15 @@ def refusal(folder: Path) -> str:
     return message
 
 
-def groups() -> Iterator[tuple[str, list[tuple[str, str, Change]]]]:
-    """The mutations by field, so that a group is a test."""
+def groups() -> Iterator[Any]:
+    """The mutations by field, so that a group is a test; those of a field after the first two are slow tests."""
     by_field: dict[str, list[tuple[str, str, Change]]] = {}
     for mutation in MUTATIONS:
         by_field.setdefault(mutation[1].split("=")[0].split(" ")[0], []).append(mutation)
-    yield from by_field.items()
+    for field, mutations in by_field.items():
+        yield field, mutations[:2]
+        if mutations[2:]:
+            yield slow_case((field, mutations[2:]))
 
 
 def test_there_are_a_hundred_mutations() -> None:

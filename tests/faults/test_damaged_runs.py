@@ -32,6 +32,7 @@ from nybble.run.resume import check_same_options, saved_options
 from nybble.training.fit import FitConfig, checkpoint_names, fit
 from nybble.training.teacher import teacher_hidden_states
 from tests.compression.test_block_compression import compressor
+from tests.helpers.cases import every_second, fast_cases, first_fast
 from tests.helpers.runs import candidate, searched, task_results, tuned, with_everything
 from tests.helpers.tiny import make_model, make_tokenizer
 from tests.helpers.toy_training import Toy, make_toy, trainer_config
@@ -68,7 +69,7 @@ def test_states_with_a_damaged_note_are_computed_again(
     assert torch.equal(states_of(tmp_path), taught[1])
 
 
-@pytest.mark.parametrize("value", [None, "x", -1, 7, 1.5, True, [], {}, ...], ids=repr)
+@pytest.mark.parametrize("value", first_fast(4, [None, -1, True, ..., "x", 7, 1.5, [], {}]), ids=repr)
 @pytest.mark.parametrize("key", ["done", "crc32", "shape", "tokens", "dtype"])
 def test_states_with_an_edited_note_are_computed_again(
     key: str, value: Any, taught: tuple[Path, Tensor], tmp_path: Path
@@ -96,7 +97,7 @@ def test_states_with_an_edited_note_are_computed_again(
         None,
     ],
 )
-@pytest.mark.parametrize("done", [6, 4])
+@pytest.mark.parametrize("done", first_fast(1, [4, 6]))
 def test_states_that_are_not_those_that_were_written_are_computed_again(
     done: int, damage: Callable[[bytes], bytes] | None, taught: tuple[Path, Tensor], tmp_path: Path
 ) -> None:
@@ -145,7 +146,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 EVERYTHING = everything()
 
 
-@pytest.mark.parametrize("value", [None, [], {}, "x", -3, 1e400, [None], ...], ids=repr)
+@pytest.mark.parametrize("value", first_fast(2, [None, ..., -3, [], {}, "x", 1e400, [None]]), ids=repr)
 def test_edited_results_are_refused_or_harmless(value: Any, tmp_path: Path) -> None:
     refused, failed = 0, []
     for path in places(EVERYTHING):
@@ -176,7 +177,7 @@ def test_edited_results_are_refused_or_harmless(value: Any, tmp_path: Path) -> N
     assert refused > 5
 
 
-@pytest.mark.parametrize("content", DAMAGED_JSON, ids=lambda content: repr(content)[:20])
+@pytest.mark.parametrize("content", fast_cases(DAMAGED_JSON, DAMAGED_JSON[::2]), ids=lambda content: repr(content)[:20])
 @pytest.mark.parametrize("name", ["results.json", MARKER])
 def test_a_damaged_note_of_a_run_is_one_line(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -258,7 +259,7 @@ CHECKPOINTS: list[Change] = [
 ]
 
 
-@pytest.mark.parametrize("change", CHECKPOINTS, ids=range(len(CHECKPOINTS)))
+@pytest.mark.parametrize("change", fast_cases(CHECKPOINTS, CHECKPOINTS[::3]), ids=range(len(CHECKPOINTS)))
 def test_an_edited_checkpoint_is_one_line(change: Change, tmp_path: Path) -> None:
     trained(tmp_path)
     last = tmp_path / checkpoint_names()[0]
@@ -324,23 +325,25 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda tensors, note: note.pop("errors"),
-        lambda tensors, note: note.pop("losses"),
-        lambda tensors, note: note.update(errors=None),
-        lambda tensors, note: note.update(errors={"mlp.up_proj": {}}),
-        lambda tensors, note: note.update(errors={"mlp.up_proj": None}),
-        lambda tensors, note: note.update(losses=3),
-        lambda tensors, note: note.update(losses=["x"]),
-        lambda tensors, note: tensors.clear(),
-        lambda tensors, note: tensors.pop("mlp.up_proj:scale_OG"),
-        lambda tensors, note: tensors.pop("input_layernorm.weight"),
-        lambda tensors, note: tensors.update({"mlp.up_proj:scale_OG": torch.ones(3)}),
-        lambda tensors, note: tensors.update({"mlp.up_proj:weight_OI": torch.ones(3, 3)}),
-        lambda tensors, note: tensors.update({"mlp.up_proj:zero_point_OG": torch.ones(128, 2).byte()}),
-        lambda tensors, note: tensors.update({"input_layernorm.weight": torch.ones(3)}),
-        lambda tensors, note: tensors.update({"more": torch.ones(3)}),
-    ],
+    every_second(
+        [
+            lambda tensors, note: note.pop("errors"),
+            lambda tensors, note: note.pop("losses"),
+            lambda tensors, note: note.update(errors=None),
+            lambda tensors, note: note.update(errors={"mlp.up_proj": {}}),
+            lambda tensors, note: note.update(errors={"mlp.up_proj": None}),
+            lambda tensors, note: note.update(losses=3),
+            lambda tensors, note: note.update(losses=["x"]),
+            lambda tensors, note: tensors.clear(),
+            lambda tensors, note: tensors.pop("mlp.up_proj:scale_OG"),
+            lambda tensors, note: tensors.pop("input_layernorm.weight"),
+            lambda tensors, note: tensors.update({"mlp.up_proj:scale_OG": torch.ones(3)}),
+            lambda tensors, note: tensors.update({"mlp.up_proj:weight_OI": torch.ones(3, 3)}),
+            lambda tensors, note: tensors.update({"mlp.up_proj:zero_point_OG": torch.ones(128, 2).byte()}),
+            lambda tensors, note: tensors.update({"input_layernorm.weight": torch.ones(3)}),
+            lambda tensors, note: tensors.update({"more": torch.ones(3)}),
+        ]
+    ),
 )
 def test_an_edited_block_is_one_line(change: Change, block: Path, tmp_path: Path) -> None:
     tensors, note = files.load_tensors(block)
@@ -360,14 +363,16 @@ PENDING = generate.PendingGeneration(num_train=2, num_calibration=0, seq_len=12,
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda tensors, note: tensors.clear(),
-        lambda tensors, note: tensors.update(ids=tensors["ids"].long()),
-        lambda tensors, note: tensors.update(ids=tensors["ids"].float()),
-        lambda tensors, note: tensors.update(ids=tensors["ids"].flatten()),
-        lambda tensors, note: tensors.update(ids=tensors["ids"] - 1000),
-        lambda tensors, note: tensors.update(more=torch.ones(2)),
-    ],
+    every_second(
+        [
+            lambda tensors, note: tensors.clear(),
+            lambda tensors, note: tensors.update(ids=tensors["ids"].long()),
+            lambda tensors, note: tensors.update(ids=tensors["ids"].float()),
+            lambda tensors, note: tensors.update(ids=tensors["ids"].flatten()),
+            lambda tensors, note: tensors.update(ids=tensors["ids"] - 1000),
+            lambda tensors, note: tensors.update(more=torch.ones(2)),
+        ]
+    ),
 )
 def test_edited_text_of_the_model_is_one_line(change: Change, tmp_path: Path) -> None:
     path, model, tokenizer = tmp_path / "self.safetensors", make_model("smollm", num_hidden_layers=1), make_tokenizer()
@@ -421,8 +426,11 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "search.db"
 
 
-@pytest.mark.parametrize("size", [50, 100, 5000, 20_000])
-@pytest.mark.parametrize("fill", [b"", b"x" * 20_000])
+@pytest.mark.parametrize(
+    ("size", "fill"),
+    first_fast(2, [(100, b""), (5000, b"x" * 20_000), (50, b""), (5000, b""), (20_000, b""),
+                   *((size, b"x" * 20_000) for size in (50, 100, 20_000))]),
+)  # fmt: skip
 def test_damaged_trials_are_one_line(size: int, fill: bytes, trials: Path, tmp_path: Path) -> None:
     (tmp_path / "search.db").write_bytes(trials.read_bytes()[:size] + fill)
     with pytest.raises(RunError, match="delete it to search anew") as error:

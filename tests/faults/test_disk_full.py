@@ -22,6 +22,7 @@ from nybble.nls.search import SearchConfig, search_ranks
 from nybble.options.toml import to_toml
 from nybble.training.teacher import teacher_hidden_states
 from nybble.training.tensorboard import TensorBoardCallback
+from tests.helpers.cases import slow_case
 from tests.helpers.distill import distill_options, shipped_bytes
 from tests.helpers.rounding import round_model_to_nearest
 from tests.helpers.small_disk import SMALL_DISKS, grow, small_tmpfs
@@ -77,9 +78,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("disk", SMALL_DISKS)
-@pytest.mark.parametrize("size", [0, BLOCK, 8 * BLOCK])
-@pytest.mark.parametrize("write", WRITERS)
+CASES = [(write, size, disk) for write in WRITERS for size in (0, BLOCK, 8 * BLOCK) for disk in SMALL_DISKS]
+SLOW_CASES = [case for case in CASES if (case[0] == write_trials and case[1:] != (BLOCK, "tmpfs")) or case[1] == 0]
+
+
+@pytest.mark.parametrize(("write", "size", "disk"), [slow_case(case) if case in SLOW_CASES else case for case in CASES])
 def test_a_full_disk_is_one_line(write: Callable[[Path], None], size: int, disk: str, tmp_path: Path) -> None:
     folder, whole = tmp_path / "small", tmp_path / "whole"
     folder.mkdir()

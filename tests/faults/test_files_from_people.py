@@ -1,6 +1,7 @@
 """Files that users bring: --data, --task and the local files of lm-eval read them alike, or name what is wrong."""
 
 import codecs
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from nybble.errors import DataError, NybbleError, OptionError
 from nybble.evaluation import lm_eval
 from nybble.evaluation.local_tasks import read_dataset
 from nybble.tasks import sources
+from tests.helpers.cases import fast_cases
 from tests.helpers.chat import CONVERSATION
 from tests.helpers.questions import request
 
@@ -67,9 +69,13 @@ def read(option: str) -> Callable[[Path], int]:
     return READERS[option]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "JSONL", "Jsonl", "json", "JSON"])
-@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "byte-order mark"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"], ids=["LF", "CRLF", "empty lines"])
+SUFFIXES, MARKS, ENDS = ("jsonl", "JSONL", "Jsonl", "json", "JSON"), (b"", codecs.BOM_UTF8), ("\n", "\r\n", "\n\n \n")
+COMBINATIONS = [*itertools.product(SUFFIXES, MARKS, ENDS)]
+TOGETHER = [("jsonl", b"", "\n"), ("JSONL", codecs.BOM_UTF8, "\r\n"), ("json", b"", "\r\n"), ("Jsonl", b"", "\n\n \n"),
+            ("JSON", codecs.BOM_UTF8, "\n\n \n")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "mark", "end"), fast_cases(COMBINATIONS, TOGETHER))
 def test_json_lines_are_read(read: Callable[[Path], int], suffix: str, mark: bytes, end: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(mark + lines(ROWS, end).encode())

@@ -18,13 +18,14 @@ from nybble.errors import ModelError
 from nybble.models.gguf_file import read_gguf
 from nybble.models.head import LMHead
 from nybble.models.loading import load
+from tests.helpers.cases import first_fast
 from tests.helpers.gguf_files import write_model
 
 CPU = torch.device("cpu")
 SEED = 35
 
 
-@pytest.fixture(scope="module", params=["smollm", "some-other"])
+@pytest.fixture(scope="module", params=first_fast(1, ["some-other", "smollm"]))
 def content(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file whose tokenizer is rebuilt here, and one that transformers converts."""
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"

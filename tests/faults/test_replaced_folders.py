@@ -19,6 +19,7 @@ from nybble.workflows import search as search_module
 from nybble.workflows import tune as tune_module
 from nybble.workflows.distill import distill
 from nybble.workflows.tune import tune
+from tests.helpers.cases import fast_cases
 from tests.helpers.compress import compress_command
 from tests.helpers.distill import distill_options, shipped_bytes
 from tests.helpers.kills import kills
@@ -57,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @needs_fork
-@pytest.mark.parametrize("leftover", [False, True])
+@pytest.mark.parametrize("leftover", fast_cases([False, True], [True]))
 def test_the_old_folder_or_the_new_one_is_whole_at_every_moment(leftover: bool, tmp_path: Path) -> None:
     path, count = tmp_path / "quantized", 0
     old, new = (dict.fromkeys(("a", "b/c", "d"), content) for content in (b"old", b"new"))
@@ -150,6 +151,7 @@ def test_what_a_finished_run_lacks_is_made_again(command: str, tmp_path: Path) -
             assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_nothing_beside_the_run_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.data.generate.MIN_DISTINCT_NGRAMS", 1.1)
     model, run = save_model(tmp_path / "model", "smollm"), tmp_path / "run"

@@ -71,7 +71,7 @@ def raises_something_else(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.usefixtures("needs_openvino")
-@pytest.mark.parametrize("function", ["convert_model", "save_model"])
+@pytest.mark.parametrize("function", ["convert_model", pytest.param("save_model", marks=pytest.mark.slow)])
 def test_an_export_that_was_interrupted_is_no_failed_export(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from nybble.cli.main import main
 from nybble.models.quantized_model import load_quantized
 from tests.helpers.compress import compress_command
+from tests.helpers.copies import copy_run
 from tests.helpers.tiny import make_tokenizer, save_model
 
 SEQUENCES = ["--data", "python-docs", "--num_samples", "2", "--seq_len", "32"]
@@ -45,11 +46,18 @@ def add_code(folder: Path, evidence: Path) -> None:
         (folder / name).write_text(json.dumps(values | {"auto_map": auto_map}))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(compress_command(save_model(folder / "model", "llama"), folder / "run")) == 0
+    return folder
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    assert main(compress_command(save_model(tmp_path / "model", "llama"), run)) == 0
-    return run
+def finished(folder: Path, tmp_path: Path) -> Path:
+    """A finished run of this test alone."""
+    return copy_run(folder, tmp_path) / "run"
 
 
 @pytest.mark.parametrize(

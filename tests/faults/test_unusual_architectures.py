@@ -79,7 +79,7 @@ def test_decoder_outputs_may_differ_in_width() -> None:
     assert decoder_errors(model, IDS[0], outputs) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("method", ["rtn", "se+gptq"])
+@pytest.mark.parametrize("method", [pytest.param("rtn", marks=pytest.mark.slow), "se+gptq"])
 def test_a_narrow_embedding_is_compressed(method: str, tmp_path: Path) -> None:
     options = CompressOptions.of(
         pretrained=str(save(tmp_path / "model", make("opt"))), output_dir=str(tmp_path / "run"), data=("python-docs",),
