@@ -78,9 +78,9 @@ def test_an_interrupted_generation_continues_with_the_same_text(tmp_path: Path) 
 
 
 def test_text_of_other_settings_is_not_continued(tmp_path: Path) -> None:
-    plain, prefixes = replace(PENDING, num_train=2), torch.tensor([[256, 70, 71]])
+    plain, prefixes = replace(PENDING, num_train=2, seq_len=12), torch.tensor([[256, 70, 71]])
     generate_text(tmp_path / "ids", replace(plain, prefixes=prefixes))
-    settings = [({"seed": 1}, 3), ({"seq_len": 20}, 3), ({}, 2), ({"prefixes": prefixes + 1}, 3), ({}, 3)]
+    settings = [({"seed": 1}, 3), ({"seq_len": 10}, 3), ({}, 2), ({"prefixes": prefixes + 1}, 3), ({}, 3)]
     for changes, batch_size in settings:
         pending = replace(plain, **changes)  # type: ignore[arg-type]
         expected = generate_text(tmp_path / "new", pending, batch_size)

@@ -33,6 +33,7 @@ def test_limit_counts_documents(data_dir: Path) -> None:
     assert len(results["arc_easy"]["right:acc"]) == 3
 
 
+@pytest.mark.slow
 def test_word_perplexity_does_not_depend_on_the_number_of_documents(data_dir: Path) -> None:
     config = LmEvalConfig(("wikitext",), 2, data_dir=str(data_dir))
     one = run_tasks(make_model("llama"), make_tokenizer(), config)

@@ -1,8 +1,9 @@
 """The run folder: refusals, locks, what --overwrite deletes, seconds of stages."""
 
+import multiprocessing
 import platform
-import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -62,15 +63,24 @@ def test_settings_of_another_program_do_not_make_a_run(settings: bytes, tmp_path
     assert (tmp_path / "post.md").read_text() == "keep me"
 
 
+def try_to_reopen(path: Path, sender: Connection) -> None:
+    """Send the reason why a run cannot be reopened, or nothing."""
+    try:
+        reopen_run(path).close()
+    except RunError as error:
+        sender.send(str(error))
+    else:
+        sender.send("")
+
+
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     run = open_run(options(tmp_path / "run"))
-    code = (
-        "import sys; from pathlib import Path; from nybble.run.folder import reopen_run; "
-        "reopen_run(Path(sys.argv[1])).close()"
-    )
-    attempt = [sys.executable, "-c", code, str(run.path)]
-    refused = subprocess.run(attempt, capture_output=True, text=True, check=False)
-    assert "is in use by another process; wait until that ends" in refused.stderr
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    # A fork: a new process would take seconds to import torch.
+    other = multiprocessing.get_context("fork").Process(target=try_to_reopen, args=(run.path, sender))
+    other.start()
+    other.join()
+    assert "is in use by another process; wait until that ends" in receiver.recv()
     run.save()
     run.close()
     reopen_run(run.path).close()

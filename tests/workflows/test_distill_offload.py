@@ -34,8 +34,9 @@ WAYS: dict[str, dict[str, object]] = {
     "rounding": {"train": "rounding", **WITHOUT_ADAPTERS},
     "exact positions": {"lora_rank": 0, "keep_positions": "exact"},
 }
-FAST = [("smollm", "adapters", "rtn"), ("smollm", "scales", "se")]
+FAST = [("smollm", "adapters", "rtn")]
 SLOW = [
+    ("smollm", "scales", "se"),
     *(("smollm", way, "se") for way in WAYS if way != "scales"),
     *(("gemma3", way, "awq+se+gptq") for way in ("adapters", "scales")),
     *(("mixtral", way, "se+gptq") for way in ("adapters", "one byte", "scales")),
@@ -54,7 +55,7 @@ def test_a_model_on_disk_ends_with_the_bits_of_one_in_memory(name: str, way: str
 @pytest.mark.parametrize(
     ("way", "keep"),
     [
-        ("adapters", "fixed"),
+        pytest.param("adapters", "fixed", marks=pytest.mark.slow),
         *(pytest.param(way, "exact", marks=pytest.mark.slow) for way in WAYS if way != "exact positions"),
         *(pytest.param(way, "none", marks=pytest.mark.slow) for way in ("adapters", "scales")),
     ],
@@ -93,8 +94,9 @@ def test_only_what_is_trained_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert len(seen) > 7
 
 
-@pytest.mark.parametrize("stage", ["train_layers", pytest.param("save_quantized", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("offload", ["disk", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train_layers", "save_quantized"])
+@pytest.mark.parametrize("offload", ["disk", "none"])
 def test_killed_it_ends_with_the_same_bits_from_disk_or_memory(
     stage: str, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,8 @@ def test_bits_are_chosen_said_kept_and_taken_on_resume(
     assert layers_of(run).bits == bits
 
 
-@pytest.mark.parametrize("bits", [2.5, pytest.param(3.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2.5, 3.5])
 def test_every_method_takes_layers_of_two_widths(tmp_path: Path, bits: float) -> None:
     model, run = save_model(tmp_path / "model", "qwen3"), tmp_path / "run"
     flags = ("--bits", str(bits), "--method", "awq+se+gptq+blockwise", "--seq_len", "32", "--blockwise_epochs", "1")

@@ -11,14 +11,13 @@ from nybble.models.quantized_model import load_quantized
 from nybble.run.results import read_results
 from nybble.workflows.distill import distill
 from nybble.workflows.tune import tune
+from tests.helpers.cases import fast_cases
 from tests.helpers.distill import distill_options
 from tests.helpers.mixtures import FAMILIES, save_mixture
 from tests.helpers.tune import task_of, tune_options
 
-FAST = ("gpt_oss",)
-TUNED = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 # Not phimoe: its routing weights jump at a threshold, and those of a random model do so all the time.
-DISTILLED = [family for family in TUNED if "phimoe" not in getattr(family, "values", ())]
+DISTILLED = fast_cases([family for family in FAMILIES if family != "phimoe"], ["gpt_oss"])
 # Enough for a random mixture to get closer to its 16-bit self.
 TRAINING: dict[str, Any] = {"group_size": 32, "lr": 1e-3, "scale_lr": 1e-3, "num_train_samples": 64, "save_steps": 100}
 CPU = torch.device("cpu")
@@ -46,7 +45,8 @@ def test_a_mixture_is_distilled_and_loaded_again(family: str, tmp_path: Path) ->
     assert 0 < difference < 0.7, "a few tokens go to other experts"
 
 
-@pytest.mark.parametrize("family", TUNED)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_is_tuned_with_elastic_ranks(family: str, tmp_path: Path) -> None:
     options = tune_options(tmp_path, group_size=32)
     model = Path(options.model.pretrained)

@@ -85,7 +85,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["rtn", pytest.param("awq+se+blockwise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "awq+se+blockwise"])
 def test_killed_between_blocks_it_ends_with_the_same_bits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_blocks_wait_on_disk_where_the_model_does_not_fit(
     assert "the estimate is above the free memory (0.6 GB)" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_is_freed_goes_back_to_the_system_where_the_model_is_on_disk_or_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +174,7 @@ def test_nothing_is_chosen_for_a_model_without_safetensors(pretrained: str, monk
     assert not placement.stays_on_disk(CompressOptions.of(pretrained=pretrained))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_measured_is_read_block_by_block(tmp_path: Path) -> None:
     run = tmp_path / "run"
     compress(options(save_mixture(tmp_path / "model", "mixtral"), run))

@@ -106,6 +106,7 @@ def test_tuned_runs_keep_positions_as_well(tmp_path: Path) -> None:
         assert all(len(tensor.unique()) > 100 for tensor in found.values()), "the positions differ"
 
 
+@pytest.mark.slow
 def test_without_positions_a_run_starts_in_the_middle_of_the_cells_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

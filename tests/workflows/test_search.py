@@ -24,7 +24,7 @@ optuna = pytest.importorskip("optuna", reason="the extra search")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     write_letters(folder / "letters.jsonl", 120)  # 12 held out
-    tune(tune_options(folder, epochs=2, num_selection_samples=8))
+    tune(tune_options(folder, epochs=1, num_selection_samples=8))
     return folder / "run"
 
 
@@ -52,6 +52,7 @@ def test_a_search_continues_and_compares(trained: Path, capsys: pytest.CaptureFi
     assert "tpe" in (trained / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_nsga2_reports_a_front(trained: Path) -> None:
     searched(trained, sampler="nsga2", num_trials=4)
     task = task_of(trained)
@@ -137,6 +138,7 @@ def test_an_interrupted_replacement_is_finished_by_resuming(tmp_path: Path, monk
     assert task.replaced_by_search
 
 
+@pytest.mark.slow
 def test_ranks_that_were_replaced_can_still_be_measured(tmp_path: Path) -> None:
     run, changes = tmp_path / "run", {"epochs": 1, "lora_rank_space": (8, 1), "custom_rank_config": (8, 1)}
     tune(tune_options(tmp_path, **changes))

@@ -40,7 +40,8 @@ def test_gradient_checkpointing_is_chosen_where_memory_asks_for_it_and_changes_n
     assert_equal_weights(roomy, small)
 
 
-@pytest.mark.parametrize("train", ["lora", pytest.param("rounding", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "rounding"])
 def test_base_weights_of_one_byte_train_as_a_run_does_from_its_kept_positions(train: str, tmp_path: Path) -> None:
     model, at_once, first, second = save_model(tmp_path / "model", "llama"), *(tmp_path / name for name in "abc")
     shared: dict[str, Any] = {"dtype": "float32", "group_size": 32}
@@ -69,6 +70,7 @@ def test_base_weights_take_one_byte_where_memory_asks_for_it_and_a_resumed_run_k
     assert plan.keep_saved_choices(options.replace(resume=True)).training.base_weights == "fixed"
 
 
+@pytest.mark.slow
 def test_base_weights_are_said_to_have_no_effect_where_none_are_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
