@@ -1,5 +1,6 @@
 """Shared by all tests: threads as the command line has them, real data where it is, the real model once a session."""
 
+import gc
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # runtime.set_openmp_spin
@@ -13,6 +14,12 @@ import pytest
 import torch
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """What imports and the collection of tests made is not searched for cycles again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
