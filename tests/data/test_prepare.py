@@ -12,13 +12,8 @@ from nybble import files
 from nybble.data import generate, packing, sources
 from nybble.data.mixture import Mixture
 from nybble.data.packing import TokenRows, token_fingerprint
-from nybble.data.prepare import (
-    TextData,
-    TextRequest,
-    evaluation_sources,
-    no_rows,
-    prepare_text,
-)
+from nybble.data.prepare import TextData, no_rows, prepare_text
+from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError, OptionError
 from nybble.workflows.text import check_token_ids

@@ -8,6 +8,7 @@ import datasets
 import pandas
 import pytest
 
+from nybble.data import sources
 from nybble.data.sources import load_documents, prefix_source
 from nybble.data.splits import SPLITS, DocumentSplits
 from nybble.errors import DataError
@@ -283,6 +284,46 @@ def test_a_hub_data_set_with_all_splits(monkeypatch: pytest.MonkeyPatch) -> None
     published = hub_data({"train": ["a"], "validation": ["b"], "test": ["c"], "extra": ["d"]}, "body")
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: {("some/data",): published}[arguments])
     assert everything(load("some/data", column="body")) == ["a", "b", "c"]
+
+
+@pytest.fixture
+def two_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data set some/data with the configurations en and de, as the library itself finds and misses them."""
+    lines = ["---", "configs:"]
+    for name in ("en", "de"):
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train.jsonl"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(30)))
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    real = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, *configuration: real(str(tmp_path), *configuration, cache_dir=str(tmp_path / "cache")),
+    )
+
+
+@pytest.mark.usefixtures("two_configurations")
+def test_a_configuration_of_a_hub_data_set_is_named_after_a_colon() -> None:
+    assert set(everything(load("some/data:de"))) == {f"de {i}" for i in range(30)}
+
+
+@pytest.mark.usefixtures("two_configurations")
+@pytest.mark.parametrize("name", ["some/data", "some/data:fr"])
+def test_the_configurations_are_listed_where_none_of_them_is_named(name: str) -> None:
+    match = f"--data {name} must name a configuration of the data set, as in some/data:en; it has en, de"
+    with pytest.raises(DataError, match=match):
+        load(name)
+
+
+def test_of_a_huge_hub_data_set_evenly_spaced_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MOST_CHARACTERS", 3000)
+    published = hub_data({"train": [f"{i:010}" for i in range(1000)], "validation": ["b"], "test": [""] * 3 + ["c"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: published)
+    found = load("some/data")
+    assert list(found.train) == [f"{i:010}" for i in range(0, 1000, 4)]
+    assert found.validation == ["b"]
+    assert list(found.test) == ["", "", "", "c"]
 
 
 def test_wikitext2_of_the_hub_is_one_text_per_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,12 @@ def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
     problem = f"{option} {path} cannot be read as {suffix[1:]}"
     if suffix == ".parquet":
         return _read_parquet(path, problem)
-    text = read_utf8(path, option)
     if suffix == ".csv":
-        return _parse_csv(text, problem)
-    if suffix == ".json" and text.lstrip().startswith("["):
+        return _parse_csv(read_utf8(path, option), problem)
+    if suffix == ".json" and (text := read_utf8(path, option)).lstrip().startswith("["):
         rows = list(_parse_json(text, problem))
     else:
-        # Only line feeds end a line: JSON strings may hold other separators (U+2028).
-        lines = enumerate(text.split("\n"), 1)
+        lines = enumerate(_read_lines(path, option), 1)
         rows = [_parse_json(line, f"{problem}: line {i}") for i, line in lines if line.strip()]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -75,6 +73,19 @@ def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
                 'write it as {"text": "..."}'
             )
     return rows
+
+
+def _read_lines(path: Path, option: str) -> Iterator[str]:
+    """The lines of a file, which is not read whole: large ones take several times their size as one text.
+
+    Only line feeds end a line: JSON strings may hold other separators (U+2028).
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            yield from file
+    except (UnicodeDecodeError, OSError):
+        read_utf8(path, option)  # says where
+        raise
 
 
 def check_unicode(value: Any, where: str) -> None:

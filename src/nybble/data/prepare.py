@@ -13,9 +13,8 @@ Everything that can be wrong with the text raises here, before anything expensiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +22,12 @@ from torch import Tensor
 
 from nybble.data import generate, packing, sources
 from nybble.data.generate import PendingGeneration
-from nybble.data.mixture import Mixture, require_conversations
+from nybble.data.mixture import require_conversations
 from nybble.data.packing import TokenRows, token_fingerprint
+from nybble.data.reader import SourceReader
+from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sampling import distinct_rows
-from nybble.data.splits import DocumentSplits
-from nybble.errors import DataError, OptionError
+from nybble.errors import OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,45 +36,6 @@ if TYPE_CHECKING:
 _PREFIXES_PER_SEQUENCE = 4
 # Sequences of another domain: enough to see whether what training gained on its own text was lost elsewhere.
 _OTHER_SEQUENCES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRequest:
-    """What a run needs of its text.
-
-    Attributes:
-        data: sources of training text, NAME or NAME=SHARE (--data).
-        eval_data: sources of validation and test text; () means the default of the head of this file (--eval_data).
-        other_data: sources of text of another domain (--other_data).
-        text_column: column of row-wise data (--text_column).
-        data_dir: folder with local copies of data sets, or None (--data_dir).
-        seq_len: tokens per sequence, at least 8 (--seq_len).
-        assistant_only: train on and measure the assistant messages of conversations only (--assistant_only_loss).
-        num_train: training sequences to draw, over all epochs; 0 if nothing is trained.
-        num_generated: training sequences to generate with --data self; every epoch uses the same ones.
-        num_calibration: calibration sequences; 0 if the method needs none.
-        num_validation: validation sequences; 0 if nothing is validated.
-        num_test: test sequences; 0 means all.
-        min_train: fewest training sequences.
-        min_calibration: fewest calibration sequences, where any are needed.
-        seed: of the choice and order of training sequences, and of generation.
-    """
-
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...]
-    other_data: tuple[str, ...]
-    text_column: str
-    data_dir: str | None
-    seq_len: int
-    assistant_only: bool
-    num_train: int
-    num_generated: int
-    num_calibration: int
-    num_validation: int
-    num_test: int
-    min_train: int
-    min_calibration: int
-    seed: int
 
 
 def no_rows() -> TokenRows:
@@ -154,7 +115,7 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
         OptionError: the sources of --data or --eval_data contradict each other or other options.
         ModelError: --data self, and the tokenizer has no token to start from.
     """
-    reader = _SourceReader(request, tokenizer)
+    reader = SourceReader(request, tokenizer)
     pending = _pending_generation(request, reader, num_embeddings)
     rows = no_rows() if pending else _training_rows(request, reader)
     train, calibration = rows[: request.num_train], rows.ids[: request.num_calibration]
@@ -163,8 +124,8 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
         validation = _evaluation_rows(reader, "validation", request.num_validation)
     test = _evaluation_rows(reader, "test", request.num_test)
     others = _other_sources(request, reader)
-    other = TokenRows.cat([reader.other_rows(name) for name in others]) if others else no_rows()
-    other = other[: min(_OTHER_SEQUENCES, request.num_test or _OTHER_SEQUENCES)]
+    count = min(_OTHER_SEQUENCES, request.num_test or _OTHER_SEQUENCES)
+    other = TokenRows.cat([reader.other_rows(name, count) for name in others])[:count] if others else no_rows()
     # The training text of --data self is no input of the run, but its prefixes are.
     fingerprints = {} if pending else {"training text": train.ids, "calibration text": calibration}
     fingerprints |= {"validation text": validation.ids, "test text": test.ids}
@@ -185,24 +146,7 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
     )
 
 
-def evaluation_sources(data: Sequence[str], eval_data: Sequence[str]) -> tuple[str, ...]:
-    """The sources of validation and test text, NAME or NAME=SHARE, with the default of --eval_data resolved.
-
-    Raises:
-        OptionError: see `Mixture.parse`.
-    """
-    if eval_data:
-        return tuple(eval_data)
-    names = Mixture.parse(data).names
-    prefixed = tuple(source for source in map(sources.prefix_source, names) if source)
-    if prefixed:
-        return prefixed
-    if all(sources.prefix_source(name) is not None or generate.is_token_file(name) for name in names):
-        return (sources.PYTHON_DOCS,)
-    return tuple(data)
-
-
-def _other_sources(request: TextRequest, reader: _SourceReader) -> list[str]:
+def _other_sources(request: TextRequest, reader: SourceReader) -> list[str]:
     """The sources of --other_data that are neither trained on nor measured anyway; none for conversations."""
     if request.assistant_only:
         return []
@@ -210,75 +154,7 @@ def _other_sources(request: TextRequest, reader: _SourceReader) -> list[str]:
     return [name for name in request.other_data if name not in known]
 
 
-class _SourceReader:
-    """Reads the sources of a request, each once.
-
-    Args:
-        request: the request.
-        tokenizer: of the model.
-
-    Attributes:
-        data: the sources of --data.
-        eval_data: the sources of --eval_data.
-    """
-
-    def __init__(self, request: TextRequest, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.request, self.tokenizer = request, tokenizer
-        self.data = Mixture.parse(request.data)
-        self.eval_data = Mixture.parse(evaluation_sources(request.data, request.eval_data), "--eval_data")
-        for name in self.data.names:  # checked even where no training text is read: it decides what is measured
-            if generate.is_token_file(name) and not Path(name).is_file():
-                raise DataError(
-                    f"--data {name} must be a file of tokens that --data self generated; there is no such file"
-                )
-        # Where training text is read from; for self:SOURCE it is SOURCE.
-        self._training = [sources.prefix_source(name) or name for name in self.data.names]
-        self._loaded: dict[str, DocumentSplits] = {}
-
-    @property
-    def num_training(self) -> int:
-        """Training sequences that are read, to train on and to calibrate with."""
-        return max(self.request.num_train, self.request.num_calibration)
-
-    def documents(self, name: str) -> DocumentSplits:
-        """The documents of a source; no splits are required that the run does not use."""
-        if name not in self._loaded:
-            request = self.request
-            wanted = ["train"] if name in self._training and self.num_training else []
-            if name in self.eval_data.names:
-                wanted += ["validation", "test"] if request.num_validation else ["test"]
-            option = "--data" if name in self._training else "--eval_data"
-            self._loaded[name] = sources.load_documents(name, request.text_column, request.data_dir, wanted, option)
-        return self._loaded[name]
-
-    def rows(self, name: str, split: str, label: str, minimum: int = 1) -> TokenRows:
-        """All sequences of a split of a source. `label` names the split in error messages."""
-        request = self.request
-        if generate.is_token_file(name):
-            if split != "train":
-                raise OptionError(
-                    f"{name} holds generated tokens and no {split} text; name a source of it with --eval_data"
-                )
-            return TokenRows.of(generate.read_generated(Path(name), self.tokenizer, request.seq_len))
-        documents = self.documents(name)[split]
-        try:
-            return packing.pack_documents(
-                self.tokenizer, documents, request.seq_len, label, minimum, request.assistant_only
-            )
-        except DataError as error:
-            if len(self.data.names) == len(self.eval_data.names) == 1:
-                raise
-            raise DataError(f"{name}: {error}") from error
-
-    def other_rows(self, name: str) -> TokenRows:
-        """All test sequences of a source of --other_data."""
-        request = self.request
-        option = "--other_data"
-        found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), option, option)
-        return packing.pack_documents(self.tokenizer, found.test, request.seq_len, f"test ({name})")
-
-
-def _pending_generation(request: TextRequest, reader: _SourceReader, num_embeddings: int) -> PendingGeneration | None:
+def _pending_generation(request: TextRequest, reader: SourceReader, num_embeddings: int) -> PendingGeneration | None:
     """What the model has to generate; None if --data names existing text."""
     names = reader.data.names
     prefix = next((source for source in map(sources.prefix_source, names) if source is not None), None)
@@ -300,25 +176,14 @@ def _pending_generation(request: TextRequest, reader: _SourceReader, num_embeddi
             "leave out --assistant_only_loss"
         )
     num_train = min(request.num_train, request.num_generated)
-    prefixes = _prefixes(reader, prefix) if prefix and reader.num_training else None
+    length = max(2, request.seq_len // _PREFIXES_PER_SEQUENCE)
+    prefixes = reader.prefixes(prefix, length) if prefix and reader.num_training else None
     if prefixes is None:  # raises now what would raise after hours
         generate.first_tokens(num_embeddings, reader.tokenizer, 1, torch.Generator())
     return PendingGeneration(num_train, request.num_calibration, request.seq_len, request.seed, prefixes)
 
 
-def _prefixes(reader: _SourceReader, name: str) -> Tensor:
-    """All pieces of the training text of a source: [N, P], int64, P = seq_len / 4."""
-    documents = reader.documents(name).train
-    if not all(isinstance(document, str) for document in documents):
-        raise DataError(
-            f"--data self:{name} must name plain text for the model to continue; {name} has conversations; "
-            f"use --data {name}"
-        )
-    length = max(2, reader.request.seq_len // _PREFIXES_PER_SEQUENCE)
-    return packing.pack_documents(reader.tokenizer, documents, length, "training").ids
-
-
-def _training_rows(request: TextRequest, reader: _SourceReader) -> TokenRows:
+def _training_rows(request: TextRequest, reader: SourceReader) -> TokenRows:
     """The sequences to train on and to calibrate with, drawn from the sources of --data."""
     names, count = reader.data.names, reader.num_training
     if request.assistant_only:
@@ -331,14 +196,12 @@ def _training_rows(request: TextRequest, reader: _SourceReader) -> TokenRows:
     minimum_each = minimum if len(names) == 1 else 1
     rows = no_rows()
     if count:
-        parts = [reader.rows(name, "train", label, minimum_each) for name in names]
-        rows = reader.data.draw(parts, count, request.seed)
+        rows = reader.data.draw(reader.training_rows(label, minimum_each), count, request.seed)
     if len(rows) < minimum:
         raise packing.too_few_sequences(label, minimum, request.seq_len, f"{len(rows)} sequences")
     return rows
 
 
-def _evaluation_rows(reader: _SourceReader, split: str, count: int) -> TokenRows:
+def _evaluation_rows(reader: SourceReader, split: str, count: int) -> TokenRows:
     """`count` sequences of a split of --eval_data; 0 means all."""
-    parts = [reader.rows(name, split, split) for name in reader.eval_data.names]
-    return reader.eval_data.evaluation_rows(parts, count)
+    return reader.eval_data.evaluation_rows(reader.evaluation_rows(split, count), count)

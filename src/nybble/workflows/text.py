@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nybble.data.generate import is_token_file
 from nybble.data.mixture import Mixture
-from nybble.data.prepare import TextData, TextRequest, evaluation_sources
+from nybble.data.prepare import TextData
+from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sources import load_documents, prefix_source
 from nybble.errors import DataError, HubUnreachableError, NybbleError
 from nybble.evaluation.lm_eval import check_tasks
