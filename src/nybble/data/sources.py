@@ -17,7 +17,6 @@ A source without validation or test split takes them from its training documents
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,7 +250,7 @@ def _some_rows(rows: Any, column: str, name: str) -> Any:
     """A split of a hub data set, or evenly spaced rows of one that would not fit into memory."""
     tried = rows[:: max(1, len(rows) // _TRIED_ROWS)][column]
     characters = count_characters([value for value in tried if isinstance(value, str | list)])
-    step = math.ceil(characters / max(1, len(tried)) * len(rows) / _MOST_CHARACTERS)
+    step = -(-characters * len(rows) // (max(1, len(tried)) * _MOST_CHARACTERS))
     if step < 2:
         return rows
     log.info("%s: one of %d of its %d rows is read", name, step, len(rows))
