@@ -12,11 +12,7 @@ PAGE = json.dumps({"page": "= Water =\n\nWater is wet, and so is rain.\n"}) + "\
 
 @pytest.fixture(autouse=True, scope="package")
 def _few_tasks() -> Iterator[None]:
-    """Reading the configurations of all of lm-eval's tasks takes a quarter of a minute.
-
-    For its own logs, lm-eval asks pip and other programs about the machine in each evaluation, for more than a second.
-    """
-    import lm_eval.evaluator
+    """Reading the configurations of all of lm-eval's tasks takes a quarter of a minute."""
     import lm_eval.tasks
 
     from nybble.evaluation.local_tasks import task_manager
@@ -26,7 +22,6 @@ def _few_tasks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         few = functools.partial(lm_eval.tasks.TaskManager, include_path=folders, include_defaults=False)
         patch.setattr(lm_eval.tasks, "TaskManager", few)
-        patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
         task_manager.cache_clear()
         yield
     task_manager.cache_clear()

@@ -1,8 +1,10 @@
 """nybble.evaluation.lm_eval_model: batch sizes, windows and progress of lm-eval's model object."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from nybble.console import Advance
 from nybble.evaluation import lm_eval_model
-from nybble.evaluation.lm_eval_model import default_batch_size, disable_git_lookup, max_window, wrap_model
+from nybble.evaluation.lm_eval_model import default_batch_size, disable_inquiries, max_window, wrap_model
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.loading import load
 from tests.helpers.tiny import make_model, make_tokenizer, save_model
@@ -88,9 +90,14 @@ def test_whole_documents_have_one_bar(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert scores[0] < scores[1] < 0, "the longer document is less likely"
 
 
-def test_git_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_program_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import evaluator
 
-    monkeypatch.setattr(evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)  # restored afterwards
-    disable_git_lookup()
+    for name in ("get_git_commit_hash", "add_env_info"):  # restored afterwards
+        monkeypatch.setattr(evaluator, name, getattr(evaluator, name))
+    monkeypatch.setattr(subprocess, "Popen", None)
+    disable_inquiries()
+    about: dict[str, Any] = {}
+    evaluator.add_env_info(about)
+    assert not about
     assert evaluator.get_git_commit_hash() is None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble import processes
 from nybble.errors import DataError, HubUnreachableError, MissingExtraError, ModelError, NybbleError, OptionError
-from nybble.evaluation.lm_eval_model import disable_git_lookup, wrap_model
+from nybble.evaluation.lm_eval_model import disable_inquiries, wrap_model
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def run_tasks(model: Any, tokenizer: Any, config: LmEvalConfig) -> dict[str, dic
     """
     import lm_eval
 
-    disable_git_lookup()
+    disable_inquiries()
     tasks: list[Any] = list(config.tasks)
     if config.data_dir is not None:
         tasks = list(local_task_configs(config.tasks, Path(config.data_dir)))

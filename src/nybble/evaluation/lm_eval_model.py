@@ -1,7 +1,7 @@
-"""Side effects on lm-eval, all in this file: a replaced function of its evaluator, and a subclass of its model class.
+"""Side effects on lm-eval, all in this file: replaced functions of its evaluator, and a subclass of its model class.
 
-disable_git_lookup   lm-eval asks git for the commit of the working folder, and git prints an error outside a
-                     repository.
+disable_inquiries    lm-eval asks git for the commit of the working folder, and git prints an error outside a
+                     repository. It asks pip and other programs about the machine, for more than a second.
 wrap_model           lm-eval's HFLM with a computed batch size and one progress bar for whole documents.
                      A model on disk is read once for each task, and several processes divide the requests. Texts have
                      no end tokens: a tokenizer that ends every text would make lm-eval score the end token in place of
@@ -36,11 +36,12 @@ _MAX_REQUESTS = 32
 _BYTES_PER_LOGIT = 2 * 4
 
 
-def disable_git_lookup() -> None:
-    """Keep lm-eval from asking git for a commit; its results then say that there is none."""
+def disable_inquiries() -> None:
+    """Keep lm-eval from asking other programs for a commit and for the machine; its results then have neither."""
     from lm_eval import evaluator
 
     evaluator.get_git_commit_hash = lambda: None
+    evaluator.add_env_info = lambda storage: None
 
 
 def max_window(config: Any) -> int:

@@ -8,6 +8,7 @@ Python keywords all use the flat names: `DistillOptions.of(pretrained="m", lr=1e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import types
@@ -61,6 +62,12 @@ class Group:
                 raise OptionError(f"--{name} must be {range_}; got {value}")
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, which are texts until they are asked for."""
+    return typing.get_type_hints(kind)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """Options of a command: every field is a Group."""
@@ -70,7 +77,7 @@ class Command:
     @classmethod
     def groups(cls) -> dict[str, type[Group]]:
         """Field name -> group class, in the order of help."""
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         groups = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
         place = {title: i for i, title in enumerate(_ORDER)}
         return dict(sorted(groups.items(), key=lambda item: place.get(item[1].TITLE, -1)))
@@ -85,7 +92,7 @@ class Command:
         """Option name -> type."""
         hints: dict[str, Any] = {}
         for group in cls.groups().values():
-            hints |= typing.get_type_hints(group)
+            hints |= _hints(group)
         return {name: hints[name] for name in cls.fields()}
 
     @classmethod
