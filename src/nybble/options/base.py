@@ -62,10 +62,8 @@ class Group:
                 raise OptionError(f"--{name} must be {range_}; got {value}")
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields, which are texts until they are asked for."""
-    return typing.get_type_hints(kind)
+# The types of a dataclass's fields, which are texts until they are asked for.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 @dataclass(frozen=True, kw_only=True)
