@@ -36,9 +36,10 @@ TEST_LENGTH = 512
 TEXTS = ("wiki", "docs", "gsm8k")
 
 JOBS = [
-    "nybble:16bit", "nybble:rtn", "nybble:awq+se", "nybble:awq+se+gptq", "nybble:quick", "nncf:rtn", "nncf:awq+se",
-    "nncf:awq+se+gptq", "nncf:distill", "autoround:rtn", "autoround:light", "autoround:default", "llmcompressor:gptq",
-    "llmcompressor:awq", "gptqmodel:gptq", "mlx:rtn", "mlx:rtn8", "mlx:dwq", "mlx:dwq8",
+    "nybble:16bit", "nybble:rtn", "nybble:awq+se", "nybble:awq+se+gptq", "nybble:awq+se+blockwise", "nybble:quick",
+    "nncf:rtn", "nncf:awq+se", "nncf:awq+se+gptq", "nncf:distill", "autoround:rtn", "autoround:light",
+    "autoround:default", "llmcompressor:gptq", "llmcompressor:awq", "gptqmodel:gptq", "mlx:rtn", "mlx:rtn8", "mlx:dwq",
+    "mlx:dwq8",
 ]  # fmt: skip
 
 
