@@ -104,15 +104,14 @@ def test_a_part_with_too_few_sequences_grows(tmp_path: Path) -> None:
 def test_sources_that_are_mixed_as_they_are_give_the_same_share(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    large, small = write_lines(tmp_path / "large.txt", 9_000), write_lines(tmp_path / "small.txt", 3_000)
+    large, small = write_lines(tmp_path / "large.txt", 60_000), write_lines(tmp_path / "small.txt", 6_000)
     with caplog.at_level(logging.INFO, "nybble"):
-        prepare(large, small, eval_data=(str(small),))
-    taken = [
-        tuple(map(int, re.search(r"(\d+) of (\d+) training documents", record.message).groups()))  # type: ignore[union-attr]
-        for record in caplog.records
-    ]
-    assert len(taken) == 2
-    assert taken[0][0] / taken[0][1] == pytest.approx(taken[1][0] / taken[1][1], rel=0.6)
+        prepare(large, small, eval_data=(str(small),), num_train=64)
+    found = [re.search(r"(\w+).txt: (\d+) of (\d+) training documents", record.message) for record in caplog.records]
+    taken = {match[1]: int(match[2]) / int(match[3]) for match in found if match}
+    assert set(taken) == {"large", "small"}
+    assert taken["small"] == pytest.approx(taken["large"], abs=1 / 48), "to a document of the small one"
+    assert taken["large"] < 0.1
 
 
 @pytest.mark.usefixtures("small_limit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,20 +69,21 @@ class SourceReader:
 
     def training_rows(self, label: str, minimum: int = 1) -> list[TokenRows]:
         """Sequences of the training split of each source of --data. `label` names the split in error messages."""
-        mixed = [] if self.data.shares else self.data.names
-        return [self._rows(name, mixed, "train", label, self.num_training, minimum) for name in self.data.names]
+        return self._mixed_rows(self.data, "train", label, self.num_training, minimum)
 
     def evaluation_rows(self, split: str, count: int) -> list[TokenRows]:
         """Sequences of a split of each source of --eval_data, enough to choose `count` from; 0 means all."""
-        mixed = [] if self.eval_data.shares else self.eval_data.names
-        return [self._rows(name, mixed, split, split, count) for name in self.eval_data.names]
+        return self._mixed_rows(self.eval_data, split, split, count)
 
     def other_rows(self, name: str, count: int) -> TokenRows:
         """Test sequences of a source of --other_data, at least `count` if it has as many."""
         request, option = self.request, "--other_data"
         found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), option, option).test
-        share = share_for(count_characters(found), count * request.seq_len)
-        return self._pack(lambda share: first_documents(found, share), share, count, f"test ({name})")
+
+        def cut(share: float) -> list[TokenRows]:
+            return [self._pack(first_documents(found, share), request.seq_len, f"test ({name})", int(share >= 1))]
+
+        return _enough(cut, share_for(count_characters(found), count * request.seq_len), count)[0]
 
     def prefixes(self, name: str, length: int) -> Tensor:
         """Pieces [N, length] of the training text of a source, for the model to continue; one for every sequence, if it
@@ -93,34 +95,45 @@ class SourceReader:
                 f"--data self:{name} must name plain text for the model to continue; {name} has conversations; "
                 f"use --data {name}"
             )
-        share = share_for(count_characters(found), count * length)
-        while True:
-            chosen = self._drawn(name, found, share, "training")
-            ids = packing.pack_documents(self.tokenizer, chosen, length, "training", int(share >= 1)).ids
-            if share >= 1 or len(ids) >= count:
-                return ids
-            share *= _GROWTH
 
-    def _rows(self, name: str, mixed: Sequence[str], split: str, label: str, count: int, minimum: int = 1) -> TokenRows:
-        """Sequences of a split of a source, at least `count` if it has as many; 0 means all.
+        def cut(share: float) -> list[TokenRows]:
+            return [self._pack(self._drawn(name, found, share, "training"), length, "training", int(share >= 1))]
 
-        Args:
-            mixed: the sources whose sequences all have the same chance.
+        return _enough(cut, share_for(count_characters(found), count * length), count)[0].ids
+
+    def _mixed_rows(self, mixture: Mixture, split: str, label: str, count: int, minimum: int = 1) -> list[TokenRows]:
+        """Sequences of a split of each source of a mixture, enough to choose `count` from; 0 means all.
+
+        Without shares all sequences have the same chance, so the same part is taken of each source.
         """
+        together = [[name] for name in mixture.names] if mixture.shares else [list(mixture.names)]
+
+        def cut(names: Sequence[str], share: float) -> list[TokenRows]:
+            return [self._rows(name, split, label, share, minimum if share >= 1 else 0) for name in names]
+
+        return [
+            rows for names in together for rows in _enough(partial(cut, names), self._share(names, split, count), count)
+        ]
+
+    def _share(self, names: Sequence[str], split: str, count: int) -> float:
+        """The share of some sources that is likely to give `count` sequences; 0 sequences mean all."""
+        if not count or any(map(generate.is_token_file, names)):
+            return 1.0
+        characters = sum(count_characters(self.documents(name)[split]) for name in names)
+        return share_for(characters, count * self.request.seq_len)
+
+    def _rows(self, name: str, split: str, label: str, share: float, minimum: int) -> TokenRows:
+        """Sequences of a share of a split: of documents drawn by the seed to train on, of the first ones to measure."""
         if generate.is_token_file(name):
             if split != "train":
                 raise OptionError(
                     f"{name} holds generated tokens and no {split} text; name a source of it with --eval_data"
                 )
             return TokenRows.of(generate.read_generated(Path(name), self.tokenizer, self.request.seq_len))
-        found, training = self.documents(name)[split], split == "train"
-        share = self._share(name, mixed, split, count)
-
-        def choose(share: float) -> Sequence[Document]:
-            return self._drawn(name, found, share, label) if training else first_documents(found, share)
-
+        found = self.documents(name)[split]
+        taken = self._drawn(name, found, share, label) if split == "train" else first_documents(found, share)
         try:
-            return self._pack(choose, share, count, label, minimum)
+            return self._pack(taken, self.request.seq_len, label, minimum)
         except DataError as error:
             if len(self.data.names) == len(self.eval_data.names) == 1:
                 raise
@@ -136,23 +149,21 @@ class SourceReader:
             )  # fmt: skip
         return chosen
 
-    def _share(self, name: str, mixed: Sequence[str], split: str, count: int) -> float:
-        """The share of a source that is likely to be enough; the same for all sources that are mixed as they are."""
-        if not count or any(map(generate.is_token_file, mixed)):
-            return 1.0
-        names = mixed or [name]
-        characters = sum(count_characters(self.documents(other)[split]) for other in names)
-        return share_for(characters, count * self.request.seq_len)
+    def _pack(self, documents: Sequence[Document], length: int, label: str, minimum: int) -> TokenRows:
+        assistant_only = self.request.assistant_only
+        return packing.pack_documents(self.tokenizer, documents, length, label, minimum, assistant_only)
 
-    def _pack(
-        self, choose: Callable[[float], Sequence[Document]], share: float, count: int, label: str, minimum: int = 1
-    ) -> TokenRows:
-        """Cut a share of a source into sequences, and a larger one while they are fewer than `count`."""
-        while True:
-            whole, request = share >= 1, self.request
-            rows = packing.pack_documents(
-                self.tokenizer, choose(share), request.seq_len, label, minimum if whole else 0, request.assistant_only
-            )
-            if whole or len(rows) >= count:
-                return rows
-            share *= _GROWTH
+
+def _enough(cut: Callable[[float], list[TokenRows]], share: float, count: int) -> list[TokenRows]:
+    """Sequences of a share of a text, or of a larger one if they are fewer than `count` together.
+
+    Args:
+        cut: share of the text -> sequences of each of its sources.
+        share: at first; 1 means all.
+        count: sequences that are needed.
+    """
+    while True:
+        parts = cut(share)
+        if share >= 1 or sum(map(len, parts)) >= count:
+            return parts
+        share *= _GROWTH
