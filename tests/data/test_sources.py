@@ -1,6 +1,7 @@
 """nybble.data.sources: every kind of source, and the message for every source that cannot be read."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,17 @@ def test_a_hub_data_set_with_all_splits(monkeypatch: pytest.MonkeyPatch) -> None
     published = hub_data({"train": ["a"], "validation": ["b"], "test": ["c"], "extra": ["d"]}, "body")
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: {("some/data",): published}[arguments])
     assert everything(load("some/data", column="body")) == ["a", "b", "c"]
+
+
+def test_splits_of_other_names_are_found_by_their_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = hub_data({"train_sft": ["a"], "test_sft": ["b"], "train_gen": ["c"], "test_gen": ["d"], "dev": ["e"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: published)
+    with caplog.at_level(logging.INFO, "nybble"):
+        found = load("some/chats")
+    assert (found.train, found.validation, found.test) == (["a"], ["e"], ["b"])
+    assert "some/chats: train is train_sft, validation is dev, test is test_sft" in caplog.text
 
 
 @pytest.fixture

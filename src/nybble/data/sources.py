@@ -27,7 +27,7 @@ from typing import Any
 from nybble.data import files as data_files
 from nybble.data.chat import check_messages
 from nybble.data.excerpt import count_characters
-from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, splits_in_name
+from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, split_named, splits_in_name
 from nybble.data.wikitext import split_articles, undo_tokenization
 from nybble.errors import DataError, HubUnreachableError
 
@@ -232,15 +232,19 @@ def _from_hub(request: _Request) -> DocumentSplits:
     except Exception as error:  # the hub's errors have no common base
         raise _hub_error(request, error) from error
     known = list(splits) if isinstance(splits, datasets.DatasetDict) else []
-    missing = _missing_split(known, request.wanted)
+    names = {split: own for split in SPLITS if (own := split_named(split, known)) is not None}
+    missing = _missing_split(names, request.wanted)
     if missing:
         raise DataError(
             f"{option} {name} must have a {missing} split; it has {', '.join(known) or 'none'}; name another data set"
         )
+    others = ", ".join(f"{split} is {own}" for split, own in names.items() if own != split)
+    if others:
+        log.info("%s: %s", name, others)
     found: dict[str, Sequence[Document]] = {}
-    for split in (split for split in SPLITS if split in splits):
-        column = _document_column(splits[split].column_names, request.column, name)
-        documents = _checked_documents(_some_rows(splits[split], column, name)[column], column, name)
+    for split, own in names.items():
+        column = _document_column(splits[own].column_names, request.column, name)
+        documents = _checked_documents(_some_rows(splits[own], column, name)[column], column, name)
         # The rows of wikitext-2 are the lines of one text.
         found[split] = ["".join(map(str, documents))] if location == WIKITEXT2 else documents
     return _with_all_splits(found)

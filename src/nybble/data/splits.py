@@ -83,10 +83,19 @@ def splits_in_name(file: Path) -> list[str]:
     Raises:
         DataError: the name contains the words of several splits.
     """
-    words = set(re.split(r"[^a-z]+", file.name.lower()))
-    splits = [split for split, split_words in SPLIT_WORDS.items() if words & split_words]
+    splits = [split for split in SPLITS if _has_word(file.name, split)]
     if len(splits) > 1:
         raise DataError(
             f"the name of {file} must contain one split; it contains {' and '.join(splits)}; rename the file"
         )
     return splits
+
+
+def split_named(split: str, names: Sequence[str]) -> str | None:
+    """The name of a split among the names that a data set has: itself, or the first with its word, as in train_sft."""
+    return split if split in names else next((name for name in names if _has_word(name, split)), None)
+
+
+def _has_word(name: str, split: str) -> bool:
+    """Whether a name contains one of the words for a split."""
+    return bool(SPLIT_WORDS[split] & set(re.split(r"[^a-z]+", name.lower())))
