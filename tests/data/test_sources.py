@@ -298,6 +298,15 @@ def test_splits_of_other_names_are_found_by_their_word(
     assert "some/chats: train is train_sft, validation is dev, test is test_sft" in caplog.text
 
 
+@pytest.mark.parametrize("values", [[["a", "b"]] * 12, [[1, 2]] * 12, [{"a": "b"}] * 12, [3] * 12])
+def test_a_column_of_a_hub_data_set_that_is_no_text_is_refused(
+    values: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub_data({"train": values}))
+    with pytest.raises(DataError, match="some/data: row 1, column text"):
+        load("some/data")
+
+
 @pytest.fixture
 def two_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data set some/data with the configurations en and de, as the library itself finds and misses them."""
