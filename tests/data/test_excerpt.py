@@ -9,6 +9,7 @@ import pytest
 
 from nybble.data import excerpt, packing
 from nybble.data.excerpt import count_characters, draw_documents, first_documents, share_for
+from nybble.errors import DataError
 from tests.data.test_prepare import prepare, write_lines
 from tests.helpers.chat import CONVERSATION, make_chat_tokenizer
 
@@ -98,6 +99,19 @@ def test_a_part_with_too_few_sequences_grows(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"messages": long if i % 10 else short}) + "\n" for i in range(1000)))
     data = prepare(path, tokenizer=make_chat_tokenizer(), num_validation=0, num_test=2)
     assert len(data.train) == 16
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_a_part_in_which_no_conversation_fits_grows(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    long = [{"role": "user", "content": "word " * 40}, {"role": "assistant", "content": "x"}]
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text("".join(json.dumps({"messages": long if i < 900 else short}) + "\n" for i in range(1000)))
+    data = prepare(path, tokenizer=make_chat_tokenizer(), num_validation=0, num_test=2)
+    assert len(data.test) == 2
+    path.write_text("".join(json.dumps({"messages": long}) + "\n" for _ in range(1000)))
+    with pytest.raises(DataError, match="at least one conversation of the training data must fit into 32 tokens"):
+        prepare(path, tokenizer=make_chat_tokenizer(), num_validation=0, num_test=2)
 
 
 @pytest.mark.usefixtures("small_limit")

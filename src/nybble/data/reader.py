@@ -161,9 +161,17 @@ def _enough(cut: Callable[[float], list[TokenRows]], share: float, count: int) -
         cut: share of the text -> sequences of each of its sources.
         share: at first; 1 means all.
         count: sequences that are needed.
+
+    Raises:
+        DataError: what `cut` raises for the whole text.
     """
     while True:
-        parts = cut(share)
+        try:
+            parts = cut(share)
+        except DataError:  # a part may lack what the whole has, such as conversations that are short enough
+            if share >= 1:
+                raise
+            parts = []
         if share >= 1 or sum(map(len, parts)) >= count:
             return parts
         share *= _GROWTH
