@@ -45,8 +45,8 @@ def command_line_page() -> str:
         "shows all. Lists are written with spaces (`--data a.txt b.txt`), an empty list is written `none`. The same "
         "names are keys of a TOML file (`--config FILE.toml`) and keywords of the Python functions. Values are taken "
         "from, in rising order of precedence: defaults, the run's `config.toml` on `--resume`, `--config`, flags.\n",
-        "A command returns 0 when it is done, 2 for an error that you can repair, which is printed as one line, and "
-        "130 when it was interrupted.\n",
+        "Exit codes: 0 done; 2 an error that you can repair, printed as one line; 70 a fault of nybble; 130, 143 and "
+        "129 ended by Ctrl-C, SIGTERM and SIGHUP; 141 the reader of its output has ended.\n",
     ]
     for kind in COMMANDS.values():
         parts.append(_command(kind))
@@ -84,7 +84,8 @@ def _row(field: dataclasses.Field[Any], hint: Any, positional: bool) -> str:
     else:
         name = f"--{field.name} {_PLACEHOLDERS[describe_type(hint)]}"
     shown = f"**`{name}`**" if field.metadata["basic"] else f"`{name}`"
-    default = "required" if field.metadata["required"] else _default(field.default)
+    negated = hint is bool and field.default
+    default = "required" if field.metadata["required"] else _default(not negated and field.default)
     return f"| {shown} | {default} | {text.replace('|', chr(92) + '|').replace('<', '&lt;')} |"
 
 
@@ -169,7 +170,6 @@ TYPES = Path(__file__).parents[1] / "tests" / "golden" / "model_types.json"
 # A part of what the golden file says -> the reason in words, in the order of their numbers. Others stand as they are.
 _REASONS = {
     "must be a language model alone": "Text does not reach all of its layers: some read an encoder or images.",
-    "must call the layers that get": "Its code uses the weights of some layers without calling the layers.",
     "must be of a model type that": "transformers has no `AutoModelForCausalLM` for its checkpoints.",
     "must have weights of its own in every layer": "Layers share a weight.",
     "must predict a token from the tokens before it": "It is not causal.",
@@ -252,7 +252,8 @@ def models_page() -> str:
     return f"""{GENERATED}# Models
 
 Tests take each of these families through every export that is marked, and compare the export with torch: weights to the
-bit, logits of a prompt and of decoding.
+bit, logits of a prompt and of decoding. Where a dash stands, these tests do not try it; the table of types at the end
+says whether it works.
 
 ## Dense
 
@@ -261,13 +262,15 @@ bit, logits of a prompt and of decoding.
 ## Mixtures of experts
 
 Experts get 4 bits. What chooses among them or weighs them stays in 16 bits. Each expert is compressed with the
-calibration tokens that the router sends to it; one that gets fewer than 16 is rounded to nearest, which is said.
+calibration tokens that the router sends to it; one that gets fewer than 16 is rounded to nearest, and the log says so.
 
 {support_table(_MIXTURES)}
 
-In OpenVINO only the experts that a token needs are computed, but for Llama 4, Nemotron-H, LongCat-Flash and JetMoe.
+In OpenVINO only the experts that a token needs are computed, except for Llama 4, Nemotron-H, LongCat-Flash and JetMoe.
 
 ## Hybrids and others
+
+The time steps of state space scans (`dt_proj` of Mamba, Falcon Mamba and Jamba) stay in 16 bits.
 
 {support_table(_OTHERS)}
 

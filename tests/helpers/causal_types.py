@@ -93,6 +93,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "kimi_linear": _LINEAR_FIRST | _EQUAL_HEADS | _FOUR_EXPERTS | _KIMI,
     "xmod": {**_POSITIONS_AFTER_PADDING, "languages": ["en_XX"], "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {**_SHARED_LAYERS, "intermediate_size": [128, 128], "activation_sparsity_pattern": [0.0, 0.0]},
     "gemma4_text": _SHARED_LAYERS,

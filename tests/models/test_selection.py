@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import DogeConfig, DogeForCausalLM, MambaConfig, MambaForCausalLM
 
 from nybble.errors import ModelError
 from nybble.models.selection import LayerSelection, select_layers, three_axis_parameters
@@ -36,6 +37,16 @@ def test_a_model_without_embedding_or_head_is_refused(embedding: object, head: o
     )
     with pytest.raises(ModelError, match="must have an embedding and a language-model head; SimpleNamespace does not"):
         select_layers(model)
+
+
+def test_time_steps_of_a_scan_stay_in_16_bits() -> None:
+    """Mamba multiplies by their weights without a call of the layer; Doge's layers of this name are ordinary ones."""
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, state_size=16))
+    names = [f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "x_proj", "out_proj")]
+    assert list(select_layers(mamba).linears) == names
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    doge = DogeForCausalLM(DogeConfig(vocab_size=260, **sizes))
+    assert "model.layers.0.self_attn.dt_proj" in select_layers(doge).linears
 
 
 def test_three_axis_parameters_are_no_convolutions() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from nybble.qat.norms import RelativeShift, bake_norms, make_norms_trainable
 from tests.helpers.tiny import make_model
@@ -58,3 +59,10 @@ def test_shifts_are_float32_and_norms_keep_their_dtype() -> None:
     shifted = shift(weight)
     assert shifted.dtype == torch.bfloat16
     assert shifted.tolist() == [3.5] * 4
+
+
+def test_fixed_weights_of_norms_are_not_trained() -> None:
+    """Falcon Mamba normalizes inside its scan with weights that are no parameters and in no checkpoint."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "state_size": 16, "time_step_rank": 32}
+    model = FalconMambaForCausalLM(FalconMambaConfig(vocab_size=260, **sizes))
+    assert set(make_norms_trainable(model)) == {"backbone.layers.0.norm.shift", "backbone.norm_f.shift"}

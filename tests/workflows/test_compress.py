@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BioGptConfig, BioGptForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from nybble.cli.main import main
 from nybble.compression import awq, blockwise, methods
@@ -408,15 +408,23 @@ def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:
 
 
 def test_layers_whose_weights_are_read_past_them_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=1, state_size=16, time_step_rank=32)
-    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    assert main(command("compress", tmp_path / "model", tmp_path / "run", "--method", "rtn")) == 2
-    words = "uses the weight of backbone.layers.0.mixer.dt_proj without calling the layer (1 such layers)"
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # type: ignore[operator]
+        return torch.nn.functional.linear(gated, self.get_submodule("down_proj").get_parameter("weight"))
+
+    folder = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    rounded = command("compress", folder, tmp_path / "run", "--method", "rtn")
+    assert main(rounded) == 2
+    words = (
+        "uses the weight of model.layers.0.mlp.down_proj without calling the layer (2 such layers); leave them in 16 "
+        'bits with --ignore "*.down_proj"'
+    )
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+    assert main([*rounded, "--ignore", "*.down_proj"]) == 0
 
 
 def test_code_that_came_with_a_model_goes_along(tmp_path: Path) -> None:

@@ -122,9 +122,10 @@ def _check_layers(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
             handle.remove()
     bypassed = [name for name in names if name not in called and name.rpartition(".")[0] in called]
     if bypassed:
+        patterns = dict.fromkeys(f'--ignore "*.{name.rpartition(".")[2]}"' for name in bypassed)
         raise ModelError(
             f"{type(model).__name__} must call the layers that get 4 bits; it uses the weight of {bypassed[0]} without "
-            f"calling the layer ({len(bypassed)} such layers); the model cannot be compressed"
+            f"calling the layer ({len(bypassed)} such layers); leave them in 16 bits with {' '.join(patterns)}"
         )
     unreached = [name for name in names if name not in called and not _is_unchosen(model, name, called)]
     if unreached:

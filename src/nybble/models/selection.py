@@ -22,8 +22,8 @@ class LayerSelection:
     """Names of the modules to quantize, and their schemes.
 
     Attributes:
-        linears: linear layers of the decoder, without those that route tokens to experts: 4 bits unless
-            options give them another scheme.
+        linears: linear layers of the decoder, without those that route tokens to experts and those of the time steps of
+            a scan: 4 bits unless options give them another scheme.
         embeddings: the embedding, and the language-model head unless it is tied to the embedding: 8 bits unless
             options give them another scheme.
         tied: whether the head and the embedding are one weight.
@@ -42,8 +42,9 @@ def select_layers(model: Any) -> LayerSelection:
     """Select the layers of a model: linear layers get 4 bits, embedding and head get 8 bits.
 
     Linear layers that choose or weigh experts stay in 16 bits: they are small, and an error in a choice costs more than
-    one in a sum. So do all layers outside of the text decoder, and decoder blocks that text alone does not reach: no
-    text says which error of theirs matters.
+    one in a sum. So do the time steps of a state space scan (Mamba, Jamba), whose weights are used without a call of
+    their layers; all layers outside of the text decoder; and decoder blocks that text alone does not reach: no text
+    says which error of theirs matters.
 
     Args:
         model: transformers.PreTrainedModel.
@@ -64,13 +65,13 @@ def select_layers(model: Any) -> LayerSelection:
     tied = head.weight is embedding.weight
     decoder, unreached = decoder_path(model), unreached_blocks(model)
     int8 = [names[id(embedding)]] + ([] if tied else [names[id(head)]])
-    routers = set(routing_layers(model))
+    kept = {*routing_layers(model), *time_step_layers(model)}
     int4 = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
-        and name not in routers
+        and name not in kept
         and is_inside(name, decoder)
         and not name.startswith(unreached)
     ]
@@ -100,6 +101,11 @@ def routing_layers(model: nn.Module) -> list[str]:
             if routes and not is_expert:
                 found.append(f"{mixture}.{name}")
     return found
+
+
+def time_step_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers `dt_proj` beside the decay `A_log` of a state space scan."""
+    return [f"{name}.dt_proj" for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "dt_proj")]
 
 
 def three_axis_parameters(model: nn.Module) -> list[str]:

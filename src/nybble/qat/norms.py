@@ -41,13 +41,14 @@ class RelativeShift(nn.Module):
 
 
 def _norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that normalize and then multiply with a vector, by name."""
+    """Modules that normalize and then multiply with a weight vector, by name; not with a fixed one (Falcon Mamba)."""
     return {
         name: module
         for name, module in model.named_modules()
         if type(module).__name__.endswith("Norm")
         and isinstance(weight := getattr(module, "weight", None), Tensor)
         and weight.ndim == 1
+        and "weight" not in module._buffers
     }
 
 
