@@ -65,8 +65,8 @@ def test_every_export_has_a_row() -> None:
 def test_summary_of_a_distilled_run() -> None:
     assert summary(distilled()) == (
         "Small in INT4 (Toy) has token perplexity 12.00; it had 14.00 before training, and the 16-bit model has 10.00. "
-        "Training recovered 50% of the compression damage. Training took 2.0 minutes. Size: 110 MB; the 16-bit model "
-        "has 3.6 times that size."
+        "Training recovered 50% of the compression damage. Training took 2.0 minutes. Size: 110 MB (16-bit: "
+        "400 MB)."
     )
     assert "Training made it worse." in summary(measured(distilled(), toy={"token_perplexity": 15.0}))
 
@@ -81,7 +81,7 @@ def test_beyond_the_16_bit_model_the_summary_gives_the_kl_divergence() -> None:
 def test_summary_of_a_compressed_run() -> None:
     assert summary(compressed()) == (
         "Small compressed to INT4 with awq+se (torch) has token perplexity 12.50; the 16-bit model has 10.00. "
-        "Compression took 5 s. Size: 100 MB; the 16-bit model has 4.0 times that size."
+        "Compression took 5 s. Size: 100 MB (16-bit: 400 MB)."
     )
 
 

@@ -119,7 +119,7 @@ def test_the_card_of_an_export_that_was_not_measured_says_so_and_gives_no_figure
     command = "nybble eval FOLDER --data python-docs own.txt --seq_len 256 --num_samples 8 --teacher smollm2"
     assert f"\n    {command}\n" in card
     assert "(torch) has token perplexity 11.00" in card
-    assert "Size: 114 MB; the 16-bit model has 2.4 times that size." in card
+    assert "Size: 114 MB (16-bit: 269 MB)." in card
     assert "| INT4, compressed (vLLM) | - | - | 114.0 MB |" in card
     assert "12.00" not in card
     assert "OpenVINO" not in card

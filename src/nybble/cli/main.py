@@ -163,6 +163,9 @@ def _run(arguments: list[str]) -> None:
     elif arguments[0] == "--version":
         print(f"nybble {metadata.version('nybble')}")
     elif arguments[0] == "env":
+        if set(arguments[1:]) & {*_HELP, *_HELP_ALL}:
+            print("usage: nybble env\n\nShow versions and hardware.")
+            return
         if arguments[1:]:
             raise OptionError(f"nybble env takes no arguments; got {' '.join(arguments[1:])}")
         from nybble.cli.environment import show_environment

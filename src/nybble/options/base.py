@@ -42,8 +42,17 @@ def option(default: Any, help: str, *, basic: bool = False, required: bool = Fal
 
 def with_default(group: type[Group], name: str, default: Any) -> Any:
     """The option `name` of a group that this one extends, with another default and the same help."""
-    metadata = {field.name: field for field in dataclasses.fields(group)}[name].metadata  # type: ignore[arg-type]
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=_field(group, name).metadata)
+
+
+def with_help(group: type[Group], name: str, text: str, **changes: Any) -> Any:
+    """The option `name` of a group that this one extends, with the same default and another help."""
+    field = _field(group, name)
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "help": text, **changes})
+
+
+def _field(group: type[Group], name: str) -> dataclasses.Field[Any]:
+    return {field.name: field for field in dataclasses.fields(group)}[name]  # type: ignore[arg-type]
 
 
 class Group:

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 
 from nybble.errors import OptionError
 from nybble.options.base import Command, Group, option
-from nybble.options.compression import CompressionOptions, InitialCompressionOptions
+from nybble.options.compression import CompressionOptions, InitialCompressionOptions, TuneCompressionOptions
 from nybble.options.data import DataOptions, TextOptions
-from nybble.options.evaluation import EvaluationOptions, TaskEvaluationOptions
+from nybble.options.evaluation import CompareEvaluationOptions, EvaluationOptions, TaskEvaluationOptions
 from nybble.options.model import DeviceOptions, ModelOptions, OffloadOptions
 from nybble.options.run import RunOptions
-from nybble.options.scheme import SchemeOptions
+from nybble.options.scheme import CompareSchemeOptions, SchemeOptions
 from nybble.options.task import CompareTaskOptions, RankOptions, TaskOptions, TuneRankOptions
 from nybble.options.training import DistillTrainingOptions, TuneTrainingOptions
 
@@ -100,13 +100,6 @@ class DistillOptions(TrainCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneCompressionOptions(InitialCompressionOptions):
-    """Compression of a model that is tuned on a task."""
-
-    method: str = option("awq+se", CompressionOptions.__dataclass_fields__["method"].metadata["help"], basic=True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TuneOptions(TrainCommand):
     """Tune a model on a downstream task with adapters of elastic rank, in INT4; export it, and measure it."""
 
@@ -142,10 +135,11 @@ class CompareOptions(TrainCommand):
     NAME: ClassVar[str] = "compare"
 
     task: CompareTaskOptions = field(default_factory=CompareTaskOptions)
+    scheme: CompareSchemeOptions = field(default_factory=CompareSchemeOptions)
     compression: TuneCompressionOptions = field(default_factory=TuneCompressionOptions)
     training: TuneTrainingOptions = field(default_factory=TuneTrainingOptions)
     ranks: RankOptions = field(default_factory=RankOptions)
-    evaluation: TaskEvaluationOptions = field(default_factory=TaskEvaluationOptions)
+    evaluation: CompareEvaluationOptions = field(default_factory=CompareEvaluationOptions)
 
     def check(self) -> None:
         """Raise OptionError for values that are impossible, alone or together."""
@@ -166,7 +160,7 @@ class _SearchGroup(Group):
     sampler: Literal["nsga2", "tpe", "hill", "random"] = option(
         "tpe", "How the next configuration is proposed.", basic=True
     )
-    random_baseline: bool = option(True, "Try as many random configurations, to compare with.", basic=True)
+    random_baseline: bool = option(True, "Do not score as many random configurations for comparison.", basic=True)
     seed: int = option(0, "Seed of the search.", basic=True)
     apply: bool = option(
         False,

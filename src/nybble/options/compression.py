@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nybble.options.base import Group, option
+from nybble.options.base import Group, option, with_default
 
 # Fewer sequences than this are no calibration.
 MIN_CALIBRATION_SAMPLES = 8
@@ -22,7 +22,9 @@ class CompressionOptions(Group):
     TITLE: ClassVar[str] = "Compression"
 
     method: str = option(
-        "awq+se", "rtn, or any of awq, se, gptq, blockwise in this order, joined by +, such as awq+se+gptq.", basic=True
+        "awq+se",
+        "auto, rtn, or any of awq, se, gptq, blockwise in this order, joined by +, such as awq+se+gptq.",
+        basic=True,
     )
     num_calibration_samples: int = option(
         128, "Sequences of the training text that methods other than rtn calibrate on."
@@ -63,3 +65,10 @@ class InitialCompressionOptions(CompressionOptions):
         basic=True,
     )
     init_from: str | None = option(None, "Start from the 4-bit weights of this finished run instead of compressing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneCompressionOptions(InitialCompressionOptions):
+    """Compression of a model that is tuned on a task."""
+
+    method: str = with_default(CompressionOptions, "method", "awq+se")

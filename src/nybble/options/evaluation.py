@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nybble.options.base import Group, option, with_default
+from nybble.options.base import Group, option, with_default, with_help
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class EvaluationOptions(Group):
     eval_batch_size: int = option(0, "Requests per forward pass in lm-eval tasks; 0: chosen by length and vocabulary.")
     export: tuple[str, ...] = option(
         ("openvino",),
-        "openvino, gguf, onnx, vllm, mlx, hf, all, or none; each needs the extra of the same name.",
+        "openvino, gguf, onnx, vllm, mlx, hf, all, or none; each but hf needs the extra of its name.",
         basic=True,
     )
 
@@ -40,3 +40,14 @@ class TaskEvaluationOptions(EvaluationOptions):
         (), "More lm-eval tasks measured on all models of the run; needs the extra eval.", basic=True
     )
     num_test_samples: int = with_default(EvaluationOptions, "num_test_samples", 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareEvaluationOptions(TaskEvaluationOptions):
+    """Evaluation of models that are compared."""
+
+    export: tuple[str, ...] = with_help(
+        EvaluationOptions,
+        "export",
+        "Formats in which INT4 models are measured: openvino, gguf, onnx, vllm, hf, or none (in torch).",
+    )

@@ -16,7 +16,9 @@ class RunOptions(Group):
     TITLE: ClassVar[str] = "Run"
 
     output_dir: str | None = option(
-        None, "Run folder. Default: runs/MODEL-WHAT, where WHAT is distill, the method, or the task.", basic=True
+        None,
+        "Run folder. Default: runs/MODEL-METHOD (compress), MODEL-distill, MODEL-TASK (tune), MODEL-compare.",
+        basic=True,
     )
     seed: int = option(0, "Seed of everything random: adapters, choice and order of the data.", basic=True)
     resume: bool = option(False, "Continue the run in output_dir where it stopped.", basic=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from nybble.errors import OptionError
-from nybble.options.base import Group, option
+from nybble.options.base import Group, option, with_help
 
 _BITS = (2, 3, 4, 8)
 _TRUTH = {"true": True, "false": False}
@@ -39,8 +39,8 @@ class SchemeOptions(Group):
     bits: float = option(
         4,
         "Bits of a weight in the linear layers: 2, 3, 4 or 8; 8 bits are symmetric. Another number from 2 to 8, such "
-        "as 4.5, is an average: layers that are sensitive on the training text get the width above it, others that "
-        "below.",
+        "as 4.5, is an average: the layers that are most sensitive on the training text get the next higher width, the "
+        "others the next lower.",
         basic=True,
     )
     group_size: int | None = option(
@@ -101,6 +101,14 @@ class SchemeOptions(Group):
             OptionError: one is no rule.
         """
         return tuple(map(_parse_rule, self.layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSchemeOptions(SchemeOptions):
+    """Scheme of the models that are compared."""
+
+    bits: float = with_help(SchemeOptions, "bits", "4, as in the tables that are followed.", basic=False)
+    layer: tuple[str, ...] = with_help(SchemeOptions, "layer", "None: all layers have 4 bits.")
 
 
 def _parse_rule(text: str) -> LayerRule:

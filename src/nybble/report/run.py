@@ -187,7 +187,7 @@ def _recovery_text(models: Mapping[str, Metrics], row: str) -> str:
 
 def _size_text(results: RunResults, row: str, size: int | None) -> str:
     size, full = results.models[row]["bytes"] if size is None else size, results.models["16bit"]["bytes"]
-    return f"Size: {size / 1e6:.0f} MB; the 16-bit model has {full / size:.1f} times that size."
+    return f"Size: {size / 1e6:.0f} MB (16-bit: {full / 1e6:.0f} MB)."
 
 
 def error_cells(error: Mapping[str, float | None]) -> list[str]:
