@@ -1,6 +1,7 @@
 """`nybble compress --offload disk`: the bits of the path in memory, resuming, the automatic choice, and its words."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from nybble.cli.main import main
 from nybble.compression.stored_block import StoredBlock
 from nybble.models import quantized_model
-from nybble.models.layers_on_disk import layers_on_disk
+from nybble.models.layers_on_disk import LayersOnDisk, layers_on_disk
 from nybble.options.commands import CompressOptions
 from nybble.run.results import read_results
 from nybble.workflows import compress as compress_module
@@ -67,6 +68,22 @@ def test_a_model_on_disk_ends_with_the_bits_of_one_in_memory(name: str, method: 
     compress(options(model, tmp_path / "memory", method=method, offload="none"))
     compress(options(model, tmp_path / "disk", method=method))
     assert_equal_runs(tmp_path / "memory", tmp_path / "disk")
+
+
+@pytest.mark.parametrize(("method", "reads"), [("rtn", 11), ("awq+se+gptq", 16)])
+def test_the_checkpoint_is_read_as_often_as_the_docs_say(
+    method: str, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: Counter[int] = Counter()
+    load = LayersOnDisk._load
+
+    def count(self: LayersOnDisk, i: int) -> None:
+        loads[i] += 1
+        load(self, i)
+
+    monkeypatch.setattr(LayersOnDisk, "_load", count)
+    compress(options(save_model(tmp_path / "model", "smollm"), tmp_path / "run", method=method))
+    assert loads[1] == reads  # awq reads the first block of a kind twice more
 
 
 @pytest.mark.slow

@@ -78,50 +78,50 @@ def check_chain(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
         ModelError: their outputs are not finite.
     """
     modules = list(model.get_submodule(find_block_list(model, names)))
-    first, second = (record_blocks(model, modules, row[None].to(model.device)) for row in input_ids)
-    for i, module in enumerate(modules):
-        before, after = (torch.cat([first.hidden[j], second.hidden[j]]) for j in (i, i + 1))
+    one, two = (row[None].to(model.device) for row in input_ids)
+    first = record_blocks(model, modules, one)
+    unlike: list[int] = []
+
+    def try_both(i: int, arguments: Arguments, before: Tensor, after: Tensor) -> None:
+        both = (torch.cat([first.hidden[j], tensor]) for j, tensor in ((i, before), (i + 1, after)))
         try:
-            is_chain = _equal(first.arguments[i], second.arguments[i]) and reproduces_output(
-                module, first.arguments[i], before, after
-            )
+            if not (_equal(first.arguments[i], arguments) and reproduces_output(modules[i], arguments, *both)):
+                unlike.append(i)
         except (RuntimeError, ValueError):  # the arguments of one sequence do not fit a batch of two
-            is_chain = False
-        if not is_chain:
-            raise no_chain_error(model, i)
+            unlike.append(i)
+
+    record_blocks(model, modules, two, try_both)
+    if unlike:
+        raise no_chain_error(model, min(unlike))
 
 
 @torch.no_grad()
-def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> BlockRecord:
+def record_blocks(
+    model: Any,
+    modules: Sequence[nn.Module],
+    input_ids: Tensor,
+    on_block: Callable[[int, Arguments, Tensor, Tensor], None] | None = None,
+) -> BlockRecord:
     """Record what one forward of the whole model passes through its blocks, and check that the blocks reproduce it.
+
+    Blocks are tried in the forward of the model, right after their own: those on disk are read once.
 
     Args:
         model: a transformers model.
         modules: its decoder blocks.
         input_ids: [B, T] token ids on the device of the model.
+        on_block: called with the number of a block, its arguments, and the hidden states before and after it, if the
+            block reproduces them.
 
     Raises:
         NoChainError: the blocks are not called once each in their order, or one does not reproduce the model's own
             hidden states.
         ModelError: a block's outputs are not finite.
     """
-    arguments: list[Arguments] = []
-    hidden: list[Tensor] = []
-    called: list[nn.Module] = []
-
-    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        kwargs = dict(kwargs)
-        hidden.append(args[0] if args else kwargs.pop("hidden_states", None))
-        arguments.append((args[1:], kwargs))
-        called.append(module)
-
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
-    handles.append(modules[-1].register_forward_hook(lambda module, args, output: hidden.append(first_output(output))))
-    try:
+    recorder = _Recorder(modules, on_block)
+    with recorder.attached():
         model.base_model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    arguments, hidden, called = recorder.arguments, recorder.hidden, recorder.called
     for i, module in enumerate(modules):  # HRM calls its blocks several times
         if called[i : i + 1] != [module] or not isinstance(hidden[i], Tensor):
             raise no_chain_error(model, i)
@@ -134,15 +134,84 @@ def record_blocks(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -
                 f"the outputs of block {i} ({where}) must be finite; they are not on this text; "
                 f"{nonfinite_remedy(model.dtype)}"
             )
-        if not reproduces_output(modules[i], arguments[i], before, after):
+        if not recorder.reproduced[i]:
             raise no_chain_error(model, i)
     return BlockRecord(arguments, hidden)
 
 
+class _Recorder:
+    """Hooks that record how blocks are called, and run each a second time right after the model has.
+
+    Args:
+        modules, on_block: see record_blocks.
+
+    Attributes:
+        arguments, hidden: as in BlockRecord, in the order of the calls.
+        called: the blocks, in the order of the calls.
+        reproduced: for each call, whether the second run gives what the model passes on to the next block.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], on_block: Callable[[int, Arguments, Tensor, Tensor], None] | None
+    ) -> None:
+        self.modules, self.on_block = modules, on_block
+        self.arguments: list[Arguments] = []
+        self.hidden: list[Tensor] = []
+        self.called: list[nn.Module] = []
+        self.reproduced: list[bool] = []
+        self._again: Tensor | None = None
+        self._in_second_run = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Record the forwards inside the context."""
+        handles = []
+        for module in self.modules:
+            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            # Before the hook that lets a block on disk go.
+            handles.append(module.register_forward_hook(self._after, prepend=True))
+        handles.append(self.modules[-1].register_forward_hook(self._finish))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._in_second_run:
+            return
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states", None)
+        if self.called:
+            self._compare(hidden)
+        self.hidden.append(hidden)
+        self.arguments.append((args[1:], kwargs))
+        self.called.append(module)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._in_second_run:
+            return
+        i, before, after = len(self.called) - 1, self.hidden[-1], first_output(output)
+        self._in_second_run = True
+        try:
+            self._again = _run_again(module, self.arguments[i], before) if isinstance(before, Tensor) else None
+            if self.on_block is not None and _is_near(self._again, after):
+                self.on_block(i, self.arguments[i], before, after)
+        finally:
+            self._in_second_run = False
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._in_second_run:
+            self._compare(first_output(output))
+            self.hidden.append(first_output(output))
+
+    def _compare(self, after: Any) -> None:
+        """Note whether the second run gave what is passed on."""
+        self.reproduced.append(_is_near(self._again, after))
+
+
 def reproduces_output(block: nn.Module, arguments: Arguments, before: Tensor, after: Tensor) -> bool:
     """Whether a block called by itself gives the hidden states that it gave in the model.
-
-    Each token is compared by itself, because some have hidden states a thousand times larger than others.
 
     Args:
         block: the decoder block.
@@ -150,12 +219,26 @@ def reproduces_output(block: nn.Module, arguments: Arguments, before: Tensor, af
         before: hidden states [B, T, D] that it is called with.
         after: hidden states [B, T, D] that it gave in the model.
     """
+    return _is_near(_run_again(block, arguments, before), after)
+
+
+def _run_again(block: nn.Module, arguments: Arguments, before: Tensor) -> Tensor | None:
+    """The hidden states of a block that is called by itself; None if it cannot be."""
     args, kwargs = arguments
     try:
-        again = first_output(block(before, *args, **kwargs))
+        return first_output(block(before, *args, **kwargs))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError):  # XLM, whose blocks keep what they have seen
+        return None
+
+
+def _is_near(again: Tensor | None, after: Any) -> bool:
+    """Whether hidden states are equal but for rounding.
+
+    Each token is compared by itself, because some have hidden states a thousand times larger than others.
+    """
+    if not isinstance(again, Tensor) or not isinstance(after, Tensor) or again.shape != after.shape:
         return False
     difference_BT = (again - after).float().norm(dim=-1)
     return bool((difference_BT <= _MAX_BLOCK_DIFFERENCE * after.float().norm(dim=-1)).all())

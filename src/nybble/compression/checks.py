@@ -14,7 +14,7 @@ from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
 from nybble.models.composite import text_config
 from nybble.models.experts import SplitExperts
-from nybble.models.head import last_hidden_states
+from nybble.models.head import states_and_logits
 from nybble.quant.grid import below_grid
 from nybble.quant.scheme import QuantScheme
 
@@ -46,8 +46,7 @@ def check_model(model: Any, names: Iterable[str], input_ids: Tensor, methods: tu
             are no chain.
     """
     names, combination = list(names), combine(methods)
-    _check_layers(model, names, input_ids)
-    _check_causal(model, input_ids)
+    _check_forward(model, names, input_ids)
     if combination.needs_calibration:
         check_chain(model, names, input_ids)
     combination.check(model, names)
@@ -104,19 +103,24 @@ def check_length(model: Any, name: str, seq_len: int) -> None:
     log.warning("--seq_len %d is more than the %d positions that %s was trained for", seq_len, most, name)
 
 
-def _check_layers(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
-    """Raise ModelError for weights that a forward changes (RWKV), and for layers that it does not call.
+@torch.no_grad()
+def _check_forward(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
+    """Raise ModelError for weights that a forward changes (RWKV), for layers that it does not call, and for states that
+    depend on later tokens, as in encoders.
 
     A layer whose weight is used without a call has no place for another layer. One that text never reaches is part of
     cross-attention or of an encoder for images. An expert that gets no token is neither: others of its list are called.
     """
+    row_1T = input_ids[:1].to(model.device)
+    half = row_1T.shape[1] // 2
+    other_1T = torch.cat([row_1T[:, :half], (row_1T[:, half:] + 1) % model.get_input_embeddings().num_embeddings], 1)
     called: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad(), unchanged_weights(model):
-            model(input_ids=input_ids.to(model.device), use_cache=False)
+        with unchanged_weights(model):
+            states_BTD = states_and_logits(model, torch.cat([row_1T, other_1T]))[0].float()
     finally:
         for handle in handles:
             handle.remove()
@@ -133,15 +137,7 @@ def _check_layers(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
             f"{type(model).__name__} must be a language model alone; text does not reach {len(unreached)} layers "
             f"(first: {unreached[0]}), which read an encoder or images; choose a decoder-only language model"
         )
-
-
-@torch.no_grad()
-def _check_causal(model: Any, input_ids: Tensor) -> None:
-    """Raise ModelError where the states of tokens depend on tokens after them, as in encoders."""
-    ids = input_ids.to(model.device)
-    half = ids.shape[1] // 2
-    other = (ids[:1] + 1) % model.get_input_embeddings().num_embeddings
-    one, two = last_hidden_states(model, torch.cat([ids[:1], torch.cat([ids[:1, :half], other[:, half:]], 1)])).float()
+    one, two = states_BTD
     difference_T = (one - two)[:half].norm(dim=-1) / one[:half].norm(dim=-1)
     if bool((difference_T > _MOST_FROM_LATER_TOKENS).any()):
         raise ModelError(

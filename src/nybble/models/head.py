@@ -70,7 +70,8 @@ class LMHead:
         bias = getattr(linear, "bias", None)
         weight = linear.weight.detach()
         if model not in _TRANSFORMS:
-            _TRANSFORMS[model] = _measure_transform(model)
+            count = model.get_input_embeddings().num_embeddings
+            measure_transform(model, torch.arange(_MEASURED_TOKENS, device=model.device)[None] % count)
         return LMHead(weight.clone() if copy else weight, bias, *_TRANSFORMS[model])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -91,14 +92,13 @@ class LMHead:
         Raises:
             ModelError: the model's logits are not finite, or differ; or the head is not called with a state a token.
         """
-        hidden = last_hidden_states(model, input_ids)
+        hidden, expected = states_and_logits(model, input_ids)
         if hidden.shape[:-1] != input_ids.shape:
             raise ModelError(
                 f"the head of {model.config.model_type} must be called with one state for each token; for "
                 f"{list(input_ids.shape)} tokens it is called with {list(hidden.shape)}; choose another model"
             )
-        computed = self.logits(hidden)
-        expected = model(input_ids=input_ids, use_cache=False).logits.float()
+        computed, expected = self.logits(hidden), expected.float()
         if not bool(expected.isfinite().all()):
             remedy = "download the model again" if model.dtype == torch.float32 else "use --dtype float32"
             raise ModelError(
@@ -145,13 +145,39 @@ def last_hidden_states(model: Any, input_ids: Tensor, **arguments: Any) -> Tenso
     raise _uncalled_head(model)
 
 
+def states_and_logits(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the last hidden states, as `last_hidden_states` does, and the logits in one forward.
+
+    Raises:
+        ModelError: the model does not call its head.
+    """
+    caught: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if not caught:
+        raise _uncalled_head(model)
+    return caught[0], logits
+
+
 class _HeadReached(Exception):
     """Ends a forward before its head."""
 
 
 @torch.no_grad()
-def _measure_transform(model: Any) -> tuple[float, float | None]:
-    """Measure what the model does to the outputs of its head: multiplier and cap; see the top of this file."""
+def measure_transform(model: Any, input_ids: Tensor) -> None:
+    """Measure what a model does to the outputs of its head, multiplier and cap, and note it for `LMHead.of`.
+
+    Args:
+        model: transformers.PreTrainedModel.
+        input_ids: [B, T], any tokens, at least two.
+
+    Raises:
+        ModelError: the model does not call its head.
+    """
     called: list[bool] = []
 
     def replace_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -162,17 +188,16 @@ def _measure_transform(model: Any) -> tuple[float, float | None]:
 
     handle = model.get_output_embeddings().register_forward_hook(replace_output)
     try:
-        ids = torch.arange(_MEASURED_TOKENS, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-        logits_TV = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits_TV = model(input_ids=input_ids, use_cache=False).logits[0].float()
     finally:
         handle.remove()
     if not called:
         raise _uncalled_head(model)
     multiplier, largest = float(logits_TV[0, 0]) / _SMALL, float(logits_TV[-1, 0])
-    if largest == multiplier * _LARGE:
-        return multiplier, None
-    # Where tanh has rounded the small number, a multiplier of 1 is meant.
-    return 1.0 if abs(multiplier - 1) < _ROUNDING else multiplier, largest
+    cap = None if largest == multiplier * _LARGE else largest
+    if cap is not None and abs(multiplier - 1) < _ROUNDING:  # tanh has rounded the small number
+        multiplier = 1.0
+    _TRANSFORMS[model] = multiplier, cap
 
 
 def _uncalled_head(model: Any) -> ModelError:

@@ -107,7 +107,7 @@ class LayersOnDisk(Layers):
         self._empty = [dict(block.named_parameters()) for block in self.modules]
         self._read: list[Callable[[], Mapping[str, Tensor]]] = [partial(read, i) for i in range(len(self.modules))]
         self._depth: Counter[int] = Counter()
-        self._running: dict[int, AbstractContextManager[nn.Module]] = {}
+        self._running: dict[int, list[AbstractContextManager[nn.Module]]] = {}
         self._versions: dict[str, int] = {}
         self._bypassed = 0
         self._hooks: dict[int, list[RemovableHandle]] = {}
@@ -173,16 +173,16 @@ class LayersOnDisk(Layers):
             return
         context = self.loaded(i)
         context.__enter__()
-        self._running[i] = context
+        self._running.setdefault(i, []).append(context)  # a hook of the forward may run the block again
         self._versions = {name: parameter._version for name, parameter in self.modules[i].named_parameters()}
 
     def end_forward(self, i: int) -> None:
         """Let block i go, if `begin_forward` has loaded it."""
-        if i not in self._running:  # another hook ended the forward before
+        if not self._running.get(i):  # another hook ended the forward before
             return
         now = dict(self.modules[i].named_parameters())
         self.changed |= {f"{self.prefix(i)}{n}" for n, version in self._versions.items() if now[n]._version != version}
-        self._running.pop(i).__exit__(None, None, None)
+        self._running[i].pop().__exit__(None, None, None)
 
     def _load(self, i: int) -> None:
         """Give block i the tensors that are read."""

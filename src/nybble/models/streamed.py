@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nybble import processes
 from nybble.errors import ModelError, NybbleError, RunError, describe_error
-from nybble.models.head import last_hidden_states
+from nybble.models.head import last_hidden_states, measure_transform
 from nybble.models.layers_on_disk import layers_on_disk
 
 MAX_BYTES_IN_MEMORY = 512 << 20
@@ -181,8 +181,11 @@ def check_streamed(model: Any) -> None:
             f"{type(model).__name__} does not ({describe_error(error)}); use --offload none"
         ) from error
     layers.changed |= {n for n, parameter in model.named_parameters() if parameter._version != versions[n]}
-    with BlockwiseForward(model, {0: input_ids}).at(0):
+    forward = BlockwiseForward(model, {0: input_ids})
+    with forward.at(0):
         streamed = last_hidden_states(model, input_ids).float()
+    with forward.at(0):  # what the blocks compute makes no difference here, and need not be computed again
+        measure_transform(model, input_ids)
     finite = expected.isfinite()  # a model that overflows is refused later, for that
     difference, norm = (torch.where(finite, tensor, 0.0).norm(dim=-1) for tensor in (streamed - expected, expected))
     if not bool((difference <= _MAX_DIFFERENCE * norm).all()):

@@ -5,6 +5,7 @@ transformers fills missing weights with random numbers, and leaves out weights t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Collection
@@ -20,6 +21,30 @@ log = logging.getLogger("nybble")
 
 _DERIVED = re.compile(r"(inv_freq|masked_bias|position_ids|\.attn\.bias|num_batches_tracked)$")
 """Tensors of older checkpoints that models now compute: rotary frequencies, causal masks, positions, counters."""
+
+_SAMPLES_PER_PARAMETER = 4096
+"""Values of each parameter that enter the fingerprint: enough to notice training, few enough to take no time."""
+
+
+class Fingerprint:
+    """A short hash that tells models with the same name apart: SHA-256 of configuration, dtype and some weights.
+
+    Args:
+        model: transformers.PreTrainedModel, whose parameters are added in their order.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._digest = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
+
+    def add(self, parameter: Tensor) -> None:
+        """Add some thousand values of a parameter."""
+        step = parameter.numel() // _SAMPLES_PER_PARAMETER + 1
+        self._digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
+
+    @property
+    def hexadecimal(self) -> str:
+        """16 digits."""
+        return self._digest.hexdigest()[:16]
 
 
 def check_complete(model: Any, missing: Collection[str], unused: Collection[str], name: str, parts: bool) -> None:
@@ -60,18 +85,22 @@ def check_complete(model: Any, missing: Collection[str], unused: Collection[str]
         )  # fmt: skip
 
 
-def check_finite(model: Any, name: str) -> None:
+def check_finite(model: Any, name: str, fingerprint: Fingerprint | None = None) -> None:
     """Check that all weights are finite: parameters, buffers of the files, and rotary frequencies.
 
     Args:
         model: transformers.PreTrainedModel.
         name: of the model, for the error message.
+        fingerprint: takes all parameters in the same pass, which reads a model on disk once.
 
     Raises:
         ModelError: a weight is NaN or infinite; the tensor and its first such row are named.
     """
     frequencies = {key for key, _ in model.named_buffers() if key.endswith("inv_freq")}
+    parameters = {key for key, _ in model.named_parameters()}
     for key, tensor in tensors_of(model, dict.fromkeys((*model.state_dict(), *frequencies))):
+        if fingerprint is not None and key in parameters:
+            fingerprint.add(tensor)
         # The sum is finite only if all numbers are; it needs no second tensor. It can also overflow.
         if not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite()):
             continue
