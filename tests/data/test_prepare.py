@@ -354,6 +354,19 @@ def test_another_domain_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         prepare(write_lines(tmp_path / "a.txt"), other_data=(str(tmp_path / "none.txt"),))
 
 
+def test_the_default_of_another_domain_is_left_out_where_it_has_no_sequence_of_this_length(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"line {i} of many that are all alike\n" for i in range(40_000)))
+    (tmp_path / "short.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
+    long: dict[str, Any] = {
+        "seq_len": 90_000, "num_train": 1, "num_validation": 1, "num_test": 1, "num_calibration": 1,
+        "min_train": 1, "min_calibration": 1,
+    }  # fmt: skip
+    data = prepare(tmp_path / "long.txt", other_data=("python-docs",), **long)
+    assert (len(data.other), data.other_source) == (0, "")
+    with pytest.raises(DataError, match=r"the test \(--other_data .*short.txt\) text must give at least 1 sequences"):
+        prepare(tmp_path / "long.txt", other_data=(str(tmp_path / "short.txt"),), **long)
+
+
 def test_generated_text_has_no_fingerprint_before_it_exists() -> None:
     assert list(prepare("self").fingerprints) == ["validation text", "test text"]
 

@@ -18,7 +18,7 @@ from nybble.models.composite import auto_class, check_parts, decoder_path
 from nybble.models.loading import load
 from nybble.models.quantized_model import load_quantized
 from nybble.models.selection import select_layers
-from nybble.run.folder import QUANTIZED
+from nybble.run.complete import QUANTIZED
 from tests.helpers.cases import fast_cases
 from tests.helpers.composites import FIELDS, IMAGE_SIZE, composite_model, save_composite
 from tests.helpers.tiny import make_model

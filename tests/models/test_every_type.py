@@ -19,7 +19,7 @@ from nybble.errors import NybbleError
 from nybble.export.base import EXPORTERS, Exporter
 from nybble.models.checkpoint import open_checkpoint
 from nybble.options.commands import CompressOptions
-from nybble.run.folder import QUANTIZED
+from nybble.run.complete import QUANTIZED
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from nybble.workflows.tune import tune

@@ -21,7 +21,9 @@ from nybble.workflows import compare as compare_module
 from nybble.workflows import lora
 from nybble.workflows import measure as measure_module
 from nybble.workflows.compare import compare
+from nybble.workflows.tune import tune
 from tests.helpers.tiny import make_model, save_model
+from tests.helpers.tune import tune_options
 
 
 def options(folder: Path, data: Path, **changes: object) -> CompareOptions:
@@ -135,6 +137,13 @@ def columns_of(folder: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, *
     for method, name in names.items():
         monkeypatch.setattr(compare_module._TaskComparison, method, lambda self, name=name: made.append(name))
     return compare_module._TaskComparison(options(folder, folder, **changes), "t", folder / "t", ())
+
+
+def test_a_finished_column_keeps_the_method_that_was_chosen(tmp_path: Path) -> None:
+    given = tune_options(tmp_path, method="auto", epochs=1)
+    tune(given)
+    columns = compare_module._TaskComparison(options(tmp_path, tmp_path), "letters", tmp_path, ())
+    columns._unless_done(given.replace(resume=True), "tuned", lambda: pytest.fail("made again"))
 
 
 def test_a_process_makes_the_columns_that_no_other_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

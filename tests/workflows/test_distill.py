@@ -16,6 +16,7 @@ from nybble.cli.main import main
 from nybble.data import sources, splits
 from nybble.errors import RunError
 from nybble.models import quantized_file
+from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import CompressOptions, DistillOptions
 from nybble.options.toml import to_toml
 from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
@@ -28,7 +29,7 @@ from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.chat import TEMPLATE
 from tests.helpers.copies import copy_run
-from tests.helpers.distill import distill_options, kill_at, shipped_bytes
+from tests.helpers.distill import distill_options, interrupt_after, kill_at, shipped_bytes
 from tests.helpers.tiny import make_tokenizer, save_model
 
 
@@ -433,17 +434,37 @@ def test_resume_refuses_text_that_changed(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_resume_refuses_another_initial_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_another_initial_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, start, run = save_model(tmp_path / "model", "smollm"), tmp_path / "start", tmp_path / "run"
     shared = {"pretrained": str(model), "output_dir": str(start), "data": "python-docs", "seq_len": 32,
               "num_test_samples": 2, "num_calibration_samples": 8, "eval_tasks": "none", "export": "none"}  # fmt: skip
     compress(CompressOptions.of(**shared, method="se"))
     options = distill_options(model, run, init_from=str(start), group_size=64)
+    interrupted = options.replace(output_dir=str(tmp_path / "interrupted"))
     distill(options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(2, patch)
+        distill(interrupted)
     assert read_results(run).described_method == f"se from {start}"
     compress(CompressOptions.of(**shared, method="rtn", overwrite=True))
     with pytest.raises(RunError, match="the 4-bit model of --init_from changed; bring it back, or start again"):
-        distill(options.replace(resume=True))
+        distill(interrupted.replace(resume=True))
+    shutil.rmtree(start)
+    distill(options.replace(resume=True, export=("hf",)))  # it has its own 4-bit model, and needs no other
+    assert read_results(run).described_method == f"se from {start}"
+
+
+def test_without_checkpoints_and_model_the_training_is_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = distill_options(save_model(tmp_path / "model", "smollm"), tmp_path / "run", dtype="float32")
+    distill(options)
+    before = shipped_bytes(tmp_path / "run")
+    (tmp_path / "run" / "last.safetensors").unlink()
+    (tmp_path / "run" / "quantized" / WEIGHTS_FILE).unlink()
+    distill(options.replace(resume=True))
+    assert shipped_bytes(tmp_path / "run") == before
+    assert "run has no last.safetensors; the training is repeated" in caplog.text
 
 
 def test_a_model_that_repeats_itself_leaves_no_run(

@@ -17,7 +17,7 @@ from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from nybble.workflows.tune import tune
 from tests.helpers.compress import compress_options
-from tests.helpers.distill import distill_options, shipped_bytes
+from tests.helpers.distill import distill_options, interrupt_after, shipped_bytes
 from tests.helpers.tiny import save_model
 from tests.helpers.tune import tune_options
 
@@ -124,12 +124,13 @@ def test_without_positions_a_run_starts_in_the_middle_of_the_cells_and_says_so(
 
 @pytest.mark.slow
 def test_positions_may_be_deleted_and_then_a_training_does_not_resume(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, first = save_model(tmp_path / "model", "llama"), tmp_path / "first"
     compress(compress_options(model, first))
     options = distill_options(model, tmp_path / "second", init_from=str(first), group_size=32)
-    with caplog.at_level(logging.INFO, "nybble"):
+    with caplog.at_level(logging.INFO, "nybble"), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(2, patch)
         distill(options)
     assert "positions between the codes too" in caplog.text
     (first / "quantized" / positions_file.POSITIONS_FILE).unlink()

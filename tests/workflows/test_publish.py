@@ -13,7 +13,7 @@ from nybble.cli.main import main
 from nybble.export.base import EXPORTERS
 from nybble.models.companions import stated_license
 from nybble.report.card import model_card
-from nybble.run.folder import check_complete
+from nybble.run.complete import check_complete
 from nybble.run.results import LayerCounts, RunResults, read_results
 from tests.helpers.compress import compress_command
 from tests.helpers.hub_server import Hub, hub_server

@@ -26,6 +26,7 @@ def test_all_weights_are_trained_and_an_interrupted_run_ends_with_the_same_bits(
     assert (results.train, results.lora_rank) == ("full", 0)
     assert results.changes is not None
     assert results.changes.codes_changed > 0.01
+    assert results.models["compressed"]["bytes"] == results.models["tuned"]["bytes"]
     assert results.models["tuned"]["kl_to_teacher"] < results.models["compressed"]["kl_to_teacher"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(2, patch)

@@ -1,6 +1,7 @@
 """tune from options to the run folder: what is chosen and by which rows, interruption, --eval_only, bad input."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from nybble import files
 from nybble.cli.main import main
 from nybble.data import sampling
+from nybble.errors import RunError
 from nybble.models import quantized_file, quantized_model
 from nybble.nls import ranks
 from nybble.run import resume
+from nybble.run.results import Phase, read_results
 from nybble.tasks import encoding, likelihood, objective, scoring, task_data
 from nybble.workflows.tune import tune
 from tests.helpers.copies import copy_run
@@ -629,7 +632,6 @@ def test_epochs_and_ranks_are_chosen_on_the_selected_held_out_rows(
 def test_what_is_read_may_not_change_before_training_ends(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nybble.errors import RunError
 
     teacher = taught(tmp_path)
     task, lines = tmp_path / "letters.jsonl", (tmp_path / "letters.jsonl").read_text().splitlines()
@@ -658,13 +660,15 @@ def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(
     tune(options(tmp_path, task=str(path), epochs=1, seq_len=16))
     assert "48 rows to train on (objective choices)" in (tmp_path / "run" / "log.txt").read_text() + caplog.text
     assert "left out" not in caplog.text
+    for kind, count in (("training", 48), ("held-out", 6), ("scored", 6)):
+        words = rf"the prompts of \d+ of {count} {kind} rows lose their beginning, to fit into 16 tokens"
+        assert len(re.findall(words, caplog.text)) == 1
     assert results(tmp_path / "run")["task"]["objective"] == "choices"
     assert len(results(tmp_path / "run")["trainings"][0]["steps"]) == 48 // 8
 
 
 @pytest.mark.slow
 def test_a_finished_run_keeps_its_ranks_and_its_rows(tmp_path: Path) -> None:
-    from nybble.errors import RunError
 
     tune(options(tmp_path, epochs=1))
     before = (tmp_path / "run" / "config.toml").read_text()
@@ -679,7 +683,6 @@ def test_a_finished_run_keeps_its_ranks_and_its_rows(tmp_path: Path) -> None:
 
 
 def test_only_a_run_whose_training_ended_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble.errors import RunError
 
     interrupt_after(1, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -759,7 +762,6 @@ def write_long(folder: Path) -> Path:
 def test_another_space_task_or_model_on_resume_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nybble.errors import RunError
 
     copy_run(finished, tmp_path)
     with pytest.raises(RunError, match="--lora_rank_space was"):
@@ -843,6 +845,35 @@ def test_a_teacher_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"--teacher {tmp_path}/nowhere must be a model folder" in refused(
         tmp_path, capsys, "--teacher", f"{tmp_path}/nowhere"
     )
+
+
+def test_other_ranks_are_refused_while_those_of_a_search_are_put_in_place(finished: Path, tmp_path: Path) -> None:
+    copy_run(finished, tmp_path)
+    found = read_results(tmp_path / "run")
+    assert found.task is not None
+    found.task.replaced_by_search, found.phase = True, Phase.REPLACING
+    found.save(tmp_path / "run")
+    layers = len(found.task.configuration or ())
+    with pytest.raises(RunError, match="is getting the ranks that nybble search found"):
+        tune(options(tmp_path, resume=True, custom_rank_config=(2,) * layers))
+
+
+def test_a_task_has_another_name_than_those_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_task(tmp_path / "openbookqa.jsonl")
+    assert "openbookqa.jsonl must have another name than the tasks of --eval_tasks" in refused(
+        tmp_path, capsys, "--task", str(tmp_path / "openbookqa.jsonl"), "--eval_tasks", "openbookqa"
+    )
+
+
+def test_the_scales_follow_the_teacher_again_where_the_model_was_lost(tmp_path: Path) -> None:
+    given = options(tmp_path, quantize="after", epochs=1, teacher=str(taught(tmp_path)))
+    tune(given)
+    run, before = tmp_path / "run", codes(tmp_path / "run")
+    (run / "quantized" / "weights.safetensors").unlink()
+    for name in run.glob("scales-*.safetensors"):
+        name.unlink()
+    tune(given.replace(resume=True))
+    assert codes(run) == before
 
 
 def test_overwriting_spares_the_task_and_its_data(finished: Path, tmp_path: Path) -> None:

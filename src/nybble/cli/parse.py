@@ -47,7 +47,7 @@ def _resumed_values(kind: type[RunCommand], values: dict[str, Any]) -> dict[str,
     folder = kind.of(**values).folder
     if not is_run(folder) or not (folder / CONFIG).is_file():
         return {}
-    check_same_command(folder, kind)
+    check_same_command(folder, kind.NAME)
     saved = run_values(kind, folder)
     if values.get("eval_only"):  # the run may have been given ranks that nybble search has replaced since
         saved.pop("custom_rank_config", None)

@@ -13,7 +13,8 @@ Everything that can be wrong with the text raises here, before anything expensiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,12 @@ from nybble.data.packing import TokenRows, token_fingerprint
 from nybble.data.reader import SourceReader
 from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sampling import distinct_rows
-from nybble.errors import OptionError
+from nybble.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("nybble")
 
 # Prefixes of --data self:SOURCE have seq_len / 4 tokens: the model continues a text, and writes most of it itself.
 _PREFIXES_PER_SEQUENCE = 4
@@ -125,11 +128,11 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
     test = _evaluation_rows(reader, "test", request.num_test)
     others = _other_sources(request, reader)
     count = min(_OTHER_SEQUENCES, request.num_test or _OTHER_SEQUENCES)
-    other = TokenRows.cat([reader.other_rows(name, count) for name in others])[:count] if others else no_rows()
+    other = _other_rows(request, reader, others, count)
     # The training text of --data self is no input of the run, but its prefixes are.
     fingerprints = {} if pending else {"training text": train.ids, "calibration text": calibration}
     fingerprints |= {"validation text": validation.ids, "test text": test.ids}
-    if others:
+    if len(other):
         fingerprints["text of another domain"] = other.ids
     if pending and pending.prefixes is not None:
         fingerprints["prefixes"] = pending.prefixes
@@ -141,7 +144,7 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
         test_source=f"the test split of {' + '.join(evaluation_sources(request.data, request.eval_data))}",
         fingerprints={what: token_fingerprint(ids, "") for what, ids in fingerprints.items()},
         other=other,
-        other_source=" + ".join(others),
+        other_source=" + ".join(others) if len(other) else "",
         pending=pending if pending and pending.count else None,
     )
 
@@ -152,6 +155,19 @@ def _other_sources(request: TextRequest, reader: SourceReader) -> list[str]:
         return []
     known = {*reader.data.names, *reader.eval_data.names, *map(sources.prefix_source, reader.data.names)}
     return [name for name in request.other_data if name not in known]
+
+
+def _other_rows(request: TextRequest, reader: SourceReader, names: Sequence[str], count: int) -> TokenRows:
+    """Sequences of another domain; without them where the default source has none of this length."""
+    if not names:
+        return no_rows()
+    try:
+        return TokenRows.cat([reader.other_rows(name, count) for name in names])[:count]
+    except DataError:
+        if tuple(names) != (sources.PYTHON_DOCS,):
+            raise
+    log.info("%s has no sequence of %d tokens, so only the test text is measured", names[0], request.seq_len)
+    return no_rows()
 
 
 def _pending_generation(request: TextRequest, reader: SourceReader, num_embeddings: int) -> PendingGeneration | None:

@@ -81,7 +81,8 @@ class SourceReader:
         found = sources.load_documents(name, request.text_column, request.data_dir, ("test",), option, option).test
 
         def cut(share: float) -> list[TokenRows]:
-            return [self._pack(first_documents(found, share), request.seq_len, f"test ({name})", int(share >= 1))]
+            part, label = first_documents(found, share), f"test ({option} {name})"
+            return [self._pack(part, request.seq_len, label, int(share >= 1))]
 
         return _enough(cut, share_for(count_characters(found), count * request.seq_len), count)[0]
 

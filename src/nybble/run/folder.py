@@ -38,19 +38,18 @@ from nybble.files import file_sizes, settle_folder, write_text
 from nybble.models.positions_file import POSITIONS_FILE
 from nybble.options.commands import RunCommand
 from nybble.options.toml import CONFIG, to_toml
+from nybble.run.complete import CHECKPOINTS, MERGED, QUANTIZED, TEXTS, go_back, missing_files
 from nybble.run.deletion import delete_run
 from nybble.run.machine import peak_memory
 from nybble.run.marker import MARKER, check_deletable, is_run, write_marker
 from nybble.run.results import RESULTS, Phase, RunResults, has_results, read_results
 from nybble.run.resume import check_same_options
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
-from nybble.schema import SchemaError, read_json
 
 log = logging.getLogger("nybble")
 
 T = TypeVar("T")
 
-QUANTIZED, MERGED, TEXTS = "quantized", "merged", "texts"
 _LOCK = ".lock"
 # What a run leaves in its folder before its configuration is whole.
 _BEFORE_CONFIG = {_LOCK, MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
@@ -58,8 +57,8 @@ _BEFORE_CONFIG = {_LOCK, MARKER, f"{MARKER}.tmp", f"{CONFIG}.tmp"}
 # marker come last, so that the folder is known as a run as long as anything is left of it.
 _OWN_FOLDERS = ("teacher", "compress", QUANTIZED, "tensorboard", "trial", MERGED, TEXTS)
 _OWN = (
-    "log.txt", RESULTS, "report.md", "report.html", "last.safetensors", "best.safetensors", "scales-last.safetensors",
-    "scales-best.safetensors", "self.safetensors", "search.db", *_OWN_FOLDERS, CONFIG, MARKER,
+    "log.txt", RESULTS, "report.md", "report.html", *CHECKPOINTS, "scales-last.safetensors", "scales-best.safetensors",
+    "self.safetensors", "search.db", *_OWN_FOLDERS, CONFIG, MARKER,
 )  # fmt: skip
 
 
@@ -152,48 +151,6 @@ class RunFolder:
         results.save(self.path)
 
 
-def missing_files(path: Path, results: RunResults, name: str) -> list[str]:
-    """The files of a folder of a run that are missing, or cut: shorter than they were written, and no valid JSON.
-
-    Of a run that an earlier version of nybble made it is known only that the folder has files.
-    """
-    found = file_sizes(path / name)
-    if not found:
-        return [name]
-    shorter = [file for file, size in results.files.get(name, {}).items() if found.get(file, -1) < size]
-    return [file for file in shorter if not _is_json(path / name / file)]
-
-
-def _is_json(file: Path) -> bool:
-    """Whether a file, which someone may have edited, is whole JSON."""
-    try:
-        read_json(file)
-    except SchemaError:
-        return False
-    return file.suffix == ".json"
-
-
-def check_complete(path: Path) -> None:
-    """Check the files of a folder of a run, such as RUN/quantized; folders elsewhere pass.
-
-    Raises:
-        RunError: files are missing or cut.
-    """
-    run, name = path.resolve().parent, path.resolve().name
-    if not is_run(run):
-        return
-    results = read_results(run)
-    wrong = missing_files(run, results, name) if name in results.files else []
-    if wrong:
-        again = "let the run make the folder again with --resume"
-        if name in results.exports:
-            again = f"make the folder again: nybble export {path.parent} --to {name}"
-        raise RunError(
-            f"{path} must have the files that it was written with; {', '.join(wrong[:3])} is missing or cut; bring it "
-            f"back, or {again}"
-        )
-
-
 def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
     """Whether there is a run already.
 
@@ -253,7 +210,7 @@ def _open(options: RunCommand, keep_options: bool) -> RunFolder:
         if used and resume:
             check_same_options(path, options)
             results = _settled_results(path)
-            _go_back(path, results)
+            go_back(path, results)
         if not is_run(path):
             write_marker(path)
         if not (used and keep_options):
@@ -290,19 +247,6 @@ def _settled_results(path: Path) -> RunResults:
     for name in (*results.exports, *_OWN_FOLDERS):
         settle_folder(path / name)
     return results
-
-
-def _go_back(path: Path, results: RunResults) -> None:
-    """Where the model that a run made is not complete, return to the phase before, which makes the same one again."""
-    folders: tuple[str, ...]
-    if results.command == "lora":
-        folders, made, before = (MERGED, TEXTS), Phase.TRAINED, Phase.OPENED
-    else:
-        folders, made, before = (QUANTIZED,), Phase.QUANTIZED, Phase.TRAINED if results.trains else Phase.OPENED
-    for name in folders if results.phase.reached(made) else ():
-        if wrong := missing_files(path, results, name):
-            log.warning("%s is not complete (%s); it is made again", path / name, ", ".join(wrong[:3]))
-            results.phase = before
 
 
 def _check_no_links(path: Path) -> None:

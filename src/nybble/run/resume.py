@@ -64,14 +64,14 @@ def saved_options(folder: Path) -> dict[str, Any]:
     return kept | {key: [] if value == NONE else value for key, value in values.items()}
 
 
-def check_same_command(folder: Path, kind: type[Command]) -> None:
-    """Raise RunError where another command began the run in `folder`."""
+def check_same_command(folder: Path, command: str) -> None:
+    """Raise RunError where another command than this one, by the name in the results, began the run in `folder`."""
     if not has_results(folder):
         return
     began = read_results(folder).command
-    if began not in (kind.NAME, ""):
+    if began not in (command, ""):
         raise RunError(
-            f"--resume must continue a run of nybble {kind.NAME}; {folder} was begun by nybble {began}; choose another "
+            f"--resume must continue a run of nybble {command}; {folder} was begun by nybble {began}; choose another "
             "--output_dir"
         )
 

@@ -115,16 +115,22 @@ def encode_right_answers(
 
 
 def encode_choices(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], seq_len: int
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], seq_len: int, kind: str = ""
 ) -> list[list[EncodedAnswer]]:
     """Encode prompt and answer of every choice of each question.
 
     Texts that are longer than `seq_len` tokens lose the beginning of their prompt.
 
+    Args:
+        tokenizer: of the model.
+        questions: the rows.
+        seq_len: tokens of the longest text.
+        kind: which rows they are, for a warning of texts that lose something; "" for no warning.
+
     Raises:
         DataError: an answer has no tokens.
     """
-    added = added_tokens(tokenizer)
+    added, num_cut = added_tokens(tokenizer), 0
     encoded = []
     for question in questions:
         texts = [_encode(tokenizer, *pair, added) for pair in zip(question.prompts, question.choices, strict=True)]
@@ -132,12 +138,18 @@ def encode_choices(
         starts: dict[str, int] = {}
         for prompt, text in zip(question.prompts, texts, strict=True):
             starts[prompt] = min(text.prompt_length, starts.get(prompt, text.prompt_length))
+        num_cut += any(len(text.ids) > seq_len for text in texts)
         encoded.append(
             [
                 _keep_end(EncodedAnswer(text.ids, starts[prompt]), seq_len)
                 for prompt, text in zip(question.prompts, texts, strict=True)
             ]
         )
+    if num_cut and kind:
+        log.warning(
+            "the prompts of %d of %d %s rows lose their beginning, to fit into %d tokens (--seq_len)",
+            num_cut, len(questions), kind, seq_len,
+        )  # fmt: skip
     return encoded
 
 

@@ -68,7 +68,7 @@ def running_text(data: TaskData, tokenizer: PreTrainedTokenizerBase, config: Run
         DataError: there are too few tokens for 9 calibration sequences of 16 tokens, or for one test sequence.
     """
     questions = data.dataset.held_out
-    encoded = encoding.encode_choices(tokenizer, questions, config.seq_len)
+    encoded = encoding.encode_choices(tokenizer, questions, config.seq_len, "held-out")
     end = packing.end_tokens(tokenizer)
     train_N, held_out_N = join_texts(data.texts, end), join_texts(right_answers(questions, encoded), end)
     length = sequence_length(config.seq_len, len(train_N), len(held_out_N))

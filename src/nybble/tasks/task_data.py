@@ -117,7 +117,7 @@ def load_task_data(
     objective = resolve_objective(config.objective, dataset)
     choices: list[list[EncodedAnswer]] = []
     if objective == "choices":
-        choices = encoding.encode_choices(tokenizer, dataset.train, config.seq_len)
+        choices = encoding.encode_choices(tokenizer, dataset.train, config.seq_len, "training")
         texts = right_answers(dataset.train, choices)
     else:
         texts = encoding.encode_right_answers(tokenizer, dataset.train, config.seq_len)
@@ -127,7 +127,7 @@ def load_task_data(
             "use a smaller --batch_size"
         )
     # Raises now what would otherwise be raised after training.
-    encoding.encode_choices(tokenizer, dataset.scored, config.seq_len)
+    encoding.encode_choices(tokenizer, dataset.scored, config.seq_len, "scored")
     order = sampling.draw_order(len(dataset.held_out), len(dataset.held_out), request.seed)
     held_out = [dataset.held_out[i] for i in order.tolist()]
     count = config.num_selection_samples or len(held_out)

@@ -26,7 +26,7 @@ from nybble.export.base import EXPORTERS
 from nybble.export.checks import exporter_of
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import ChatGroup, ChatOptions
-from nybble.run.folder import check_complete
+from nybble.run.complete import check_complete
 from nybble.run.marker import is_run
 from nybble.run.results import read_results
 from nybble.runtime import Interrupted, forget_interruption

@@ -41,7 +41,7 @@ from nybble.report.figures import Figure
 from nybble.report.five_columns import LORA16_RUN, LORA_RUN, NLS_RUN, PTWC_RUN, ColumnComparison
 from nybble.report.tables import as_table
 from nybble.run.claims import claimed
-from nybble.run.folder import MERGED, TEXTS
+from nybble.run.complete import MERGED, TEXTS
 from nybble.run.results import has_results, read_results
 from nybble.run.resume import check_same_options, saved_options
 from nybble.tasks.sources import is_scored_by_lm_eval
@@ -277,6 +277,7 @@ class _TaskComparison:
                 raise TrainingError(f"{options.folder}: {error}") from error
             return
         saved = saved_options(options.folder)
+        options = plan.keep_saved_choices(options)
         if isinstance(options, TuneOptions):
             options = with_task(options)
         else:  # its input lies in the comparison itself, which may have been moved

@@ -87,7 +87,9 @@ def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bo
     if options.training.shard:
         check_shardable(loaded.model, selection)
         options = options.replace(weight_cache="recompute")  # no process has room for all weights
-    compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
+    compression = plan.plan_compression(
+        options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
+    )
     request = text.distill_request(options, compression.calibrates)
     prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)

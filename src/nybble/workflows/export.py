@@ -16,7 +16,8 @@ from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.report.markdown import run_markdown
-from nybble.run.folder import QUANTIZED, check_complete, reopen_run
+from nybble.run.complete import QUANTIZED, check_complete
+from nybble.run.folder import reopen_run
 from nybble.run.resume import saved_options
 from nybble.runtime import raise_if_interrupted
 from nybble.workflows.export_run import export_run

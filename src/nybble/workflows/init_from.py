@@ -14,14 +14,14 @@ from nybble.compression.init import QuantizedInit
 from nybble.errors import OptionError
 from nybble.models import positions_file, quantized_file, quantized_model
 from nybble.models.layers_on_disk import LayersOnDisk, block_number, layers_on_disk
-from nybble.models.loading import LoadedModel
+from nybble.models.loading import LoadedModel, model_fingerprint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.options.scheme import WHOLE_ROW
 from nybble.quant.position import weight_at_positions
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.folder import QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.run.results import read_results
 
@@ -39,7 +39,8 @@ def check_finished(run: Path) -> None:
 
 def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection) -> None:
     """Raise OptionError unless the quantized weights of a finished run fit this model and have these schemes."""
-    other, layout = read_results(run).model, quantized_file.read_layout(run / QUANTIZED)
+    results, layout = read_results(run), quantized_file.read_layout(run / QUANTIZED)
+    other = results.model
     layers = {
         name: loaded.model.get_submodule(name).weight.shape for name in (*selection.linears, *selection.embeddings)
     }
@@ -57,15 +58,28 @@ def check_fits(run: Path, loaded: LoadedModel, selection: LayerSelection) -> Non
             f"--init_from {run} must be of a model like {loaded.name}; only one of it and {other} has "
             f"{', '.join(dict.fromkeys(differing[:3]))}"
         )
-    for name, scheme in selection.schemes.items():
-        found = layout.quantized[name].scheme
-        if found != scheme:
-            raise OptionError(
-                f"--init_from {run} must have the schemes of this run; {name} has {found}, and this run has {scheme}; "
-                f"add {_flags(found) if name in selection.linears else '--layer as that run has it'}"
-            )
+    _check_schemes(run, {name: layer.scheme for name, layer in layout.quantized.items()}, selection)
+    same_dtype = results.dtype == str(loaded.model.dtype).removeprefix("torch.")
+    before = results.fingerprints.get("model")
     if other != loaded.name:
         log.warning("--init_from %s was made of %s, and the 16-bit model is %s", run, other, loaded.name)
+    elif same_dtype and before is not None and before != model_fingerprint(loaded.model):
+        log.warning("--init_from %s was made of another %s, with other weights", run, other)
+
+
+def _check_schemes(run: Path, schemes: Mapping[str, QuantScheme], selection: LayerSelection) -> None:
+    """Raise OptionError, with the flags that are missing, unless a run has the schemes of this one."""
+    several = len({schemes[name] for name in selection.linears}) > 1
+    for name, scheme in selection.schemes.items():
+        if schemes[name] == scheme:
+            continue
+        remedy = f"give --bits, --layer and the other options of the scheme as {run}/config.toml has them"
+        if name in selection.linears and not several:
+            remedy = f"add {_flags(schemes[name])}"
+        raise OptionError(
+            f"--init_from {run} must have the schemes of this run; {name} has {schemes[name]}, and this run has "
+            f"{scheme}; {remedy}"
+        )
 
 
 def _flags(scheme: QuantScheme) -> str:

@@ -17,7 +17,7 @@ from nybble.options.commands import InspectOptions
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
 from nybble.report.run import LAYER_NOTE, error_cells
-from nybble.run.folder import QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete
 from nybble.run.results import RunResults, has_results, read_results
 
 # report.run.LAYER_HEADINGS, in narrow columns.

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from nybble.files import atomic_folder, write_text
+from nybble.models.delinearize import delinearize
 from nybble.models.loading import LoadedModel, load
 from nybble.options.commands import TuneOptions
-from nybble.run.folder import MERGED, TEXTS
+from nybble.run.complete import MERGED, TEXTS
 from nybble.run.results import Phase
 from nybble.tasks.attention import plain_attention
 from nybble.tasks.dataset import Question
@@ -44,7 +45,7 @@ def tune_16bit(options: TuneOptions, before: Mapping[str, Mapping[str, Any]]) ->
             _train(task_run)
             _write_texts(task_run, run.path / TEXTS)
             with atomic_folder(merged) as temporary:
-                loaded.model.save_pretrained(temporary)
+                delinearize(loaded.model, options.model.trust_remote_code).save_pretrained(temporary)
                 loaded.tokenizer.save_pretrained(temporary)
             for name in (MERGED, TEXTS):
                 run.note_files(name)

@@ -143,11 +143,11 @@ def size_in_16_bits(model: torch.nn.Module) -> int:
 def size_when_shipped(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) -> int:
     """Bytes of a quantized model: quantized weights packed, everything else in 16 bits."""
     weights = sum(weight.nbytes for weight in quantized.values())
-    # Layers with fixed codes have no weight.
-    counted = {id(getattr(model.get_submodule(name), "weight", None)) for name in quantized}
-    rest = sum(
-        2 * parameter.numel()
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in counted and ".lora_" not in name and "log_scale" not in name
-    )
-    return weights + rest
+    # Of a quantized layer only the bias is left, whatever it has while it is trained.
+    counted = {
+        id(parameter)
+        for name in quantized
+        for leaf, parameter in model.get_submodule(name).named_parameters()
+        if leaf != "bias"
+    }
+    return weights + sum(2 * parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)

@@ -28,12 +28,14 @@ from nybble.models.schemes import assign_schemes, average_bits, check_patterns, 
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.base import Command
 from nybble.options.commands import RunCommand, TrainCommand
-from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions
+from nybble.options.compression import AUTO, CompressionOptions
 from nybble.options.evaluation import EvaluationOptions
 from nybble.options.model import DeviceOptions, ModelOptions
 from nybble.options.scheme import SchemeOptions
+from nybble.run.complete import is_quantized
 from nybble.run.folder import check_folder
 from nybble.run.marker import is_run
+from nybble.run.results import RunResults, read_results
 from nybble.run.resume import check_same_command, check_same_options, saved_options
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
@@ -57,11 +59,13 @@ class CompressionPlan:
         method: what compresses, or what has compressed the weights of `init_from`.
         calibrates: the compression that is to be done needs calibration text.
         init_from: the finished run whose 4-bit weights are taken over.
+        is_made: the run goes on, and its own 4-bit model is complete: what it was made from is not needed.
     """
 
     method: str
     calibrates: bool
     init_from: Path | None = None
+    is_made: bool = False
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -103,11 +107,13 @@ def validate(
     compression: CompressionOptions,
     evaluation: EvaluationOptions,
     inputs: Mapping[str, Sequence[str]],
+    command: str | None = None,
 ) -> None:
     """Check what needs no model.
 
     Args:
         inputs: option name -> files, folders or sources that the run reads; --overwrite must not delete them.
+        command: of the results, if it is not that of the options.
 
     Raises:
         NybbleError: an option, the model's path, the run folder or a format is unusable.
@@ -116,15 +122,15 @@ def validate(
     check_processes(options)
     if compression.method != AUTO:
         parse_method(compression.method, "--method")
-    if isinstance(compression, InitialCompressionOptions) and compression.init_from is not None:
-        init_from.check_finished(Path(compression.init_from))
+    if (source := _source(compression)) is not None and results_if_made(options) is None:
+        init_from.check_finished(source)
     check_formats(evaluation.export, "--export")
     check_model_path(options.model.pretrained)
     used = check_folder(folder, run.resume, run.overwrite)
     if run.resume and not used:
         log.info("there is no run in %s to resume; a new one begins", folder)
     if run.resume and used:
-        check_same_command(folder, type(options))
+        check_same_command(folder, command or options.NAME)
         check_same_options(folder, options)
     if run.overwrite:
         _check_inputs_survive(inputs, folder)
@@ -192,31 +198,45 @@ def select(loaded: LoadedModel, options: SchemeOptions) -> LayerSelection:
     return selection
 
 
+def results_if_made(options: RunCommand) -> RunResults | None:
+    """The results of a run that goes on and whose 4-bit model is complete; None where one has to be made."""
+    goes_on = options.run.resume and not options.flat().get("eval_only")  # other ranks make another model
+    return read_results(options.folder) if goes_on and is_quantized(options.folder) else None
+
+
+def _source(compression: CompressionOptions) -> Path | None:
+    """The run of --init_from."""
+    given = getattr(compression, "init_from", None)
+    return Path(given) if given else None
+
+
 def plan_compression(
     compression: CompressionOptions,
     loaded: LoadedModel,
     selection: LayerSelection,
     trains_codes: bool = False,
+    made: RunResults | None = None,
 ) -> CompressionPlan:
     """Resolve --method auto and --init_from, and warn of options that the method does not use.
 
     Args:
         trains_codes: adapters or weights are trained inside the rounding afterwards.
+        made: of `results_if_made`.
 
     Raises:
         OptionError: the run of --init_from does not fit the model.
     """
-    source = compression.init_from if isinstance(compression, InitialCompressionOptions) else None
-    if source is not None:
-        run = Path(source)
-        init_from.check_fits(run, loaded, selection)
+    source = _source(compression)
+    if source is not None and made is not None:
+        plan = CompressionPlan(made.method, False, source, is_made=True)
+    elif source is not None:
+        init_from.check_fits(source, loaded, selection)
         if trains_codes:
-            init_from.warn_of_centres(run)
-        plan = CompressionPlan(init_from.method_of(run), False, run)
+            init_from.warn_of_centres(source)
+        plan = CompressionPlan(init_from.method_of(source), False, source)
     else:
-        method = compression.method
-        if method == AUTO:
-            method = automatic_method(loaded.model, selection.linears, adapters=trains_codes)
+        chosen = compression.method == AUTO
+        method = automatic_method(loaded.model, selection.linears, trains_codes) if chosen else compression.method
         plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
     _warn_of_unused(compression, plan)
     return plan

@@ -73,7 +73,8 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.dtype = str(loaded.model.dtype).removeprefix("torch.")
     results.method = compression.method
     results.init_from = None if compression.init_from is None else str(compression.init_from)
-    results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)
+    if not compression.is_made:
+        results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)
     results.layers = _layer_counts(selection, loaded.model)
     results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
     if len(text.other):
@@ -81,7 +82,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.limit = facts.limit
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
     fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
-    if compression.init_from is not None:
+    if compression.init_from is not None and not compression.is_made:
         fingerprints["4-bit model of --init_from"] = init_from.fingerprint(compression.init_from)
     processes.check_same(fingerprints)
     check_same_inputs(results, fingerprints)

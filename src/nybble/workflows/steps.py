@@ -37,7 +37,8 @@ from nybble.options.model import ModelOptions
 from nybble.qat.insert import quantize_embeddings
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.folder import QUANTIZED, RunFolder
+from nybble.run.complete import QUANTIZED
+from nybble.run.folder import RunFolder
 from nybble.run.results import read_results
 from nybble.runtime import hand_back_freed_memory, raise_if_interrupted
 from nybble.training.teacher import HiddenStates, teacher_hidden_states

@@ -12,7 +12,7 @@ from nybble.export.checks import damaged_export, exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions
-from nybble.run.folder import QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.workflows.plan import pick_place
 

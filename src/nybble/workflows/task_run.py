@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nybble.callbacks import Callback
 from nybble.data.packing import token_fingerprint
 from nybble.data.prepare import TextData, no_rows
+from nybble.errors import OptionError
 from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.models.loading import LoadedModel, model_fingerprint
@@ -24,7 +26,8 @@ from nybble.nls.scorer import AdapterScorer
 from nybble.options.commands import TuneOptions
 from nybble.options.training import TuneTrainingOptions
 from nybble.qat.base import CachedWeightLinear
-from nybble.run.results import Phase, TaskResults, read_results
+from nybble.run.complete import is_quantized
+from nybble.run.results import TaskResults
 from nybble.tasks.dataset import TaskRequest
 from nybble.tasks.objective import TaskBatches, max_microbatch_rows, task_loss
 from nybble.tasks.running_text import RunningTextConfig, running_text
@@ -106,14 +109,21 @@ def open_task_run(
     started = time.perf_counter()
     options = plan.keep_saved_choices(with_task(options))
     evaluation, task = options.evaluation, options.task
-    plan.validate(options, options.compression, evaluation, plan.input_names(options))
+    plan.validate(options, options.compression, evaluation, plan.input_names(options), command)
     own = (task.task,) if task.task in evaluation.eval_tasks else ()
+    if not own and Path(task.task).stem in evaluation.eval_tasks:
+        raise OptionError(
+            f"--task {task.task} must have another name than the tasks of --eval_tasks, as it is the name of a column; "
+            "rename the file"
+        )
     check_tasks(own, task.data_dir, "--task")
     check_tasks(tuple(name for name in evaluation.eval_tasks if name != task.task), task.data_dir)
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
-    compression = plan.plan_compression(options.compression, loaded, selection, options.training.trains_codes)
+    compression = plan.plan_compression(
+        options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
+    )
     data = _load_data(options, loaded, selection, custom)
     teacher = _load_teacher(options, loaded)
     text = _text(options, loaded, data, teacher)
@@ -157,11 +167,11 @@ def _load_teacher(options: TuneOptions, loaded: LoadedModel) -> Any:
     """The model of --teacher; None without one, or where nothing is left to train."""
     if options.task.teacher is None:
         return None
-    finished = not options.run.overwrite and read_results(options.folder).phase.reached(Phase.QUANTIZED)
+    finished = options.run.resume and is_quantized(options.folder)
     # Other ranks are measured with scales of their own, which are trained.
     if finished and not (options.ranks.eval_only and options.training.scale_training_epochs):
         return None
-    return load_teacher(options.task.teacher, loaded.model, options.model.trust_remote_code)
+    return load_teacher(options.task.teacher, loaded, options.model.trust_remote_code)
 
 
 def _text(options: TuneOptions, loaded: LoadedModel, data: TaskData, teacher: Any) -> TextData:

@@ -79,7 +79,14 @@ def _with_ranks_of_the_run(options: TuneOptions) -> TuneOptions:
     saved = tuple(saved_options(folder).get("custom_rank_config", ()))
     if options.ranks.eval_only:
         return options.replace(custom_rank_config=saved)
-    if custom != saved and read_results(folder).phase.reached(Phase.QUANTIZED):
+    results = read_results(folder)
+    finished = results.phase.reached(Phase.QUANTIZED)
+    if custom != saved and not finished and results.task is not None and results.task.replaced_by_search:
+        raise RunError(
+            f"{folder} is getting the ranks that nybble search found; --resume without --custom_rank_config finishes "
+            "that; another --output_dir ships other ranks"
+        )
+    if custom != saved and finished:
         raise RunError(
             f"{folder} is finished, with other ranks; --eval_only measures --custom_rank_config, another --output_dir "
             "ships it"
