@@ -12,11 +12,13 @@ from nybble.compression.awq_mappings import find_mappings
 from nybble.compression.block_trial import BlockTrial
 from nybble.compression.blocks import InputStatistics
 from nybble.errors import OptionError
+from nybble.models.linearize import linearize
 from nybble.models.selection import select_layers
 from nybble.quant.scheme import QuantScheme
 from tests.helpers.blocks import Chained, Experts
 from tests.helpers.compression import decoder_blocks, round_to_nearest
 from tests.helpers.dense import DENSE_CASES, make_dense
+from tests.helpers.mixtures import make_mixture
 from tests.helpers.tiny import make_model
 
 SCHEME = QuantScheme(group_size=32)
@@ -79,6 +81,14 @@ def test_what_is_folded_is_said_once_for_each_kind_of_block(caplog: pytest.LogCa
         "awq folds in 2 blocks like model.layers.0: input_layernorm -> q_proj + k_proj + v_proj, self_attn.v_proj -> "
         "o_proj, post_attention_layernorm -> gate_proj + up_proj, mlp.up_proj -> down_proj"
     ]
+
+
+def test_experts_are_counted_and_not_listed(caplog: pytest.LogCaptureFixture) -> None:
+    model = linearize(make_mixture("mixtral"))
+    with caplog.at_level(logging.INFO, "nybble"):
+        AWQ().prepare(model, select_layers(model).linears)
+    experts = "post_attention_layernorm -> 4 gate_up_proj, mlp.experts.N.gate_up_proj -> down_proj (4 times)"
+    assert caplog.records[0].getMessage().endswith(experts)
 
 
 def test_search_returns_the_factors_with_the_least_weighed_error() -> None:

@@ -11,6 +11,8 @@ round-to-nearest, with the error of each channel weighed by r^2.
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,9 +66,13 @@ class AWQ(FoldingMethod):
 
 
 def _describe(mappings: Sequence[AWQMapping]) -> str:
-    return ", ".join(
-        f"{mapping.source} -> {' + '.join(name.rpartition('.')[2] for name in mapping.layers)}" for mapping in mappings
-    )
+    """Sources and layers, such as "mlp.experts.N.up_proj -> down_proj (4 times)": experts are alike."""
+    texts: Counter[str] = Counter()
+    for mapping in mappings:
+        layers = Counter(name.rpartition(".")[2] for name in mapping.layers)
+        readers = " + ".join(name if count == 1 else f"{count} {name}" for name, count in layers.items())
+        texts[f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', 'N', mapping.source)} -> {readers}"] += 1
+    return ", ".join(text if count == 1 else f"{text} ({count} times)" for text, count in texts.items())
 
 
 @torch.no_grad()
