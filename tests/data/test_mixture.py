@@ -95,6 +95,15 @@ def test_evaluation_rows_of_several_sources_follow_their_shares() -> None:
     assert len(Mixture.parse(["a", "b"]).evaluation_rows(parts, 0)) == 200
 
 
+def test_a_source_that_leaves_little_to_measure_on_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    mixture = Mixture.parse(["many=0.5", "few=0.5"])
+    assert len(mixture.evaluation_rows(parts_of([100, 2]), 50)) == 4
+    assert "only 4 of 50 sequences are measured on: few has 2" in caplog.text
+    caplog.clear()
+    assert len(mixture.evaluation_rows(parts_of([100, 80]), 0)) == 160
+    assert not caplog.text
+
+
 def test_entries_are_names_with_shares_or_without() -> None:
     assert Mixture.parse(["wikitext2=0.7", "chat.jsonl=3"]) == Mixture(["wikitext2", "chat.jsonl"], [0.7, 3.0])
     assert Mixture.parse(["a", "b"]) == Mixture(["a", "b"])

@@ -338,6 +338,10 @@ def test_a_little_text_of_another_domain_is_measured_too(tmp_path: Path) -> None
     assert data.other_source == str(other)
     assert data.fingerprints.keys() - prepare(path).fingerprints.keys() == {"text of another domain"}
     assert len(prepare(path, other_data=(str(other),), num_test=1).other) == 1
+    third = write_lines(tmp_path / "c.txt")
+    three = prepare(path, other_data=(str(other), str(third)))
+    first, second = (prepare(path, other_data=(str(name),)).other.ids[:3] for name in (other, third))
+    assert torch.equal(three.other.ids, torch.cat([first, second]))
 
 
 def test_text_that_is_measured_anyway_is_no_other_domain(tmp_path: Path) -> None:

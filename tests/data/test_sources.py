@@ -57,8 +57,9 @@ def test_wikitext2_of_rows_is_one_text_and_other_versions_are_left_alone(tmp_pat
         write_rows(tmp_path / "wikitext" / "wikitext-2-raw-v1" / f"{split}.jsonl", lines)
         write_rows(tmp_path / "wikitext" / "wikitext-103-raw-v1" / f"{split}.jsonl", ["other"])
         write_rows(tmp_path / "wikitext" / "document_level" / f"{split}.jsonl", ["page"], "page")
-    splits = load("wikitext2", data_dir=tmp_path)
-    assert [splits[split] for split in SPLITS] == [["".join(lines)]] * 3
+    for column in ("text", "body"):  # --text_column is for sources whose column is not known
+        splits = sources.load_documents("wikitext2", column, str(tmp_path), SPLITS)
+        assert [splits[split] for split in SPLITS] == [["".join(lines)]] * 3
 
 
 def test_plain_wikitext2_has_an_article_per_document_without_marks(tmp_path: Path) -> None:
@@ -135,13 +136,13 @@ def test_an_unknown_column_is_reported_with_the_existing_ones(tmp_path: Path) ->
 
 
 def test_rows_without_text_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_rows(tmp_path / "mine.jsonl", [None, *(f"row {i}" for i in range(20))])
+    path = write_rows(tmp_path / "mine.jsonl", [None, "", " \n", *(f"row {i}" for i in range(20))])
     with path.open("a") as file:
         file.write('{"other": 1}\n')
     with caplog.at_level("WARNING", "nybble"):
         splits = load(path)
     assert sorted(everything(splits)) == sorted(f"row {i}" for i in range(20))
-    assert "left out 2 of 22 rows, which have nothing in column text" in caplog.text
+    assert "left out 4 of 24 rows, which have nothing in column text" in caplog.text
 
 
 def test_rows_that_are_not_text_are_refused(tmp_path: Path) -> None:
@@ -228,6 +229,30 @@ def test_data_dir_holds_data_sets_by_their_names(tmp_path: Path) -> None:
         assert load(name, data_dir=tmp_path).test == ["test"]
     with pytest.raises(DataError, match="--data_dir .*nowhere must be a folder of data sets"):
         load("mine", data_dir=tmp_path / "nowhere")
+
+
+def test_a_configuration_is_a_folder_in_the_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part in ("main", "socratic"):
+        for split in SPLITS:
+            write_rows(tmp_path / "gsm" / part / f"{split}.jsonl", [part])
+    assert load("me/gsm:main", data_dir=tmp_path).test == ["main"]
+    assert not caplog.text
+    assert load("me/gsm", data_dir=tmp_path).test == ["main", "socratic"]
+    assert f"{tmp_path}/gsm: test text is read from main and socratic together" in caplog.text
+
+
+def test_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write_rows(tmp_path / "mine" / f"{split}.jsonl", [split])
+        write_rows(tmp_path / "mine" / ".ipynb_checkpoints" / f"{split}-checkpoint.jsonl", ["copy"])
+    assert load(tmp_path / "mine").train == ["train"]
+
+
+def test_tools_of_conversations_are_said_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": []}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(12)))
+    load(tmp_path / "chats.jsonl")
+    assert "the column tools is not used" in caplog.text
 
 
 # --- what is not there ---
@@ -339,12 +364,12 @@ def test_the_configurations_are_listed_where_none_of_them_is_named(name: str) ->
 
 def test_of_a_huge_hub_data_set_evenly_spaced_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_MOST_CHARACTERS", 3000)
-    published = hub_data({"train": [f"{i:010}" for i in range(1000)], "validation": ["b"], "test": [""] * 3 + ["c"]})
+    published = hub_data({"train": [f"{i:010}" for i in range(1000)], "validation": ["b"], "test": ["d"] * 3 + ["c"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: published)
     found = load("some/data")
     assert list(found.train) == [f"{i:010}" for i in range(0, 1000, 4)]
     assert found.validation == ["b"]
-    assert list(found.test) == ["", "", "", "c"]
+    assert list(found.test) == ["d", "d", "d", "c"]
 
 
 def test_wikitext2_of_the_hub_is_one_text_per_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,12 @@ def test_one_text_is_cut_into_blocks_of_lines_in_order() -> None:
     assert "".join(map(str, hold_out(["".join(lines[:200])]).train)) == "".join(lines[:200]), "2 blocks are too few"
 
 
+def test_lines_of_few_texts_are_not_joined() -> None:
+    texts = ["\n".join(f"{name} {i}" for i in range(150)) for name in ("a", "b")]
+    lines = [line for split in SPLITS for block in hold_out(texts)[split] for line in str(block).splitlines()]
+    assert sorted(lines) == sorted(line for text in texts for line in text.splitlines())
+
+
 def test_only_missing_splits_are_taken() -> None:
     splits = hold_out([str(i) for i in range(100)], ("validation",))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (90, 10, 0)

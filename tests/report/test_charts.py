@@ -9,7 +9,7 @@ import pytest
 from nybble.report.comparison import compare_runs
 from nybble.report.five_columns import COLUMNS
 from nybble.run.results import Training
-from tests.helpers.runs import LAYERS, candidate, distilled, known, task_results, tuned, with_everything
+from tests.helpers.runs import LAYERS, candidate, distilled, known, measured, task_results, tuned, with_everything
 
 pytest.importorskip("matplotlib", reason="the extra report")
 
@@ -34,6 +34,14 @@ def test_bars_are_inside_the_axis(scores: dict[str, float], ends: tuple[float, f
     axes = figure.axes[0]
     assert axes.get_xlim() == pytest.approx(ends)
     assert ("axis does not begin at 0" in axes.get_xlabel()) == (ends[0] > 0 or ends[1] < 0)
+
+
+def test_models_whose_outputs_are_not_finite_are_drawn_without_a_bar() -> None:
+    broken = measured(distilled(), tuned={"token_perplexity": math.nan, "kl_to_teacher": math.inf})
+    (comparison,) = compare_runs({"good": distilled(), "broken": broken}, {})
+    figure = Figure()
+    charts.draw_models(figure, comparison)
+    assert all(math.isfinite(end) for axes in figure.axes for end in axes.get_xlim())
 
 
 def test_the_text_of_charts_is_escaped_and_no_mathematics() -> None:

@@ -113,12 +113,17 @@ def test_a_run_by_several_names_is_one_run(runs: list[Path], capsys: Capture) ->
     assert "| Small | INT4, QAT + LoRA |" in printed
 
 
-def test_runs_in_folders_of_the_same_name_are_both_shown(tmp_path: Path, capsys: Capture) -> None:
+def test_runs_in_folders_of_the_same_name_are_both_shown(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [
         write_run(tmp_path / parent / "run", measured(distilled(), toy={"token_perplexity": value}), seed=seed)
         for parent, value, seed in (("a", 11.0, 0), ("b", 12.0, 1))
     ]
     make_report(folders, None, table=True)
+    assert "INT4, QAT + LoRA, 2 seeds" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "b")
+    make_report([folders[0], Path("run")], None, table=True)
     assert "INT4, QAT + LoRA, 2 seeds" in capsys.readouterr().out
 
 

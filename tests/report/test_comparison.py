@@ -11,7 +11,8 @@ from nybble.report.comparison import (
     comparison_note,
     comparison_rows,
 )
-from nybble.run.results import RunResults
+from nybble.report.published import published_rows
+from nybble.run.results import LayerCounts, RunResults
 from tests.helpers.runs import compressed, distilled, measured, metrics, task_results, tuned
 
 
@@ -31,8 +32,7 @@ def test_models_are_compared_with_the_best_compression_without_training() -> Non
         "16-bit", "INT4, rtn, before training", "INT4, rtn, distilled", "INT4, rtn, distilled (Toy)", "INT4, awq+se",
         "INT4, awq+blockwise",
     ]  # fmt: skip
-    assert comparison.baseline is not None
-    assert comparison.baseline.label == "INT4, awq+se", "not rtn, which is worse, nor block-wise, which is trained"
+    assert comparison.baselines["INT4"].label == "INT4, awq+se", "nor rtn, which is worse, nor block-wise"
     headings, rows = comparison_rows(comparison)
     assert headings[-1] == "recovered"
     assert [row[-1] for row in rows] == ["-", "-", "60%", "20%", "-", "40%"], "of 12.5 - 10.0"
@@ -84,15 +84,29 @@ def test_equal_labels_are_told_apart_by_the_run() -> None:
     ]
 
 
+def test_models_are_compared_with_those_of_as_many_bits() -> None:
+    wide = LayerCounts(7, 1, True, precision="INT8")
+    narrow = LayerCounts(7, 1, True, precision="INT3")
+    eight = compressed(layers=wide, models={"compressed": metrics(10.1, 0.01, 1)})
+    comparison = one({"eight": eight, "three": distilled(layers=narrow)})
+    assert {precision: entry.run for precision, entry in comparison.baselines.items()} == {
+        "INT8": "eight", "INT3": "three",
+    }  # fmt: skip
+    assert comparison.recovered_share(comparison.entries[-1]) == pytest.approx(0.5)
+    assert [row[1] for row in published_rows([comparison])[1]] == [
+        "16-bit", "INT8, best PTWC (awq+se)", "INT3, best PTWC (rtn)", "INT3, QAT + LoRA", "",
+    ]  # fmt: skip
+
+
 def test_a_start_that_was_trained_before_is_no_baseline() -> None:
     second = measured(distilled(init_from="runs/first", init_trained=True), compressed={"token_perplexity": 11.0})
     both = one({"first": distilled(), "second": second})
-    assert both.baseline is not None
-    assert (both.baseline.run, both.value(both.baseline)) == ("first", 14.0)
+    baseline = both.baselines["INT4"]
+    assert (baseline.run, both.value(baseline)) == ("first", 14.0)
     assert "INT4, rtn from runs/first, trained before this run" in labels(both)
-    assert one({"second": second}).baseline is None
+    assert not one({"second": second}).baselines
     named = one({"third": distilled(init_from="runs/no-blockwise")})
-    assert named.baseline is not None, "the name of a folder does not say how it was compressed"
+    assert named.baselines, "the name of a folder does not say how it was compressed"
 
 
 def test_the_labels_of_a_model_that_was_tuned_in_16_bit_first() -> None:
@@ -112,8 +126,7 @@ def test_tasks_are_compared_by_their_score() -> None:
     assert comparison.metric == "task:arc acc"
     assert "recovered" not in comparison_rows(comparison)[0]
     assert "Recovered" not in comparison_note(comparison)
-    assert comparison.baseline is not None
-    assert comparison.recovered_share(comparison.baseline) is None
+    assert comparison.recovered_share(comparison.baselines["INT4"]) is None
     better = one({"run": tuned(scores | {"compressed": 0.7})})
     assert [better.recovered_share(entry) for entry in better.entries] == [None] * 3, "scores have no damage to recover"
 
@@ -150,7 +163,7 @@ def test_markdown_has_the_comparison_and_the_reports_of_its_runs() -> None:
     text = comparison_markdown(compare_runs({"a<b": distilled(), "awq": compressed()}, {}))
     assert text.startswith("# Small: 2 runs\n\n| model |")
     assert "Recovered: share of the damage to token perplexity that training repairs, (compressed - trained) /" in text
-    assert "compressed is the best model without training: INT4, awq+se." in text
+    assert "compressed is the best model of its bits without training: INT4, awq+se." in text
     assert "\n## a&lt;b: Small: INT4 distillation (rtn)\n" in text
     assert "\n## awq: Small: INT4 compression (awq+se)\n" in text
     assert "a<b" not in text

@@ -70,6 +70,13 @@ def test_a_model_on_disk_ends_with_the_bits_of_one_in_memory(name: str, method: 
     assert_equal_runs(tmp_path / "memory", tmp_path / "disk")
 
 
+def test_the_first_block_may_be_left_in_16_bits(tmp_path: Path) -> None:
+    model, changes = save_model(tmp_path / "model", "smollm"), {"ignore": ("model.layers.0.*",)}
+    compress(options(model, tmp_path / "memory", offload="none", **changes))
+    compress(options(model, tmp_path / "disk", **changes))
+    assert_equal_runs(tmp_path / "memory", tmp_path / "disk")
+
+
 @pytest.mark.parametrize(("method", "reads"), [("rtn", 11), ("awq+se+gptq", 16)])
 def test_the_checkpoint_is_read_as_often_as_the_docs_say(
     method: str, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

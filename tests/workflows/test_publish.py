@@ -123,6 +123,8 @@ def test_the_card_of_an_export_that_was_not_measured_says_so_and_gives_no_figure
     assert "| INT4, compressed (vLLM) | - | - | 114.0 MB |" in card
     assert "12.00" not in card
     assert "OpenVINO" not in card
+    chats = model_card(unmeasured(), "vllm", options | {"text_column": "body", "assistant_only_loss": True}, {})
+    assert "own.txt --text_column body --assistant_only_loss --seq_len 256" in chats
     generated = model_card(unmeasured(), "vllm", options | {"data": ("self",)}, {})
     assert "nybble eval FOLDER --data TEXT --seq_len 256" in generated
     measured = model_card(unmeasured(), "openvino", options, {})

@@ -88,6 +88,13 @@ class Mixture:
         if len(parts) == 1:
             return parts[0][: count or None]
         most = self.max_distinct(parts)
+        wanted = min(count or sum(map(len, parts)), sum(map(len, parts)))
+        if most < wanted / 2:
+            fewest = min(range(len(parts)), key=lambda i: len(parts[i]) / (self.shares[i] if self.shares else 1))
+            log.warning(
+                "only %d of %d sequences are measured on: %s has %d, and none is used twice; --eval_data names others",
+                most, wanted, self.names[fewest], len(parts[fewest]),
+            )  # fmt: skip
         return self.draw(parts, min(count or most, most), 0)
 
     def draw(self, parts: Sequence[TokenRows], wanted: int, seed: int) -> TokenRows:

@@ -152,6 +152,8 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
 def _other_sources(request: TextRequest, reader: SourceReader) -> list[str]:
     """The sources of --other_data that are neither trained on nor measured anyway; none for conversations."""
     if request.assistant_only:
+        if any(name != sources.PYTHON_DOCS for name in request.other_data):
+            log.warning("--other_data has no effect: with --assistant_only_loss only conversations are measured")
         return []
     known = {*reader.data.names, *reader.eval_data.names, *map(sources.prefix_source, reader.data.names)}
     return [name for name in request.other_data if name not in known]
@@ -162,7 +164,8 @@ def _other_rows(request: TextRequest, reader: SourceReader, names: Sequence[str]
     if not names:
         return no_rows()
     try:
-        return TokenRows.cat([reader.other_rows(name, count) for name in names])[:count]
+        each = -(-count // len(names))
+        return TokenRows.cat([reader.other_rows(name, each)[:each] for name in names])
     except DataError:
         if tuple(names) != (sources.PYTHON_DOCS,):
             raise

@@ -109,6 +109,8 @@ def load_documents(
             f"{option} {name} is text that the model generates, which serves for training only (--data of compress and "
             "distill); name a text to measure on"
         )
+    if name in (WIKITEXT2, WIKITEXT2_PLAIN):
+        column = "text"  # the option is for sources whose column nybble does not know
     request = _Request(name, column, data_dir, wanted, option)
     documents = _load(request)
     for split in wanted:
@@ -153,9 +155,9 @@ def _local_copy(request: _Request) -> Path | None:
     data_dir = Path(request.data_dir)
     if not data_dir.is_dir():
         raise DataError(f"--data_dir {data_dir} must be a folder of data sets; there is no folder at this path")
-    location = request.location
-    names = ("wikitext",) if location == WIKITEXT2 else (location, location.split("/")[-1])
-    return next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
+    published, _, configuration = request.location.partition(":")
+    names = ("wikitext",) if published == WIKITEXT2 else (published, published.split("/")[-1])
+    return next((data_dir / name / configuration for name in names if (data_dir / name / configuration).is_dir()), None)
 
 
 def _python_docs() -> list[Document]:
@@ -164,7 +166,7 @@ def _python_docs() -> list[Document]:
     return list(dict.fromkeys(text for _, text in sorted(topics.items())))  # some topics have two names
 
 
-def _read_file(path: Path, column: str, option: str) -> Sequence[Document]:
+def _read_file(path: Path, column: str, option: str, keep_blank: bool = False) -> Sequence[Document]:
     suffix = path.suffix.lower()
     if suffix in _TEXT_SUFFIXES:
         return [data_files.read_utf8(path, option)]
@@ -178,13 +180,21 @@ def _read_file(path: Path, column: str, option: str) -> Sequence[Document]:
         raise DataError(f"{option} {path} must have at least one row; it has none; name another file")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     column = _document_column(columns, column, str(path))
-    return _checked_documents([row.get(column) for row in rows], column, str(path))
+    if column == _MESSAGES_COLUMN and "tools" in columns:
+        log.warning("%s: the column tools is not used: the chat template sees the messages alone", path)
+    return _checked_documents([row.get(column) for row in rows], column, str(path), keep_blank)
 
 
 def _from_folder(folder: Path, request: _Request, lines: bool = False) -> DocumentSplits:
     """The files of a folder. `lines`: its rows are the lines of one text (WikiText), and other versions lie beside."""
     found: dict[str, Sequence[Document]] = {}
-    known = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    known = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in _SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     for split in SPLITS:
         for suffix in _SUFFIXES:
             files = [file for file in known if file.suffix.lower() == suffix and split in splits_in_name(file)]
@@ -193,7 +203,10 @@ def _from_folder(folder: Path, request: _Request, lines: bool = False) -> Docume
             if files:
                 rowwise = suffix in data_files.ROW_SUFFIXES
                 column = request.column if rowwise else "text"
-                documents = [document for file in files for document in _read_file(file, column, request.option)]
+                places = sorted({str(file.parent.relative_to(folder)) for file in files})
+                if len(places) > 1 and not lines:
+                    log.warning("%s: %s text is read from %s together", folder, split, " and ".join(places[:3]))
+                documents = [doc for file in files for doc in _read_file(file, column, request.option, lines)]
                 found[split] = ["".join(map(str, documents))] if lines and rowwise else documents
                 break
     missing = _missing_split(found, request.wanted)
@@ -243,7 +256,8 @@ def _from_hub(request: _Request) -> DocumentSplits:
     found: dict[str, Sequence[Document]] = {}
     for split, own in names.items():
         column = _document_column(splits[own].column_names, request.column, name)
-        documents = _checked_documents(_some_rows(splits[own], column, name)[column], column, name)
+        values = _some_rows(splits[own], column, name)[column]
+        documents = _checked_documents(values, column, name, location == WIKITEXT2)
         # The rows of wikitext-2 are the lines of one text.
         found[split] = ["".join(map(str, documents))] if location == WIKITEXT2 else documents
     return _with_all_splits(found)
@@ -296,9 +310,17 @@ def _document_column(columns: Sequence[str], wanted: str, source: str) -> str:
     return wanted
 
 
-def _checked_documents(values: Sequence[Any], column: str, source: str) -> Sequence[Document]:
-    """The values of a column, all of them texts or all of them conversations. Rows without a value are left out."""
-    filled = [(i, value) for i, value in enumerate(values, 1) if value is not None]
+def _checked_documents(values: Sequence[Any], column: str, source: str, keep_blank: bool = False) -> Sequence[Document]:
+    """The values of a column, all of them texts or all of them conversations. Rows without a value are left out.
+
+    Args:
+        keep_blank: keep texts of white space: the rows are the lines of one text.
+    """
+    filled = [
+        (i, value)
+        for i, value in enumerate(values, 1)
+        if value is not None and (keep_blank or not isinstance(value, str) or value.strip())
+    ]
     if len(filled) < len(values):
         log.warning(
             "%s: left out %d of %d rows, which have nothing in column %s",

@@ -52,7 +52,9 @@ def hold_out(documents: Sequence[Document], missing: Collection[str] = SPLITS[1:
         missing: the splits to take, of "validation" and "test".
     """
     if len(documents) < _FEW_DOCUMENTS and all(isinstance(document, str) for document in documents):
-        lines = [line for document in documents for line in str(document).splitlines(keepends=True)]
+        texts = [str(document) for document in documents]
+        texts[:-1] = [text if text.endswith("\n") else f"{text}\n" for text in texts[:-1]]
+        lines = [line for text in texts for line in text.splitlines(keepends=True)]
         documents = [
             "".join(lines[i : i + _LINES_PER_BLOCK]) for i in range(0, len(lines), _LINES_PER_BLOCK)
         ]  # fmt: skip

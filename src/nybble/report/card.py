@@ -96,6 +96,9 @@ def _eval_command(options: Mapping[str, Any]) -> str:
     data = [str(name) for name in options.get("eval_data") or options.get("data") or ()]
     known = bool(data) and not any(name.startswith("self") for name in data)
     words = ["nybble", "eval", "FOLDER", "--data", *(data if known else ["TEXT"])]
+    if known and options.get("text_column", "text") != "text":
+        words += ["--text_column", str(options["text_column"])]
+    words += ["--assistant_only_loss"] if known and options.get("assistant_only_loss") else []
     for option, flag in (("seq_len", "seq_len"), ("num_test_samples", "num_samples"), ("pretrained", "teacher")):
         words += [f"--{flag}", str(options[option])] if options.get(option) else []
     return " ".join(_without_folders(shlex.join(words)).split())  # one line, whatever the names of files hold

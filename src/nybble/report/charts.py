@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
@@ -70,7 +71,7 @@ def draw_models(figure: Figure, comparison: Comparison) -> None:
     left.set_xlabel(metric_label(comparison.metric) + (" (axis does not begin at 0)" if low > 0 or high < 0 else ""))
     divergences = [entry.metrics.get("kl_to_teacher", 0.0) for entry in entries]
     right.bar_label(right.barh(places, divergences, color=colors), [f"{kl:.4f}" for kl in divergences], padding=3)
-    right.set_xlim(0, (max(divergences) or 1.0) * 1.25)
+    right.set_xlim(0, (max(filter(math.isfinite, divergences), default=0.0) or 1.0) * 1.25)
     right.set_xlabel("KL divergence (nats per token)")
 
 
@@ -80,7 +81,8 @@ def _entry_color(entry: Entry) -> str:
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     """Ends of the axis: 30 % of the range beyond the values, but not beyond 0, where bars begin."""
-    low, high = min(values), max(values)
+    finite = [value for value in values if math.isfinite(value)] or [1.0]
+    low, high = min(finite), max(finite)
     margin = 0.3 * (high - low or abs(high))
     left = max(0.0, low - margin) if low >= 0 else low - margin
     right = min(0.0, high + margin) if high <= 0 else high + margin

@@ -123,7 +123,7 @@ def _read_runs(folders: Sequence[Path]) -> RunsReport:
         results = read_results(folder)
         if "16bit" in results.models:
             name = folder.resolve().name
-            name = str(folder) if name in runs else name
+            name = next(n for n in (name, str(folder), str(folder.resolve())) if n not in runs)
             runs[name] = results
             if is_run(folder):
                 options[name] = saved_options(folder)
@@ -193,7 +193,7 @@ def _print_published(comparisons: Sequence[Comparison]) -> None:
     for comparison in comparisons:
         if any(results.limit is not None for results in comparison.runs.values()):
             _print(f"{comparison.model}: {comparison.measured_on}")
-        if comparison.baseline is None:
+        if not comparison.baselines:
             _print(
                 f"{comparison.model}: there is no improvement without a model that was compressed without training; "
                 "name such a run too (nybble compress --method awq+se or awq+se+gptq, same text)"

@@ -49,6 +49,7 @@ class Entry:
         trained: whether it was trained end to end, rather than only compressed.
         training: the published name of that training, such as QAT + LoRA.
         recipe: equal for runs that differ only in their seed, and in where and how fast they computed.
+        precision: of the linear layers, such as INT4.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Entry:
     training: str
     recipe: str
     seed: int
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,17 @@ class Comparison:
         return [entry for entry in self.shipped if not self.is_refined(entry)]
 
     @property
-    def baseline(self) -> Entry | None:
-        """The best untrained model; None if there is none."""
-        return (min if self.lower_is_better else max)(self.untrained, key=self.value, default=None)
+    def baselines(self) -> dict[str, Entry]:
+        """The best untrained model of each precision."""
+        best = min if self.lower_is_better else max
+        precisions = dict.fromkeys(entry.precision for entry in self.untrained)
+        return {p: best((e for e in self.untrained if e.precision == p), key=self.value) for p in precisions}
 
     @property
     def shows_recovered(self) -> bool:
         """Whether there is a model that training or reconstruction could have repaired, and one to compare it with."""
-        return self.lower_is_better and self.baseline is not None and any(map(self.is_refined, self.entries))
+        refined = {entry.precision for entry in self.entries if self.is_refined(entry)}
+        return self.lower_is_better and not refined.isdisjoint(self.baselines)
 
     def is_refined(self, entry: Entry) -> bool:
         """Whether an entry is a 4-bit model that was trained, or reconstructed block by block."""
@@ -131,11 +136,12 @@ class Comparison:
         (mean untrained - entry) / (mean untrained - 16-bit)
 
         Args:
-            untrained: models whose mean is the damaged value; by default the baseline alone.
+            untrained: models whose mean is the damaged value; by default the baseline of its precision.
 
         Returns: None if there is no baseline, or if its compression did no damage.
         """
-        compressed = untrained or ([] if self.baseline is None else [self.baseline])
+        baseline = self.baselines.get(entry.precision)
+        compressed = untrained or ([] if baseline is None else [baseline])
         full = self.entries[0]
         if not self.lower_is_better or not compressed or full.row != "16bit":
             return None
@@ -202,6 +208,7 @@ def _entry(name: str, row: str, label: str, results: RunResults, options: Mappin
         training=_training_name(results),
         recipe=name if options is None else _recipe(results, options),
         seed=results.seed if options is None else options.get("seed", results.seed),
+        precision=results.precision,
     )
 
 
@@ -258,11 +265,12 @@ def comparison_rows(comparison: Comparison) -> Cells:
 def comparison_note(comparison: Comparison) -> str:
     """What the numbers of a comparison are."""
     text = comparison.measured_on
-    if comparison.baseline is not None and comparison.shows_recovered:
+    if comparison.shows_recovered:
         name = metric_label(comparison.metric)
+        baselines = "; ".join(entry.label for entry in comparison.baselines.values())
         text += (
             f" Recovered: share of the damage to {name} that training repairs, (compressed - trained) / (compressed - "
-            f"16-bit); compressed is the best model without training: {comparison.baseline.label}."
+            f"16-bit); compressed is the best model of its bits without training: {baselines}."
         )
     return text
 

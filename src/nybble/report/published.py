@@ -23,19 +23,21 @@ def published_rows(comparisons: Sequence[Comparison]) -> Cells:
     """
     rows, improvements = [], []
     for comparison in comparisons:
-        untrained = _best_recipe(comparison, comparison.untrained)
-        trained = _best_recipe(comparison, [entry for entry in comparison.shipped if entry.trained])
         rows.append([comparison.model, "16-bit", f"{comparison.value(comparison.entries[0]):.3f}", "-"])
-        if untrained:
-            name = f"INT4, best PTWC ({untrained[0].method}){_repeats(untrained)}"
-            rows.append([comparison.model, name, _spread(map(comparison.value, untrained), ".3f"), "-"])
-        if trained:
-            shares = [comparison.recovered_share(entry, untrained) for entry in trained]
-            recovered = [share for share in shares if share is not None]
-            improvements += [statistics.fmean(recovered)] if recovered else []
-            name = f"INT4, {trained[0].training}{_repeats(trained)}"
-            values = _spread(map(comparison.value, trained), ".3f")
-            rows.append([comparison.model, name, values, _spread(recovered, ".1%")])
+        for precision in dict.fromkeys(entry.precision for entry in comparison.shipped):
+            alike = [entry for entry in comparison.shipped if entry.precision == precision]
+            untrained = _best_recipe(comparison, [entry for entry in alike if not comparison.is_refined(entry)])
+            trained = _best_recipe(comparison, [entry for entry in alike if entry.trained])
+            if untrained:
+                name = f"{precision}, best PTWC ({untrained[0].method}){_repeats(untrained)}"
+                rows.append([comparison.model, name, _spread(map(comparison.value, untrained), ".3f"), "-"])
+            if trained:
+                shares = [comparison.recovered_share(entry, untrained) for entry in trained]
+                recovered = [share for share in shares if share is not None]
+                improvements += [statistics.fmean(recovered)] if recovered else []
+                name = f"{precision}, {trained[0].training}{_repeats(trained)}"
+                values = _spread(map(comparison.value, trained), ".3f")
+                rows.append([comparison.model, name, values, _spread(recovered, ".1%")])
     if improvements:
         rows.append(["mean", "", "", f"{statistics.fmean(improvements):.1%}"])
     metrics = {comparison.metric for comparison in comparisons}

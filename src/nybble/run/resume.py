@@ -106,6 +106,8 @@ def check_same_inputs(results: RunResults, now: Mapping[str, str]) -> None:
     changed = [what for what, fingerprint in now.items() if before.get(what, fingerprint) != fingerprint]
     if changed:
         it = "it" if len(changed) == 1 else "them"
+        if changed == ["text of another domain"]:
+            it += ", or leave it out (--other_data none)"
         raise RunError(
             f"--resume must find what the run began with; the {' and the '.join(changed)} changed; bring {it} back, or "
             "start again (--overwrite)"

@@ -5,6 +5,7 @@ overhead + all outside of the blocks + the head again + two blocks + what one bl
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ class BlockShapes:
     Attributes:
         rest: numbers in the parameters outside of the blocks.
         block: numbers in the parameters of the largest block.
-        groups: (I, O) for the layers of one block that may share an input: its width, and the sum of their outputs.
+        groups: (I, O) for the layers of the block with most weights in 4 bits that may share an input: its width, and
+            the sum of their outputs. None where no layer of a block gets 4 bits.
     """
 
     rest: int
@@ -42,15 +44,16 @@ class BlockShapes:
         """Return the sizes of the list of blocks at `path`, in which the layers `names` get 4 bits."""
         blocks = list(model.get_submodule(path))
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        largest = f"{path}.{sizes.index(max(sizes))}."
-        outputs: dict[tuple[str, int], int] = {}
-        for name in names:
-            if name.startswith(largest):
-                rows, columns = model.get_submodule(name).weight.shape
-                key = (name.rpartition(".")[0], columns)
-                outputs[key] = outputs.get(key, 0) + rows
-        groups = tuple((columns, rows) for (_, columns), rows in outputs.items())
-        return BlockShapes(sum(p.numel() for p in model.parameters()) - sum(sizes), max(sizes), groups)
+        groups: list[tuple[tuple[int, int], ...]] = [()]
+        for i in range(len(blocks)):
+            outputs: Counter[tuple[str, int]] = Counter()
+            for name in names:
+                if name.startswith(f"{path}.{i}."):
+                    rows, columns = model.get_submodule(name).weight.shape
+                    outputs[name.rpartition(".")[0], columns] += rows
+            groups.append(tuple((columns, rows) for (_, columns), rows in outputs.items()))
+        largest = max(groups, key=lambda group: sum(columns * rows for columns, rows in group))
+        return BlockShapes(sum(p.numel() for p in model.parameters()) - sum(sizes), max(sizes), largest)
 
     @property
     def moments(self) -> int:
@@ -91,9 +94,9 @@ def offloaded_memory(shapes: ModelShapes, blocks: BlockShapes, setup: Compressio
     held = OVERHEAD + blocks.rest * shapes.itemsize + shapes.head_bytes + 2 * blocks.block * shapes.itemsize
     measuring = setup.logits_bytes + CHUNK_COPIES * MEASURED_POSITIONS * shapes.vocab_size * FLOAT32
     if not setup.sequences:
-        rows = max(ROW_COPIES * inputs * outputs * FLOAT32 for inputs, outputs in blocks.groups)
+        rows = max((ROW_COPIES * inputs * outputs * FLOAT32 for inputs, outputs in blocks.groups), default=0)
         return held + max(measuring, rows)
-    rounding = max(_rounding(inputs, outputs, setup) for inputs, outputs in blocks.groups)
+    rounding = max((_rounding(inputs, outputs, setup) for inputs, outputs in blocks.groups), default=0)
     trained = (ADAM + 2 * FLOAT32) * blocks.block if "blockwise" in setup.steps else 0
     kept = activations(shapes, max(setup.length, TOKENS_PER_FORWARD))
     stream = setup.sequences * setup.length * shapes.hidden_size * shapes.itemsize

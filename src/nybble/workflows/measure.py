@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,8 @@ def measure_row(
         "%s: token perplexity %.3f, KL divergence to 16 bit %.4f, %.1f MB",
         label, metrics["token_perplexity"], metrics["kl_to_teacher"], size / 1e6,
     )  # fmt: skip
+    if not math.isfinite(metrics["token_perplexity"]) or not math.isfinite(metrics["kl_to_teacher"]):
+        log.warning("the outputs of this model are not finite on the test text; use --dtype float32, or more --bits")
 
 
 def size_in_16_bits(model: torch.nn.Module) -> int:
