@@ -145,9 +145,8 @@ def test_experts_of_different_schemes_are_refused_for_vllm(tmp_path: Path) -> No
         "16 bits, model.layers.0.mlp.experts.1.gate_up_proj uint8 symmetric group 32, "
         "model.layers.0.mlp.experts.2.gate_up_proj uint4 asymmetric group 32; change --layer or --ignore"
     )
-    (tmp_path / "vllm").mkdir()
     with pytest.raises(OptionError, match=message):
-        EXPORTERS["vllm"].export(checkpoint, tmp_path / "vllm")
+        EXPORTERS["vllm"].check(checkpoint.config, checkpoint.selection)
 
 
 def test_layers_in_16_bits_are_named_for_vllm(tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({})
 
     def do_GET(self) -> None:
-        self.reply({"error": "not found"}, 404)
+        name = self.path.partition("?")[0].removeprefix("/api/models/")
+        if name in self.hub.private:
+            self.reply({"id": name, "private": self.hub.private[name], "tags": [], "siblings": []})
+        else:
+            self.reply({"error": "not found"}, 404)
 
     def do_POST(self) -> None:
         content = self.body()
@@ -89,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, request: dict[str, Any]) -> None:
         name = f"{request.get('organization') or 'me'}/{request['name']}"
         self.hub.repositories.setdefault(name, {})
-        self.hub.private[name] = bool(request.get("private") or request.get("visibility") == "private")
+        private = bool(request.get("private") or request.get("visibility") == "private")
+        self.hub.private.setdefault(name, private)  # the hub leaves a repository as it is
         self.reply({"url": f"{self.hub.url}/{name}", "id": name, "name": name})
 
     def commit(self, content: bytes) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,25 @@ def test_the_oldest_messages_are_left_out_of_a_long_conversation(
     assert "be" in prompts[2]
     assert "third" in prompts[2]
     assert "its oldest messages are left out" in capsys.readouterr().err
+
+
+def test_a_long_message_leaves_room_for_a_shorter_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SHORT[:-1], "100"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a' * 200}\n"))
+    assert main(["chat", str(folder), *flags]) == 0
+    tokens = re.search(r"\[(\d+) tokens", capsys.readouterr().err)
+    assert tokens is not None
+    assert 0 < int(tokens[1]) <= 55
+
+
+def test_beams_of_the_generation_settings_are_left_out(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "quantized")
+    (tmp_path / "quantized" / "generation_config.json").write_text('{"num_beams": 4, "num_return_sequences": 2}')
+    assert main(["chat", str(tmp_path / "quantized"), "--prompt", "hi", *SHORT]) == 0
 
 
 def test_a_message_that_is_too_long_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nybble.cli.main import main
+from tests.helpers.causal_types import save_tiny
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.tiny import make_model
 
@@ -36,6 +37,22 @@ def test_stdout_is_one_json_object_that_says_what_was_measured(
     table = " ".join(printed.err.split())
     assert "on the test split of python-docs (2 sequences of 32 tokens)" in table
     assert "token_perplexity" in table
+
+
+def test_more_tokens_than_learned_positions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(save_tiny(tmp_path / "gpt2", "gpt2"))
+    assert main(["eval", model, "--data", "python-docs", "--seq_len", "512", "--num_samples", "1"]) == 2
+    assert "--seq_len must be at most 256, the learned positions of gpt2; got 512" in capsys.readouterr().err
+
+
+def test_strict_is_float32(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("nybble.models.device.has_bfloat16", lambda device: True)
+    found = []
+    for more in (["--strict"], ["--dtype", "float32"], []):
+        flags = ["--seq_len", "32", "--num_samples", "2", "--device", "cpu"]
+        assert main(["eval", str(folder), "--data", "python-docs", *flags, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["token_perplexity"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("text", ["", "one line"])

@@ -17,9 +17,12 @@ import pytest
 from filelock import FileLock
 
 from nybble.cli.main import main
+from nybble.errors import ExportError
 from nybble.export.base import EXPORTERS
 from nybble.files import reporting_full_disk
+from nybble.run.results import read_results
 from tests.helpers.compress import compress_command
+from tests.helpers.copies import copy_run
 from tests.helpers.plain_exporter import PlainExporter
 from tests.helpers.tiny import save_model
 
@@ -116,6 +119,38 @@ def test_an_interruption_says_what_is_finished_and_how_to_go_on(
     assert said(capsys) == f"interrupted; finished: plain; for the rest: nybble export {run} --to other"
     assert main(["export", str(run), "--to", "other"]) == 130
     assert said(capsys) == f"interrupted; for the formats: nybble export {run} --to other"
+
+
+def test_of_all_formats_one_that_fails_does_not_stop_the_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(run.parent, tmp_path / "copy") / "run"
+
+    def fail(*_: object) -> None:
+        raise ExportError("an export to other needs more; remove other from --export")
+
+    monkeypatch.setattr(OtherExporter, "write", fail)
+    monkeypatch.setattr("nybble.workflows.export.check_exportable", lambda *_: ("other", "plain"))
+    assert main(["export", str(run), "--to", "all"]) == 0
+    assert "not exported: an export to other needs more" in capsys.readouterr().out
+    assert (run / "plain").is_dir()
+    assert not (run / "other").exists()
+    assert main(["export", str(run), "--to", "other"]) == 2, "asked for by name"
+
+
+def test_files_of_other_people_are_not_replaced_by_a_first_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(run.parent, tmp_path / "copy") / "run"
+    results = read_results(run)
+    results.exports.pop("other", None)
+    results.files.pop("other", None)
+    results.save(run)
+    (run / "other").mkdir(exist_ok=True)
+    (run / "other" / "config.json").write_text("mine")
+    assert main(["export", str(run), "--to", "other"]) == 2
+    assert "other/config.json must not have a name that is written now" in said(capsys)
+    assert (run / "other" / "config.json").read_text() == "mine"
 
 
 def test_what_is_no_run_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,6 +177,22 @@ def export_command(hub: Hub, run: Path, *options: str, token: str = "hf_right") 
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_the_card_of_a_model_without_a_template_has_no_program_that_needs_one(tmp_path: Path) -> None:
+    results = RunResults(model="m", exports={"hf": {"linear_weights": 7, "embedding_weights": 1}})
+    assert '"role"' in model_card(results, "hf", {}, {})
+    card = model_card(results, "hf", {}, {}, has_template=False)
+    assert "This model has no chat template: it continues text." in card
+    assert '"role"' not in card
+
+
+def test_a_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = RunResults(model="m", exports={"hf": {"linear_weights": 7, "embedding_weights": 1}})
+    assert "base_model: m/gpt2" in model_card(results, "hf", {"pretrained": "m/gpt2"}, {})
+    (tmp_path / "m" / "gpt2").mkdir(parents=True)
+    assert "base_model" not in model_card(results, "hf", {"pretrained": "m/gpt2"}, {})
+
+
 def test_a_card_names_the_task_of_a_model_with_further_parts() -> None:
     results = RunResults(model="m", exports={"hf": {"linear_weights": 7, "embedding_weights": 1}})
     for config, task in (
@@ -204,6 +220,11 @@ def test_an_export_is_uploaded(run: Path) -> None:
         assert (run / "plain" / "plain.safetensors").stat().st_mtime_ns == written, "refused before the work"
         assert "--push_to_hub must be able to write to team/other" in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
+        hub.private["team/public"] = False
+        public = export_command(hub, run, "--push_to_hub", "team/public", "--private")
+        assert public.returncode == 2
+        assert "--private needs a private repository; team/public exists and is public" in public.stderr
+        assert "team/public" not in {name for name, files in hub.repositories.items() if files}
         hub.failing = 507
         full = export_command(hub, run, "--push_to_hub", "team/tiny-int4")
         assert full.returncode == 2

@@ -66,7 +66,8 @@ def test_the_winner_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     changes = {"epochs": 1, "method": "se", "lora_rank_space": (8, 1)}
     with monkeypatch.context() as patch:
         choose_the_smallest(patch)
-        tune(tune_options(tmp_path, **changes))
+        tune(tune_options(tmp_path, **changes, export=("hf",)))
+    (run / "hf" / "notes.txt").write_text("mine")
     before, first = shipped_bytes(run), read_results(run)
     searched(run, num_trials=8, apply=True)
     results, task = read_results(run), task_of(run)
@@ -77,6 +78,7 @@ def test_the_winner_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert task.replaced_by_search
     assert results.phase == Phase.FINISHED
     assert shipped_bytes(run) != before
+    assert (run / "hf" / "notes.txt").read_text() == "mine"
     assert results.models["tuned"]["kl_to_teacher"] > 0.3 * first.models["tuned"]["kl_to_teacher"]
     searched(run, num_trials=1, sampler="tpe", apply=True)
     in_place = task_of(run)

@@ -112,9 +112,17 @@ class VLLMExporter(Exporter):
         """Refuse models with code of their own; see `Exporter.check`.
 
         Raises:
-            ExportError: the model comes with Python code of its own.
+            ExportError: the model comes with Python code of its own, or has Conv1D layers in its own class.
+            OptionError: layers that vLLM fuses have different schemes.
         """
         check_code_in_transformers(config, self.name)
+        model = empty_model(config, trust_remote_code=False)
+        if transposed_layers(model):
+            raise ExportError(
+                f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
+                f"Conv1D layers; remove {self.name} from --export"
+            )
+        _check_fused(model, {name: selection.schemes[name] for name in selection.linears if name in selection.schemes})
 
     def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
         """Return a scheme of 4 or 8 bits with groups of 32, 64 or 128; see `Exporter.container`.
@@ -141,17 +149,10 @@ class VLLMExporter(Exporter):
         """Write model.safetensors and config.json; see `Exporter.write`.
 
         Raises:
-            ExportError: a layer has a number of rows that vLLM cannot split, or is a Conv1D in the model's own class.
-            OptionError: layers that vLLM fuses have different schemes.
+            ExportError: a layer has a number of rows that vLLM cannot split.
         """
         model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
-        if transposed_layers(model):
-            raise ExportError(
-                f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
-                f"Conv1D layers; remove {self.name} from --export"
-            )
         int4, schemes = set(checkpoint.selection.linears), checkpoint.selection.schemes
-        _check_fused(model, {name: schemes[name] for name in int4})
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
         packed = {name: _single_place(name, places) for name, places in tensors.items() if places[0].name in int4}
         layouts = {name: tensor_layout(checkpoint, places) for name, places in tensors.items() if name not in packed}

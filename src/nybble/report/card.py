@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nybble.export.base import EXPORTERS
@@ -32,7 +33,12 @@ _TASKS = {"vision_config": "image-text-to-text", "audio_config": "audio-text-to-
 
 
 def model_card(
-    results: RunResults, name: str, options: Mapping[str, Any], config: Mapping[str, Any], license_name: str = ""
+    results: RunResults,
+    name: str,
+    options: Mapping[str, Any],
+    config: Mapping[str, Any],
+    license_name: str = "",
+    has_template: bool = True,
 ) -> str:
     """The card of one export of a run.
 
@@ -42,6 +48,7 @@ def model_card(
         options: of the run, by name: pretrained.
         config: content of config.json of the export.
         license_name: license of the 16-bit model, as the hub calls it.
+        has_template: the model has a chat template.
 
     Returns:
         Markdown with the front matter that the Hugging Face hub reads.
@@ -57,7 +64,7 @@ def model_card(
         *_other_domain(results),
         *(f"**Limit:** {escape_markdown(limit)}" for limit in results.exports[name].get("limits", ())),
         "## Run it",
-        _usage(name, config),
+        _usage(name, config, has_template),
         "## Weights",
         *map(escape_markdown, _weights(results, name)),
         "## How it was made",
@@ -121,13 +128,24 @@ def _front_matter(results: RunResults, name: str, pretrained: str, config: Mappi
     lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     lines += [f"license: {license_name}"] if license_name else []
     pretrained = _BUILT_IN.get(pretrained, pretrained)
-    if pretrained.count("/") == 1 and not pretrained.startswith((".", "/", "~")) and not pretrained.endswith(".gguf"):
+    is_local = Path(pretrained).exists()
+    if (
+        pretrained.count("/") == 1
+        and not is_local
+        and not pretrained.startswith((".", "/", "~"))
+        and not pretrained.endswith(".gguf")
+    ):
         lines += [f"base_model: {pretrained}", "base_model_relation: quantized"]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in (*_precision_tags(results), *_TAGS, name)), "---"])
 
 
-def _usage(name: str, config: Mapping[str, Any]) -> str:
+def _usage(name: str, config: Mapping[str, Any], has_template: bool) -> str:
     usage = EXPORTERS[name].how_to_run(config) if name in EXPORTERS else ""
+    if not has_template and '"role"' in usage:
+        return (
+            f"This model has no chat template: it continues text. `nybble chat FOLDER` does so ({name}); other "
+            "programs need text without roles."
+        )
     return usage.strip() or f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
 
 

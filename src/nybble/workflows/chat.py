@@ -181,27 +181,37 @@ class _Conversation:
             self.opened.model.generate(
                 ids_1T.to(self.opened.model.device),
                 attention_mask=torch.ones_like(ids_1T).to(self.opened.model.device),
-                max_new_tokens=self.options.max_new_tokens,
+                max_new_tokens=min(self.options.max_new_tokens, self._longest - ids_1T.shape[1]),
                 streamer=printer,
+                num_beams=1,  # beams have no words to print before their end
+                num_return_sequences=1,
                 pad_token_id=self.opened.tokenizer.eos_token_id if pad is None else pad,
                 **sampling,
             )
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of a conversation and its answer together that the model allows."""
+        return getattr(self.opened.model.config, "max_position_embeddings", None) or 1 << 30
+
     def _prompt(self) -> torch.Tensor:
-        """Token ids [1, T] of the conversation; without the oldest messages where it is longer than the model allows.
+        """Token ids [1, T] of the conversation; without the oldest messages where they leave no room for the answer.
+
+        A single message may leave room for a shorter answer.
 
         Raises:
             ModelError: the chat template cannot be rendered, or one message is too long.
         """
-        longest = (getattr(self.opened.model.config, "max_position_embeddings", None) or 1 << 30) - 1
         while True:
             ids_1T = self._encode()
-            if ids_1T.shape[1] <= longest:
+            if ids_1T.shape[1] + self.options.max_new_tokens <= self._longest:
                 return ids_1T
             first = 1 if self.messages[0]["role"] == "system" else 0
             if len(self.messages) - first < 3:
+                if ids_1T.shape[1] < self._longest:
+                    return ids_1T
                 raise ModelError(
-                    f"a message must fit into the {longest} tokens of the model; with its template it has "
+                    f"a message must fit into the {self._longest - 1} tokens of the model; with its template it has "
                     f"{ids_1T.shape[1]}; write a shorter one"
                 )
             del self.messages[first : first + 2]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from nybble.compression.checks import check_length
 from nybble.console import bar, console, say
 from nybble.data.generate import vocabulary_fingerprint
 from nybble.data.mixture import Mixture, require_conversations
@@ -21,6 +22,7 @@ from nybble.data.sources import load_documents
 from nybble.errors import OptionError
 from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer, result_columns, run_tasks
 from nybble.evaluation.perplexity import measure_sequences, model_logits
+from nybble.models.checkpoint import empty_model
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import EvalOptions
 from nybble.workflows.target import open_target
@@ -41,6 +43,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     measured: dict[str, Any] = {"model": opened.name, "strict": asked.strict}
     with torch.no_grad():
         if text.data:
+            _check_length(opened, text.seq_len)
             rows = sequences_to_measure(options, opened)
             measured |= {"data": list(text.data), "split": asked.split, "teacher": asked.teacher}
             measured |= {"num_samples": len(rows), "seq_len": rows.ids.shape[1]}
@@ -78,9 +81,18 @@ def _measure_text(options: EvalOptions, opened: LoadedModel, rows: TokenRows) ->
         return measure_sequences(model_logits(opened.model, rows.ids), rows.ids, teacher, advance, rows.loss_mask)
 
 
+def _check_length(opened: LoadedModel, seq_len: int) -> None:
+    """Refuse sequences that are longer than the positions of a model; of an export, those that its class has."""
+    model = opened.model
+    if not isinstance(model, torch.nn.Module):
+        model = empty_model(model.config, trust_remote_code=False)
+    check_length(model, opened.name, seq_len)
+
+
 def _open_teacher(options: EvalOptions, target: str, opened: LoadedModel) -> LoadedModel:
     """The model to compare with; OptionError where its predictions are of other tokens."""
     teacher = open_target(target, options.model, "--teacher", options.evaluation.strict)
+    _check_length(teacher, options.text.seq_len)
     sizes = [model.config.get_text_config().vocab_size for model in (teacher.model, opened.model)]
     vocabularies = [vocabulary_fingerprint(loaded.tokenizer) for loaded in (teacher, opened)]
     if vocabularies[0] != vocabularies[1] or sizes[0] != sizes[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from nybble.run.resume import saved_options
 from nybble.runtime import raise_if_interrupted
 from nybble.workflows.export_run import export_run
 from nybble.workflows.publish import Upload, check_repository, make_repository, push_to_hub, write_cards
+
+log = logging.getLogger("nybble")
 
 _OTHER_REMEDY = re.compile(r"(?:change [^;]+ or )?remove (\w+(?: and \w+)?) from --export(?:, or the pattern)?")
 """What exporters advise in a run that compresses, where --export names the formats."""
@@ -67,6 +70,7 @@ def export_formats(
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
         with remedies_of_this_command(path):
+            asked, made = formats, list[str]()
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
             for name in formats:
                 check_folder_place(path / name)
@@ -75,13 +79,20 @@ def export_formats(
                 make_repository(upload)
             for i, name in enumerate(formats):
                 with _telling_what_is_left(path, formats, i):
-                    export_run(run, name, trust_remote_code, compare_logits)
+                    try:
+                        export_run(run, name, trust_remote_code, compare_logits)
+                    except (ExportError, OptionError) as error:
+                        if name in asked:
+                            raise
+                        log.warning("not exported: %s", error)  # one of --to all
+                        continue
+                    made.append(name)
                     write_cards(run)  # also of those before one that fails
                     if run.results.finished:
                         write_text(run.path / "report.md", run_markdown(run.results))
     finally:
         run.close()
-    return [path / name for name in formats]
+    return [path / name for name in made]
 
 
 def _check_disk(path: Path, formats: Sequence[str], checkpoint: QuantizedCheckpoint) -> None:

@@ -37,7 +37,7 @@ def export_run(run: RunFolder, name: str, trust_remote_code: bool, compare_logit
             copy_companions(companion_files(run.quantized, checkpoint.tokenizer), temporary)
             note_files(temporary, name)
             written = file_sizes(temporary)
-            carry_over(folder, temporary, run.results.files.get(name, written))
+            carry_over(folder, temporary, run.results.files.get(name, written if name in run.results.exports else {}))
         run.note_files(name, written)
         run.results.exports[name] = asdict(result) | {"limits": exporter.limits(config)}
     log.info(

@@ -33,9 +33,18 @@ def write_cards(run: RunFolder) -> None:
         folder = run.path / name
         if folder.is_dir():
             config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-            write_text(folder / CARD, model_card(run.results, name, options, config, license_name))
+            card = model_card(run.results, name, options, config, license_name, _has_template(folder))
+            write_text(folder / CARD, card)
             run.note_file(name, CARD)
     run.save()
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a chat template; True where there is none to look at (GGUF)."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return True
+    return (folder / "chat_template.jinja").is_file() or bool(read_json(settings).get("chat_template"))
 
 
 def check_repository(repository: str | None, formats: Sequence[str]) -> None:
@@ -68,7 +77,7 @@ class Upload:
 
     Attributes:
         repository: NAME or ORGANIZATION/NAME; made where it does not exist.
-        private: make the repository private.
+        private: the repository must be private; it is made so if it does not exist.
     """
 
     repository: str
@@ -82,7 +91,13 @@ def make_repository(upload: Upload) -> None:
         ExportError: the hub cannot be reached, or does not let this person write to the repository.
     """
     with _hub_errors(upload.repository, ""):
-        _hub().create_repo(upload.repository, private=upload.private, exist_ok=True)
+        made = _hub().create_repo(upload.repository, private=upload.private, exist_ok=True)
+        is_private = not upload.private or _hub().repo_info(made.repo_id).private
+    if not is_private:
+        raise ExportError(
+            f"--private needs a private repository; {upload.repository} exists and is public; change that on the hub, "
+            "name another one, or leave --private out"
+        )
 
 
 def push_to_hub(folder: Path, upload: Upload) -> str:

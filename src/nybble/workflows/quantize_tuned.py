@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
+from nybble import processes
 from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
 from nybble.nls import ranks
@@ -18,6 +19,7 @@ from nybble.qat.base import CachedWeightLinear, QuantizedLinear
 from nybble.qat.lora import LoRALinear
 from nybble.qat.norms import bake_norms, make_norms_trainable
 from nybble.quant.weight import QuantizedWeight
+from nybble.run.folder import RunFolder
 from nybble.run.results import Phase
 from nybble.tasks.attention import plain_attention
 from nybble.training.fit import checkpoint_names
@@ -75,8 +77,9 @@ def discard_quantized(task_run: TaskRun) -> None:
     """Delete what was made with another configuration of ranks. The run is then trained, and not quantized."""
     run, after = task_run.context.run, task_run.options.training.quantize == "after"
     results, formats = run.results, dict.fromkeys((*run.results.exports, *task_run.context.formats))
-    for name in (run.quantized.name, *formats):
-        remove_folder(run.path / name)
+    remove_folder(run.quantized)
+    for name in formats:
+        _delete_export(run, name)
     for name in checkpoint_names(SCALES):
         (run.path / name).unlink(missing_ok=True)
     for row in ("tuned", *formats, *(("tuned16", "compressed") if after else ())):
@@ -85,6 +88,16 @@ def discard_quantized(task_run: TaskRun) -> None:
     for stage in ("absorb", *(("compress", f"train {SCALES}") if after else ())):
         results.seconds.pop(stage, None)
     run.reach(Phase.TRAINED)
+
+
+def _delete_export(run: RunFolder, name: str) -> None:
+    """Delete the files that nybble wrote to an export folder; those of other people stay."""
+    files = run.results.files.get(name)
+    if files is None:  # an earlier version of nybble noted none
+        remove_folder(run.path / name)
+    elif processes.is_first():
+        for file in files:
+            (run.path / name / file).unlink(missing_ok=True)
 
 
 def to_4_bits(tuned: TunedRun) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def open_target(target: str, place: DeviceOptions, named: str, strict: bool = Fa
         target: what a person named.
         place: where and how a model computes in torch.
         named: the option that named it, for error messages.
-        strict: exports compute as torch does in float32, not as deployed.
+        strict: compute in float32: exports as torch does and not as deployed, models in torch unless --dtype says
+            another dtype.
 
     Raises:
         RunError: a run that is not finished.
@@ -35,7 +37,7 @@ def open_target(target: str, place: DeviceOptions, named: str, strict: bool = Fa
         path = path / QUANTIZED
         if not (path / quantized_file.WEIGHTS_FILE).is_file():
             raise RunError(f"{target} must be a finished run; it has no 4-bit model; finish it with --resume")
-    device, dtype = pick_place(place)
+    device, dtype = pick_place(replace(place, dtype="float32") if strict and place.dtype == "auto" else place)
     check_complete(path)
     if (path / quantized_file.WEIGHTS_FILE).is_file():
         model, tokenizer, _ = quantized_model.load_quantized(path, dtype, trust)

@@ -16,7 +16,8 @@ from nybble.errors import ExportError
 from nybble.export.gguf.file import write_file
 from nybble.export.gguf.pretokenizers import name_pre_tokenizer
 from nybble.export.gguf.tokenizer import tokenizer_fields
-from nybble.export.gguf.tokenizer_check import PROBES, check_tokenizer
+from nybble.export.gguf.tokenizer_check import check_tokenizer
+from nybble.export.tokenizer_check import PROBES
 from tests.helpers.cases import fast_cases
 from tests.helpers.tiny import make_tokenizer
 from tests.helpers.tokenizers import BYTE_LEVEL, byte_level_tokenizer, random_texts, sentence_piece_tokenizer
@@ -83,7 +84,7 @@ def test_a_wrong_pre_tokenizer_is_found(
     write_vocabulary(tokenizer, tmp_path)
     with caplog.at_level(logging.WARNING):
         check_tokenizer(tmp_path / "model.gguf", tokenizer, len(tokenizer))
-    assert re.search(r"llama.cpp reads \d+ of 26 test texts as other tokens", caplog.text)
+    assert re.search(r"llama.cpp reads \d+ of 28 test texts as other tokens", caplog.text)
 
 
 def test_unicode_is_not_normalized_and_that_is_said(
@@ -96,7 +97,7 @@ def test_unicode_is_not_normalized_and_that_is_said(
     tokenizer = byte_level_tokenizer(*BYTE_LEVEL["qwen2"], normalizer=normalizers.NFC())
     write_vocabulary(tokenizer, tmp_path)
     check_tokenizer(tmp_path / "model.gguf", tokenizer, len(tokenizer))
-    assert "llama.cpp reads 1 of 26 test texts as other tokens" in caplog.text
+    assert "llama.cpp reads 1 of 28 test texts as other tokens" in caplog.text
     assert "decomposed" in caplog.text
 
 
@@ -129,7 +130,7 @@ def test_types_of_tokens(tmp_path: Path) -> None:
     assert shorter["ggml.tokens"] == tokens[:300]
 
 
-def test_special_tokens_and_chat_template(tmp_path: Path) -> None:
+def test_special_tokens_and_chat_template(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer(begin=True)
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     fields = tokenizer_fields(tokenizer, 260, tmp_path)
@@ -141,6 +142,11 @@ def test_special_tokens_and_chat_template(tmp_path: Path) -> None:
     assert fields["chat_template"] == "{{ messages }}"
     GenerationConfig(eos_token_id=[257, 258]).save_pretrained(tmp_path)
     assert tokenizer_fields(tokenizer, 260, tmp_path)["ggml.eot_token_id"] == 258
+    GenerationConfig(eos_token_id=[257, 258, 259, 1]).save_pretrained(tmp_path)
+    fields = tokenizer_fields(tokenizer, 260, tmp_path)
+    assert (fields["ggml.eot_token_id"], fields["ggml.eom_token_id"]) == (258, 259)
+    assert "room for three end tokens; [1] does not end an answer" in caplog.text
+    GenerationConfig(eos_token_id=[257, 258]).save_pretrained(tmp_path)
     assert tokenizer_fields(tokenizer, 257, tmp_path).keys().isdisjoint({"ggml.eot_token_id", "ggml.eos_token_id"})
     assert tokenizer_fields(make_tokenizer(), 260, tmp_path)["ggml.add_bos_token"] is False
 

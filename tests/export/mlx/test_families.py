@@ -15,6 +15,7 @@ pytest.importorskip("mlx_lm", reason="the extra mlx")
 MLX, NONE_SELECTED = EXPORTERS["mlx"], LayerSelection((), (), tied=True)
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm", {"hidden_act": "gelu"}, "hidden_act = silu; llama has gelu"),
     ("qwen3", {"attention_bias": True}, "attention_bias = False; qwen3 has True"),
@@ -25,6 +26,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {}, "attention to at least 1024 tokens in every layer; mistral has windows of 8"),
     ("qwen2", {}, "attention to at least 1024 tokens in every layer; qwen2 has windows of 8"),
     ("gemma2", {"sliding_window": 2048, "rope_parameters": LINEAR}, "of type default; gemma2 has linear"),
+    ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "yarn whose .*; qwen3 has attention_factor 1.5"),
+    (
+        "qwen3",
+        {"rope_parameters": YARN | {"mscale": 0.7}},
+        "yarn whose .*; qwen3 has mscale 0.7 without",
+    ),
 ]
 
 

@@ -1,16 +1,19 @@
 """The steps of an export to OpenVINO, and what it refuses."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from nybble.errors import ExportError
 from nybble.export.openvino import exporter as module
 from nybble.export.openvino.exporter import OpenVINOExporter
+from nybble.export.tokenizer_check import warn_of_other_tokens
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from tests.export.openvino.conftest import Exported
@@ -158,4 +161,33 @@ def test_a_tokenizer_that_cannot_be_converted_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", SimpleNamespace(convert_tokenizer=fail))
     with pytest.raises(ExportError, match=r"cannot be converted \(TypeError: unknown normalizer\); remove openvino"):
-        module._save_tokenizer(make_tokenizer(), tmp_path)
+        module._save_tokenizer(make_tokenizer(), tmp_path, 260)
+
+
+def test_spaces_before_digits_are_read_as_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SmolLM2 splits digits off before the regular expression of byte-level BPE; OpenVINO has one expression."""
+    ov = pytest.importorskip("openvino")
+    bpe = models.BPE(
+        vocab={c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "<|end|>"])},
+        merges=[("Ġ", "Ġ")],
+    )
+    backend = Tokenizer(bpe)
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    module._save_tokenizer(tokenizer, tmp_path, 300)
+    assert not caplog.text
+    compiled = ov.compile_model(tmp_path / "openvino_tokenizer.xml", "CPU")
+    for text in ("x =  7", "[\n  1,\n  2\n]", "a  b", "  7  "):
+        assert compiled({0: [text]})["input_ids"][0].tolist() == tokenizer(text).input_ids, text
+
+
+def test_what_a_runtime_reads_otherwise_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    warn_of_other_tokens("R", lambda text: tokenizer(text).input_ids, tokenizer, 260)
+    assert not caplog.text
+    warn_of_other_tokens("R", lambda text: [0], tokenizer, 100)
+    assert not caplog.text, "a small twin"
+    warn_of_other_tokens("R", lambda text: [0], tokenizer, 260)
+    assert re.search(r"R reads (\d+) of \1 test texts as other tokens .*give R token ids", caplog.text)

@@ -18,6 +18,7 @@ Refused (ExportError): tokenizers without tokenizer.json, and models other than 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from typing import Any
 from nybble.errors import ExportError
 from nybble.export.gguf.pretokenizers import name_pre_tokenizer, uses_byte_level
 from nybble.models.companions import GENERATION_CONFIG
+
+log = logging.getLogger("nybble")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """Token types of the GGUF specification."""
@@ -139,6 +142,10 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
     return prepends or (pre.get("type") == "Metaspace" and pre.get("prepend_scheme") != "never")
 
 
+_ENDS = ("ggml.eot_token_id", "ggml.eom_token_id")
+"""Fields for ends of a turn and of a message; generation stops at both, as at the end of the text."""
+
+
 def _special_tokens(tokenizer: Any, vocab_size: int, folder: Path) -> dict[str, Value]:
     fields: dict[str, Value] = {}
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
@@ -150,8 +157,10 @@ def _special_tokens(tokenizer: Any, vocab_size: int, folder: Path) -> dict[str, 
         fields[f"ggml.add_{name}_token"] = bool(text_ids) and ids[name] is not None and text_ids[place] == ids[name]
     # The end of a turn, where it is not the end of the text: generation stops at both.
     ends = [i for i in _generation_ends(folder) if i != ids["eos"] and i < vocab_size]
-    if ends:
-        fields["ggml.eot_token_id"] = ends[0]
+    for field, i in zip(_ENDS, ends, strict=False):
+        fields[field] = i
+    if len(ends) > len(_ENDS):
+        log.warning("a GGUF file has room for three end tokens; %s does not end an answer in llama.cpp", ends[2:])
     return fields
 
 

@@ -16,6 +16,7 @@ Facts of mlx-lm 0.32.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -127,10 +128,23 @@ def _unmet(config: Any) -> tuple[str, Any]:
     for rope in _ropes(config).values():
         if (kind := rope.get("rope_type", "default")) not in family.rope_types:
             return f"rotary embeddings of type {', '.join(sorted(family.rope_types))}", kind
+        if kind == "yarn" and (other := _other_yarn_factor(rope)):
+            return "yarn whose attention factor follows from its factor", other
     window = _window(config)
     if window is not None and not family.windows and window < _SHORTEST_WINDOW:
         return f"attention to at least {_SHORTEST_WINDOW} tokens in every layer", f"windows of {window}"
     return _unmet_order(config)
+
+
+def _other_yarn_factor(rope: Mapping[str, Any]) -> str:
+    """What makes the attention factor of transformers another than that of mlx-lm, which ignores `attention_factor` and
+    uses `mscale` alone; "" if nothing does."""
+    given, factor = rope.get("attention_factor"), float(rope.get("factor") or 1.0)
+    if given is not None and not math.isclose(given, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0, rel_tol=1e-6):
+        return f"attention_factor {given}"
+    if (rope.get("mscale") or 1.0) != 1.0 and not rope.get("mscale_all_dim"):
+        return f"mscale {rope['mscale']} without mscale_all_dim"
+    return ""
 
 
 def _unmet_order(config: Any) -> tuple[str, Any]:

@@ -21,6 +21,7 @@ from nybble.export.containers import as_held, four_or_eight_bits, split_groups
 from nybble.export.onnx.codes import BLOCK_SIZES, read_graph
 from nybble.export.onnx.experts import PROJECTIONS, experts_of_layers, experts_problem
 from nybble.export.stacks import expert_width, num_experts
+from nybble.export.tokenizer_check import warn_of_other_tokens
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -149,9 +150,20 @@ class OnnxExporter(Exporter):
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write the model; see `Exporter.write`."""
+        import onnxruntime_genai as og
+
         from nybble.export.onnx.graph import write_graph
 
         write_graph(checkpoint, folder / MODEL_FILE)
+        if not (folder / "tokenizer_config.json").is_file():  # a part of an export
+            return
+        tokenizer = og.Tokenizer(og.Config(str(folder)))
+        warn_of_other_tokens(
+            "onnxruntime-genai",
+            lambda text: tokenizer.encode(text).tolist(),
+            checkpoint.tokenizer,
+            checkpoint.config.vocab_size,
+        )
 
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
         """Open the exported model on the CPU; see `Exporter.open_model`.

@@ -10,6 +10,7 @@ convert, and a weight that the traced graph does not use.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 from nybble.errors import ExportError, describe_error
 from nybble.export.base import OVERHEAD_BYTES, Exporter
 from nybble.export.containers import four_or_eight_bits
+from nybble.export.tokenizer_check import warn_of_other_tokens
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme
@@ -39,6 +41,10 @@ print(pipe.generate("What is 4-bit quantization?", max_new_tokens=100))
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 """Types of rotary embeddings whose frequencies depend on the length of the context."""
+
+
+_SPACES, _SPACES_BEFORE_DIGITS = r"|\s+(?!\S)|\s+", r"|\s+(?=\p{N})"
+"""Parts of the regular expression that splits text for byte-level BPE."""
 
 
 class OpenVINOExporter(Exporter):
@@ -114,7 +120,7 @@ class OpenVINOExporter(Exporter):
         shrink_constants(traced.graph)
         insert_codes(traced, checkpoint.quantized, checkpoint.selection.embeddings)
         _save_graph(traced.graph, folder / MODEL_XML)
-        _save_tokenizer(checkpoint.tokenizer, folder)
+        _save_tokenizer(checkpoint.tokenizer, folder, checkpoint.config.vocab_size)
 
     def open_model(self, folder: Path, config: Any, strict: bool = False) -> Any:
         """Compile the exported model for the CPU; see `Exporter.open_model`.
@@ -140,12 +146,13 @@ class OpenVINOExporter(Exporter):
         return read_constants(core().read_model(folder / MODEL_XML))
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer as OpenVINO models in both directions.
+def _save_tokenizer(tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    """Write the tokenizer as OpenVINO models in both directions, and warn where it splits texts in another way.
 
     Raises:
         ExportError: openvino_tokenizers cannot convert it.
     """
+    import openvino as ov
     from openvino_tokenizers import convert_tokenizer
 
     try:
@@ -155,8 +162,38 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
             f"an export to OpenVINO needs a tokenizer that openvino_tokenizers converts; {type(tokenizer).__name__} "
             f"cannot be converted ({describe_error(error)}); remove openvino from --export"
         ) from error
+    if _splits_digits_first(tokenizer):
+        _keep_spaces_before_digits(text_to_ids)
+    compiled = ov.compile_model(text_to_ids, "CPU")
+    warn_of_other_tokens("OpenVINO", lambda text: compiled({0: [text]})["input_ids"][0].tolist(), tokenizer, vocab_size)
     _save_graph(text_to_ids, folder / "openvino_tokenizer.xml")
     _save_graph(ids_to_text, folder / "openvino_detokenizer.xml")
+
+
+def _splits_digits_first(tokenizer: Any) -> bool:
+    """Whether digits are split off before the regular expression of byte-level BPE sees the text (SmolLM2)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pre = (json.loads(backend.to_str())["pre_tokenizer"] or {}) if backend is not None else {}
+    return [step["type"] for step in pre.get("pretokenizers", ())] == ["Digits", "ByteLevel"]
+
+
+def _keep_spaces_before_digits(graph: Any) -> None:
+    """Let a run of spaces before a digit stay whole, in place.
+
+    openvino_tokenizers puts both steps into one regular expression, in which the last space goes to what follows.
+    """
+    import numpy as np
+    import openvino as ov
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "RegexSplit":
+            continue
+        constant = node.input_value(node.get_input_size() - 1).get_node()
+        pattern = bytes(constant.get_data()).decode()
+        if pattern.endswith(_SPACES):
+            changed = pattern.removesuffix(_SPACES) + _SPACES_BEFORE_DIGITS + _SPACES
+            new = ov.opset1.constant(np.frombuffer(changed.encode(), np.uint8))
+            node.input(node.get_input_size() - 1).replace_source_output(new.output(0))
 
 
 def _save_graph(graph: Any, path: Path) -> None:
