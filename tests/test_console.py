@@ -3,10 +3,12 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nybble import console
+from nybble.console import log_to
 
 
 def test_what_an_earlier_sitting_did_says_nothing_of_the_pace(
@@ -33,6 +35,19 @@ def test_a_file_gets_whole_lines_without_padding(capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert [len(line.rstrip()) for line in lines] == [9 + 279, 329]
     assert not lines[0].endswith("  ")
+
+
+def test_the_level_of_a_program_is_as_before_after_a_run(tmp_path: Path) -> None:
+    logger = logging.getLogger("nybble")
+    before = logger.level
+    logger.setLevel("ERROR")
+    try:
+        with log_to(tmp_path / "log.txt"):
+            logger.info("noted")
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
+    assert "noted" in (tmp_path / "log.txt").read_text()
 
 
 def test_libraries_that_set_up_logging_change_nothing() -> None:

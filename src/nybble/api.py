@@ -60,7 +60,8 @@ class Run:
         """
         from nybble.workflows.export import export_formats
 
-        return export_formats(self.path, formats, trust_remote_code)
+        names = [name for entry in formats for name in ([entry] if isinstance(entry, str) else entry)]
+        return export_formats(self.path, names, trust_remote_code)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the HTML page about this run (the extra report); returns its path."""

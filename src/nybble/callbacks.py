@@ -19,7 +19,7 @@ class Callback:
 
     Calls of one stage come in this order: on_stage_start, then any number of on_step, on_validation and
     on_checkpoint, then on_stage_end. A training stage is called "train", and a second training of the same run "train
-    NAME".
+    NAME"; compression is "compress", whose steps are layers and have no metrics.
     """
 
     def on_stage_start(self, stage: str, total: int) -> None:

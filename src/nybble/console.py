@@ -134,10 +134,12 @@ def log_to(path: Path) -> Iterator[None]:
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
-    log.setLevel(min(log.level or logging.INFO, logging.INFO))  # also when no console was set up
+    level = log.level
+    log.setLevel(min(level or logging.INFO, logging.INFO))  # also when no console was set up
     try:
         yield
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
 

@@ -8,11 +8,14 @@ Entry points are looked up when a registry is first read, and imported when thei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Generic, TypeVar
 
-from nybble.errors import OptionError
+from nybble.errors import OptionError, describe_error
+
+log = logging.getLogger("nybble")
 
 T = TypeVar("T")
 
@@ -33,10 +36,12 @@ class Registry(Generic[T]):
     def register(self, name: str, value: T) -> T:
         """Add an object under a name, in this process; returns the object.
 
+        A module that an entry point names may register the same name.
+
         Raises:
             ValueError: the name is taken.
         """
-        if name in self:
+        if name in self._known:
             raise ValueError(f"{self.kind} {name} is registered already")
         self._known[name] = value
         return value
@@ -58,9 +63,28 @@ class Registry(Generic[T]):
             raise OptionError(f"{option} must name a known {self.kind} ({', '.join(self)}); got {name}")
         return self[name]
 
+    def usable(self) -> dict[str, T]:
+        """All objects by name. A warning names those whose package cannot be imported."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except OptionError as error:
+                log.warning("%s", error)
+        return found
+
     def __getitem__(self, name: str) -> T:
         if name not in self._known:
-            self._known[name] = self._external()[name].load()
+            point = self._external()[name]
+            try:
+                loaded = point.load()
+            except Exception as error:  # the code of another package
+                package = point.dist.name if point.dist is not None else point.module
+                raise OptionError(
+                    f"the {self.kind} {name} of the package {package} must be importable; it is not "
+                    f"({describe_error(error)}); repair or uninstall the package"
+                ) from error
+            self._known[name] = loaded
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:

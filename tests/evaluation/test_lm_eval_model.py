@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from transformers import PreTrainedConfig
 
 from nybble.console import Advance
+from nybble.errors import OptionError
 from nybble.evaluation import lm_eval_model
 from nybble.evaluation.lm_eval_model import default_batch_size, disable_inquiries, max_window, wrap_model
 from nybble.models.layers_on_disk import layers_on_disk
@@ -47,6 +48,24 @@ def test_batch_size_follows_the_longest_request(monkeypatch: pytest.MonkeyPatch)
     fixed = wrap_model(make_model("llama"), make_tokenizer(), 2)
     fixed.loglikelihood([request("a", "b" * 15), request("c", "d")], disable_tqdm=True)
     assert fixed.batch_size == 2
+
+
+def test_only_whole_documents_have_the_published_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap_model(make_model("llama", max_position_embeddings=4096), make_tokenizer(), 1)
+    seen = []
+    monkeypatch.setattr(
+        "lm_eval.models.huggingface.HFLM.loglikelihood_rolling",
+        lambda self, *_, **__: seen.append(self.max_length) or [0],
+    )
+    model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("a",), 0, metadata=("toy", 0, 1))])
+    assert (seen, model.max_length) == ([2048], 4096)
+
+
+def test_a_task_that_generates_more_than_fits_is_refused() -> None:
+    model = wrap_model(make_model("llama"), make_tokenizer(), 1)
+    long = Instance("generate_until", {}, ("a", {"max_gen_toks": 300}), 0, metadata=("toy", 0, 1))
+    with pytest.raises(OptionError, match="fewer tokens than the 256 positions of the model; toy generates up to 300"):
+        model.generate_until([long])
 
 
 def test_a_model_on_disk_has_the_scores_of_one_in_memory_and_is_read_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from nybble.errors import DataError, OptionError
+from nybble.evaluation import local_tasks
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, read_dataset
 
 
@@ -102,6 +103,16 @@ def test_the_split_that_is_scored_must_be_there(tmp_path: Path) -> None:
         DataError, match=r"winogrande is scored on; .*winogrande_xl has no validation; put validation.jsonl there"
     ):
         local_task_configs(["winogrande"], tmp_path)
+
+
+def test_examples_are_not_taken_from_the_rows_that_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"dataset_path": "ai2_arc", "dataset_name": "ARC-Easy", "num_fewshot": 5, "fewshot_split": "train"}
+    monkeypatch.setattr(local_tasks, "_task_config", lambda task: {"task": task, "test_split": "test", **config})
+    write_rows(tmp_path / "arc" / "ARC-Easy" / "test.jsonl", {"question": "q"})
+    with pytest.raises(DataError, match=r"arc_easy is shown examples of; .*ARC-Easy has no train; put train.jsonl"):
+        local_task_configs(["arc_easy"], tmp_path)
+    write_rows(tmp_path / "arc" / "ARC-Easy" / "train.jsonl", {"question": "p"})
+    assert local_task_configs(["arc_easy"], tmp_path)[0]["fewshot_split"] == "train"
 
 
 def test_training_rows_are_required_only_for_training(data_dir: Path) -> None:

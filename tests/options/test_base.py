@@ -1,7 +1,9 @@
 """Options by flat names: types, defaults, errors."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nybble.errors import OptionError
@@ -30,6 +32,18 @@ def test_names_are_unique_within_a_command(kind: type[RunCommand]) -> None:
 def test_every_option_has_a_help_text_that_is_a_sentence(kind: type[RunCommand]) -> None:
     for name, field in kind.fields().items():
         assert field.metadata["help"].endswith((".", "...")), name
+
+
+def test_values_of_python_are_taken_for_what_they_are() -> None:
+    options = DistillOptions.of(
+        pretrained=Path("m"), init_from=Path("r"), lr=np.float64(1e-3), epochs=np.int64(2), data=[Path("a.txt")],
+        export=None,
+    )  # fmt: skip
+    found = options.flat()
+    assert [found[name] for name in ("pretrained", "init_from", "lr", "epochs", "data", "export")] == [
+        "m", "r", 1e-3, 2, ("a.txt",), (),
+    ]  # fmt: skip
+    assert [type(found[name]) for name in ("pretrained", "lr", "epochs")] == [str, float, int]
 
 
 def test_flat_values_go_to_their_groups_and_back() -> None:

@@ -83,6 +83,8 @@ def test_task_is_measured_on_its_scored_questions() -> None:
         "documents:own": 3,
     }
     assert next(iter(columns)) == "task:own acc", "the first column is the task's metric"
+    normalized = TaskDataset("own", "acc_norm", train, train, MIXED_QUESTIONS)
+    assert next(iter(scoring.measure_task(model, tokenizer, normalized, 3, 64))) == "task:own acc_norm"
     completions = TaskDataset("own", "log_likelihood", train, train, [Question.with_completion("ask", " yes")])
     assert list(scoring.measure_task(model, tokenizer, completions, None, 64)) == [
         "task:own log_likelihood",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BioGptConfig, BioGptForCausalLM
 
+from nybble.callbacks import Callback
 from nybble.cli.main import main
 from nybble.compression import awq, blockwise, methods
 from nybble.export.base import EXPORTERS
@@ -391,6 +393,25 @@ def test_an_export_that_fails_is_reported_after_everything_else(
     assert main([*given, "--resume"]) == 0
     assert "Warning" not in (run / "report.md").read_text()
     assert (run / "openvino").is_dir()
+
+
+def test_callbacks_are_told_of_the_layers(tmp_path: Path) -> None:
+    events = []
+
+    class Recorder(Callback):
+        def on_stage_start(self, stage: str, total: int) -> None:
+            events.append((stage, "start", total))
+
+        def on_step(self, stage: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+            events.append((stage, step, total))
+
+        def on_stage_end(self, stage: str, seconds: float) -> None:
+            events.append((stage, "end", 14))
+
+    compress(options(save_model(tmp_path / "model", "smollm"), tmp_path / "run", method="se"), [Recorder()])
+    assert events[0] == ("compress", "start", 14)
+    assert events[1:-1] == [("compress", i, 14) for i in range(1, 15)]
+    assert events[-1] == ("compress", "end", 14)
 
 
 def test_a_tied_head_may_have_any_name(tmp_path: Path) -> None:

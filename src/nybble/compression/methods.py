@@ -94,7 +94,7 @@ def parse_method(text: str, option: str = "--method") -> tuple[str, ...]:
     known = all(name in METHODS for name in names)
     stages = [_create(name).stage for name in names] if known else []
     if not known or len(set(names)) < len(names) or stages != sorted(stages):
-        in_order = sorted(METHODS, key=lambda name: _create(name).stage)
+        in_order = sorted(METHODS.usable(), key=lambda name: _create(name).stage)
         raise OptionError(
             f"{option} must be auto, rtn, or one or more of {', '.join(in_order)} in this order, joined by +; "
             f"got {text}; awq+se+gptq, for example"

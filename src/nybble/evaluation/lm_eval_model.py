@@ -21,7 +21,7 @@ from torch import Tensor
 from nybble import processes
 from nybble.console import bar
 from nybble.data.boundaries import added_tokens, num_equal
-from nybble.errors import DataError
+from nybble.errors import DataError, OptionError
 from nybble.models.composite import text_config
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.streamed import BlockwiseForward
@@ -154,6 +154,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     window = max_window(model.config)
+    longest_context = getattr(text_config(model.config), "max_position_embeddings", None) or MAX_WINDOW
 
     class SizedHFLM(_WithoutEndTokens, HFLM):  # type: ignore[misc]
         """HFLM with a computed batch size, and one progress bar for whole documents."""
@@ -162,7 +163,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
             longest = max((len(context) + len(answer) for _, context, answer in requests), default=1)
-            self.batch_size_per_gpu = batch_size or default_batch_size(model.config, min(longest, window))
+            self.batch_size_per_gpu = batch_size or default_batch_size(model.config, min(longest, longest_context))
             if "override_bs" in options:  # called by loglikelihood_rolling, which divides the documents and has a bar
                 options["disable_tqdm"] = True
                 return super()._loglikelihood_tokens(requests, *arguments, **options)
@@ -171,7 +172,17 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
             return processes.merge(scores, len(requests))
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Generate texts."""
+            """Generate texts.
+
+            Raises:
+                OptionError: a task generates more tokens than the model has positions.
+            """
+            most = max((int(request.args[1].get("max_gen_toks") or 0) for request in requests), default=0)
+            if most >= longest_context:
+                raise OptionError(
+                    f"--eval_tasks must generate fewer tokens than the {longest_context} positions of the model; "
+                    f"{requests[0].task_name} generates up to {most}; leave it out"
+                )
             own = [requests[i] for i in processes.share(len(requests))]
             texts = super().generate_until(own, disable_tqdm) if own else []
             return processes.merge(texts, len(requests))
@@ -179,17 +190,19 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Score whole documents, one at a time. lm-eval itself draws a bar for every forward."""
             scores: list[float] = []
+            self._max_length = window
             with bar(f"{requests[0].task_name}, documents", len(requests)) as advance:
                 for i in processes.share(len(requests)):
                     scores += super().loglikelihood_rolling([requests[i]], disable_tqdm=True)
                     advance(min(processes.count(), len(requests) - i))
+            self._max_length = longest_context
             return processes.merge(scores, len(requests))
 
     class AnyHFLM(_BlockByBlock, SizedHFLM):
         """The same, also of a model on disk."""
 
     initial = batch_size or default_batch_size(model.config, window)
-    return AnyHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=window)
+    return AnyHFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=initial, max_length=longest_context)
 
 
 def _with_padding(tokenizer: Any) -> Any:

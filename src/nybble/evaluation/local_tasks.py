@@ -62,7 +62,8 @@ def local_task_configs(
 
     Raises:
         OptionError: a name stands for a group of tasks.
-        DataError: the files of a required split are missing. Other missing splits are removed from the configuration.
+        DataError: the files of a required split are missing, among them that of few-shot examples. Other missing splits
+            are removed from the configuration.
     """
     configs = []
     for task in tasks:
@@ -77,10 +78,13 @@ def local_task_configs(
         folder = _data_folder(data_dir, task, splits)
         files = _split_files(folder, splits)
         scored = "test_split" if config.get("test_split") else "validation_split"
-        for verb, key in (("scored", scored), *([("trained", "training_split")] if needs_train else [])):
+        needed = [("scored on", scored), *([("trained on", "training_split")] if needs_train else [])]
+        if config.get("num_fewshot"):  # lm-eval would take solved examples from the rows that it scores
+            needed.append(("shown examples of", "fewshot_split"))
+        for verb, key in needed:
             if config.get(key) and config[key] not in files:
                 raise DataError(
-                    f"--data_dir must hold the split that {task} is {verb} on; {folder} has no {config[key]}; "
+                    f"--data_dir must hold the split that {task} is {verb}; {folder} has no {config[key]}; "
                     f"put {config[key]}.jsonl there"
                 )
         for key in _SPLIT_KEYS:

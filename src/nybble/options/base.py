@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import os
 import types
 import typing
@@ -167,11 +168,25 @@ def typed_values(kind: type[Command], values: Mapping[str, Any], where: str) -> 
     }
 
 
+def _plain(value: Any) -> Any:
+    """What a value of Python stands for: a path its text, a number of numpy a number of Python."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool | int) else value
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
+    value = _plain(value)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         value = (
-            () if value == NONE or value == [NONE] else tuple(value) if isinstance(value, list | tuple) else (value,)
+            ()
+            if value is None or value == NONE or value == [NONE]
+            else tuple(map(_plain, value))
+            if isinstance(value, list | tuple)
+            else (value,)
         )
         fits = all(type(element) is item for element in value)
     elif typing.get_origin(hint) is Literal:

@@ -38,6 +38,13 @@ def _is_json(file: Path) -> bool:
     return file.suffix == ".json"
 
 
+def no_model_error(run: Path) -> RunError:
+    """The error for a run that has no 4-bit model."""
+    if (run / MERGED).is_dir():  # 16-bit LoRA of nybble compare
+        return RunError(f"{run} must be a run with a 4-bit model; it ends in 16 bits; its model is {run / MERGED}")
+    return RunError(f"{run} must be a finished run; it has no 4-bit model; finish it with --resume")
+
+
 def check_complete(path: Path) -> None:
     """Check the files of a folder of a run, such as RUN/quantized; folders elsewhere pass.
 

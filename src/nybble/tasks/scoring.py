@@ -127,12 +127,15 @@ def measure_task(
         limit: maximum number of questions; None = all.
         seq_len: see `score_questions`.
 
-    Returns: columns of the result tables: "task:NAME acc" (questions with alternatives), "task:NAME log_likelihood"
-        and "documents:NAME"; empty for a task that lm-eval scores.
+    Returns: columns of the result tables: "task:NAME METRIC" with acc or acc_norm (questions with alternatives),
+        "task:NAME log_likelihood" and "documents:NAME"; empty for a task that lm-eval scores.
     """
     questions, name = dataset.scored[:limit], Path(dataset.name).stem
     if not questions:
         return {}
     scores = score_questions(model, tokenizer, questions, dataset.length_normalized, seq_len)
     columns = {f"task:{name} log_likelihood": scores.log_likelihood, f"documents:{name}": len(questions)}
-    return columns if scores.accuracy is None else {f"task:{name} acc": scores.accuracy} | columns
+    if scores.accuracy is None:
+        return columns
+    metric = "acc_norm" if dataset.length_normalized else "acc"
+    return {f"task:{name} {metric}": scores.accuracy} | columns

@@ -68,7 +68,8 @@ def find_source(task: str) -> TaskSource:
     Raises:
         OptionError: two sources claim the task, or it is a file that none can read.
     """
-    claims = [name for name in TASK_SOURCES if name != _LM_EVAL.name and TASK_SOURCES[name].matches(task)]
+    sources = TASK_SOURCES.usable()
+    claims = [name for name, source in sources.items() if source is not _LM_EVAL and source.matches(task)]
     if len(claims) > 1:
         raise OptionError(
             f"--task must belong to one task source; {task} is claimed by {' and '.join(claims)}; "

@@ -206,7 +206,7 @@ class _TaskComparison:
         epochs = training.epochs + training.scale_training_epochs
         options = self._tune_options(LORA16_RUN, lora_rank_space=self._largest, export=(), epochs=epochs)
         known = self._measured(SIXTEEN_BIT)
-        self._unless_done(options, "lora16", lambda: lora.tune_16bit(options, known))
+        self._unless_done(options, "lora16", lambda: lora.tune_16bit(options, known, self.callbacks))
 
     def _ptwc(self) -> None:
         options, known = self._compress_options(self.folder / LORA16_RUN)

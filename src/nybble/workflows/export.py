@@ -17,7 +17,7 @@ from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import ExportOptions
 from nybble.report.markdown import run_markdown
-from nybble.run.complete import QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete, no_model_error
 from nybble.run.folder import reopen_run
 from nybble.run.resume import saved_options
 from nybble.runtime import raise_if_interrupted
@@ -63,7 +63,7 @@ def export_formats(
     check_formats(formats, "--to")
     saved_options(path)
     if not (path / QUANTIZED / WEIGHTS_FILE).is_file():
-        raise RunError(f"{path} must be a finished run; it has no 4-bit model; finish it with --resume")
+        raise no_model_error(path)
     run = reopen_run(path)
     try:
         check_complete(run.quantized)

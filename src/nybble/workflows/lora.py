@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nybble.callbacks import Callback
 from nybble.files import atomic_folder, write_text
 from nybble.models.delinearize import delinearize
 from nybble.models.loading import LoadedModel, load
@@ -28,15 +29,18 @@ from nybble.workflows.task_run import TaskRun, open_task_run
 log = logging.getLogger("nybble")
 
 
-def tune_16bit(options: TuneOptions, before: Mapping[str, Mapping[str, Any]]) -> Path:
+def tune_16bit(
+    options: TuneOptions, before: Mapping[str, Mapping[str, Any]], callbacks: Sequence[Callback] = ()
+) -> Path:
     """Tune the 16-bit model; the merged model is written to the run's folder `merged`, its rows as text to `texts`.
 
     Args:
         before: the row of the untuned model if it was measured; empty otherwise.
+        callbacks: are told of stages, steps and validations.
 
     Returns: the run folder.
     """
-    with open_task_run(options, command="lora") as task_run:
+    with open_task_run(options, callbacks=callbacks, command="lora") as task_run:
         run, loaded = task_run.context.run, task_run.context.loaded
         run.results.models = {**{row: dict(metrics) for row, metrics in before.items()}, **run.results.models}
         measure_row(run, task_run.evaluator, SIXTEEN_BIT, loaded, size_in_16_bits(loaded.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -177,13 +178,22 @@ def compress_model(context: RunContext) -> CompressedModel:
     schemes = {name: selection.schemes[name] for name in selection.linears}
     with run.stage("compress"):
         with bar(f"compress ({method})", len(schemes), "now") as advance:
+            started, done = time.perf_counter(), 0
+            context.callback.on_stage_start("compress", len(schemes))
 
             def progress(finished: int, text: str) -> None:
+                nonlocal done
+                done += finished
                 advance(finished, now=text)
+                if finished:
+                    context.callback.on_step("compress", done, len(schemes), {})
                 run.save()  # a killed process keeps the seconds so far
 
             store = _block_store(context)
-            result = pipeline.compress(model, schemes, method, _calibration(context, store), progress, store)
+            try:
+                result = pipeline.compress(model, schemes, method, _calibration(context, store), progress, store)
+            finally:
+                context.callback.on_stage_end("compress", time.perf_counter() - started)
         rows = quantize_embeddings(model, {name: selection.schemes[name] for name in selection.embeddings})
     run.results.layer_errors = {name: asdict(error) for name, error in result.errors.items()}
     run.results.block_losses = {name: list(losses) for name, losses in result.blocks.items()}

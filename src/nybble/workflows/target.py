@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from nybble.errors import ModelError, NybbleError, RunError, describe_error
+from nybble.errors import ModelError, NybbleError, describe_error
 from nybble.export.base import Exporter
 from nybble.export.checks import damaged_export, exporter_of
 from nybble.models import quantized_file, quantized_model
 from nybble.models.loading import LoadedModel, load
 from nybble.options.model import DeviceOptions
-from nybble.run.complete import QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete, no_model_error
 from nybble.run.marker import is_run
 from nybble.workflows.plan import pick_place
 
@@ -36,7 +36,7 @@ def open_target(target: str, place: DeviceOptions, named: str, strict: bool = Fa
     if is_run(path):
         path = path / QUANTIZED
         if not (path / quantized_file.WEIGHTS_FILE).is_file():
-            raise RunError(f"{target} must be a finished run; it has no 4-bit model; finish it with --resume")
+            raise no_model_error(Path(target))
     device, dtype = pick_place(replace(place, dtype="float32") if strict and place.dtype == "auto" else place)
     check_complete(path)
     if (path / quantized_file.WEIGHTS_FILE).is_file():
