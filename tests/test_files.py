@@ -144,7 +144,7 @@ def test_free_disk_counts_the_files_of_an_earlier_process(tmp_path: Path, monkey
 def test_a_small_disk_is_refused(tmp_path: Path) -> None:
     files.check_free_disk(tmp_path / "not" / "yet", 1000)
     with pytest.raises(
-        RunError, match=r"needs 1000000.0 GB for teacher states and checkpoints; .* GB are free; free some disk space"
+        RunError, match=r"needs 1000000.00 GB for teacher states and checkpoints; .* GB are free; free some disk space"
     ):
         files.check_free_disk(tmp_path, 10**15)
 

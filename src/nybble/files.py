@@ -332,8 +332,9 @@ def check_free_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if needed > free:
         raise RunError(
-            f"--output_dir {path} needs {needed / 1e9:.1f} GB for teacher states and checkpoints; "
-            f"{free / 1e9:.1f} GB are free; free some disk space, choose another disk, or use less text"
+            f"--output_dir {path} needs {needed / 1e9:.2f} GB for teacher states and checkpoints; "
+            f"{free / 1e9:.2f} GB are free; free some disk space, choose another disk, or use less text or a smaller "
+            "--lora_rank"
         )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nybble.quant.fake_quant import centered_codes, fake_quantize, round_scale_ste
-from nybble.quant.grid import dequantize, min_max_qparams, quantize, round_scale, to_groups
+from nybble.quant.grid import SCALE_MAX, SCALE_MIN, dequantize, min_max_qparams, quantize, round_scale, to_groups
 from nybble.quant.scheme import INT8_PER_ROW, QuantScheme
 from tests.helpers import reference_quantizer as slow
 
@@ -88,3 +88,10 @@ def test_rounded_scale_passes_its_gradient_straight_through() -> None:
     assert not torch.equal(rounded, scale)
     rounded.backward(upstream)
     assert torch.equal(scale.grad, upstream)
+
+
+def test_a_scale_is_not_taken_further_beyond_the_grid() -> None:
+    scale = torch.tensor([SCALE_MIN / 2, SCALE_MIN / 2, 1.0, 1.0, SCALE_MAX * 2, SCALE_MAX * 2], requires_grad=True)
+    round_scale_ste(scale).backward(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]))
+    assert scale.grad is not None
+    assert scale.grad.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]

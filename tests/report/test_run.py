@@ -68,7 +68,11 @@ def test_summary_of_a_distilled_run() -> None:
         "Training recovered 50% of the compression damage. Training took 2.0 minutes. Size: 110 MB (16-bit: "
         "400 MB)."
     )
-    assert "Training made it worse." in summary(measured(distilled(), toy={"token_perplexity": 15.0}))
+    worse = measured(distilled(), toy={"token_perplexity": 15.0})
+    assert "lowered the KL divergence to the 16-bit model from 0.500 to 0.250, and not the perplexity." in summary(
+        worse
+    )
+    assert "Training made it worse." in summary(measured(worse, toy={"kl_to_teacher": 0.6}))
 
 
 def test_beyond_the_16_bit_model_the_summary_gives_the_kl_divergence() -> None:

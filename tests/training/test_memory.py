@@ -107,7 +107,7 @@ def test_trained_weights_replace_those_of_the_layers() -> None:
     assert full - fixed == (24 - 1) * SHAPES.linear_weights  # 16 bytes of Adam, two float32 copies for averaging
     assert rounding - fixed == (3 + 24 / 8) * SHAPES.linear_weights + 24 * SHAPES.int4_features
     full, fixed, _ = (memory.training_disk(setup, 0) for setup in setups)
-    assert full - fixed == 10 * 4 * SHAPES.linear_weights
+    assert full - fixed == 36 * SHAPES.linear_weights
 
 
 def test_checkpointed_blocks_keep_their_inputs_and_the_activations_of_one() -> None:
@@ -282,7 +282,10 @@ def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:
     assert memory.training_disk(SETUP, 100) - memory.training_disk(SETUP, 0) == 100 * 64 * 4
     larger, smaller = (memory.training_disk(replace(SETUP, rank=rank), 0) for rank in (9, 8))
-    assert larger - smaller == 10 * 4 * SHAPES.int4_features
+    assert larger - smaller == 28 * SHAPES.int4_features
+    for changes, size in (({"short_moments": True}, 16), ({"averages": True}, 36)):
+        larger, smaller = (memory.training_disk(replace(SETUP, rank=rank, **changes), 0) for rank in (9, 8))
+        assert larger - smaller == size * SHAPES.int4_features
 
 
 def test_fits_leaves_a_share_of_the_memory_free() -> None:

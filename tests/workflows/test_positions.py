@@ -122,6 +122,18 @@ def test_without_positions_a_run_starts_in_the_middle_of_the_cells_and_says_so(
     assert not positions_file.has_positions(second / "quantized"), "the middle is no position"
 
 
+def test_trained_positions_are_kept_whatever_the_start_had(tmp_path: Path) -> None:
+    model, group = save_model(tmp_path / "model", "smollm"), {"group_size": 32}
+    compress(compress_options(model, tmp_path / "first", keep_positions="none"))
+    changes = {"init_from": str(tmp_path / "first"), "epochs": 1, **group}
+    distill(distill_options(model, tmp_path / "adapters", **changes))
+    assert positions(tmp_path / "adapters")
+    distill(distill_options(model, tmp_path / "scales", lora_rank=0, **changes))
+    assert not (tmp_path / "scales" / "quantized" / positions_file.POSITIONS_FILE).exists(), (
+        "none are known"
+    )
+
+
 @pytest.mark.slow
 def test_positions_may_be_deleted_and_then_a_training_does_not_resume(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from nybble.quant.grid import quantize_dequantize, round_scale, to_groups
+from nybble.quant.grid import SCALE_MAX, SCALE_MIN, quantize_dequantize, round_scale, to_groups
 from nybble.quant.scheme import QuantScheme
 
 
 class _RoundScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, scale: Tensor) -> Tensor:
+    def forward(ctx, scale: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(scale)
         return round_scale(scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        (scale,) = ctx.saved_tensors
+        outwards = ((scale < SCALE_MIN) & (grad > 0)) | ((scale > SCALE_MAX) & (grad < 0))
+        return grad.masked_fill(outwards, 0.0)
 
 
 def round_scale_ste(scale: Tensor) -> Tensor:
-    """Compute `round_scale` with the gradient of the identity (straight-through estimator, STE)."""
+    """Compute `round_scale` with the gradient of the identity (straight-through estimator, STE).
+
+    The gradient is 0 where a descent would take a scale further beyond the ends of the grid.
+    """
     return _RoundScale.apply(scale)  # type: ignore[no-any-return]
 
 

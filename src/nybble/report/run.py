@@ -176,8 +176,11 @@ def _recovery_text(models: Mapping[str, Metrics], row: str) -> str:
     share = recovered_share(models, row)
     if share is None:
         return ""
+    before, after = (models[key]["kl_to_teacher"] for key in ("compressed", row))
+    if share < 0 and after < before:
+        fell = f"from {before:.3f} to {after:.3f}"
+        return f" Training lowered the KL divergence to the 16-bit model {fell}, and not the perplexity."
     if share > 1:  # The text suits the trained model better than the 16-bit one: the KL divergence tells more.
-        before, after = (models[key]["kl_to_teacher"] for key in ("compressed", row))
         return (
             " This is below the 16-bit model's perplexity; the KL divergence to the 16-bit model is "
             f"{after:.3f} ({before:.3f} before training)."

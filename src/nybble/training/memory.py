@@ -247,9 +247,9 @@ def compression_disk(shapes: ModelShapes, calibration_tokens: int) -> int:
 def training_disk(setup: TrainingSetup, teacher_tokens: int) -> int:
     """Return the disk space of a training.
 
-    It has the teacher's hidden states, two versions of last.safetensors (parameters, two moments, averages) and two
-    of best.safetensors, as a new version is written before the old one is deleted, and the quantized model with its
-    exports.
+    It has the teacher's hidden states, last.safetensors (parameters, two moments, averages) and best.safetensors
+    (parameters), one of them twice, as a new version is written before the old one is deleted; and the quantized model
+    with its exports.
 
     Args:
         setup: the training.
@@ -257,7 +257,9 @@ def training_disk(setup: TrainingSetup, teacher_tokens: int) -> int:
     """
     shapes = setup.shapes
     states = teacher_tokens * shapes.hidden_size * shapes.itemsize
-    checkpoints = (2 * 4 + 2) * setup.trained_parameters * FLOAT32
+    moments = ADAM - 2 * FLOAT32 - (_SHORT_MOMENTS if setup.short_moments else 0)  # without parameter and gradient
+    last, best = FLOAT32 + moments + (FLOAT32 if setup.averages else 0), FLOAT32
+    checkpoints = (2 * last + best) * setup.trained_parameters
     return states + checkpoints + 3 * shapes.parameters + setup.positions_bytes
 
 

@@ -124,12 +124,24 @@ def plan_memory(
             needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
             ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9, before.place,
         )  # fmt: skip
-        fewer = "--train lora" if size.train == "full" else "a smaller rank"
-        smaller = ["--microbatch_size 1", "--weight_cache recompute", "--gradient_checkpointing on"]
-        smaller += ["--base_weights fixed"] * training.keeps_base_weights
-        plan.warn_of_memory(needed, available, f"{fewer}, {', '.join(smaller)} or a shorter --seq_len needs less")
+        plan.warn_of_memory(needed, available, f"{_what_needs_less(training, size, chosen)} needs less")
     # Free memory differs between processes; what they choose by it must not.
     return processes.on_first(lambda: chosen)
+
+
+def _what_needs_less(training: TrainingOptions, size: TrainingSize, chosen: ExecutionPlan) -> str:
+    """Options that take less memory than those of a run."""
+    options = {
+        "--train lora": size.train != "lora",
+        "a smaller rank": size.train == "lora" and size.rank > 0,
+        "--microbatch_size 1": chosen.microbatch_size > 1,
+        "--weight_cache recompute": chosen.weight_cache != "recompute",
+        "--gradient_checkpointing on": not chosen.gradient_checkpointing,
+        "--base_weights fixed": training.keeps_base_weights and not chosen.fixed_point,
+        "--optim adamw_8bit": training.optim != "adamw_8bit" and (size.train != "lora" or size.rank > 0),
+    }
+    found = [option for option, helps in options.items() if helps]
+    return f"{', '.join(found)} or a shorter --seq_len" if found else "a shorter --seq_len"
 
 
 def _choose(

@@ -73,9 +73,9 @@ class TrainedPositions:
         Args:
             compressed: loses its inits where codes stay.
         """
+        if not codes_stay:  # they follow from what was trained, whatever it started from
+            return TrainedPositions(context.calibration.keep_positions, {}, {})
         keep = _kept(context, compressed)
-        if not codes_stay:
-            return TrainedPositions(keep, {}, {})
         start = compressed_positions(context, compressed)
         scales = {name: compressed.weights[name].scale_OG for name in start}
         compressed.release_inits()
