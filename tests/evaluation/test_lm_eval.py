@@ -1,6 +1,7 @@
 """nybble.evaluation.lm_eval: tasks on local files, names of results, and errors before a run."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,15 @@ def test_data_without_hub_and_without_folder_name_the_places(action: str) -> Non
         else:
             run_tasks(make_model("llama"), make_tokenizer(), LmEvalConfig(("arc_easy",)))
     assert ("--eval_tasks none" in str(caught.value)) == (action != "open"), "a task to train on cannot be left out"
+
+
+def test_a_row_that_lm_eval_cannot_read_is_one_line(data_dir: Path) -> None:
+    path = data_dir / "arc" / "ARC-Easy" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3]["answerKey"] = "Z"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="every row in --data_dir must be one that lm-eval's tasks arc_easy can read"):
+        run_tasks(make_model("llama"), make_tokenizer(), LmEvalConfig(("arc_easy",), data_dir=str(data_dir)))
 
 
 def test_other_errors_of_lm_eval_are_not_hidden(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:

@@ -129,9 +129,7 @@ def test_trained_positions_are_kept_whatever_the_start_had(tmp_path: Path) -> No
     distill(distill_options(model, tmp_path / "adapters", **changes))
     assert positions(tmp_path / "adapters")
     distill(distill_options(model, tmp_path / "scales", lora_rank=0, **changes))
-    assert not (tmp_path / "scales" / "quantized" / positions_file.POSITIONS_FILE).exists(), (
-        "none are known"
-    )
+    assert not (tmp_path / "scales" / "quantized" / positions_file.POSITIONS_FILE).exists(), "none are known"
 
 
 @pytest.mark.slow

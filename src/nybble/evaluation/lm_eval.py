@@ -7,6 +7,7 @@ Word perplexity is lm-eval's task `wikitext`: whole articles, loss per word, win
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble import processes
-from nybble.errors import DataError, HubUnreachableError, MissingExtraError, ModelError, NybbleError, OptionError
+from nybble.errors import (
+    DataError,
+    HubUnreachableError,
+    MissingExtraError,
+    ModelError,
+    NybbleError,
+    OptionError,
+    describe_error,
+)
 from nybble.evaluation.lm_eval_model import disable_inquiries, wrap_model
 from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
 
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
 # Words in the errors that datasets and huggingface_hub raise when data can neither be downloaded nor be found in the
 # cache. These errors have no common base class.
 _UNREACHABLE = ("Connection", "LocalEntryNotFound", "Offline", "couldn't be reached", "couldn't find", "Couldn't")
+# Files of lm-eval that read rows.
+_TASK_CODE = (str(Path("lm_eval", "api", "task.py")), str(Path("lm_eval", "api", "samplers.py")))
 _LEAVE_OUT = ", or leave the tasks out with --eval_tasks none"
 
 
@@ -136,7 +147,7 @@ def run_tasks(model: Any, tokenizer: Any, config: LmEvalConfig) -> dict[str, dic
     tasks: list[Any] = list(config.tasks)
     if config.data_dir is not None:
         tasks = list(local_task_configs(config.tasks, Path(config.data_dir)))
-    with _explain_missing_data(config.tasks, _LEAVE_OUT):
+    with _explain_missing_data(config.tasks, _LEAVE_OUT), _explain_bad_rows(config):
         output = lm_eval.simple_evaluate(
             wrap_model(model, tokenizer, config.batch_size),
             tasks=tasks,
@@ -223,6 +234,23 @@ def _explain_missing_data(tasks: Sequence[str], alternative: str) -> Iterator[No
             f"the data of {', '.join(tasks)} must be on this machine, as the Hugging Face hub cannot be reached; "
             f"put train.jsonl, validation.jsonl and test.jsonl into {', '.join(folders) or 'FOLDER/NAME'} "
             f"and add --data_dir FOLDER{alternative}"
+        ) from error
+
+
+@contextmanager
+def _explain_bad_rows(config: LmEvalConfig) -> Iterator[None]:
+    """Turn an error of a task's own code on rows of local files into a DataError."""
+    try:
+        yield
+    except NybbleError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if config.data_dir is None or not any(frame.filename.endswith(_TASK_CODE) for frame in frames):
+            raise
+        raise DataError(
+            f"every row in --data_dir must be one that lm-eval's tasks {', '.join(config.tasks)} can read; one is not "
+            f"({describe_error(error)}); correct the row, or remove it"
         ) from error
 
 
