@@ -106,6 +106,11 @@ def test_blank_choice_is_refused(path: Path) -> None:
         load(path, numbered_rows(20, choices=["a", " "]))
 
 
+def test_repeated_choices_are_refused(path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1 must have choices that differ; got \['a', 'b', 'a'\]"):
+        load(path, numbered_rows(20, choices=["a", "b", "a"]))
+
+
 def test_missing_file_is_refused(path: Path) -> None:
     with pytest.raises(DataError, match=r"--task .*own.jsonl"):
         JsonlSource().load(request(path))

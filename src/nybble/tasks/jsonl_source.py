@@ -106,7 +106,7 @@ def _parse_choices(prompt: str, choices: Any, answer: Any, where: str) -> Questi
     """The question, or None where choices or answer are malformed.
 
     Raises:
-        DataError: a choice is blank.
+        DataError: a choice is blank, or repeated.
     """
     if not isinstance(choices, list) or len(choices) < 2:
         return None
@@ -117,6 +117,8 @@ def _parse_choices(prompt: str, choices: Any, answer: Any, where: str) -> Questi
     texts = [str(choice) for choice in choices]
     if not all(text.strip() for text in texts):
         raise DataError(f"{where} must have text in every choice; got {str(choices)[:80]}; remove blank choices")
+    if len(set(texts)) < len(texts):
+        raise DataError(f"{where} must have choices that differ; got {str(choices)[:80]}; remove repeated choices")
     if type(answer) is not int or not 0 <= answer < len(texts):
         return None
     return Question(
