@@ -131,8 +131,8 @@ def test_of_all_formats_one_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(OtherExporter, "write", fail)
     monkeypatch.setattr("nybble.workflows.export.check_exportable", lambda *_: ("other", "plain"))
-    assert main(["export", str(run), "--to", "all"]) == 0
-    assert "not exported: an export to other needs more" in capsys.readouterr().out
+    assert main(["export", str(run), "--to", "all"]) == 2
+    assert "an export to other needs more; the other formats of --to all follow" in capsys.readouterr().out
     assert (run / "plain").is_dir()
     assert not (run / "other").exists()
     assert main(["export", str(run), "--to", "other"]) == 2, "asked for by name"

@@ -56,7 +56,7 @@ def export_formats(
     Raises:
         OptionError: no format, or an unknown one.
         RunError: `path` is no finished run.
-        ExportError: a format cannot hold the model.
+        ExportError: a format cannot hold the model. Of --to all, the others are made before.
     """
     if not formats:
         raise OptionError(f"--to must name a format: {', '.join((*EXPORTERS, ALL))}")
@@ -70,7 +70,7 @@ def export_formats(
         checkpoint = open_checkpoint(run.quantized, trust_remote_code)
         columns = {name: shape[1] for name, shape in checkpoint.shapes.items()}
         with remedies_of_this_command(path):
-            asked, made = formats, list[str]()
+            asked, failed = formats, list[ExportError | OptionError]()
             formats = check_exportable(formats, checkpoint.config, checkpoint.selection, columns)
             for name in formats:
                 check_folder_place(path / name)
@@ -84,15 +84,17 @@ def export_formats(
                     except (ExportError, OptionError) as error:
                         if name in asked:
                             raise
-                        log.warning("not exported: %s", error)  # one of --to all
+                        log.warning("%s; the other formats of --to all follow", str(error).rpartition("; ")[0])
+                        failed.append(error)
                         continue
-                    made.append(name)
                     write_cards(run)  # also of those before one that fails
                     if run.results.finished:
                         write_text(run.path / "report.md", run_markdown(run.results))
+            if failed:
+                raise failed[0]
     finally:
         run.close()
-    return [path / name for name in made]
+    return [path / name for name in formats]
 
 
 def _check_disk(path: Path, formats: Sequence[str], checkpoint: QuantizedCheckpoint) -> None:
