@@ -22,7 +22,7 @@ def test_a_layer_whose_weight_is_used_without_a_call_is_refused() -> None:
     mlp.forward = lambda x: mlp.down_proj(mlp.gate_proj(x) * torch.nn.functional.linear(x, mlp.up_proj.weight))
     message = (
         r"LlamaForCausalLM must call the layers that get 4 bits; it uses the weight of model\.layers\.1\.mlp\.up_proj "
-        r"without calling the layer \(1 such layers\); the model cannot be compressed"
+        r"without calling the layer \(1 such layers\); leave them in 16 bits with --ignore \"\*\.up_proj\""
     )
     with pytest.raises(ModelError, match=message):
         check_model(model, names, IDS[:2], ())

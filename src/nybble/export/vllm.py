@@ -116,13 +116,7 @@ class VLLMExporter(Exporter):
             OptionError: layers that vLLM fuses have different schemes.
         """
         check_code_in_transformers(config, self.name)
-        model = empty_model(config, trust_remote_code=False)
-        if transposed_layers(model):
-            raise ExportError(
-                f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
-                f"Conv1D layers; remove {self.name} from --export"
-            )
-        _check_fused(model, {name: selection.schemes[name] for name in selection.linears if name in selection.schemes})
+        _check_layers(empty_model(config, trust_remote_code=False), selection)
 
     def container(self, scheme: QuantScheme, columns: int, embedding: bool) -> QuantScheme | None:
         """Return a scheme of 4 or 8 bits with groups of 32, 64 or 128; see `Exporter.container`.
@@ -149,9 +143,10 @@ class VLLMExporter(Exporter):
         """Write model.safetensors and config.json; see `Exporter.write`.
 
         Raises:
-            ExportError: a layer has a number of rows that vLLM cannot split.
+            ExportError, OptionError: see `check`; or a layer has a number of rows that vLLM cannot split.
         """
         model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
+        _check_layers(model, checkpoint.selection)
         int4, schemes = set(checkpoint.selection.linears), checkpoint.selection.schemes
         tensors = published_layout(checkpoint.config, checkpoint.shapes)
         packed = {name: _single_place(name, places) for name, places in tensors.items() if places[0].name in int4}
@@ -244,6 +239,16 @@ def _name_of_head(model: Any) -> str:
     """Name of the module that is the head, which the model has also where it is tied to the embedding."""
     head = model.get_output_embeddings()
     return str(next(name for name, module in model.named_modules() if module is head))
+
+
+def _check_layers(model: Any, selection: LayerSelection) -> None:
+    """Raise ExportError for Conv1D layers, and OptionError for fused layers of several schemes."""
+    if transposed_layers(model):
+        raise ExportError(
+            f"an export to vLLM needs nn.Linear layers, which compressed-tensors packs; {type(model).__name__} has "
+            "Conv1D layers; remove vllm from --export"
+        )
+    _check_fused(model, {name: selection.schemes[name] for name in selection.linears if name in selection.schemes})
 
 
 def _check_fused(model: Any, schemes: Mapping[str, QuantScheme]) -> None:
