@@ -44,7 +44,7 @@ def test_five_columns_of_a_task(
     scored, run_tasks, task = [], lm_eval.run_tasks, tmp_path / "runs" / "openbookqa"
     monkeypatch.setattr(measure_module, "run_tasks", lambda *given: scored.append(given) or run_tasks(*given))
 
-    def stop(given: TuneOptions, before: dict[str, Any]) -> Path:
+    def stop(*_: object) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
