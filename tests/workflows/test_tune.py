@@ -654,6 +654,7 @@ def test_what_is_read_may_not_change_before_training_ends(
 def test_long_prompts_of_choices_lose_their_beginnings_and_no_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "nybble")
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": "x " * (2 + i % 20) + "pick", "choices": ["a", "b"], "answer": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
