@@ -26,7 +26,8 @@ from nybble.models.composite import text_config
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.streamed import BlockwiseForward
 
-# Longest window in tokens. Published word perplexities that nybble is compared with use windows of this length.
+# Longest window in tokens of a whole document. Published word perplexities that nybble is compared with use windows of
+# this length.
 MAX_WINDOW = 2048
 # Bytes that the logits of one forward may take, together with the copy that log_softmax makes.
 _LOGIT_BYTES = 2 << 30
@@ -45,7 +46,7 @@ def disable_inquiries() -> None:
 
 
 def max_window(config: Any) -> int:
-    """Return the number of tokens in the longest window that lm-eval gives to a model with this configuration."""
+    """Return the number of tokens in the longest window of a whole document, for a model with this config."""
     return min(MAX_WINDOW, getattr(text_config(config), "max_position_embeddings", None) or MAX_WINDOW)
 
 
@@ -190,7 +191,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Score whole documents, one at a time. lm-eval itself draws a bar for every forward."""
             scores: list[float] = []
-            self._max_length = window
+            self._max_length = window  # of all other requests it is the context of the model
             with bar(f"{requests[0].task_name}, documents", len(requests)) as advance:
                 for i in processes.share(len(requests)):
                     scores += super().loglikelihood_rolling([requests[i]], disable_tqdm=True)

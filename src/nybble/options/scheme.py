@@ -107,8 +107,8 @@ class SchemeOptions(Group):
 class CompareSchemeOptions(SchemeOptions):
     """Scheme of the models that are compared."""
 
-    bits: float = with_help(SchemeOptions, "bits", "4, as in the tables that are followed.", basic=False)
-    layer: tuple[str, ...] = with_help(SchemeOptions, "layer", "None: all layers have 4 bits.")
+    bits: float = with_help(SchemeOptions, "bits", "Must be 4, as in the published tables.", basic=False)
+    layer: tuple[str, ...] = with_help(SchemeOptions, "layer", "Not for this command: all layers have 4 bits.")
 
 
 def _parse_rule(text: str) -> LayerRule:
