@@ -15,14 +15,16 @@ from nybble.compression.chain import check_chain
 from nybble.compression.checks import check_length
 from nybble.errors import ModelError, OptionError
 from nybble.evaluation.decoder_error import decoder_errors, decoder_outputs
+from nybble.models.checkpoint import empty_model
 from nybble.models.head import LMHead, last_hidden_states
 from nybble.models.loading import load
 from nybble.models.selection import select_layers
 from nybble.options.commands import CompressOptions
 from nybble.workflows.compress import compress
 from tests.faults.test_model_as_loaded import TEXT
+from tests.helpers.causal_types import tiny_model
 from tests.helpers.compression import IDS
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_config, make_tokenizer
 
 V = {"vocab_size": 260}
 _HEADS = {"num_attention_heads": 4, "intermediate_size": 128}
@@ -102,6 +104,14 @@ def test_sequences_longer_than_the_positions_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match=r"--seq_len must be at most 32, the .*positions of m; got 33"):
         check_length(make(name), "m", 33)
     check_length(make(name), "m", 32)
+
+
+def test_of_an_empty_model_only_learned_positions_are_known(caplog: pytest.LogCaptureFixture) -> None:
+    """An export is measured in its runtime, and its class has no weights."""
+    check_length(empty_model(make_config("llama"), trust_remote_code=False), "m", 300)
+    assert "--seq_len 300 is more than the 256 positions that m was trained for" in caplog.text
+    with pytest.raises(OptionError, match="--seq_len must be at most 256, the learned positions of m; got 300"):
+        check_length(empty_model(tiny_model("gpt2").config, trust_remote_code=False), "m", 300)
 
 
 @pytest.mark.parametrize("name", ["phi", "bloom", "xglm"])

@@ -95,7 +95,8 @@ def check_length(model: Any, name: str, seq_len: int) -> None:
     if any(most <= table.num_embeddings <= most + 2 for table in tables):  # OPT has two rows more than positions
         raise OptionError(f"--seq_len must be at most {most}, the learned positions of {name}; got {seq_len}")
     try:  # tables of computed positions (GPT-J, CTRL) and masks (MPT) end too, but not in every model
-        model.base_model(input_ids=words.weight.new_zeros(1, seq_len, dtype=torch.int64), use_cache=False)
+        if not words.weight.is_meta:  # the empty model of an export computes nothing
+            model.base_model(input_ids=words.weight.new_zeros(1, seq_len, dtype=torch.int64), use_cache=False)
     except (IndexError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
