@@ -134,6 +134,15 @@ def test_a_long_message_leaves_room_for_a_shorter_answer(
     assert 0 < int(tokens[1]) <= 55
 
 
+def test_a_longer_answer_than_fits_does_not_cost_the_conversation(
+    folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Conversation, "_generate", lambda *_: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
+    assert main(["chat", str(folder), *SHORT[:-1], "300"]) == 0
+    assert "first" in prompts[1]
+
+
 def test_beams_of_the_generation_settings_are_left_out(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

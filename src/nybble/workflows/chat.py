@@ -195,7 +195,8 @@ class _Conversation:
         return getattr(self.opened.model.config, "max_position_embeddings", None) or 1 << 30
 
     def _prompt(self) -> torch.Tensor:
-        """Token ids [1, T] of the conversation; without the oldest messages where they leave no room for the answer.
+        """Token ids [1, T] of the conversation; without the oldest messages where they leave no room for the answer,
+        at most half of what the model allows.
 
         A single message may leave room for a shorter answer.
 
@@ -204,7 +205,7 @@ class _Conversation:
         """
         while True:
             ids_1T = self._encode()
-            if ids_1T.shape[1] + self.options.max_new_tokens <= self._longest:
+            if ids_1T.shape[1] + min(self.options.max_new_tokens, self._longest // 2) <= self._longest:
                 return ids_1T
             first = 1 if self.messages[0]["role"] == "system" else 0
             if len(self.messages) - first < 3:
