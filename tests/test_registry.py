@@ -45,5 +45,5 @@ def test_a_package_that_cannot_be_imported_is_named(registry: Registry[object]) 
 
 
 def test_it_does_not_stand_in_the_way_of_others(registry: Registry[object], caplog: pytest.LogCaptureFixture) -> None:
-    assert registry.usable() == {"own": 1, "blue": 2}
-    assert "the colour broken of the package their-package must be importable" in caplog.text
+    assert registry.usable() == registry.usable() == {"own": 1, "blue": 2}
+    assert caplog.text.count("the colour broken of the package their-package must be importable") == 1

@@ -7,16 +7,18 @@ run.export("openvino")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from nybble.keywords import CompareKeywords, CompressKeywords, DistillKeywords, TuneKeywords
-from nybble.options.commands import CompareOptions, CompressOptions, DistillOptions, TuneOptions
+from nybble.options.commands import CompareOptions, CompressOptions, DistillOptions, RunCommand, TuneOptions
 
 if TYPE_CHECKING:
     from nybble.callbacks import Callback
     from nybble.run.results import RunResults
+
+_Kind = TypeVar("_Kind", bound=RunCommand)
 
 
 class Run:
@@ -120,32 +122,40 @@ def compress(*, callbacks: Sequence[Callback] = (), **options: Unpack[CompressKe
 
     Args:
         callbacks: are told of stages, steps and validations.
-        options: those of `nybble compress --help-all`.
+        options: those of `nybble compress --help-all`. With `resume` and a run's `output_dir`, what is not given is as
+            the run has it.
 
     Raises:
         NybbleError: whatever a person can repair; the message says what was required, what came, and what to do.
     """
     from nybble.workflows import compress as workflow
 
-    return Run(workflow.compress(CompressOptions.of(**options), callbacks))
+    return Run(workflow.compress(_options(CompressOptions, options), callbacks))
 
 
 def distill(*, callbacks: Sequence[Callback] = (), **options: Unpack[DistillKeywords]) -> Run:
     """Distill a 16-bit model into its own INT4 copy, export and measure it. Arguments and errors: see `compress`."""
     from nybble.workflows import distill as workflow
 
-    return Run(workflow.distill(DistillOptions.of(**options), callbacks))
+    return Run(workflow.distill(_options(DistillOptions, options), callbacks))
 
 
 def tune(*, callbacks: Sequence[Callback] = (), **options: Unpack[TuneKeywords]) -> Run:
     """Tune a model on a downstream task, in INT4; export it, and measure it. Arguments and errors: see `compress`."""
     from nybble.workflows import tune as workflow
 
-    return Run(workflow.tune(TuneOptions.of(**options), callbacks))
+    return Run(workflow.tune(_options(TuneOptions, options), callbacks))
 
 
 def compare(*, callbacks: Sequence[Callback] = (), **options: Unpack[CompareKeywords]) -> Comparison:
     """Compare INT4 tuning with 16-bit LoRA on several tasks. Arguments and errors: see `compress`."""
     from nybble.workflows import compare as workflow
 
-    return Comparison(workflow.compare(CompareOptions.of(**options), callbacks))
+    return Comparison(workflow.compare(_options(CompareOptions, options), callbacks))
+
+
+def _options(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
+    """The options of a command from keywords."""
+    from nybble.run.resume import resumed_values
+
+    return kind.of(**resumed_values(kind, dict(values)))

@@ -32,6 +32,7 @@ class Registry(Generic[T]):
         self.kind, self.group = kind, group
         self._known: dict[str, T] = {}
         self._entry_points: dict[str, metadata.EntryPoint] | None = None
+        self._warned: set[str] = set()
 
     def register(self, name: str, value: T) -> T:
         """Add an object under a name, in this process; returns the object.
@@ -64,13 +65,15 @@ class Registry(Generic[T]):
         return self[name]
 
     def usable(self) -> dict[str, T]:
-        """All objects by name. A warning names those whose package cannot be imported."""
+        """All objects by name. A warning names those whose package cannot be imported, once in a process."""
         found = {}
         for name in self:
             try:
                 found[name] = self[name]
             except OptionError as error:
-                log.warning("%s", error)
+                if name not in self._warned:
+                    log.warning("%s", error)
+                self._warned.add(name)
         return found
 
     def __getitem__(self, name: str) -> T:

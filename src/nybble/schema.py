@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,8 +23,30 @@ if TYPE_CHECKING:
 Shape = tuple[int | None, ...]
 
 
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 class SchemaError(ValueError):
     """A value from disk does not have its type."""
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON that every reader takes: numbers that are not finite are the texts NaN, Infinity and -Infinity.
+
+    Args:
+        value: of dictionaries, lists, tuples and plain types, as `from_json` reads it.
+    """
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in _NOT_FINITE.items() if number == value or math.isnan(value))
+    return value
 
 
 def read_json(path: Path) -> Any:
@@ -65,6 +88,8 @@ def from_json(hint: Any, value: Any, where: str = "") -> Any:
         return hint(value)
     if hint is Any or type(value) is hint or (hint is float and type(value) is int):
         return value
+    if hint is float and isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
     raise SchemaError(f"{where.rstrip('.') or 'it'} must be {_name(hint)}; it is {str(value)[:40]}")
 
 

@@ -1,12 +1,15 @@
 """Command line to options."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import nybble
 from nybble.cli.parse import parse
 from nybble.errors import OptionError, RunError
+from nybble.options.base import Command
 from nybble.options.commands import COMMANDS, DistillOptions, EvalOptions, ReportOptions, TuneOptions
 from nybble.options.toml import to_toml
 from nybble.run.marker import write_marker
@@ -51,6 +54,20 @@ def test_resume_starts_from_the_options_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("epochs = 3\n")
     options = parse(["distill", "--resume", "--output_dir", str(tmp_path), "--config", str(tmp_path / "r.toml")])
     assert options == saved.replace(resume=True, overwrite=False, epochs=3)
+
+
+def test_the_functions_of_python_resume_by_the_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = DistillOptions.of(pretrained="m", lr=0.125, output_dir=str(tmp_path))
+    saved_run(tmp_path, saved)
+    started: list[Command] = []
+
+    def workflow(options: Command, callbacks: Sequence[object]) -> Path:
+        started.append(options)
+        return tmp_path
+
+    monkeypatch.setattr("nybble.workflows.distill.distill", workflow)
+    assert nybble.distill(output_dir=str(tmp_path), resume=True, epochs=3).path == tmp_path
+    assert started == [saved.replace(resume=True, epochs=3)]
 
 
 def test_resume_finds_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

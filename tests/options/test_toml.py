@@ -28,6 +28,7 @@ def test_options_survive_toml(text: str, tmp_path: Path) -> None:
         (b"\xff", "must be a TOML file; it is not valid: "),
         (b"batchsize = 3\n", "batchsize is no option of nybble distill; did you mean batch_size?"),
         (b"lr = 'x'\n", "lr must be a number; got 'x'"),
+        (b"group_size = 32\ngroup-size = 64\n", "must give each option once; group-size is there as group_size too"),
         (b"trust_remote_code = true\n", "remove trust_remote_code, and give it as a flag if you trust the model"),
     ],
 )
@@ -48,6 +49,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_names_may_have_dashes(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("batch-size = 3\n")
     assert recipe_values(DistillOptions, tmp_path / "r.toml") == {"batch_size": 3}
+
+
+def test_none_is_a_word_for_no_value(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('limit = "none"\neval_tasks = "none"\n')
+    assert recipe_values(DistillOptions, tmp_path / "r.toml") == {"limit": None, "eval_tasks": ()}
 
 
 def test_a_run_never_allows_code_that_comes_with_a_model(tmp_path: Path) -> None:

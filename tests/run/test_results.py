@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,24 @@ def test_every_field_is_read_as_it_was_written(tmp_path: Path) -> None:
     before = (tmp_path / "results.json").read_text()
     read_results(tmp_path).save(tmp_path)
     assert (tmp_path / "results.json").read_text() == before
+
+
+def test_numbers_that_are_not_finite_are_json_for_every_reader(tmp_path: Path) -> None:
+    results = RunResults(
+        models={"compressed": {"token_perplexity": math.inf, "right:x acc": "01"}},
+        block_losses={"0": [math.nan, -math.inf]},
+    )
+    results.save(tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    again = read_results(tmp_path)
+    assert again.models == results.models
+    first, second = again.block_losses["0"]
+    assert math.isnan(first)
+    assert second == -math.inf
 
 
 def test_a_folder_without_results_has_fresh_ones(tmp_path: Path) -> None:

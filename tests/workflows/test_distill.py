@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import nybble
 from nybble import files
 from nybble.cli.main import main
 from nybble.data import sources, splits
@@ -135,7 +136,7 @@ def test_a_second_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> No
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     distill(distill_options(model, run))
     before, results = shipped_bytes(run), read_results(run)
-    distill(distill_options(model, run, resume=True))
+    assert nybble.distill(output_dir=str(run), resume=True).path == run
     assert shipped_bytes(run) == before
     assert read_results(run).models == results.models
 

@@ -14,7 +14,7 @@ from nybble.cli.help import OptionParser
 from nybble.errors import OptionError
 from nybble.options.base import NONE, Command, describe_type
 from nybble.options.commands import COMMANDS, RunCommand
-from nybble.options.toml import CONFIG, recipe_values, run_values
+from nybble.options.toml import recipe_values
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -35,23 +35,10 @@ def parse(arguments: Sequence[str]) -> Command:
     config = given.pop("config", None)
     values = {} if config is None else recipe_values(kind, Path(config))
     if given.get("resume") and issubclass(kind, RunCommand):
-        values = _resumed_values(kind, values | given) | values
+        from nybble.run.resume import resumed_values  # it imports torch, which --help does without
+
+        values = resumed_values(kind, values | given)
     return kind.of(**values | given)
-
-
-def _resumed_values(kind: type[RunCommand], values: dict[str, Any]) -> dict[str, Any]:
-    """The saved options of the run that is resumed; none where there is no run yet."""
-    from nybble.run.marker import is_run  # these import torch, which --help does without
-    from nybble.run.resume import check_same_command
-
-    folder = kind.of(**values).folder
-    if not is_run(folder) or not (folder / CONFIG).is_file():
-        return {}
-    check_same_command(folder, kind.NAME)
-    saved = run_values(kind, folder)
-    if values.get("eval_only"):  # the run may have been given ranks that nybble search has replaced since
-        saved.pop("custom_rank_config", None)
-    return saved
 
 
 def _check_known(kind: type[Command], flags: Sequence[str]) -> None:

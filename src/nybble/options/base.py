@@ -193,6 +193,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         fits = value in typing.get_args(hint)
     else:
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if value == NONE and type(None) in kinds:
+            value = None
         if float in kinds and type(value) is int:
             value = float(value)
         fits = type(value) in kinds and not (isinstance(value, float) and math.isnan(value))

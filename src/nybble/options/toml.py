@@ -43,6 +43,10 @@ def recipe_values(kind: type[Command], path: Path) -> dict[str, Any]:
     except OptionError as error:
         raise OptionError(f"--config {error}") from error
     values = {key.replace("-", "_"): value for key, value in found.items()}
+    if twice := [key for key in found if "-" in key and key.replace("-", "_") in found]:
+        raise OptionError(
+            f"--config {path} must give each option once; {twice[0]} is there as {twice[0].replace('-', '_')} too"
+        )
     if isinstance(values.get("layer"), dict):
         values["layer"] = _layer_rules(values["layer"])
     if values.get(TRUST):

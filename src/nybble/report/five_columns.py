@@ -29,6 +29,7 @@ from nybble.files import write_text
 from nybble.options.commands import CompareOptions
 from nybble.report.figures import Figure, Figures
 from nybble.run.results import has_results, read_results
+from nybble.schema import to_json
 
 FILE = "compare.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
@@ -67,7 +68,7 @@ class ColumnComparison:
 def setting_of(options: CompareOptions) -> dict[str, Any]:
     """The options that all seeds of a comparison have in common, as compare.json holds them."""
     setting = {key: value for key, value in options.flat().items() if key not in NO_SETTING}
-    as_json: dict[str, Any] = json.loads(json.dumps(setting))
+    as_json: dict[str, Any] = json.loads(to_json(setting))
     return as_json
 
 
@@ -122,7 +123,7 @@ def write_comparison(folder: Path, options: CompareOptions, figures: Figures) ->
             task: {column: _figure_to_json(figure) for column, figure in row.items()} for task, row in figures.items()
         },
     }
-    write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    write_text(folder / FILE, to_json(content) + "\n")
     return read_comparison(folder)
 
 

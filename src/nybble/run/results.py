@@ -13,7 +13,6 @@ A run goes through its phases in this order; what it does on --resume depends on
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +22,7 @@ from nybble.compression.layer_error import LayerError
 from nybble.errors import RunError
 from nybble.files import write_text
 from nybble.qat.absorb import WeightChanges
-from nybble.schema import SchemaError, from_json, read_json
+from nybble.schema import SchemaError, from_json, read_json, to_json
 
 RESULTS = "results.json"
 VERSION = 2
@@ -293,7 +292,7 @@ class RunResults:
 
     def save(self, folder: Path) -> None:
         """Write results.json, whole or not at all."""
-        write_text(folder / RESULTS, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_text(folder / RESULTS, to_json(dataclasses.asdict(self)) + "\n")
 
 
 def has_results(folder: Path) -> bool:
@@ -325,14 +324,17 @@ def read_results(folder: Path) -> RunResults:
 
 
 def _check_details(results: RunResults) -> None:
-    """Check what types do not say and others rely on. SchemaError, saying where, if it does not fit."""
+    """Check what types do not say and others rely on, and read numbers among what was measured that are not finite.
+
+    SchemaError, saying where, if something does not fit.
+    """
     for name in (*results.exports, *results.files):  # folders of the run, which are replaced and deleted
         if name in ("", "..") or Path(name).name != name:
             raise SchemaError(f"exports and files must name folders in the run; {name!r} is none")
     for row, metrics in results.models.items():
         rights = {key for key in metrics if key.startswith("right:")}
         for key, value in metrics.items():
-            from_json(str if key in rights else float, value, f"models.{row}.{key}")
+            metrics[key] = from_json(str if key in rights else float, value, f"models.{row}.{key}")
     from_json(dict[str, LayerError], results.layer_errors, "layer_errors.")
     from_json(dict[str, str], results.machine.get("versions", {}), "machine.versions.")
     if wrong := [block for block, losses in results.block_losses.items() if len(losses) != 2]:

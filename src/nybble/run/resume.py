@@ -9,8 +9,8 @@ from typing import Any
 
 from nybble.errors import OptionError, RunError
 from nybble.options.base import NONE, Command, typed_values
-from nybble.options.commands import COMMANDS, CompareOptions
-from nybble.options.toml import CONFIG, read_toml, to_toml
+from nybble.options.commands import COMMANDS, CompareOptions, RunCommand
+from nybble.options.toml import CONFIG, read_toml, run_values, to_toml
 from nybble.run.marker import MARKER, is_run
 from nybble.run.results import RunResults, has_results, read_results
 
@@ -62,6 +62,28 @@ def saved_options(folder: Path) -> dict[str, Any]:
         ) from error
     kept = {"base_weights": "exact"} if "base_weights" in kind.fields() else {}
     return kept | {key: [] if value == NONE else value for key, value in values.items()}
+
+
+def resumed_values(kind: type[RunCommand], values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a start: those of the run that it continues, where there is one, and `values` in their place.
+
+    Args:
+        kind: the command.
+        values: option name -> value, as given.
+
+    Raises:
+        OptionError: an unknown name, or a value of the wrong type.
+        RunError: another command began the run.
+    """
+    options = kind.of(**values)
+    folder = options.folder
+    if not options.run.resume or not is_run(folder) or not (folder / CONFIG).is_file():
+        return values
+    check_same_command(folder, kind.NAME)
+    saved = run_values(kind, folder)
+    if values.get("eval_only"):  # the run may have been given ranks that nybble search has replaced since
+        saved.pop("custom_rank_config", None)
+    return saved | values
 
 
 def check_same_command(folder: Path, command: str) -> None:

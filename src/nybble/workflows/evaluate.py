@@ -6,7 +6,6 @@ A table is for people, a JSON object for programs. Where stdout is no terminal, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from nybble.evaluation.perplexity import measure_sequences, model_logits
 from nybble.models.checkpoint import empty_model
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import EvalOptions
+from nybble.schema import to_json
 from nybble.workflows.target import open_target
 
 
@@ -58,7 +58,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     for key, value in results.items():
         table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
-    print(json.dumps(measured | results, indent=2))
+    print(to_json(measured | results))
     return results
 
 
