@@ -18,7 +18,7 @@ def _few_tasks() -> Iterator[None]:
     from nybble.evaluation.local_tasks import task_manager
 
     all_tasks = Path(lm_eval.tasks.__file__).parent
-    folders = [all_tasks / name for name in ("anli", "arc", "wikitext", "winogrande")]
+    folders = [all_tasks / name for name in ("anli", "arc", "ruler", "squadv2", "wikitext", "winogrande")]
     with pytest.MonkeyPatch.context() as patch:
         few = functools.partial(lm_eval.tasks.TaskManager, include_path=folders, include_defaults=False)
         patch.setattr(lm_eval.tasks, "TaskManager", few)

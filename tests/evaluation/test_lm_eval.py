@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,16 @@ def test_unknown_tasks_are_refused_with_similar_names() -> None:
         OptionError, match="--compare must name tasks of lm-eval; got 0000; list them with: lm-eval ls tasks"
     ):
         open_task("0000", None, "--compare")
+
+
+def test_packages_that_a_task_needs_are_named(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wonderwords", None)  # otherwise the task could be there
+    words = "must name tasks whose Python packages are installed; niah_single_1 needs one that is not .*wonderwords"
+    for folder in (None, str(data_dir)):
+        with pytest.raises(OptionError, match=f"--eval_tasks {words}"):
+            check_tasks(("niah_single_1",), folder)
+        with pytest.raises(OptionError, match=f"--task {words}"):
+            open_task("niah_single_1", folder)
 
 
 def test_groups_cannot_be_opened() -> None:

@@ -40,6 +40,11 @@ def test_groups_are_refused(data_dir: Path) -> None:
         local_task_configs(["ai2_arc"], data_dir)
 
 
+def test_tasks_that_load_their_data_themselves_are_refused(data_dir: Path) -> None:
+    with pytest.raises(OptionError, match="--eval_tasks must name tasks whose data are in files .* squadv2 loads its"):
+        local_task_configs(["squadv2"], data_dir)
+
+
 def test_only_the_data_source_of_a_task_changes(data_dir: Path) -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -26,7 +26,7 @@ from nybble.errors import (
     describe_error,
 )
 from nybble.evaluation.lm_eval_model import disable_inquiries, wrap_model
-from nybble.evaluation.local_tasks import data_location, is_group, local_task_configs, task_manager
+from nybble.evaluation.local_tasks import data_location, has_own_code, is_group, local_task_configs, task_manager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,12 +66,17 @@ def check_tasks(tasks: Sequence[str], data_dir: str | None, option: str = "--eva
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        OptionError: a task is unknown, or a group of tasks with `data_dir`.
+        OptionError: a task is unknown, needs a package that is not installed, or is a group of tasks with `data_dir`.
         DataError: the data are neither in `data_dir` nor available from the hub, or files in `data_dir` cannot be read.
     """
     if not tasks:
         return
     _check_names(tasks, option)
+    with _explain_missing_packages(tasks, option):
+        _check_data(tasks, data_dir, option)
+
+
+def _check_data(tasks: Sequence[str], data_dir: str | None, option: str) -> None:
     if data_dir is not None:
         for task, config in zip(tasks, local_task_configs(tasks, Path(data_dir), option), strict=True):
             _load_local(task, config)
@@ -104,16 +109,17 @@ def open_task(name: str, data_dir: str | None, option: str = "--task") -> Any:
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        OptionError: the task is unknown, or a group of tasks.
+        OptionError: the task is unknown, needs a package that is not installed, or is a group of tasks.
         DataError: the data are neither in `data_dir` nor available from the hub, or files in `data_dir` cannot be read.
     """
     _check_names([name], option)
     if is_group(name):
         raise OptionError(f"{option} must name a single task; {name} is a group of tasks; name one of its tasks")
-    if data_dir is not None:
-        return _load_local(name, local_task_configs([name], Path(data_dir), option, needs_train=True)[0])
-    with _explain_missing_data([name], ""):
-        return task_manager().load([name])["tasks"][name]
+    with _explain_missing_packages([name], option):
+        if data_dir is not None:
+            return _load_local(name, local_task_configs([name], Path(data_dir), option, needs_train=True)[0])
+        with _explain_missing_data([name], ""):
+            return task_manager().load([name])["tasks"][name]
 
 
 def main_metric(task: Any) -> str:
@@ -229,11 +235,33 @@ def _explain_missing_data(tasks: Sequence[str], alternative: str) -> Iterator[No
     except Exception as error:
         if not any(word in repr(error) for word in _UNREACHABLE):
             raise
-        folders = [str(Path("FOLDER", *filter(None, data_location(task)))) for task in tasks if not is_group(task)]
+        own = [task for task in tasks if not is_group(task) and has_own_code(task)]
+        folders = [
+            str(Path("FOLDER", *filter(None, data_location(task))))
+            for task in tasks
+            if not is_group(task) and task not in own
+        ]
+        remedy = (
+            f"leave out {', '.join(own)}, which --data_dir cannot serve"
+            if own
+            else f"put train.jsonl, validation.jsonl and test.jsonl into {', '.join(folders) or 'FOLDER/NAME'} and add "
+            f"--data_dir FOLDER{alternative}"
+        )
         raise HubUnreachableError(
             f"the data of {', '.join(tasks)} must be on this machine, as the Hugging Face hub cannot be reached; "
-            f"put train.jsonl, validation.jsonl and test.jsonl into {', '.join(folders) or 'FOLDER/NAME'} "
-            f"and add --data_dir FOLDER{alternative}"
+            + remedy
+        ) from error
+
+
+@contextmanager
+def _explain_missing_packages(tasks: Sequence[str], option: str) -> Iterator[None]:
+    """Turn the error of a task's code that imports a package which is not installed into an OptionError."""
+    try:
+        yield
+    except ImportError as error:
+        raise OptionError(
+            f"{option} must name tasks whose Python packages are installed; {' '.join(tasks)} needs one that is not "
+            f"({describe_error(error)}); install it, or leave the task out"
         ) from error
 
 

@@ -42,6 +42,11 @@ def is_group(name: str) -> bool:
     return entry.yaml_path is None or str(entry.kind).lower().endswith(("group", "tag"))
 
 
+def has_own_code(task: str) -> bool:
+    """Return whether a task is a Python class, which loads its data itself."""
+    return "class" in _task_config(task)
+
+
 def data_location(task: str) -> tuple[str, str | None]:
     """Return the folder of a task's data in --data_dir, and the subfolder of its subset if the data set has subsets."""
     config = _task_config(task)
@@ -61,7 +66,7 @@ def local_task_configs(
         needs_train: whether the training split must be there too. The split that is scored must always be there.
 
     Raises:
-        OptionError: a name stands for a group of tasks.
+        OptionError: a name stands for a group of tasks, or for a task that loads its data by code of its own.
         DataError: the files of a required split are missing, among them that of few-shot examples. Other missing splits
             are removed from the configuration.
     """
@@ -72,6 +77,11 @@ def local_task_configs(
                 f"{option} must name single tasks with --data_dir; {task} is a group of tasks; name one of its tasks"
             )
         config = _task_config(task)
+        if has_own_code(task):
+            raise OptionError(
+                f"{option} must name tasks whose data are in files with --data_dir; {task} loads its data by code of "
+                "its own; leave out --data_dir for it, or name another task"
+            )
         for key in ("dataset_path", "dataset_name", "dataset_kwargs"):
             config.pop(key, None)
         splits = [config[key] for key in _SPLIT_KEYS if config.get(key)]
