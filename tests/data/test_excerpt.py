@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nybble.data import excerpt, packing
+from nybble.data.chat import Conversation
 from nybble.data.excerpt import count_characters, draw_documents, first_documents, share_for
 from nybble.errors import DataError
 from tests.data.test_prepare import prepare, write_lines
@@ -24,7 +25,7 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_characters_are_those_of_texts_and_messages() -> None:
     assert count_characters(TEXTS) == 210
-    assert count_characters([CONVERSATION]) == sum(len(message["content"]) for message in CONVERSATION)
+    assert count_characters([Conversation(CONVERSATION)]) == sum(len(message["content"]) for message in CONVERSATION)
     assert count_characters([]) == 0
 
 

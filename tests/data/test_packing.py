@@ -14,11 +14,13 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from nybble.data import packing
-from nybble.data.chat import EncodedConversation
+from nybble.data.chat import Conversation, EncodedConversation
 from nybble.data.packing import TokenRows
 from nybble.errors import DataError
-from tests.helpers.chat import CONVERSATION, make_chat_tokenizer
+from tests.helpers.chat import CONVERSATION, TEMPLATE, make_chat_tokenizer
 from tests.helpers.tiny import make_tokenizer
+
+CHAT, QUESTION = Conversation(CONVERSATION), Conversation(CONVERSATION[:1])
 
 SOURCE_CODE = Path(argparse.__file__).read_text()[:40_000]
 KINDS = ["split into bytes", "marked words", "marked text", "not split"]
@@ -164,16 +166,15 @@ def test_the_end_of_a_row_is_filled_with_the_next_row_and_then_with_itself() -> 
 
 
 def test_conversations_that_are_too_long_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer, long = make_chat_tokenizer(), [{"role": "user", "content": "x" * 100}]
+    tokenizer, long = make_chat_tokenizer(), Conversation([{"role": "user", "content": "x" * 100}])
     with caplog.at_level("WARNING", "nybble"):
-        rows = packing.pack_documents(tokenizer, [long, CONVERSATION], 40, "training")
+        rows = packing.pack_documents(tokenizer, [long, CHAT], 40, "training")
     assert "training data: left out 1 of 2 conversations, which are longer than 40 tokens" in caplog.text
     assert tokenizer.decode(rows.ids[0]).startswith("[u]hi</s>")
 
 
 def test_rows_without_labels_are_left_out() -> None:
-    question = [CONVERSATION[0]]
-    rows = packing.pack_documents(make_chat_tokenizer(), [question, CONVERSATION], 24, "training", 1, True)
+    rows = packing.pack_documents(make_chat_tokenizer(), [QUESTION, CHAT], 24, "training", 1, True)
     assert len(rows) == 1
     assert rows.loss_mask.any()
 
@@ -193,18 +194,35 @@ def test_too_little_text_is_reported_with_its_size() -> None:
 
 def test_texts_beside_conversations_are_refused() -> None:
     with pytest.raises(DataError, match="either plain text or conversations; it has 1 texts and 2 conversations"):
-        packing.pack_documents(make_chat_tokenizer(), [CONVERSATION, "text", CONVERSATION], 64, "training")
+        packing.pack_documents(make_chat_tokenizer(), [CHAT, "text", CHAT], 64, "training")
+
+
+TOOLS = [{"type": "function", "function": {"name": "t", "parameters": {}}}]
+
+
+def test_tools_are_part_of_the_text_and_give_no_labels(caplog: pytest.LogCaptureFixture) -> None:
+    shown = "{% if tools %}<{{ tools[0].function.name }}>{% endif %}" + TEMPLATE
+    tokenizer, conversation = make_chat_tokenizer(shown), Conversation(CONVERSATION, TOOLS)
+    rows = packing.pack_documents(tokenizer, [conversation], 40, "training", 1, True)
+    text = tokenizer.decode(rows.ids[0])
+    assert text.startswith("<t>[u]hi</s>[a]yes</s>")
+    bare = packing.pack_documents(tokenizer, [CHAT], 40, "training", 1, True)
+    assert not bare.loss_mask[:, -3:].any()
+    assert torch.equal(rows.loss_mask[:, 3:], bare.loss_mask[:, :-3]), "the same labels, three tokens further"
+    assert not caplog.text
+    packing.pack_documents(make_chat_tokenizer(), [conversation], 40, "training")
+    assert "training data: the chat template of this model does not show the tools of conversations" in caplog.text
 
 
 def test_conversations_of_which_none_fits_are_refused() -> None:
     size = len("[u]hi</s>[a]yes</s>[u]ok</s>[a]a</s>") - 4 * (len("</s>") - 1)
     with pytest.raises(DataError, match=f"must fit into 8 tokens; the shortest has {size}; use a larger --seq_len"):
-        packing.pack_documents(make_chat_tokenizer(), [CONVERSATION], 8, "training")
+        packing.pack_documents(make_chat_tokenizer(), [CHAT], 8, "training")
 
 
 def test_conversations_without_assistant_messages_are_refused_for_assistant_only_loss() -> None:
     with pytest.raises(DataError, match="must have assistant messages after others; the 1 conversations that fit"):
-        packing.pack_documents(make_chat_tokenizer(), [CONVERSATION[:1]], 64, "training", assistant_only=True)
+        packing.pack_documents(make_chat_tokenizer(), [QUESTION], 64, "training", assistant_only=True)
 
 
 def test_rows_are_selected_and_joined_with_their_loss_mask() -> None:

@@ -10,6 +10,7 @@ import pandas
 import pytest
 
 from nybble.data import sources
+from nybble.data.chat import Conversation
 from nybble.data.sources import load_documents, prefix_source
 from nybble.data.splits import SPLITS, DocumentSplits
 from nybble.errors import DataError
@@ -158,12 +159,12 @@ def test_a_messages_column_holds_conversations(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "chat.jsonl", [None, *[CONVERSATION] * 20], "messages")
     splits = load(path)
     assert [len(splits[split]) for split in SPLITS] == [16, 2, 2]
-    assert all(document == CONVERSATION for document in everything(splits))
+    assert all(document == Conversation(CONVERSATION) for document in everything(splits))
 
 
 def test_a_column_of_lists_holds_conversations_whatever_its_name(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "chat.jsonl", [CONVERSATION] * 10, "talk")
-    assert load(path, column="talk").train[0] == CONVERSATION
+    assert load(path, column="talk").train[0] == Conversation(CONVERSATION)
     with pytest.raises(DataError, match=r"--text_column must be a column of .*: got body; it has talk"):
         load(path, column="body")
 
@@ -248,11 +249,26 @@ def test_hidden_folders_are_not_read(tmp_path: Path) -> None:
     assert load(tmp_path / "mine").train == ["train"]
 
 
-def test_tools_of_conversations_are_said_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    row = {"messages": [{"role": "user", "content": "hi"}], "tools": []}
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(12)))
-    load(tmp_path / "chats.jsonl")
-    assert "the column tools is not used" in caplog.text
+@pytest.mark.parametrize("as_text", [False, True])
+def test_conversations_have_the_tools_of_their_row(as_text: bool, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    rows = [
+        {"messages": CONVERSATION, "tools": json.dumps(tools) if as_text else tools},
+        {"messages": CONVERSATION, "tools": "[]" if as_text else []},
+        {"messages": CONVERSATION, "tools": None},
+        {"messages": CONVERSATION},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = everything(load(tmp_path / "train.jsonl"))
+    expected = [Conversation(CONVERSATION, tools), *[Conversation(CONVERSATION)] * 3]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize("tools", ["weather", "{}", ["weather"], {"name": "weather"}, 3])
+def test_other_tools_are_refused(tools: Any, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CONVERSATION, "tools": tools}) + "\n")
+    with pytest.raises(DataError, match="row 1, column tools must be a list of tools like"):
+        load(tmp_path / "chats.jsonl")
 
 
 # --- what is not there ---

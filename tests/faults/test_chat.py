@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nybble.data import chat
+from nybble.data.chat import Conversation
 from nybble.data.packing import pack_documents
 from nybble.errors import DataError
 from tests.helpers.cases import fast_cases
@@ -111,13 +112,17 @@ def test_a_conversation_that_renders_to_nothing_is_refused(template: str, assist
     )
     with pytest.raises(DataError, match=message):
         pack_documents(
-            make_chat_tokenizer(template), [[user(""), turn("")]], 16, "training", assistant_only=assistant_only
+            make_chat_tokenizer(template),
+            [Conversation([user(""), turn("")])],
+            16,
+            "training",
+            assistant_only=assistant_only,
         )
 
 
 def test_conversations_of_a_single_token_are_refused() -> None:
     with pytest.raises(DataError, match="the training data must have conversations with something to learn"):
-        pack_documents(make_chat_tokenizer("x"), [CONVERSATION], 16, "training")
+        pack_documents(make_chat_tokenizer("x"), [Conversation(CONVERSATION)], 16, "training")
 
 
 ENDLESS = [

@@ -1,15 +1,19 @@
 """Conversations to tokens, through the chat template of the model.
 
-A conversation is a list of messages {"role": ..., "content": ...}. With `assistant_only`, a token is a label (a token
-that the model learns to predict) if it belongs to an assistant message or to what the template writes to end it, each
-turn as it stands in the rendered text. What a template writes before any content (an empty block of reasoning), the
-messages of other roles, and an assistant message that opens the conversation give no labels.
+A conversation is a list of messages {"role": ..., "content": ...}, and the tools that the model may call in it.
+
+With `assistant_only`, a token is a label (a token that the model learns to predict) if it belongs to an assistant
+message or to what the template writes to end it, each turn as it stands in the rendered text. What a template writes
+before any content (an empty block of reasoning), the messages of other roles, tools, and an assistant message that
+opens the conversation give no labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nybble.data.boundaries import num_equal
@@ -22,6 +26,19 @@ if TYPE_CHECKING:
 
 # "role" is a string and "content" a string or None. Templates may read further keys (tool calls, names) of any type.
 Message = dict[str, Any]
+# The description of a function that a model may call, as JSON schemas have it.
+Tool = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Attributes:
+    messages: at least one.
+    tools: what the model may call, which the template shows it; None where the source has none.
+    """
+
+    messages: list[Message]
+    tools: list[Tool] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +77,42 @@ def check_messages(value: object, where: str) -> list[Message]:
     return list(value)
 
 
+def check_tools(value: object, where: str) -> list[Tool] | None:
+    """Check the tools of a conversation: a list of objects, or the JSON text of one; None or an empty list is none.
+
+    Args:
+        value: what a file or data set holds.
+        where: where the value stands, for error messages.
+
+    Raises:
+        DataError: it is something else, or text in it is not Unicode.
+    """
+    read = value
+    if isinstance(value, str):
+        try:
+            read = json.loads(value or "[]")
+        except (ValueError, RecursionError):
+            read = value
+    if read is None or read == []:
+        return None
+    if not (isinstance(read, list) and all(isinstance(tool, dict) for tool in read)):
+        raise DataError(
+            f'{where} must be a list of tools like {{"type": "function", "function": {{...}}}}, or its JSON text; got '
+            f"{repr(value)[:80]}; correct the row, or remove the column"
+        )
+    check_unicode(read, where)
+    return list(read)
+
+
 def _is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], assistant_only: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    assistant_only: bool,
+    tools: Sequence[Tool] | None = None,
 ) -> EncodedConversation:
     """Tokenize a conversation with the chat template.
 
@@ -73,13 +120,14 @@ def encode_conversation(
         tokenizer: of the model; a fast one with `assistant_only`.
         messages: the conversation.
         assistant_only: only the tokens of assistant messages are labels; else all tokens are.
+        tools: what the model may call.
 
     Raises:
         DataError: the tokenizer has no chat template; the template rejects the conversation, does not end, or writes
             nothing; with `assistant_only`, the tokenizer gives no character offsets, or the template does not show a
             message.
     """
-    text = render(tokenizer, messages)
+    text = render(tokenizer, messages, tools=tools)
     if assistant_only and not tokenizer.is_fast:
         raise DataError(
             "--assistant_only_loss needs a fast tokenizer, which gives the characters of every token; the tokenizer "
@@ -95,7 +143,7 @@ def encode_conversation(
     if not assistant_only:
         return EncodedConversation(ids, [True] * len(ids))
     spans = [
-        _Turn(tokenizer, messages, k, text).span()
+        _Turn(partial(render, tokenizer, tools=tools), messages, k, text).span()
         for k, message in enumerate(messages)
         if k and message["role"] == "assistant"
     ]
@@ -106,6 +154,12 @@ def encode_conversation(
     )
 
 
+def shows_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> bool:
+    """Whether the template writes the tools of a conversation."""
+    messages, tools = conversation.messages, conversation.tools
+    return render(tokenizer, messages, tools=tools) != render(tokenizer, messages)
+
+
 class _Turn:
     """An assistant message in the rendered text of its conversation.
 
@@ -113,14 +167,14 @@ class _Turn:
     differently once others follow. Such a turn is found by rendering it with a mark in the place of its content.
 
     Args:
-        tokenizer: with the chat template.
+        rendered: messages to text, by the chat template.
         messages: the conversation.
         k: number of the message.
         text: the rendered conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], k: int, text: str) -> None:
-        self._tokenizer, self._messages, self._k, self._text = tokenizer, messages, k, text
+    def __init__(self, rendered: Callable[..., str], messages: Sequence[Message], k: int, text: str) -> None:
+        self._render, self._messages, self._k, self._text = rendered, messages, k, text
         self._content = (messages[k]["content"] or "").strip()
         # A character for private use.
         self._mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
@@ -132,8 +186,8 @@ class _Turn:
             DataError: the turn cannot be found.
         """
         text = self._text
-        prompt = render(self._tokenizer, self._messages[: self._k], add_generation_prompt=True)
-        through = render(self._tokenizer, self._messages[: self._k + 1])
+        prompt = self._render(self._messages[: self._k], add_generation_prompt=True)
+        through = self._render(self._messages[: self._k + 1])
         prompt_end = len(prompt) if text.startswith(prompt) else None
         end = len(through) if text.startswith(through) else None
         directly = bool(self._content) and text[len(prompt) :].lstrip().startswith(self._content)
@@ -172,5 +226,5 @@ class _Turn:
     def _around_mark(self, message: Message, following: Sequence[Message]) -> tuple[str, str] | tuple[None, None]:
         """The text before and after the content of the message in the place of this one; None if it has no content."""
         marked = [*self._messages[: self._k], message | {"content": self._mark}, *following]
-        before, mark, rest = render(self._tokenizer, marked).partition(self._mark)
+        before, mark, rest = self._render(marked).partition(self._mark)
         return (before, rest.rpartition(self._mark)[2]) if mark else (None, None)

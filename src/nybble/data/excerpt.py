@@ -67,4 +67,4 @@ def _take(documents: Sequence[Document], share: float, order: Sequence[int]) -> 
 def _size(document: Document) -> int:
     if isinstance(document, str):
         return len(document)
-    return sum(len(str(message.get("content", ""))) for message in document)
+    return sum(len(str(message.get("content", ""))) for message in document.messages)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.boundaries import added_tokens
-from nybble.data.chat import EncodedConversation, Message, encode_conversation
+from nybble.data.chat import Conversation, EncodedConversation, encode_conversation, shows_tools
 from nybble.data.splits import Document
 from nybble.errors import DataError
 
@@ -210,13 +210,16 @@ def too_few_sequences(split: str, minimum: int, length: int, got: str) -> DataEr
 
 def _pack_chat(
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[list[Message]],
+    conversations: Sequence[Conversation],
     length: int,
     split: str,
     assistant_only: bool,
 ) -> tuple[TokenRows, int]:
     """Rows that have something to learn, and the number of tokens of all conversations."""
-    encoded = [encode_conversation(tokenizer, messages, assistant_only) for messages in conversations]
+    encoded = [encode_conversation(tokenizer, c.messages, assistant_only, c.tools) for c in conversations]
+    with_tools = next((conversation for conversation in conversations if conversation.tools), None)
+    if with_tools is not None and not shows_tools(tokenizer, with_tools):
+        log.warning("%s data: the chat template of this model does not show the tools of conversations", split)
     sizes = [len(conversation.ids) for conversation in encoded]
     too_long = sum(size > length for size in sizes)
     if too_long == len(encoded):

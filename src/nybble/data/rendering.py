@@ -26,7 +26,10 @@ _MAX_GROWTH = 10
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """The text of a conversation.
 
@@ -34,6 +37,7 @@ def render(
         tokenizer: with the chat template.
         messages: the conversation.
         add_generation_prompt: whether the text goes on to where the model answers.
+        tools: descriptions of the functions that the model may call; a template may leave them out.
 
     Raises:
         DataError: there is no template, or it fails, does not end, or writes far more than the conversation holds.
@@ -47,7 +51,10 @@ def render(
         with _time_limit(MAX_SECONDS):
             text = str(
                 tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                    list(messages),
+                    tools=None if tools is None else list(tools),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
     except _TimeUpError:
@@ -60,7 +67,7 @@ def render(
             f"the chat template must accept every conversation; it rejects one with the roles {roles(messages)}: "
             f"{' '.join(str(error).split())[:200]}; remove or change this conversation"
         ) from error
-    own = len(str(messages)) if len(text) > _MAX_CHARACTERS else 0
+    own = len(str(messages)) + len(str(tools)) if len(text) > _MAX_CHARACTERS else 0
     if len(text) > _MAX_CHARACTERS + _MAX_GROWTH * own:
         raise DataError(
             f"the chat template must write what a conversation holds; it gives {len(text)} characters for a "

@@ -9,7 +9,8 @@
   --data_dir;
 - `self` and `self:SOURCE`: text that the model generates (generate.py). It has no documents and is refused here.
 
-Rows without the column "text" but with a column "messages" are conversations (chat.py).
+Rows without the column "text" but with a column "messages" are conversations, with the tools in a column "tools"
+(chat.py).
 
 A source without validation or test split takes them from its training documents (splits.py).
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import files as data_files
-from nybble.data.chat import check_messages
+from nybble.data.chat import Conversation, check_messages, check_tools
 from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, split_named, splits_in_name
 from nybble.data.wikitext import split_articles, undo_tokenization
 from nybble.errors import DataError, HubUnreachableError
@@ -36,7 +37,7 @@ WIKITEXT2 = "wikitext2"
 WIKITEXT2_PLAIN = "wikitext2-plain"
 PYTHON_DOCS = "python-docs"
 SELF = "self"
-_MESSAGES_COLUMN = "messages"
+_MESSAGES_COLUMN, _TOOLS_COLUMN = "messages", "tools"
 _TEXT_SUFFIXES = (".raw", ".txt", ".md")
 # Plain text first: papers measure perplexity on the plain text of WikiText, where a folder may hold its rows too.
 _SUFFIXES = (*_TEXT_SUFFIXES, *data_files.ROW_SUFFIXES)
@@ -180,9 +181,8 @@ def _read_file(path: Path, column: str, option: str, keep_blank: bool = False) -
         raise DataError(f"{option} {path} must have at least one row; it has none; name another file")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     column = _document_column(columns, column, str(path))
-    if column == _MESSAGES_COLUMN and "tools" in columns:
-        log.warning("%s: the column tools is not used: the chat template sees the messages alone", path)
-    return _checked_documents([row.get(column) for row in rows], column, str(path), keep_blank)
+    values, tools = ([row.get(name) for row in rows] for name in (column, _TOOLS_COLUMN))
+    return _checked_documents(values, tools, column, str(path), keep_blank)
 
 
 def _from_folder(folder: Path, request: _Request, lines: bool = False) -> DocumentSplits:
@@ -256,8 +256,9 @@ def _from_hub(request: _Request) -> DocumentSplits:
     found: dict[str, Sequence[Document]] = {}
     for split, own in names.items():
         column = _document_column(splits[own].column_names, request.column, name)
-        values = _some_rows(splits[own], column, name)[column]
-        documents = _checked_documents(values, column, name, location == WIKITEXT2)
+        rows = _some_rows(splits[own], column, name)
+        tools = rows[_TOOLS_COLUMN] if _TOOLS_COLUMN in rows.column_names else [None] * len(rows)
+        documents = _checked_documents(rows[column], tools, column, name, location == WIKITEXT2)
         # The rows of wikitext-2 are the lines of one text.
         found[split] = ["".join(map(str, documents))] if location == WIKITEXT2 else documents
     return _with_all_splits(found)
@@ -310,15 +311,18 @@ def _document_column(columns: Sequence[str], wanted: str, source: str) -> str:
     return wanted
 
 
-def _checked_documents(values: Sequence[Any], column: str, source: str, keep_blank: bool = False) -> Sequence[Document]:
+def _checked_documents(
+    values: Sequence[Any], tools: Sequence[Any], column: str, source: str, keep_blank: bool = False
+) -> Sequence[Document]:
     """The values of a column, all of them texts or all of them conversations. Rows without a value are left out.
 
     Args:
+        tools: of conversations, for each row.
         keep_blank: keep texts of white space: the rows are the lines of one text.
     """
     filled = [
-        (i, value)
-        for i, value in enumerate(values, 1)
+        (i, value, own_tools)
+        for i, (value, own_tools) in enumerate(zip(values, tools, strict=True), 1)
         if value is not None and (keep_blank or not isinstance(value, str) or value.strip())
     ]
     if len(filled) < len(values):
@@ -327,12 +331,18 @@ def _checked_documents(values: Sequence[Any], column: str, source: str, keep_bla
             source, len(values) - len(filled), len(values), column,
         )  # fmt: skip
     if filled and (isinstance(filled[0][1], list) or column == _MESSAGES_COLUMN):
-        return [check_messages(value, f"{source}: row {i}, column {column}") for i, value in filled]
-    for i, value in filled:
+        return [
+            Conversation(
+                check_messages(value, f"{source}: row {i}, column {column}"),
+                check_tools(own_tools, f"{source}: row {i}, column {_TOOLS_COLUMN}"),
+            )
+            for i, value, own_tools in filled
+        ]
+    for i, value, _ in filled:
         if not isinstance(value, str):
             raise DataError(
                 f"{source}: row {i}, column {column} must be text; got {repr(value)[:80]}; "
                 "name another column with --text_column"
             )
         data_files.check_unicode(value, f"{source}: row {i}, column {column}")
-    return [value for _, value in filled]
+    return [value for _, value, _ in filled]

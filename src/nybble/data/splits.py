@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nybble.data.chat import Message
+from nybble.data.chat import Conversation
 from nybble.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -26,7 +26,7 @@ _FEW_DOCUMENTS = 10
 _LINES_PER_BLOCK = 100
 
 # A plain text, or a conversation.
-Document = str | list[Message]
+Document = str | Conversation
 
 
 @dataclass(frozen=True)
