@@ -1,6 +1,7 @@
 """Choice of device and dtype, and free memory, with CUDA and MPS replaced by stand-ins."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +33,23 @@ def test_automatic_device_is_cuda_or_cpu(available: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert devices.pick_device("auto") == (CUDA if available else CPU)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10])
+def test_products_of_bfloat16_are_exact(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    x = (torch.randn(512, 96, generator=torch.Generator().manual_seed(0)) * scale).bfloat16()
+    exact = x.double().T @ x.double()
+    with pytest.raises(ZeroDivisionError), devices.products_of_bfloat16(CPU):
+        assert setting.fp32_precision == "bf16"
+        found = x.float().T @ x.float()
+        raise ZeroDivisionError
+    assert setting.fp32_precision == before
+    assert ((found - exact).norm() / exact.norm()).item() < 2e-6
+    with devices.products_of_bfloat16(CUDA):
+        assert setting.fp32_precision == before
 
 
 def test_a_named_device_that_works_is_chosen() -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nybble import processes
 from nybble.compression.chain import find_block_list, first_output, nonfinite_remedy, record_blocks
 from nybble.errors import ModelError
+from nybble.models.device import products_of_bfloat16
 from nybble.models.layers_on_disk import layers_of
 from nybble.models.streamed import new_stream
 from nybble.quant.grid import at_least_float32
@@ -181,9 +182,9 @@ class DecoderBlocks:
             with self._recorded_inputs(i) as inputs:
                 output_BTD = self.run(i, self.full[part].to(self.device))
             for layers, x_NI in _group_by_tensor(inputs).items():
-                x_NI = at_least_float32(x_NI)
                 if layers not in grams:
-                    grams[layers] = x_NI.new_zeros(x_NI.shape[-1], x_NI.shape[-1])
+                    dtype, size = at_least_float32(x_NI[:0]).dtype, x_NI.shape[-1]
+                    grams[layers] = x_NI.new_zeros(size, size, dtype=dtype)
                 _add_lower(grams[layers], x_NI, 1 / self._tokens)
                 seen[layers] += len(x_NI)
             # Only now: a block without a norm at its beginning (olmo2) records views of the stream.
@@ -266,8 +267,11 @@ def set_weight(block: nn.Module, name: str, weight_OI: Tensor) -> None:
 
 def _add_lower(gram_II: Tensor, x_NI: Tensor, factor: float) -> None:
     """gram += factor * x^T x, in place, for the blocks on and below the diagonal only: 5/8 of the work."""
-    for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
-        gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
+    in_bfloat16 = x_NI.dtype == torch.bfloat16
+    x_NI = at_least_float32(x_NI)
+    with products_of_bfloat16(x_NI.device) if in_bfloat16 else nullcontext():
+        for start, end in pairwise(len(gram_II) * quarter // 4 for quarter in range(5)):
+            gram_II[start:end, :end].addmm_(x_NI[:, start:end].T, x_NI[:, :end], alpha=factor)
 
 
 def _symmetric(gram_II: Tensor) -> Tensor:

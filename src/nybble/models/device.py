@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import psutil
 import torch
 
@@ -73,6 +77,25 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return False
+
+
+@contextmanager
+def products_of_bfloat16(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices whose numbers bfloat16 can hold with a CPU's bfloat16 instructions, where it has some.
+
+    The products are exact and their sums are float32, in another order. Side effect inside the context: all float32
+    matrix products of the process round their operands to bfloat16.
+    """
+    if device.type != "cpu" or not has_bfloat16(device):
+        yield
+        return
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def free_memory(device: torch.device) -> int:
