@@ -1,11 +1,14 @@
 """What is said while a command runs: how far it is, and how long it will take."""
 
+import io
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nybble import console
 from nybble.console import log_to
@@ -26,6 +29,21 @@ def test_what_an_earlier_sitting_did_says_nothing_of_the_pace(
     assert said[-1].startswith("train 906 of 1000, about ")
     assert said[-1].endswith("s left, loss 5")
     assert float(said[-1].split("about ")[1].split()[0]) == pytest.approx(94 * 6, rel=0.25)
+
+
+def test_a_narrow_terminal_shows_how_far_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(width=80, force_terminal=True, file=io.StringIO(), markup=False)
+    monkeypatch.setattr(console, "console", terminal)
+    with console.bar("compress (awq+se+gptq)", 210, "now") as advance:
+        for _ in range(7):
+            advance(1, now="model.layers.0.self_attn.q_proj: output error 1.70% -> 0.35%")
+    written = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())  # type: ignore[attr-defined]
+    last = [line for line in written.splitlines() if line.strip()][-1]
+    assert "compress (awq+se+gptq)" in last
+    assert "7/210" in last
+    assert " left " in last
+    assert "model.l" in last
+    assert len(last.rstrip()) <= 80
 
 
 def test_a_file_gets_whole_lines_without_padding(capsys: pytest.CaptureFixture[str]) -> None:

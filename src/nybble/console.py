@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console, ConsoleDimensions
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from nybble import processes
 
@@ -149,20 +150,23 @@ def bar(title: str, total: int, text: str | None = None) -> Iterator[Advance]:
     """A progress bar; `text` names one column of free text."""
     columns = [
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(40 if text is None else 12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
     if text is not None:
-        columns.append(TextColumn(f"{{task.fields[{text}]}}"))
+        # What is left of the line: numbers and times keep their place.
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        columns.append(TextColumn(f"{{task.fields[{text}]}}", table_column=rest))
     spoke = time.monotonic()
     # rich takes the pace of the last minutes, without the first units.
     with Progress(
         *columns,
         console=console,
         transient=True,
+        expand=text is not None,
         disable=not console.is_terminal,
         get_time=time.monotonic,
         speed_estimate_period=300,

@@ -62,15 +62,15 @@ def test_losses_of_a_task_and_its_validation_do_not_share_an_axis() -> None:
     validation = [{"step": 0, "loss": 0.5, "kl_to_teacher": 0.5, "token_perplexity": 9.0}]
     training = Training(steps=[{"step": 1, "loss": 2.0}], validation=validation, best_step=0)
     curves = {}
-    for has_task in (True, False):
+    for task in (task_results(), None):
         figure = Figure()
-        charts.draw_training(figure, training, has_task)
-        curves[has_task] = [[line.get_label() for line in axes.lines[:-1]] for axes in figure.axes]
+        charts.draw_training(figure, training, task)
+        curves[task is not None] = [[line.get_label() for line in axes.lines[:-1]] for axes in figure.axes]
         assert list(figure.axes[0].lines[-1].get_xdata()) == [0, 0], "the best step"
     assert curves[False][0] == ["training", "validation"]
     assert curves[True][0] == ["training"]
     figure = Figure()
-    charts.draw_training(figure, Training(steps=training.steps, validation=validation), True)
+    charts.draw_training(figure, Training(steps=training.steps, validation=validation), task_results())
     assert len(figure.axes[1].lines) == 1, "the best step is not known"
 
 

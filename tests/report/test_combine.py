@@ -49,6 +49,8 @@ def test_differences_are_those_of_the_last_column() -> None:
             {"select_on": "test"},
             "ranks on the TEST rows, as in published results: the last column is no score on unseen",
         ),
+        ({}, "Percent of the test rows that were right"),
+        ({"limit": 20}, "Percent of the first 20 test rows (--limit) that were right"),
         ({"seed": 5}, "Seed 5."),
         ({"rank_sampling": "sandwich"}, "trained on three configurations per step, at three times the computation"),
         ({}, "The first two columns were computed in float32."),

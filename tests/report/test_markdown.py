@@ -24,7 +24,7 @@ def test_the_report_of_a_distilled_run() -> None:
     for line in (
         "| INT4, distilled (torch) | 11.000 | 0.2000 | 100.0 MB | 75% |",
         "## Validation",
-        "| 0 | 15.0000 | 0.5000 |",
+        "| 0 | 15.000 | 0.5000 |",
         "| all | 121.0 |",
         "Peak memory: 2.00 GB (cpu). Training in INT4 changed 6.2% of the codes, and scales by 2.50% (root mean "
         "square) in 7 layers.",

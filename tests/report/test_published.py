@@ -31,6 +31,14 @@ def test_models_and_their_mean_improvement() -> None:
     ]
 
 
+def test_metrics_that_differ_are_named() -> None:
+    scores = {"16bit": 0.3, "compressed": 0.2, "tuned": 0.4}
+    comparisons = compare_runs({"text": distilled(), "task": tuned(scores, model="Large")}, {})
+    headings, rows = published_rows(comparisons)
+    assert headings[2] == "metric"
+    assert {row[0] for row in rows} >= {"Small, token perplexity", "Large, arc acc"}
+
+
 def test_a_training_without_adapters_says_what_was_trained() -> None:
     for train, words in {"full": "QAT of all weights", "rounding": "QAT of rounding scales"}.items():
         rows = published({"run": distilled(train=train, lora_rank=0)})

@@ -75,6 +75,27 @@ def test_summary_of_a_distilled_run() -> None:
     assert "Training made it worse." in summary(measured(worse, toy={"kl_to_teacher": 0.6}))
 
 
+def test_a_compressed_model_that_was_kept_recovered_nothing() -> None:
+    results = distilled(trainings=[Training(best_step=0)])
+    assert [row[-1] for row in result_rows(results)[1]] == ["-"] * 4
+    assert "No step of the training was better; the compressed model was kept." in summary(results)
+    assert "recovered" not in summary(results)
+
+
+def test_small_sizes_and_times_have_digits() -> None:
+    results = compressed(seconds={"compress": 250.0})
+    for row in results.models.values():
+        row["bytes"] = 260_000
+    assert summary(results).endswith("Compression took 4.2 minutes. Size: 0.3 MB (16-bit: 0.3 MB).")
+
+
+def test_a_method_for_some_blocks_says_so() -> None:
+    assert (
+        compressed(method="awq+se", limit_blocks=4).described_method == "awq+se in the first 4 blocks, rtn in the rest"
+    )
+    assert compressed(method="rtn", limit_blocks=4).described_method == "rtn"
+
+
 def test_beyond_the_16_bit_model_the_summary_gives_the_kl_divergence() -> None:
     better = measured(distilled(), toy={"token_perplexity": 9.5, "kl_to_teacher": 0.07})
     assert (
@@ -164,6 +185,9 @@ def test_the_note_names_text_and_limit() -> None:
     assert measured_on(distilled()) == (
         "Perplexity and KL divergence to the 16-bit model were measured on the test split."
     )
-    text = measured_on(distilled(test_data="held-out rows", limit=2))
-    assert "were measured on held-out rows." in text
-    assert "Word perplexity and tasks were measured on the first 2 documents only (--limit)." in text
+    results = distilled(test_data="held-out rows", limit=2)
+    assert measured_on(results).endswith("were measured on held-out rows."), "there is nothing that has documents"
+    results.models["tuned"]["word_perplexity"] = 30.0
+    assert measured_on(results).endswith(" Word perplexity was measured on the first 2 documents only (--limit).")
+    results.models["tuned"]["task:arc_easy acc"] = 0.5
+    assert "Word perplexity and tasks were measured on the first 2 documents only (--limit)." in measured_on(results)

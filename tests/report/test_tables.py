@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nybble.report import tables
 from nybble.report.tables import as_markdown, as_table, escape_markdown
 
 
@@ -63,6 +64,18 @@ def test_the_terminal_shows_brackets() -> None:
     text = console.export_text()
     assert "[red]a[/red]" in text
     assert "[b]" in text
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Console(width=80, markup=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    monkeypatch.setattr(tables, "console", narrow)
+    headings = ["model", "token perplexity", "KL divergence to 16-bit", "openbookqa acc_norm", "size", "recovered"]
+    numbers = ["12345.678", "0.1234", "0.3750", "123.4 MB", "100%"]
+    narrow.print(as_table(headings, [["INT4, tuned on openbookqa, then awq+se+gptq, before training", *numbers]]))
+    text = narrow.export_text()
+    assert all(number in text for number in numbers)
+    assert all(word in text for heading in headings for word in heading.split())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_terminal_aligns_names_to_the_left_and_numbers_to_the_right() -> None:

@@ -30,3 +30,6 @@ def test_the_machine_is_described_with_the_versions_of_all_libraries() -> None:
     assert machine["versions"]["nybble"] != "not installed"
     assert machine["versions"]["torch"].split("+")[0].count(".") == 2
     assert machine["threads"] >= 1
+    assert machine["cores"] >= 1
+    assert machine["processor"]
+    assert machine["memory"].endswith(" GB")

@@ -40,6 +40,7 @@ def full_results() -> RunResults:
         test_data="rows",
         other_data="docs",
         limit=2,
+        limit_blocks=3,
         lora_rank=8,
         command_line="nybble tune",
         resumed_by=["nybble tune --resume"],

@@ -36,7 +36,7 @@ def test_stdout_is_one_json_object_that_says_what_was_measured(
     }  # fmt: skip
     table = " ".join(printed.err.split())
     assert "on the test split of python-docs (2 sequences of 32 tokens)" in table
-    assert "token_perplexity" in table
+    assert "token perplexity" in table
 
 
 def test_more_tokens_than_learned_positions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,12 @@ def test_distillation_says_what_it_recovered() -> None:
     assert results.improvement["tuned"] == pytest.approx(0.5), "of the loss of perplexity"
 
 
+def test_a_runtime_is_no_harm_that_training_did() -> None:
+    results = distilled(0.1)
+    results.exports["toy"], results.models["toy"] = {}, results.models["tuned"] | {"kl_to_teacher": 0.3}
+    assert judge_distillation(results) == []
+
+
 def test_distillation_that_did_harm_or_nothing_is_reported() -> None:
     useless, harmful = judge_distillation(distilled(0.3, best_step=0))
     assert useless.startswith("no step of the training was better on the validation text")

@@ -28,8 +28,8 @@ its accuracy.
   report RUN...  write one page about one run or several
   env            show versions and hardware
 
-nybble COMMAND --help shows the options of a command. --config FILE.toml holds
-any of them. Flags may be written with _ or -.
+nybble COMMAND --help shows the basic options of a command, --help-all all of
+them. --config FILE.toml holds any of them. Flags may be written with _ or -.
 
 Example: nybble compress --pretrained smollm2 --data python-docs
 """

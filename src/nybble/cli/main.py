@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -123,8 +125,16 @@ def _fail(message: str, code: int) -> int:
     said = processes.claim_end(code)
     if said is None:
         with suppress(OSError):  # stderr is closed too
-            print(f"nybble: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+            print(_folded(f"nybble: {message.encode(errors='backslashreplace').decode()}"), file=sys.stderr)
     return code if said is None else said
+
+
+def _folded(line: str) -> str:
+    """The line, folded at spaces where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)) or line
 
 
 def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:

@@ -154,7 +154,7 @@ def _weights(results: RunResults, name: str) -> list[str]:
     export, layers = results.exports[name], results.layers
     size = results.models[name]["bytes"]
     embeddings = embeddings_text(export["embedding_weights"], layers is not None and layers.tied)
-    text = f"{export['linear_weights']} linear layers and {embeddings} are quantized. {schemes_text(results)}"
+    text = f"{export['linear_weights']} linear layers and {embeddings} are quantized. Schemes: {schemes_text(results)}"
     if name in EXPORTERS and not EXPORTERS[name].holds_codes:
         text += " This format holds their values in float16."
     for words, count in export.get("widened", {}).items():
@@ -178,7 +178,7 @@ def _weights(results: RunResults, name: str) -> list[str]:
 
 def _recipe(results: RunResults) -> list[str]:
     """Method, training, time and memory."""
-    parts = [f"Compression: {results.method}."]
+    parts = [f"Compression: {results.described_method}."]
     if results.trains:
         adapters = f"LoRA adapters of rank {results.lora_rank}, absorbed into the codes"
         without = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from nybble.report.labels import metric_label, row_label
+from nybble.report.labels import held_out_loss, metric_label, row_label
 from nybble.report.ranks import replacement_text, score_label
 from nybble.report.run import layer_changes
 from nybble.run.results import Candidate, RunResults, TaskResults, Training
@@ -89,11 +89,12 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
     return left, right
 
 
-def draw_training(figure: Figure, training: Training, has_task: bool) -> None:
+def draw_training(figure: Figure, training: Training, task: TaskResults | None) -> None:
     """Loss of every step, and the validations.
 
     Args:
-        has_task: the losses of training and validation are different things, which do not share an axis.
+        task: of a run that has one; there the losses of training and validation are different things, which do not
+            share an axis.
     """
     figure.set_size_inches(_INCHES, 2.8)
     left, right = figure.subplots(1, 2)
@@ -102,9 +103,9 @@ def draw_training(figure: Figure, training: Training, has_task: bool) -> None:
     rows = training.validation
     steps = [row["step"] for row in rows]
     style: dict[str, Any] = {"marker": "o", "color": COLORS["compressed"]}
-    if has_task:
+    if task is not None:
         left.set(xlabel="step", ylabel="training loss")
-        right.set(xlabel="step", ylabel="held-out loss")
+        right.set(xlabel="step", ylabel=f"held-out loss\n({held_out_loss(task)})")
         right.plot(steps, [row["loss"] for row in rows], **style)
     else:
         left.plot(steps, [row["kl_to_teacher"] for row in rows], label="validation", **style)
@@ -115,7 +116,9 @@ def draw_training(figure: Figure, training: Training, has_task: bool) -> None:
     for axes in (left, right):
         axes.locator_params(axis="x", integer=True)
         if training.best_step >= 0:
-            axes.axvline(training.best_step, color=COLORS["16bit"], linestyle=":", linewidth=1)
+            axes.axvline(training.best_step, color=COLORS["16bit"], linestyle=":", linewidth=1, label="kept step")
+    if training.best_step >= 0:
+        right.legend(frameon=False)
 
 
 def draw_layer_maps(figure: Figure, results: RunResults) -> None:
@@ -153,7 +156,9 @@ def _layer_errors(results: RunResults) -> dict[str, dict[str, float | None]]:
         return {"weight error": {name: error["weight"] for name, error in errors.items()}}
     return {
         "output error, round-to-nearest": {name: error["rtn"] for name, error in errors.items()},
-        f"output error, {results.method}": {name: error["compressed"] for name, error in errors.items()},
+        f"output error, {results.method if results.limit_blocks is None else results.described_method}": {
+            name: error["compressed"] for name, error in errors.items()
+        },
     }
 
 

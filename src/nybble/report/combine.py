@@ -160,7 +160,7 @@ def _mean_rows(comparisons: Sequence[ColumnComparison]) -> Cells:
 def _note(comparisons: Sequence[ColumnComparison], settings: Sequence[_Setting]) -> str:
     """What the figures are."""
     sentences = [
-        "Percent of the test rows that were right, with standard errors.",
+        f"Percent of the {_rows(comparisons)} that were right, with standard errors.",
         "The second table has the differences row by row.",
     ]
     if all(one.setting["select_on"] == "held_out" for one in comparisons):
@@ -189,6 +189,15 @@ def _note(comparisons: Sequence[ColumnComparison], settings: Sequence[_Setting])
             "test rows, as in published results: it is no score on unseen rows."
         )
     return " ".join(sentences)
+
+
+def _rows(comparisons: Sequence[ColumnComparison]) -> str:
+    """Which test rows were scored."""
+    limits = {one.setting.get("limit") for one in comparisons}
+    if limits == {None}:
+        return "test rows"
+    counts = " or ".join("all" if limit is None else str(limit) for limit in sorted(limits, key=str))
+    return f"first {counts} test rows (--limit)"
 
 
 def _distinct(values: Iterable[str]) -> str:

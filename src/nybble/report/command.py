@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nybble.console import console
+from nybble.console import console, say
 from nybble.errors import OptionError, RunError
 from nybble.files import write_text
 from nybble.report.combine import CombinedComparison, combine
 from nybble.report.comparison import Comparison, compare_runs, comparison_markdown, comparison_note, comparison_rows
 from nybble.report.five_columns import is_comparison, read_comparison
 from nybble.report.html import comparison_page
-from nybble.report.published import PUBLISHED_NOTE, published_rows
+from nybble.report.published import PUBLISHED_NOTE, published_name, published_rows
 from nybble.report.tables import MARKER, Cells, as_markdown, as_table
 from nybble.run.marker import is_run
 from nybble.run.results import RESULTS, RunResults, has_results, read_results
@@ -71,12 +71,12 @@ def make_report(runs: Sequence[Path], out: Path | None, table: bool) -> None:
         return
     if report.unfinished:
         names = ", ".join(map(str, report.unfinished))
-        _print(f"Not finished, and shown as far as measured: {names}. Continue with --resume.")
+        say(f"Not finished, and shown as far as measured: {names}. Continue with --resume.")
     if table:
         _print_published(report.comparisons)
     else:
         _print_comparisons(report.comparisons)
-        _print(written)
+        say(written)
 
 
 def write_report(runs: Sequence[Path], out: Path | None) -> Path:
@@ -169,32 +169,38 @@ def _written_text(page: Path, beside: Path) -> str:
     return f"{text} and {beside.name}" if beside.exists() else text
 
 
-def _print(text: str) -> None:
+def _print_markdown(text: str) -> None:
+    """Print what is to be copied: each line as it is."""
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_combined(combined: CombinedComparison, written: str) -> None:
     for table in combined.tables:
         console.print(as_table(*table))
-    _print(f"{combined.note}\n{written}" if written else combined.markdown())
+    if written:
+        say(f"{combined.note}\n{written}")
+    else:
+        _print_markdown(combined.markdown())
 
 
 def _print_comparisons(comparisons: Sequence[Comparison]) -> None:
     for comparison in comparisons:
         console.print(as_table(*comparison_rows(comparison), title=comparison.model))
-        _print(comparison_note(comparison))
+        say(comparison_note(comparison))
 
 
 def _print_published(comparisons: Sequence[Comparison]) -> None:
     cells: Cells = published_rows(comparisons)
     console.print(as_table(*cells))
-    _print(as_markdown(*cells))
-    _print(PUBLISHED_NOTE)
+    _print_markdown(as_markdown(*cells))
+    say(PUBLISHED_NOTE)
+    several = len({comparison.metric for comparison in comparisons}) > 1
     for comparison in comparisons:
         if any(results.limit is not None for results in comparison.runs.values()):
-            _print(f"{comparison.model}: {comparison.measured_on}")
+            say(f"{published_name(comparison, several)}: {comparison.measured_on}")
         if not comparison.baselines:
-            _print(
-                f"{comparison.model}: there is no improvement without a model that was compressed without training; "
+            say(
+                f"{published_name(comparison, several)}: there is no improvement without a model that was compressed "
+                "without training; "
                 "name such a run too (nybble compress --method awq+se or awq+se+gptq, same text)"
             )

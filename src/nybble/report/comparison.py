@@ -21,7 +21,7 @@ from nybble.report.labels import (
     row_label,
 )
 from nybble.report.markdown import run_markdown
-from nybble.report.run import measured_on
+from nybble.report.run import kept_compressed, measured_on
 from nybble.report.tables import Cells, as_markdown, escape_markdown
 from nybble.run.results import Metrics, RunResults
 
@@ -144,6 +144,8 @@ class Comparison:
         compressed = untrained or ([] if baseline is None else [baseline])
         full = self.entries[0]
         if not self.lower_is_better or not compressed or full.row != "16bit":
+            return None
+        if entry.row != "compressed" and kept_compressed(self.runs[entry.run]):
             return None
         damaged = statistics.fmean(map(self.value, compressed))
         return (damaged - self.value(entry)) / (damaged - self.value(full)) if damaged > self.value(full) else None

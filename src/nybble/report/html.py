@@ -14,9 +14,9 @@ from nybble.report import charts, ranks
 from nybble.report.comparison import Comparison, comparison_note, comparison_rows
 from nybble.report.figures import Figures
 from nybble.report.run import (
-    DECODER_NOTE,
     LAYER_NOTE,
     changes_text,
+    decoder_note,
     decoder_rows,
     layer_rows,
     memory_text,
@@ -122,7 +122,9 @@ def _run_section(name: str, results: RunResults) -> _RunSection:
         "Quantized weights": "" if results.changes is None else f"{changes_text(results.changes)}.",
         "Seed": str(results.seed),
         "Machine": ", ".join(
-            str(results.machine[key]) for key in ("platform", "cpu", "cuda") if results.machine.get(key)
+            str(results.machine[key])
+            for key in ("platform", "processor", "cpu", "memory", "cuda")
+            if results.machine.get(key)
         ),
         "Versions": versions_text(results),
     }
@@ -136,7 +138,7 @@ def _run_charts(results: RunResults) -> list[tuple[str, Markup]]:
     drawn = [
         (
             f"Loss and validation{training_title(results, training)}",
-            charts.draw(partial(charts.draw_training, training=training, has_task=task is not None)),
+            charts.draw(partial(charts.draw_training, training=training, task=task)),
         )
         for training in results.trainings
         if training.steps or training.validation
@@ -165,7 +167,7 @@ def _run_tables(results: RunResults) -> list[tuple[str, Cells, str]]:
     if task is not None and task.tested:
         tables.append(("Tested configurations", ranks.eval_only_rows(task), ranks.EVAL_ONLY_NOTE))
     if (decoder := decoder_rows(results))[1]:
-        tables.append(("Table of decoder layers", decoder, DECODER_NOTE))
+        tables.append(("Table of decoder layers", decoder, decoder_note(results)))
     if results.layer_errors:
         tables.append(("Table of linear layers", layer_rows(results), LAYER_NOTE))
     return tables

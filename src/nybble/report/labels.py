@@ -8,7 +8,7 @@ from typing import Any
 
 from nybble.export.base import EXPORTERS
 from nybble.report.figures import standard_error
-from nybble.run.results import Metrics, RunResults
+from nybble.run.results import Metrics, RunResults, TaskResults
 
 # Keys of RunResults.models that are no export formats, in the order of tables.
 BASE_ROWS = ("16bit", "lora16", "tuned16", "compressed", "tuned")
@@ -86,7 +86,20 @@ def metric_cell(column: str, value: Any) -> str:
         return "-"
     if column == "bytes":
         return f"{value / 1e6:.1f} MB"
-    return f"{value:.4f}" if column == "kl_to_teacher" or column.startswith("task:") else f"{value:.3f}"
+    fine = column in ("kl_to_teacher", "loss", "accuracy") or column.startswith("task:")
+    return f"{value:.4f}" if fine else f"{value:.3f}"
+
+
+def held_out_loss(task: TaskResults) -> str:
+    """What the validation of a task computes."""
+    return "1 - share of the right choice" if task.scored_by == "share" else "- log-likelihood per token"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: seconds up to two minutes, then minutes, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def ranks_text(configuration: Sequence[int]) -> str:

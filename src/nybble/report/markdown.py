@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nybble.report import ranks
-from nybble.report.labels import ranks_text
+from nybble.report.labels import held_out_loss, ranks_text
 from nybble.report.run import (
-    DECODER_NOTE,
     LAYER_NOTE,
     changes_text,
+    decoder_note,
     decoder_rows,
     layer_rows,
     measured_on,
@@ -60,7 +60,7 @@ def run_markdown(results: RunResults, name: str | None = None) -> str:
     parts = [
         f"{level} {escape_markdown(title if name is None else f'{name}: {title}')}",
         escape_markdown(summary(results)),
-        *([escape_markdown(schemes)] if schemes else []),
+        *([escape_markdown(f"Schemes: {schemes}")] if schemes else []),
         as_markdown(*result_rows(results)),
         escape_markdown(note),
         *(f"**Warning:** {escape_markdown(warning)}" for warning in results.warnings),
@@ -96,8 +96,9 @@ def _other_domain(results: RunResults) -> list[_Section]:
 
 
 def _trainings(results: RunResults) -> list[_Section]:
+    note = "" if results.task is None else f"Held-out loss: {held_out_loss(results.task)}."
     return [
-        _Section(f"Validation{training_title(results, training)}", "", validation_rows(training))
+        _Section(f"Validation{training_title(results, training)}", note, validation_rows(training))
         for training in results.trainings
         if training.validation
     ]
@@ -129,7 +130,7 @@ def _replacement(task: TaskResults) -> str:
 def _layer_sections(results: RunResults) -> list[_Section]:
     sections, decoder = [], decoder_rows(results)
     if decoder[1]:
-        sections.append(_Section("Errors per decoder layer", DECODER_NOTE, decoder))
+        sections.append(_Section("Errors per decoder layer", decoder_note(results), decoder))
     if results.layer_errors:
         title = f"Errors per linear layer ({results.described_method})"
         sections.append(_Section(title, LAYER_NOTE, layer_rows(results)))

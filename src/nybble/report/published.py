@@ -22,27 +22,33 @@ def published_rows(comparisons: Sequence[Comparison]) -> Cells:
     seed the mean counts, and the lowest and the highest value stand behind it.
     """
     rows, improvements = [], []
+    metrics = {comparison.metric for comparison in comparisons}
     for comparison in comparisons:
-        rows.append([comparison.model, "16-bit", f"{comparison.value(comparison.entries[0]):.3f}", "-"])
+        model = published_name(comparison, len(metrics) > 1)
+        rows.append([model, "16-bit", f"{comparison.value(comparison.entries[0]):.3f}", "-"])
         for precision in dict.fromkeys(entry.precision for entry in comparison.shipped):
             alike = [entry for entry in comparison.shipped if entry.precision == precision]
             untrained = _best_recipe(comparison, [entry for entry in alike if not comparison.is_refined(entry)])
             trained = _best_recipe(comparison, [entry for entry in alike if entry.trained])
             if untrained:
                 name = f"{precision}, best PTWC ({untrained[0].method}){_repeats(untrained)}"
-                rows.append([comparison.model, name, _spread(map(comparison.value, untrained), ".3f"), "-"])
+                rows.append([model, name, _spread(map(comparison.value, untrained), ".3f"), "-"])
             if trained:
                 shares = [comparison.recovered_share(entry, untrained) for entry in trained]
                 recovered = [share for share in shares if share is not None]
                 improvements += [statistics.fmean(recovered)] if recovered else []
                 name = f"{precision}, {trained[0].training}{_repeats(trained)}"
                 values = _spread(map(comparison.value, trained), ".3f")
-                rows.append([comparison.model, name, values, _spread(recovered, ".1%")])
+                rows.append([model, name, values, _spread(recovered, ".1%")])
     if improvements:
         rows.append(["mean", "", "", f"{statistics.fmean(improvements):.1%}"])
-    metrics = {comparison.metric for comparison in comparisons}
     value = metric_label(metrics.pop()) if len(metrics) == 1 else "metric"
     return ["model", "precision", value, "improvement"], rows
+
+
+def published_name(comparison: Comparison, with_metric: bool) -> str:
+    """The model, and what it is compared by where that differs from table row to table row."""
+    return f"{comparison.model}, {metric_label(comparison.metric)}" if with_metric else comparison.model
 
 
 def _best_recipe(comparison: Comparison, entries: Iterable[Entry]) -> list[Entry]:

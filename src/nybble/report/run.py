@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from nybble.qat.absorb import WeightChanges
 from nybble.report.labels import (
+    duration,
     format_label,
     is_export,
     metric_cell,
@@ -27,8 +28,11 @@ CODES_CHANGED, SCALES_MOVED = "codes changed by training", "scales moved by trai
 DECODER_NOTE = (
     "Error: relative error of the hidden states after a decoder layer, with all layers before it compressed too (mean "
     "over tokens of squared distance to the 16-bit model's hidden states by their squared length, at the beginning of "
-    "the test text; for the last layer after the final norm). Block-wise reconstruction: relative error of the outputs "
-    "of one layer for the compressed model's inputs, on held-out sequences, before and after reconstruction."
+    "the test text; for the last layer after the final norm)."
+)
+_RECONSTRUCTION_NOTE = (
+    " Block-wise reconstruction: relative error of the outputs of one layer for the compressed model's inputs, on "
+    "held-out sequences, before and after reconstruction."
 )
 _TRAINING_TITLES = {"": "adapters", "scales": "scales and norms"}
 
@@ -47,6 +51,12 @@ def recovered_share(models: Mapping[str, Metrics], row: str) -> float | None:
     return None
 
 
+def kept_compressed(results: RunResults) -> bool:
+    """Whether no step of a distillation was better than the compressed model, which ships as it was."""
+    training = results.training()
+    return results.task is None and training is not None and training.best_step == 0
+
+
 def shows_recovered(results: RunResults) -> bool:
     """Whether the table of results says how much of the compression damage was recovered: after distillation."""
     return results.trains and results.task is None
@@ -59,7 +69,8 @@ def result_rows(results: RunResults) -> Cells:
     for key in ordered_rows(models):
         row = [row_label(results, key), *(metric_cell(column, models[key].get(column)) for column in columns)]
         if shows_recovered(results):
-            share = recovered_share(models, key) if key == "tuned" or is_export(key) else None
+            is_trained = (key == "tuned" or is_export(key)) and not kept_compressed(results)
+            share = recovered_share(models, key) if is_trained else None
             row.append("-" if share is None else f"{share:.0%}")
         rows.append(row)
     return ["model", *map(metric_label, columns), *(["recovered"] if shows_recovered(results) else [])], rows
@@ -84,8 +95,12 @@ def other_title(results: RunResults) -> str:
 def measured_on(results: RunResults) -> str:
     """The text, and the number of documents, that the metrics of a run were measured on."""
     text = f"Perplexity and KL divergence to the 16-bit model were measured on {results.test_data or 'the test split'}."
-    if results.limit is not None:
-        text += f" Word perplexity and tasks were measured on the first {results.limit} documents only (--limit)."
+    columns = {key for metrics in results.models.values() for key in metrics}
+    limited = ["word perplexity"] if "word_perplexity" in columns else []
+    limited += ["tasks"] if any(key.startswith("task:") for key in columns) else []
+    if results.limit is not None and limited:
+        were = f"{' and '.join(limited).capitalize()} {'were' if 'tasks' in limited else 'was'}"
+        text += f" {were} measured on the first {results.limit} documents only (--limit)."
     return text
 
 
@@ -124,7 +139,7 @@ def _summary_of_compression(results: RunResults, size: int | None) -> str:
     return (
         f"{results.model} compressed to {results.precision} with {results.described_method} ({_runtime(shipped)}) has "
         f"{metric_label(metric)} {compressed}; the 16-bit model has {full}. Compression took "
-        f"{results.seconds.get('compress', 0):.0f} s. {_size_text(results, shipped, size)}"
+        f"{duration(results.seconds.get('compress', 0))}. {_size_text(results, shipped, size)}"
     )
 
 
@@ -139,12 +154,14 @@ def _summary_of_training(results: RunResults, size: int | None) -> str:
         text += f"the 16-bit model has {before} after tuning and {full} before."
     else:
         text += f"it had {before} before training, and the 16-bit model has {full}."
-    if results.task is None:
+    if results.task is None and kept_compressed(results):
+        text += " No step of the training was better; the compressed model was kept."
+    elif results.task is None:
         text += _recovery_text(results.models, shipped)
     elif results.task.chosen_on_test:
         text += " The ranks were chosen by this score on the test rows, so it is no score on unseen rows."
     seconds = sum(results.seconds.get(stage, 0) for stage in ("train", "train scales"))
-    return f"{text} Training took {seconds / 60:.1f} minutes. {_size_text(results, shipped, size)}"
+    return f"{text} Training took {duration(seconds)}. {_size_text(results, shipped, size)}"
 
 
 def _shipped_row(results: RunResults) -> str:
@@ -190,7 +207,8 @@ def _recovery_text(models: Mapping[str, Metrics], row: str) -> str:
 
 def _size_text(results: RunResults, row: str, size: int | None) -> str:
     size, full = results.models[row]["bytes"] if size is None else size, results.models["16bit"]["bytes"]
-    return f"Size: {size / 1e6:.0f} MB (16-bit: {full / 1e6:.0f} MB)."
+    digits = 0 if min(size, full) >= 10e6 else 1
+    return f"Size: {size / 1e6:.{digits}f} MB (16-bit: {full / 1e6:.{digits}f} MB)."
 
 
 def error_cells(error: Mapping[str, float | None]) -> list[str]:
@@ -224,6 +242,11 @@ def layer_rows(results: RunResults) -> Cells:
     return [LAYER_HEADINGS[0], *(["bits"] if bits else []), *LAYER_HEADINGS[1:], *changes], rows
 
 
+def decoder_note(results: RunResults) -> str:
+    """What the columns of `decoder_rows` are."""
+    return DECODER_NOTE + (_RECONSTRUCTION_NOTE if results.block_losses else "")
+
+
 def decoder_rows(results: RunResults) -> Cells:
     """A row per decoder layer: errors of the hidden states, and block-wise reconstruction where the method has it."""
     columns = {
@@ -245,7 +268,7 @@ def decoder_rows(results: RunResults) -> Cells:
 def validation_rows(training: Training) -> Cells:
     """A row per validation of a training."""
     keys = [key for key in training.validation[0] if key not in ("step", "tokens")]
-    rows = [[f"{row['step']:.0f}", *(f"{row[key]:.4f}" for key in keys)] for row in training.validation]
+    rows = [[f"{row['step']:.0f}", *(metric_cell(key, row[key]) for key in keys)] for row in training.validation]
     return ["step", *map(metric_label, keys)], rows
 
 
@@ -268,7 +291,7 @@ def schemes_text(results: RunResults) -> str:
     if layers is None or layers.bits_per_weight is None:
         return ""
     counts = ", ".join(f"{count} x {scheme}" for scheme, count in layers.schemes.items())
-    text = f"Schemes: {counts}. Average: {layers.bits_per_weight:.2f} bits a weight, with scales and zero points."
+    text = f"{counts}. Average: {layers.bits_per_weight:.2f} bits a weight, with scales and zero points."
     return text + (f" {layers.in_16_bits} layers stay in 16 bits." if layers.in_16_bits else "")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from nybble.console import console
+
 # Headings, and rows with one cell per heading.
 Cells = tuple[list[str], list[list[str]]]
 # In the first lines of every page and Markdown file that nybble report writes. It replaces no other files.
@@ -18,10 +20,18 @@ _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
 
 
 def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table for the terminal: the first column is aligned to the left, the others to the right."""
+    """A table for the terminal: the first column is aligned to the left, the others to the right.
+
+    Where the terminal is narrow, headings of the others fold at words and the first column folds anywhere, so that no
+    number is cut.
+    """
     table = Table(title=title, title_justify="left")
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    narrow = sum(widths) + 3 * len(widths) + 1 > console.width
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        cells = [*heading.split(), *(row[i] for row in rows)]
+        width = max(map(len, cells)) if narrow and i else None
+        table.add_column(heading, justify="right" if i else "left", width=width, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

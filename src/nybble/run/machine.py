@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ try:
 except ImportError:  # Windows, where psutil knows the peak
     resource = None  # type: ignore[assignment]
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CPUS = Path("/proc/self/status"), Path("/proc/cpuinfo")
 
 _PACKAGES = (
     "nybble", "torch", "transformers", "accelerate", "datasets", "safetensors", "openvino", "openvino-tokenizers",
@@ -56,12 +58,24 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def _processor() -> str:
+    """The name of the CPU, as its maker writes it; "" where the system does not say."""
+    with suppress(OSError):
+        named = re.search(r"^model name\s*: (.+)$", _CPUS.read_text(), re.MULTILINE)
+        if named:
+            return named[1].strip()
+    return platform.processor()
+
+
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware, for results.json and `nybble env`."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": package_versions(),

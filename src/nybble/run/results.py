@@ -217,6 +217,7 @@ class RunResults:
         method: how the weights were compressed, such as awq+se.
         init_from: the finished run whose 4-bit weights the run started from.
         init_trained: that run's weights had been trained end to end.
+        limit_blocks: number of decoder blocks that got the method; None: all.
         test_data, other_data: the text that models are measured on, and that of another domain, in words.
         seconds: stage -> seconds, over all sessions.
         models: row (16bit, lora16, tuned16, compressed, tuned, or an export format) -> what was measured of it.
@@ -240,6 +241,7 @@ class RunResults:
     test_data: str = ""
     other_data: str = ""
     limit: int | None = None
+    limit_blocks: int | None = None
     lora_rank: int | None = None
     train: str = "lora"
     command_line: str = ""
@@ -283,8 +285,12 @@ class RunResults:
 
     @property
     def described_method(self) -> str:
-        """The method; where the run started from a finished one, also that run's folder."""
-        return self.method if self.init_from is None else f"{self.method} from {self.init_from}"
+        """The method; how many blocks have it, where that was limited; the finished run that it was taken from."""
+        if self.init_from is not None:
+            return f"{self.method} from {self.init_from}"
+        if self.limit_blocks is None or self.method == "rtn":
+            return self.method
+        return f"{self.method} in the first {self.limit_blocks} blocks, rtn in the rest"
 
     def training(self, name: str = "") -> Training | None:
         """The training with this name, if it is done."""

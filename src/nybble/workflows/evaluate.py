@@ -6,6 +6,7 @@ A table is for people, a JSON object for programs. Where stdout is no terminal, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +25,15 @@ from nybble.evaluation.perplexity import measure_sequences, model_logits
 from nybble.models.checkpoint import empty_model
 from nybble.models.loading import LoadedModel
 from nybble.options.commands import EvalOptions
+from nybble.report.labels import metric_label
 from nybble.schema import to_json
 from nybble.workflows.target import open_target
 
 
 def evaluate(options: EvalOptions) -> dict[str, float]:
-    """Measure one model; prints what was measured, on what, as a table and as JSON, and returns the numbers.
+    """Measure one model, print what was measured, on what, and return the numbers.
+
+    A terminal gets a table; where stdout is a file or a pipe it gets JSON, and the table goes to stderr.
 
     Raises:
         NybbleError: whatever a person can repair.
@@ -56,9 +60,10 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     say(_title(measured))
     table = Table("measure", "value")
     for key, value in results.items():
-        table.add_row(key.removeprefix("task:"), f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(metric_label(key), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
-    print(to_json(measured | results))
+    if not sys.stdout.isatty():
+        print(to_json(measured | results))
     return results
 
 

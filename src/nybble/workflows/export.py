@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from nybble.console import say
 from nybble.errors import ExportError, OptionError, RunError
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import ALL, check_exportable, check_formats
@@ -36,6 +37,7 @@ def export(options: ExportOptions) -> None:
     check_repository(asked.push_to_hub, asked.to)
     upload = None if asked.push_to_hub is None else Upload(asked.push_to_hub, asked.private)
     folders = export_formats(Path(asked.run), asked.to, asked.trust_remote_code, asked.compare_logits, upload)
+    say(f"Exported to {' and '.join(map(str, folders))}.")
     if upload is not None:
         push_to_hub(folders[0], upload)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -34,13 +35,16 @@ def inspect(options: InspectOptions) -> None:
     run = next((folder for folder in (path, path.parent) if has_results(folder)), None)
     results = RunResults() if run is None else read_results(run)
     weights = _quantized_weights(path)
-    prefix = _common_prefix(list(weights))
-    say(f"{path}: {len(weights)} quantized layers" + (f"; their names begin with {prefix}" if prefix else ""))
+    prefix = _common_prefix([name for name in weights if "." in name])
+    others = [name for name in weights if not name.startswith(prefix)]
+    but = f" (not {' and '.join(others)})" if others else ""
+    say(f"{path}: {len(weights)} quantized layers" + (f"; their names begin with {prefix}{but}" if prefix else ""))
     table = Table(box=None, padding=(0, 1, 0, 0))  # for names of usual length 80 columns wide
     table.add_column("layer", overflow="fold", vertical="bottom")
     for heading in ("shape", "scheme", *_ERRORS, "ends"):
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-    for name, weight in weights.items():
+    for name in _in_order(weights, results.layer_errors):
+        weight = weights[name]
         cells = error_cells(results.layer_errors[name]) if name in results.layer_errors else ["-"] * 4
         ends = ((weight.codes_OI == 0) | (weight.codes_OI == weight.scheme.max_code)).float().mean()
         shape = "x".join(map(str, weight.codes_OI.shape))
@@ -53,6 +57,18 @@ def inspect(options: InspectOptions) -> None:
     size = sum(weight.nbytes for weight in weights.values())
     summary = ", ".join(f"{count} x {scheme} ({_short(scheme)})" for scheme, count in counts.items())
     say(f"{summary}; {size / 1e6:.1f} MB of quantized weights.")
+
+
+def _in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names in the order of the run, where there is one: an embedding before the layers, the head after them."""
+    places = {name: i for i, name in enumerate(known)}
+
+    def place(name: str) -> tuple[Any, ...]:
+        outside = len(places) if name == "lm_head" else -1
+        parts = [(not part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+        return places.get(name, outside), parts
+
+    return sorted(names, key=place)
 
 
 def _common_prefix(names: Sequence[str]) -> str:

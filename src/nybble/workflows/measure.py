@@ -131,7 +131,7 @@ def measure_row(
     results.models[row] = metrics | {"bytes": size}
     run.save()
     log.info(
-        "%s: token perplexity %.3f, KL divergence to 16 bit %.4f, %.1f MB",
+        "%s: token perplexity %.3f, KL divergence to 16-bit %.4f, %.1f MB",
         label, metrics["token_perplexity"], metrics["kl_to_teacher"], size / 1e6,
     )  # fmt: skip
     if not math.isfinite(metrics["token_perplexity"]) or not math.isfinite(metrics["kl_to_teacher"]):

@@ -115,7 +115,7 @@ def _apply_or_say(tuned: TunedRun, best: Winner, apply: bool) -> None:
     run, in_place = task_run.context.run, task_run.task.configuration
     made = best.configuration == in_place and run.results.phase.reached(Phase.QUANTIZED)
     if made and (run.results.finished or not apply):
-        say("It is in place.")
+        say("The model ships with it already.")
         return
     if not apply:
         text = " ".join(map(str, best.configuration))

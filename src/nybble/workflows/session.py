@@ -71,7 +71,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.command, results.model, results.seed = facts.command, loaded.name, options.run.seed
     results.machine = describe_machine() | {"processes": processes.count()}
     results.dtype = str(loaded.model.dtype).removeprefix("torch.")
-    results.method = compression.method
+    results.method, results.limit_blocks = compression.method, options.flat().get("limit_blocks")
     results.init_from = None if compression.init_from is None else str(compression.init_from)
     if not compression.is_made:
         results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)

@@ -205,8 +205,8 @@ def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData) ->
     training = options.training
     _warn_of_unused(training)
     log.info(
-        "%d epochs of %d steps of %d rows; ranks %s for each of %d decoder layers",
-        training.epochs, len(data.texts) // training.batch_size, training.batch_size,
+        "%d epoch%s of %d steps of %d rows; ranks %s for each of %d decoder layers",
+        training.epochs, "s"[: training.epochs != 1], len(data.texts) // training.batch_size, training.batch_size,
         " ".join(map(str, data.rank_space)), data.num_decoder_layers,
     )  # fmt: skip
     size = execution.TrainingSize(

@@ -191,7 +191,8 @@ def _choose(tuned: TunedRun) -> RankConfiguration:
     ]
     task.selected_on, task.chosen = options.select_on, list(best.configuration)
     log.info(
-        "best of %d candidates on %s rows: %s, ranks %s",
-        len(scored), "test" if on_test else "held-out", best.reason, ranks_text(best.configuration),
+        "chosen on %s rows among %d candidate%s: ranks %s (%s)",
+        "test" if on_test else "held-out", len(scored), "s"[: len(scored) != 1], ranks_text(best.configuration),
+        best.reason,
     )  # fmt: skip
     return best.configuration
