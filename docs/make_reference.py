@@ -86,6 +86,7 @@ def _row(field: dataclasses.Field[Any], hint: Any, positional: bool) -> str:
     shown = f"**`{name}`**" if field.metadata["basic"] else f"`{name}`"
     negated = hint is bool and field.default
     default = "required" if field.metadata["required"] else _default(not negated and field.default)
+    default = "" if "Default:" in text else default
     return f"| {shown} | {default} | {text.replace('|', chr(92) + '|').replace('<', '&lt;')} |"
 
 

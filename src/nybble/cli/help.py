@@ -93,7 +93,7 @@ def _help_of(field: dataclasses.Field[Any]) -> str:
     if field.metadata["required"]:
         return f"Required. {text}".replace("%", "%%")
     default = field.default
-    if isinstance(default, bool) or default in (None, ""):
+    if isinstance(default, bool) or default in (None, "") or "Default:" in text:
         shown = ""
     elif isinstance(default, tuple):
         shown = f" [{' '.join(map(str, default)) or NONE}]"
