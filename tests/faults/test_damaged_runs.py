@@ -415,7 +415,7 @@ class Scorer:
 
 
 def search_in(folder: Path, sampler: studies.SearchSampler = "random", trials: int = 3) -> Any:
-    return search_ranks(SPACE, Scorer(), SearchConfig(sampler, trials, False, 0, studies.storage_url(folder)))  # type: ignore[arg-type]
+    return search_ranks(SPACE, Scorer(), SearchConfig(sampler, trials, False, 0, studies.storage_file(folder)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def write_trials(folder: Path) -> None:
             return type("Scores", (), {"scores": [float(sum(configuration))] * len(rows)})
 
     space = studies.SearchSpace((8, 4, 2), 2, ["row"] * 4, ())  # type: ignore[arg-type]
-    search_ranks(space, Scorer(), SearchConfig("random", 2, False, 0, studies.storage_url(folder)))  # type: ignore[arg-type]
+    search_ranks(space, Scorer(), SearchConfig("random", 2, False, 0, studies.storage_file(folder)))  # type: ignore[arg-type]
 
 
 def write_curves(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_studies_are_stored_by_sampler_and_seed(storage: Any) -> None:
 
 
 def test_studies_are_kept_in_a_file_of_the_run_folder(tmp_path: Path) -> None:
-    add(studies.open_study("random", 3, studies.storage_url(tmp_path)), (8, 2), 0.5)
+    add(studies.open_study("random", 3, studies.storage_file(tmp_path)), (8, 2), 0.5)
     assert (tmp_path / "search.db").is_file()
     stored = optuna.load_study(study_name="random-3", storage=f"sqlite:///{tmp_path}/search.db")
     assert studies.configuration_of(studies.best_trial(stored)) == (8, 2)
@@ -87,3 +87,13 @@ def test_pareto_front_is_not_beaten_in_both_objectives(storage: Any) -> None:
         ((4, 4), 0.7, 8),
         ((2, 2), 0.5, 4),
     ]
+
+
+@pytest.mark.parametrize("name", ["a b", "p?1", "a%41", "{x}", "\u00e9#;"])
+def test_any_path_holds_its_own_trials(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    add(studies.open_study("random", 3, studies.storage_file(tmp_path / name)), (8, 2), 0.5)
+    again = studies.open_study("random", 3, studies.storage_file(tmp_path / name))
+    assert [studies.configuration_of(trial) for trial in again.trials] == [(8, 2)]
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["search.db"]
+    assert (tmp_path / name / "search.db").is_file()

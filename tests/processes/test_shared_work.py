@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nybble.cli.main import main
-from nybble.nls.study import storage_url
+from nybble.nls.study import storage_file
 from nybble.report import five_columns
 from nybble.run.results import Phase, read_results
 from tests.helpers.distill import shipped_bytes
@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow  # every process imports transformers
 
 def trials_of(run: Path) -> list[object]:
     """What a study of a run holds, without times."""
-    names = optuna.get_all_study_names(storage_url(run))
-    studies = [optuna.load_study(study_name=name, storage=storage_url(run)) for name in sorted(names)]
+    url = f"sqlite:///{storage_file(run)}"
+    names = optuna.get_all_study_names(url)
+    studies = [optuna.load_study(study_name=name, storage=url) for name in sorted(names)]
     return [(trial.state, trial.params, trial.values) for study in studies for trial in study.trials]
 
 

@@ -63,7 +63,7 @@ class SearchConfig:
         num_trials: number of trials, counting those of earlier searches with the same sampler and seed.
         random_baseline: whether to compare with as many random draws.
         seed: of sampler and random draws, 0 .. 2**32 - 1.
-        storage: holds the trials; see `storage_url`.
+        storage: holds the trials; see `storage_file`.
     """
 
     sampler: SearchSampler

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 
 SearchSampler = Literal["nsga2", "tpe", "hill", "random"]
 
-# Where optuna keeps trials: a URL, or an object of optuna.
-Storage: TypeAlias = "str | optuna.storages.BaseStorage"
+# Where optuna keeps trials: an SQLite file, or an object of optuna.
+Storage: TypeAlias = "Path | optuna.storages.BaseStorage"
 
 # File in the run folder with the trials.
 STORAGE_FILE = "search.db"
-_SQLITE = "sqlite:///"
+# Seconds that a process waits while another one writes to the file.
+_WRITE_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class SearchSpace:
         return dict(zip(self.parameter_names, configuration, strict=True))
 
 
-def storage_url(folder: Path) -> str:
-    """URL of the SQLite file in a run folder that holds its studies."""
-    return f"{_SQLITE}{folder / STORAGE_FILE}"
+def storage_file(folder: Path) -> Path:
+    """The SQLite file in a run folder that holds its studies."""
+    return folder / STORAGE_FILE
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def reporting_full_storage(storage: Storage) -> Iterator[None]:
         if not (is_out_of_space(error) or is_out_of_space(cause) or "disk I/O error" in str(error)):
             raise
         raise RunError(
-            f"{_file(storage)} must fit on the disk; it could not be written: {first_line(cause)}; free some disk "
+            f"{storage} must fit on the disk; it could not be written: {first_line(cause)}; free some disk "
             "space, then run the same command"
         ) from error
 
@@ -94,14 +97,20 @@ def stored_study(sampler: SearchSampler, seed: int, storage: Storage, space: Sea
     except Exception as error:  # optuna raises whatever a wrong value in the file leads to; nothing else is read here
         reason = first_line(error) if isinstance(error, SchemaError) else f"{type(error).__name__}: {first_line(error)}"
         raise RunError(
-            f"{_file(storage)} must hold the trials of nybble search; it cannot be used ({reason}); delete it to "
-            "search anew"
+            f"{storage} must hold the trials of nybble search; it cannot be used ({reason}); delete it to search anew"
         ) from error
     return study
 
 
-def _file(storage: Storage) -> str:
-    return str(storage).removeprefix(_SQLITE)
+def _opened(storage: Storage) -> optuna.storages.BaseStorage:
+    """The storage as optuna takes it. Not by a URL, in which ?, % and {} of a path have a meaning."""
+    import optuna
+    from sqlalchemy.pool import QueuePool
+
+    if not isinstance(storage, Path):
+        return storage
+    connect = partial(sqlite3.connect, storage, timeout=_WRITE_TIMEOUT, check_same_thread=False)
+    return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool})
 
 
 def check_trials(study: optuna.Study, space: SearchSpace) -> None:
@@ -135,13 +144,13 @@ def open_study(sampler: SearchSampler, seed: int, storage: Storage) -> optuna.St
     Args:
         sampler: proposes configurations.
         seed: of the sampler, 0 .. 2**32 - 1.
-        storage: see `storage_url`.
+        storage: see `storage_file`.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        storage=storage,
+        storage=_opened(storage),
         study_name=f"{sampler}-{seed}",
         load_if_exists=True,
         directions=["maximize", "minimize"] if sampler == "nsga2" else ["maximize"],

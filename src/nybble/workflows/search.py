@@ -15,7 +15,7 @@ from nybble.errors import MissingExtraError, RunError
 from nybble.files import write_text
 from nybble.nls.ranks import RankConfiguration
 from nybble.nls.search import SearchConfig, SearchResult, compare_winners, search_ranks
-from nybble.nls.study import SearchSpace, storage_url
+from nybble.nls.study import SearchSpace, storage_file
 from nybble.options.commands import SearchOptions, TuneOptions
 from nybble.options.toml import run_values
 from nybble.report import ranks as rank_report
@@ -51,7 +51,7 @@ def search(options: SearchOptions) -> None:
         run, task, data = task_run.context.run, task_run.task, task_run.data
         candidates = tuple(tuple(candidate.configuration) for candidate in task.candidates)
         space = SearchSpace(data.rank_space, data.num_decoder_layers, data.held_out, candidates)
-        config = SearchConfig(asked.sampler, asked.num_trials, asked.random_baseline, asked.seed, storage_url(path))
+        config = SearchConfig(asked.sampler, asked.num_trials, asked.random_baseline, asked.seed, storage_file(path))
         scorer = task_run.scorer(tuned.layers)
         with run.stage("search"):
             found = search_ranks(space, scorer, config)
