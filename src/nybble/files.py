@@ -38,6 +38,8 @@ _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 # safetensors maps tensors from the file. Windows cannot replace a mapped file, so the tensors are copied there.
 _COPY_LOADED_TENSORS = sys.platform == "win32"
+# The folder or its disk went away, or became read-only, while a run works in it.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 # Disk full, quota used up, file larger than `ulimit -f` allows. Not every system has a quota error.
 _NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -114,8 +116,14 @@ def _replacing(path: Path) -> Iterator[Path]:
         with reporting_full_disk(path):
             yield temporary
         os.replace(temporary, path)
-    except Exception:
-        temporary.unlink(missing_ok=True)
+    except Exception as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _GONE:
+            raise RunError(
+                f"{path.parent} must stay where it is, and writable, until the command ends; {path.name} could not be "
+                f"written: {error.strerror}; bring it back, then add --resume"
+            ) from error
         raise
 
 

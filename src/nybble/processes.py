@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nybble import rendezvous
 from nybble.errors import OptionError, RunError, first_line
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Processes import torch at different speeds, and a process on another machine may start minutes later.
-_JOIN_TIMEOUT = timedelta(minutes=10)
-# The first process may be alone for hours. That a process died shows in its connection, or in the launcher's signal.
-_COLLECTIVE_TIMEOUT = timedelta(days=7)
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 5e-5, 5e-3  # seconds between two looks at an operation
 _CHECK_EVERY = 0.2  # seconds between two looks into the store
 _LINGER = 15.0  # seconds that a process with the store waits for the others at the end
@@ -66,12 +62,6 @@ class _Group:
 _group: _Group | None = None
 
 
-def launched() -> int:
-    """Number of processes that the launcher says it started; 1 without a launcher."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(size)) if size.isdecimal() else 1
-
-
 def count() -> int:
     """Number of processes that divide the work here; 1 inside `on_first`."""
     return 1 if _group is None or _group.alone else _group.count
@@ -89,12 +79,12 @@ def is_first() -> bool:
 
 def local_index() -> int:
     """Number of this process on its machine, from 0: its GPU."""
-    return 0 if _group is None else int(os.environ.get("LOCAL_RANK", "0"))
+    return 0 if _group is None else rendezvous.environment_number("LOCAL_RANK", 0)
 
 
 def local_count() -> int:
     """Number of processes on this machine, which share its memory."""
-    return 1 if _group is None else int(os.environ.get("LOCAL_WORLD_SIZE", _group.count))
+    return 1 if _group is None else rendezvous.environment_number("LOCAL_WORLD_SIZE", 0) or _group.count
 
 
 @contextmanager
@@ -105,25 +95,13 @@ def joined() -> Iterator[None]:
         RunError: the others cannot be reached.
     """
     global _group
-    if launched() == 1:
+    if rendezvous.launched() == 1:
         yield
         return
-    import torch
+    met = rendezvous.meet()
+    _group = _Group(met.store, met.index, met.count)
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=_JOIN_TIMEOUT)))
-        group_store = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RunError(
-            f"the {launched()} processes must reach each other; they do not ({first_line(error)}); start them with "
-            "torchrun or accelerate launch, and on several machines name an address and port of the first that is open"
-        ) from error
-    _group = _Group(PrefixStore("nybble", store), rank, size)
     with _quiet_but_first():
         yield
     with _peers_alive():
@@ -142,7 +120,7 @@ def _quiet_but_first() -> Iterator[None]:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Compare facts, such as versions and options, with those of the first process.
+    """Compare facts, such as versions, options and texts, with those of the first process.
 
     Raises:
         OptionError: a fact differs; it is named.
@@ -152,7 +130,7 @@ def check_same(facts: Mapping[str, str]) -> None:
             if others.get(name) != given[0][name]:
                 raise OptionError(
                     f"all processes must have the same {name}; process 0 has {given[0][name]}, process {i} has "
-                    f"{others.get(name)}; start them from the same environment with the same command"
+                    f"{others.get(name)}; start them with the same command, environment and files"
                 )
 
 
@@ -266,7 +244,9 @@ def gather_parts(part: Tensor, what: str = "") -> Tensor:
 
     flat = part.contiguous().view(-1)
     whole = flat.new_empty(_group.count * len(flat))
-    _finish(lambda: dist.all_gather_into_tensor(whole, flat, async_op=True))
+    # torch 2.13 has a new name and warns of the old one.
+    begin: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    _finish(lambda: begin(whole, flat, async_op=True))
     _group.sent.update({what: part.nbytes} if what else {})
     return whole.view(_group.count, *part.shape)
 
@@ -292,16 +272,17 @@ def claim_end(code: int) -> int | None:
     try:
         said: str = _group.store.compare_set(_ENDED, "", mine).decode()
     except RuntimeError:  # the store went away with its process, of which one of the others speaks
-        return None if _group.index <= 1 else code
+        return None if _group.index <= (not rendezvous.launcher_holds_store()) else code
     return None if said == mine else int(said.split()[1])
 
 
 def end(code: int) -> None:
-    """End this process now, after an error, if there are several: threads of gloo may wait for one that is gone."""
-    if _group is not None and code:
+    """End this process now, after an error, if there are several: threads of torch may wait for one that is gone."""
+    if code and (_group is not None or rendezvous.is_waiting()):
         sys.stdout.flush()
         sys.stderr.flush()
-        _leave(_group)
+        if _group is not None:
+            _leave(_group)
         os._exit(code)
 
 
@@ -339,7 +320,7 @@ def _leave(group: _Group) -> None:
     torchrun and accelerate launch hold the store themselves.
     """
     until = time.monotonic() + _LINGER
-    holds_store = group.index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    holds_store = group.index == 0 and not rendezvous.launcher_holds_store()
     try:
         left = group.store.add(_LEFT, 1)
         while holds_store and left < group.count and time.monotonic() < until:

@@ -69,6 +69,13 @@ def interrupt_on_signals(only_once: bool = False) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Let this process end without being asked to again."""
+    for name in _END_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def raise_if_interrupted() -> None:
     """Raise the Interrupted that a library has swallowed or turned into an error of its own.
 

@@ -43,6 +43,20 @@ def test_a_full_disk_does_not_hide_the_traceback(
     assert printed.splitlines()[-1].endswith("please report it with the details in stderr")
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 GB")]
+)
+def test_memory_that_runs_out_is_no_fault(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nybble.workflows.inspect.inspect", fail)
+    assert main(["inspect", "somewhere"]) == 2
+    assert capsys.readouterr().err.startswith("nybble: the machine must have memory for this; it ran out; close other")
+
+
 def test_an_error_of_the_system_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

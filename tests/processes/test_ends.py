@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from nybble.run.results import read_results
 from tests.helpers.distill import shipped_bytes
-from tests.helpers.several import Launcher, lines_of
+from tests.helpers.several import ROOT, Launcher, lines_of
 from tests.helpers.tiny import save_model
 from tests.processes.test_workflows import distill_command
 
@@ -114,6 +116,78 @@ def test_processes_that_differ_are_refused(command: list[str], tmp_path: Path, l
     (line,) = lines_of(ended)
     assert "all processes must have the same code of nybble" in line
     assert not (tmp_path / "run").exists()
+
+
+OTHER_TEXT = """
+from nybble.workflows import session
+original = session._fingerprints
+session._fingerprints = lambda planned: original(planned) | {"training text": "deadbeef"}
+"""
+BLIND = """
+from pathlib import Path
+original = Path.exists
+Path.exists = lambda self, **more: self.name != ".lock" and original(self, **more)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (OTHER_TEXT, "all processes must have the same training text; process 0 has"),
+        (BLIND, "must be a folder that all processes see; process 1 does not see it"),
+    ],
+)
+def test_what_only_one_process_sees_deletes_no_run(
+    code: str, text: str, command: list[str], tmp_path: Path, launcher: Launcher
+) -> None:
+    ended = launcher.run(command, 2, code, 1)
+    assert [process.code for process in ended] == [2, 2], ended
+    (line,) = lines_of(ended)
+    assert text in line
+    assert not (tmp_path / "run").exists()
+    assert [process.code for process in launcher.run(command)] == [0, 0]
+    before = shipped_bytes(tmp_path / "run")
+    assert [process.code for process in launcher.run([*command, "--overwrite"], 2, code, 1)] == [2, 2]
+    assert shipped_bytes(tmp_path / "run") == before
+    assert read_results(tmp_path / "run").finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_can_be_ended(
+    number: signal.Signals, command: list[str], launcher: Launcher
+) -> None:
+    alone = "import os; os.environ['WORLD_SIZE'] = '2'"
+    (process,) = launcher.start([command], alone, apart=True)
+    time.sleep(3)
+    os.kill(process, number)
+    (ended,) = launcher.wait([process], 30)
+    assert ended.code == 128 + number
+    assert lines_of([ended])[0].startswith("nybble: interrupted")
+
+
+STOP_ONCE = """
+import os, signal
+from nybble.training.trainer import Trainer
+original = Trainer._accumulate_gradients
+def accumulate(self, step):
+    if step == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, step)
+Trainer._accumulate_gradients = accumulate
+"""
+
+
+def test_processes_that_torchrun_starts_again_resume(command: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"{STOP_ONCE}\nimport sys\nfrom nybble.cli.main import main\nsys.exit(main())\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    ended = subprocess.run(
+        [sys.executable, *torchrun, str(program), *command, "--resume"],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed at step 2 of 20" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_more_processes_than_a_batch_has_sequences(command: list[str], tmp_path: Path, launcher: Launcher) -> None:

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from nybble import processes
+from nybble import processes, rendezvous
 from tests.helpers.several import launch_program
 from tests.helpers.toy_training import make_toy, make_trainer, trainer_config
 
 _PROGRAM = """
 import json, sys, torch
-from nybble import processes
+from nybble import processes, rendezvous
 from tests.helpers.toy_training import make_toy, make_trainer, trainer_config
 
 with processes.joined():
@@ -82,4 +82,4 @@ def test_one_process_sends_nothing() -> None:
 @pytest.mark.parametrize(("size", "expected"), [("", 1), ("2", 2), ("0", 1), ("many", 1)])
 def test_the_launcher_says_how_many(size: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
-    assert processes.launched() == expected
+    assert rendezvous.launched() == expected

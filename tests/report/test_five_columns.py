@@ -15,10 +15,12 @@ from nybble.report.five_columns import (
     NO_SETTING,
     check_same_setting,
     is_comparison,
+    note_setting,
     read_comparison,
     setting_of,
     setting_text,
 )
+from nybble.run.marker import write_marker
 from nybble.run.results import RESULTS
 from tests.helpers.runs import compare_options, known, write_columns
 
@@ -81,6 +83,16 @@ def test_a_comparison_with_other_options_is_refused(changes: dict[str, object], 
     check_same_setting(tmp_path, compare_options(tmp_path, **same))
     with pytest.raises(RunError, match=f"it holds one of a with {words}; choose another folder, or add --overwrite"):
         check_same_setting(tmp_path, compare_options(tmp_path, **same | changes))
+
+
+def test_a_comparison_that_another_process_began_has_its_options(tmp_path: Path) -> None:
+    note_setting(tmp_path, compare_options(tmp_path, epochs=2))
+    check_same_setting(tmp_path, compare_options(tmp_path, epochs=3))  # nothing was made
+    (tmp_path / "a" / NLS_RUN).mkdir(parents=True)
+    write_marker(tmp_path / "a" / NLS_RUN)
+    check_same_setting(tmp_path, compare_options(tmp_path, epochs=2))
+    with pytest.raises(RunError, match=r"it holds one that was begun with --epochs 2, got 3; choose another folder"):
+        check_same_setting(tmp_path, compare_options(tmp_path, epochs=3))
 
 
 def test_what_cannot_be_read_may_be_replaced(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="must be writable; .*; choose another folder"):
+    with pytest.raises(RunError, match="must be writable; .*; change its permissions, or choose another folder"):
         begin(tmp_path / "file" / "run")
 
 

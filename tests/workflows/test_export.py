@@ -99,7 +99,9 @@ def test_a_run_in_use_and_one_that_is_read_only_are_refused_without_output_dir(
 
     monkeypatch.setattr("nybble.run.folder.FileLock.acquire", denied)
     assert main(["export", str(run), "--to", "plain"]) == 2
-    assert said(capsys) == f"{run} must be writable; Permission denied; change its permissions"
+    assert (
+        said(capsys) == f"{run} must be writable; Permission denied; change its permissions, or choose another folder"
+    )
 
 
 @pytest.mark.parametrize("swallowed", [False, True])

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module, metadata
 
-from nybble import processes, runtime
+from nybble import processes, rendezvous, runtime
 from nybble.cli.help import USAGE, help_text
 from nybble.cli.parse import parse
 from nybble.errors import NybbleError, OptionError, first_line
@@ -48,6 +48,7 @@ _HELP_ALL = ("--help-all", "--help_all")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not _streams_are_open():
         return _fail("stdout must be open; it is closed; redirect it, to /dev/null if nothing is to be seen", 2)
@@ -55,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime.set_openmp_spin()
     runtime.keep_freed_memory()
     try:
-        with runtime.interrupt_on_signals(only_once=processes.launched() > 1):
+        with runtime.interrupt_on_signals(only_once=rendezvous.launched() > 1):
             code = _exit_code(arguments)
     except KeyboardInterrupt as interruption:  # also one that came while an error was handled
+        if is_program:
+            runtime.ignore_signals()  # a key that is held would end Python in the middle of its own end
         code = _interrupted(arguments, interruption)
     processes.end(code)
     return code
@@ -78,6 +81,12 @@ def _exit_code(arguments: list[str]) -> int:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded yet
             return _fail(
                 "the device must have memory for this; it ran out; use a smaller model, or --device cpu",
+                2,
+            )
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's on a CPU
+            return _fail(
+                "the machine must have memory for this; it ran out; close other programs, or use a smaller model or "
+                "--offload disk",
                 2,
             )
         return _unforeseen(arguments, error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +153,8 @@ def _write(report: RunsReport | CombinedComparison, folders: Sequence[Path], out
                     f"--out {out} must not replace a file that nybble report did not write; it would replace {path}; "
                     "choose another name"
                 )
+        if not out.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out.parent))
         write_text(out, report.html())
         if beside in replaced:
             write_text(beside, f"{MARKER}\n\n{report.markdown()}")

@@ -28,10 +28,13 @@ from nybble.errors import RunError
 from nybble.files import write_text
 from nybble.options.commands import CompareOptions
 from nybble.report.figures import Figure, Figures
+from nybble.run.marker import is_run
 from nybble.run.results import has_results, read_results
-from nybble.schema import to_json
+from nybble.schema import SchemaError, read_json, to_json
 
 FILE = "compare.json"
+# The options, before there is a task to write about.
+_BEGUN = ".begun.json"
 COLUMNS = ("BF16", "BF16 + LoRA", "INT4, LoRA + PTWC", "INT4, QAT + LoRA", "INT4, QAT + NLS")
 # Run folders of the last column and those before it.
 NLS_RUN, LORA_RUN, PTWC_RUN, LORA16_RUN = "qat-nls", "qat-lora", "ptwc", "lora"
@@ -78,19 +81,38 @@ def check_same_setting(folder: Path, options: CompareOptions) -> None:
     Raises:
         RunError: the folder has such a comparison; the option is named.
     """
-    try:
+    before, now, whose = _begun(folder), _whole_setting(options), "one that was begun"
+    with suppress(RunError):  # None yet, or one of another version, which is made again.
         earlier = read_comparison(folder)
-    except RunError:  # None yet, or one of another version, which is made again.
-        return
-    before = {"pretrained": earlier.model, "seed": earlier.seed} | earlier.setting
-    now = {"pretrained": options.model.pretrained, "seed": options.run.seed} | setting_of(options)
+        before = {"pretrained": earlier.model, "seed": earlier.seed} | earlier.setting
+        whose = f"one of {', '.join(earlier.figures)}"
     for key in now:
-        if before.get(key) != now[key]:
+        if before and before.get(key) != now[key]:
             raise RunError(
-                f"--output_dir {folder} must be new or hold a comparison with the same options; it holds one of "
-                f"{', '.join(earlier.figures)} with --{key} {setting_text(before.get(key))}, got "
-                f"{setting_text(now[key])}; choose another folder, or add --overwrite"
+                f"--output_dir {folder} must be new or hold a comparison with the same options; it holds {whose} with "
+                f"--{key} {setting_text(before.get(key))}, got {setting_text(now[key])}; choose another folder, or add "
+                "--overwrite"
             )
+
+
+def note_setting(folder: Path, options: CompareOptions) -> None:
+    """Note with which options a comparison begins, for processes that make the same one before it has a task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / _BEGUN, to_json(_whole_setting(options)) + "\n")
+
+
+def _whole_setting(options: CompareOptions) -> dict[str, Any]:
+    return {"pretrained": options.model.pretrained, "seed": options.run.seed} | setting_of(options)
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """What `note_setting` noted; empty where that cannot be read, or where no run was made since."""
+    if not any(is_run(path) for path in folder.glob("*/*")):
+        return {}
+    with suppress(SchemaError):
+        found = read_json(folder / _BEGUN)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def write_comparison(folder: Path, options: CompareOptions, figures: Figures) -> ColumnComparison:

@@ -182,42 +182,60 @@ def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
         RunError: in use, not empty, not writable, made with other options (on resume; the option is named), or not seen
             by all processes.
     """
-    opened: list[RunFolder] = []
+    path, locks, opened = options.folder, list[FileLock](), list[RunFolder]()
+
+    def lock_here() -> None:
+        check_folder(path, options.run.resume, options.run.overwrite)
+        locks.append(_lock(path))
 
     def open_here() -> RunResults:
-        opened.append(_open(options, keep_options))
+        opened.append(_open(options, keep_options, locks[0]))
         return opened[0].results
 
-    results = processes.on_first(open_here)
-    if opened:
-        return opened[0]
-    if not is_run(options.folder):
-        raise RunError(
-            f"--output_dir {options.folder} must be a folder that all processes see; process {processes.index()} does "
-            "not see it; choose a folder on a file system that the machines share"
-        )
-    return RunFolder(options.folder, results)
+    processes.on_first(lock_here)
+    try:
+        _check_seen(path)  # before anything is deleted
+        results = processes.on_first(open_here)
+    except BaseException:
+        for lock in locks:
+            lock.release()
+            _forget_new(path)
+        raise
+    return opened[0] if opened else RunFolder(path, results)
 
 
-def _open(options: RunCommand, keep_options: bool) -> RunFolder:
+def _check_seen(path: Path) -> None:
+    """Raise RunError unless all processes see the folder that the first one has locked."""
+    for i, seen in enumerate(processes.gather((path / _LOCK).exists())):
+        if not seen:
+            raise RunError(
+                f"--output_dir {path} must be a folder that all processes see; process {i} does not see it; choose a "
+                "folder on a file system that the machines share"
+            )
+
+
+def _forget_new(path: Path) -> None:
+    """Delete a folder in which nothing but the lock was made."""
+    with suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [_LOCK]:
+            (path / _LOCK).unlink()
+            path.rmdir()
+
+
+def _open(options: RunCommand, keep_options: bool, lock: FileLock) -> RunFolder:
     path, resume, overwrite = options.folder, options.run.resume, options.run.overwrite
     used = check_folder(path, resume, overwrite)
-    lock = _lock(path)
-    try:
-        if used and overwrite:
-            delete_run(path, _OWN, _LOCK)
-        results = RunResults()
-        if used and resume:
-            check_same_options(path, options)
-            results = _settled_results(path)
-            go_back(path, results)
-        if not is_run(path):
-            write_marker(path)
-        if not (used and keep_options):
-            write_text(path / CONFIG, to_toml(options))
-    except BaseException:
-        lock.release()
-        raise
+    if used and overwrite:
+        delete_run(path, _OWN, _LOCK)
+    results = RunResults()
+    if used and resume:
+        check_same_options(path, options)
+        results = _settled_results(path)
+        go_back(path, results)
+    if not is_run(path):
+        write_marker(path)
+    if not (used and keep_options):
+        write_text(path / CONFIG, to_toml(options))
     command_line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     results.command_line = results.command_line or command_line
     if results.command_line != command_line:
@@ -231,7 +249,7 @@ def reopen_run(path: Path) -> RunFolder:
     Raises:
         RunError: in use, not writable, or damaged.
     """
-    lock = _lock(path, is_new=False)
+    lock = _lock(path)
     try:
         if not has_results(path):
             raise RunError(f"{path} must be a finished run; it has no {RESULTS}; finish it with --resume")
@@ -262,25 +280,17 @@ def _check_no_links(path: Path) -> None:
             )
 
 
-def _lock(path: Path, is_new: bool = True) -> FileLock:
-    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it.
-
-    Args:
-        is_new: --output_dir named the folder, and may name another, for error messages.
-    """
+def _lock(path: Path) -> FileLock:
+    """Make the folder and lock it for this process; RunError if it cannot be written or another process has it."""
     _check_no_links(path)
     lock = FileLock(path / _LOCK, blocking=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        if not is_new:
-            raise RunError(f"{path} is in use by another process; wait until that ends") from error
-        raise RunError(
-            f"--output_dir {path} is in use by another process; wait for it, or choose another folder"
-        ) from error
+        raise RunError(f"{path} is in use by another process; wait until that ends") from error
     except OSError as error:
-        if not is_new:
-            raise RunError(f"{path} must be writable; {error.strerror}; change its permissions") from error
-        raise RunError(f"--output_dir {path} must be writable; {error.strerror}; choose another folder") from error
+        raise RunError(
+            f"{path} must be writable; {error.strerror}; change its permissions, or choose another folder"
+        ) from error
     return lock

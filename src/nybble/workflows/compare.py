@@ -70,8 +70,10 @@ def compare(options: CompareOptions, callbacks: Sequence[Callback] = ()) -> Path
     options = options.replace(lora_rank_space=parse_rank_space(options.ranks.lora_rank_space))
     _check(options)
     folder = options.folder
-    if not options.run.overwrite:
-        five_columns.check_same_setting(folder, options)
+    with claimed(folder / five_columns.FILE, wait=True):
+        if not options.run.overwrite:
+            five_columns.check_same_setting(folder, options)
+        five_columns.note_setting(folder, options)
     comparisons = {task: _TaskComparison(options, task, folder / task, callbacks) for task in options.task.tasks}
     with ExitStack() as stack:
         for path in (path for comparison in comparisons.values() for path in comparison.paths):

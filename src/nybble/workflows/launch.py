@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import nybble
-from nybble import processes
+from nybble import processes, rendezvous
 from nybble.errors import OptionError
 from nybble.options.base import Command
 from nybble.run.machine import package_versions
@@ -19,7 +19,7 @@ def check_processes(options: Command) -> None:
     Raises:
         OptionError: they were not joined, differ in options, versions or code, or are more than a batch has sequences.
     """
-    launched, count = processes.launched(), processes.count()
+    launched, count = rendezvous.launched(), processes.count()
     if launched > 1 and count == 1:
         raise OptionError(
             f"nybble {options.NAME} must run in one process when Python calls it; it was started in {launched}; use "

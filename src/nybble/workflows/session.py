@@ -56,10 +56,13 @@ def run_session(options: RunCommand, facts: RunFacts) -> Iterator[RunFolder]:
     Raises:
         RunError: it cannot be opened, or what the run reads has changed since it began.
     """
+    fingerprints = _fingerprints(facts.planned)
+    processes.check_same(fingerprints)
     run = open_run(options, facts.keep_options)
     try:
         with log_to(run.path / "log.txt"):
             _note_facts(run, options, facts)
+            check_same_inputs(run.results, fingerprints)
             yield run
     finally:
         run.close()
@@ -81,11 +84,15 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
         results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
     results.limit = facts.limit
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
-    fingerprints = {"model": model_fingerprint(loaded.model)} | dict(text.fingerprints)
+
+
+def _fingerprints(planned: PlannedRun) -> dict[str, str]:
+    """Hashes of what the run reads."""
+    compression = planned.compression
+    fingerprints = {"model": model_fingerprint(planned.loaded.model)} | dict(planned.text.fingerprints)
     if compression.init_from is not None and not compression.is_made:
         fingerprints["4-bit model of --init_from"] = init_from.fingerprint(compression.init_from)
-    processes.check_same(fingerprints)
-    check_same_inputs(results, fingerprints)
+    return fingerprints
 
 
 def _layer_counts(selection: LayerSelection, model: Any) -> LayerCounts:
