@@ -83,6 +83,11 @@ def test_a_folder_with_a_config_that_is_no_run_gives_no_options(tmp_path: Path) 
     assert resumed.flat()["lr"] == DistillOptions.of(pretrained="m").training.lr
 
 
+def test_a_folder_without_a_run_cannot_say_what_to_begin(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"--resume must find a run in .*nowhere; there is none; check --output_dir"):
+        parse(["distill", "--resume", "--output_dir", str(tmp_path / "nowhere")])
+
+
 def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     saved_run(tmp_path, TuneOptions.of(pretrained="m", task="t"))
     with pytest.raises(RunError, match="--resume must continue a run of nybble distill; .* was begun by nybble tune"):

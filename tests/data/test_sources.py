@@ -162,6 +162,17 @@ def test_a_messages_column_holds_conversations(tmp_path: Path) -> None:
     assert all(document == Conversation(CONVERSATION) for document in everything(splits))
 
 
+def test_rows_of_sharegpt_are_conversations(tmp_path: Path) -> None:
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}, {"from": "system", "value": "x"}]
+    path = write_rows(tmp_path / "chat.jsonl", [shared] * 10, "conversations")
+    assert load(path).train[0] == Conversation(
+        [
+            {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
+            {"role": "system", "content": "x"},
+        ]
+    )  # fmt: skip
+
+
 def test_a_column_of_lists_holds_conversations_whatever_its_name(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "chat.jsonl", [CONVERSATION] * 10, "talk")
     assert load(path, column="talk").train[0] == Conversation(CONVERSATION)
@@ -205,6 +216,18 @@ def test_a_training_split_gives_only_the_missing_splits(tmp_path: Path) -> None:
     splits = load(tmp_path)
     assert (len(splits.train), len(splits.validation), splits.test) == (90, 10, ["test"])
     assert len({*splits.train, *splits.validation}) == 100
+
+
+def test_files_of_a_folder_are_read_together_where_no_name_has_a_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        (tmp_path / f"page{i:02}.md").write_text(f"page {i}\n")
+    caplog.set_level("INFO", "nybble")
+    splits = load(tmp_path)
+    assert sorted(everything(splits)) == sorted(f"page {i}\n" for i in range(20))
+    assert [len(splits[split]) for split in SPLITS] == [16, 2, 2]
+    assert "its 20 files are read together; none has train, validation or test in its name" in caplog.text
 
 
 def test_a_folder_without_a_wanted_split_is_refused(tmp_path: Path) -> None:

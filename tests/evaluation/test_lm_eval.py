@@ -130,6 +130,12 @@ def test_unknown_tasks_are_refused_with_similar_names() -> None:
         open_task("0000", None, "--compare")
 
 
+def test_rows_of_ones_own_are_no_task_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.evaluation.lm_eval.task_manager", lambda: pytest.fail("this takes seconds"))
+    with pytest.raises(OptionError, match=r"got mine\.jsonl; rows of your own are a --task of nybble tune"):
+        check_tasks(("mine.jsonl",), None)
+
+
 def test_packages_that_a_task_needs_are_named(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wonderwords", None)  # otherwise the task could be there
     words = "must name tasks whose Python packages are installed; niah_single_1 needs one that is not .*wonderwords"

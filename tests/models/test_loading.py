@@ -112,6 +112,14 @@ def test_a_path_that_does_not_exist_is_refused(name: str) -> None:
         load(name)
 
 
+def test_the_nearest_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "openvino").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no such folder; did you mean runs/openvino\?"):
+        load("runs/opnvino")
+    loading.check_model_path("owner/model")  # a hub id
+
+
 def test_a_gguf_file_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ModelError, match="must be an existing .gguf file; there is none at this path"):
         load("nowhere.gguf")

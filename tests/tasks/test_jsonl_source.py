@@ -25,6 +25,14 @@ def test_matches_by_suffix() -> None:
     assert not JsonlSource().matches("openbookqa")
 
 
+def test_choices_of_a_csv_file_are_json(tmp_path: Path) -> None:
+    lines = [f'{i} + 1 =,"[""{i}"", ""{i + 1}""]",1' for i in range(20)]
+    (tmp_path / "own.csv").write_text("\n".join(["prompt,choices,answer", *lines]) + "\n")
+    dataset = JsonlSource().load(request(tmp_path / "own.csv"))
+    assert (dataset.metric, len(dataset.train)) == ("acc", 16)
+    assert all(question.label == 1 and len(question.choices) == 2 for question in dataset.train)
+
+
 def test_rows_are_split_without_overlap(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = load(path, numbered_rows(60))
     parts = [{question.prompts[0] for question in part} for part in (dataset.train, dataset.held_out, dataset.scored)]

@@ -89,11 +89,11 @@ def test_lines_of_the_input_are_a_conversation(
 def test_a_line_that_looks_like_a_command_is_none(
     folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n/help\n/etc/passwd\n/a b\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/leave\n/help\n/etc/passwd\n/a b\n/quit\nnot asked\n"))
     assert main(["chat", str(folder), *SHORT]) == 0
     assert len(prompts) == 2
     printed = capsys.readouterr()
-    assert "/quit is no command. /new starts another conversation, /exit or Ctrl-D ends" in printed.err
+    assert "/leave is no command. /new starts another conversation, /exit or Ctrl-D ends" in printed.err
     assert "/help is no command." in printed.err
     assert len(printed.out.splitlines()) >= 2
     assert main(["chat", str(folder), "--prompt", "/exit", *SHORT]) == 0

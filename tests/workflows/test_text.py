@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nybble.errors import HubUnreachableError, OptionError
+from nybble.errors import DataError, HubUnreachableError, OptionError
 from nybble.options.data import TextOptions
 from nybble.workflows import text as module
 
 
-def test_all_data_that_the_hub_alone_has_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_where_nothing_is_costs_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "check_tasks", lambda *_: pytest.fail("this takes seconds"))
+    for option in ("data", "eval_data", "other_data"):
+        with pytest.raises(DataError, match=rf"--{option} \./no/such must be an existing file or folder"):
+            module.check_sources((), TextOptions(**{"data": ("wikitext2",), option: ("./no/such",)}))  # type: ignore[arg-type]
+
+
+def test_all_data_that_the_hub_alone_has_are_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("{")
     datasets = pytest.importorskip("datasets")
     from huggingface_hub import constants
 
@@ -28,14 +38,14 @@ def test_all_data_that_the_hub_alone_has_are_named_at_once(monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(module, "check_tasks", unreachable)
-    options = TextOptions(data=("me/chats=0.5", "self:python-docs=0.5"), eval_data=("wikitext2-plain", "nosuch.txt"))
+    options = TextOptions(data=("me/chats=0.5", "self:python-docs=0.5"), eval_data=("wikitext2-plain", str(damaged)))
     with pytest.raises(HubUnreachableError) as error:
         module.check_sources(("wikitext",), options)
     assert str(error.value).startswith(
         "the data of wikitext must be on this machine; add --data_dir FOLDER; and --data me"
     )
     assert "; and --eval_data wikitext2-plain is not on this machine" in str(error.value)
-    assert "nosuch" not in str(error.value)
+    assert "damaged" not in str(error.value)
     assert seen == [(True, True), (True, True)], "the hub is not waited for again"
     assert not datasets.config.HF_HUB_OFFLINE
 

@@ -740,7 +740,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be a run of nybble tune that was trained; it is none, or its training did not end" in refused(
         tmp_path, capsys, "--eval_only", "--resume"
     )
-    assert "nothing.jsonl cannot be read: No such file or directory" in refused(
+    assert "nothing.jsonl must be an existing file; there is nothing at this path" in refused(
         tmp_path, capsys, task=str(tmp_path / "nothing.jsonl")
     )
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "x", "choices": ["a"], "answer": 0}\n')

@@ -52,8 +52,12 @@ class EncodedConversation:
     label_mask: list[bool]
 
 
+# Roles of rows like {"from": "human", "value": "..."} (ShareGPT) -> those of chat templates.
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_response": "tool"}
+
+
 def check_messages(value: object, where: str) -> list[Message]:
-    """Check that a value is a conversation, and return it.
+    """Check that a value is a conversation, and return it. Messages with "from" and "value" get "role" and "content".
 
     Args:
         value: what a file or data set holds.
@@ -62,6 +66,8 @@ def check_messages(value: object, where: str) -> list[Message]:
     Raises:
         DataError: it is not a non-empty list of messages, the content of a message is not text, or text is not Unicode.
     """
+    if isinstance(value, list):
+        value = [_with_role(message) for message in value]
     if not (isinstance(value, list) and value and all(map(_is_message, value))):
         raise DataError(
             f'{where} must be a list of messages like {{"role": "user", "content": "..."}}; got {repr(value)[:80]}; '
@@ -102,6 +108,13 @@ def check_tools(value: object, where: str) -> list[Tool] | None:
         )
     check_unicode(read, where)
     return list(read)
+
+
+def _with_role(message: Any) -> Any:
+    if not (isinstance(message, dict) and isinstance(message.get("from"), str) and "value" in message):
+        return message
+    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]} | rest
 
 
 def _is_message(value: object) -> bool:

@@ -4,13 +4,14 @@
 - `wikitext2-plain`: the same text without its tokenization marks, as lm-eval reads it, one document per article;
 - `python-docs`: the prose of CPython's own pydoc_data.topics, which is on every machine;
 - a file: .txt, .raw or .md (one document), or .jsonl, .json, .csv or .parquet (one document per row, --text_column);
-- a folder with one or more files per split, whose names contain the word train, validation, valid, val, dev or test;
+- a folder with one or more files per split, whose names contain the word train, validation, valid, val, dev or test,
+  or a folder of files of which none does: all of them are training text;
 - any hub data set, OWNER/NAME or OWNER/NAME:CONFIGURATION (--text_column names the column), or a folder of its name in
   --data_dir;
 - `self` and `self:SOURCE`: text that the model generates (generate.py). It has no documents and is refused here.
 
-Rows without the column "text" but with a column "messages" are conversations, with the tools in a column "tools"
-(chat.py).
+Rows without the column "text" but with a column "messages" or "conversations" are conversations, with the tools in a
+column "tools" (columns.py, chat.py).
 
 A source without validation or test split takes them from its training documents (splits.py).
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import files as data_files
-from nybble.data.chat import Conversation, check_messages, check_tools
+from nybble.data.columns import TOOLS, checked_documents, document_column
 from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, split_named, splits_in_name
 from nybble.data.wikitext import split_articles, undo_tokenization
 from nybble.errors import DataError, HubUnreachableError
@@ -37,7 +38,6 @@ WIKITEXT2 = "wikitext2"
 WIKITEXT2_PLAIN = "wikitext2-plain"
 PYTHON_DOCS = "python-docs"
 SELF = "self"
-_MESSAGES_COLUMN, _TOOLS_COLUMN = "messages", "tools"
 _TEXT_SUFFIXES = (".raw", ".txt", ".md")
 # Plain text first: papers measure perplexity on the plain text of WikiText, where a folder may hold its rows too.
 _SUFFIXES = (*_TEXT_SUFFIXES, *data_files.ROW_SUFFIXES)
@@ -137,12 +137,19 @@ def _load(request: _Request) -> DocumentSplits:
         return _from_folder(path, request)
     if path.is_file():
         return hold_out(_read_file(path, request.column, request.option))
-    if location.startswith((".", "/", "~")) or path.suffix.lower() in _SUFFIXES:
-        raise DataError(
-            f"{request.option} {location} must be an existing file or folder, wikitext2, wikitext2-plain, python-docs, "
-            "or a hub data set; there is nothing at this path; check the path"
-        )
+    check_place(location, request.option)
     return _from_hub(request)
+
+
+def check_place(name: str, option: str) -> None:
+    """Raise DataError for a source that can only be a path, where nothing is. It takes no time and reads nothing."""
+    place = prefix_source(name) or name
+    is_path = place.startswith((".", "/", "~")) or Path(place).suffix.lower() in _SUFFIXES
+    if is_path and not Path(place).exists():
+        raise DataError(
+            f"{option} {place} must be an existing file or folder, wikitext2, wikitext2-plain, python-docs, or a hub "
+            "data set; there is nothing at this path; check the path"
+        )
 
 
 def _plain_articles(texts: Sequence[Document]) -> list[Document]:
@@ -180,9 +187,9 @@ def _read_file(path: Path, column: str, option: str, keep_blank: bool = False) -
     if not rows:
         raise DataError(f"{option} {path} must have at least one row; it has none; name another file")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    column = _document_column(columns, column, str(path))
-    values, tools = ([row.get(name) for row in rows] for name in (column, _TOOLS_COLUMN))
-    return _checked_documents(values, tools, column, str(path), keep_blank)
+    column = document_column(columns, column, str(path))
+    values, tools = ([row.get(name) for row in rows] for name in (column, TOOLS))
+    return checked_documents(values, tools, column, str(path), keep_blank)
 
 
 def _from_folder(folder: Path, request: _Request, lines: bool = False) -> DocumentSplits:
@@ -209,6 +216,11 @@ def _from_folder(folder: Path, request: _Request, lines: bool = False) -> Docume
                 documents = [doc for file in files for doc in _read_file(file, column, request.option, lines)]
                 found[split] = ["".join(map(str, documents))] if lines and rowwise else documents
                 break
+    if not found and known and not lines:
+        log.info(
+            "%s: its %d files are read together; none has train, validation or test in its name", folder, len(known)
+        )
+        found["train"] = [document for file in known for document in _read_file(file, request.column, request.option)]
     missing = _missing_split(found, request.wanted)
     if missing:
         raise DataError(
@@ -255,10 +267,10 @@ def _from_hub(request: _Request) -> DocumentSplits:
         log.info("%s: %s", name, others)
     found: dict[str, Sequence[Document]] = {}
     for split, own in names.items():
-        column = _document_column(splits[own].column_names, request.column, name)
+        column = document_column(splits[own].column_names, request.column, name)
         rows = _some_rows(splits[own], column, name)
-        tools = rows[_TOOLS_COLUMN] if _TOOLS_COLUMN in rows.column_names else [None] * len(rows)
-        documents = _checked_documents(rows[column], tools, column, name, location == WIKITEXT2)
+        tools = rows[TOOLS] if TOOLS in rows.column_names else [None] * len(rows)
+        documents = checked_documents(rows[column], tools, column, name, location == WIKITEXT2)
         # The rows of wikitext-2 are the lines of one text.
         found[split] = ["".join(map(str, documents))] if location == WIKITEXT2 else documents
     return _with_all_splits(found)
@@ -297,52 +309,3 @@ def _hub_error(request: _Request, error: Exception) -> DataError:
         "name a local file or folder, give --data_dir (a folder of data sets), or use "
         f"{request.option} python-docs ({cause})"
     )
-
-
-def _document_column(columns: Sequence[str], wanted: str, source: str) -> str:
-    """The column to read: the wanted one; or "messages" if the default "text" is wanted and does not exist."""
-    if wanted == "text" and wanted not in columns and _MESSAGES_COLUMN in columns:
-        return _MESSAGES_COLUMN
-    if wanted not in columns:
-        raise DataError(
-            f"--text_column must be a column of {source}: got {wanted}; it has "
-            f"{' '.join(', '.join(columns).split())[:200] or 'none'}"
-        )
-    return wanted
-
-
-def _checked_documents(
-    values: Sequence[Any], tools: Sequence[Any], column: str, source: str, keep_blank: bool = False
-) -> Sequence[Document]:
-    """The values of a column, all of them texts or all of them conversations. Rows without a value are left out.
-
-    Args:
-        tools: of conversations, for each row.
-        keep_blank: keep texts of white space: the rows are the lines of one text.
-    """
-    filled = [
-        (i, value, own_tools)
-        for i, (value, own_tools) in enumerate(zip(values, tools, strict=True), 1)
-        if value is not None and (keep_blank or not isinstance(value, str) or value.strip())
-    ]
-    if len(filled) < len(values):
-        log.warning(
-            "%s: left out %d of %d rows, which have nothing in column %s",
-            source, len(values) - len(filled), len(values), column,
-        )  # fmt: skip
-    if filled and (isinstance(filled[0][1], list) or column == _MESSAGES_COLUMN):
-        return [
-            Conversation(
-                check_messages(value, f"{source}: row {i}, column {column}"),
-                check_tools(own_tools, f"{source}: row {i}, column {_TOOLS_COLUMN}"),
-            )
-            for i, value, own_tools in filled
-        ]
-    for i, value, _ in filled:
-        if not isinstance(value, str):
-            raise DataError(
-                f"{source}: row {i}, column {column} must be text; got {repr(value)[:80]}; "
-                "name another column with --text_column"
-            )
-        data_files.check_unicode(value, f"{source}: row {i}, column {column}")
-    return [value for _, value, _ in filled]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble import processes
+from nybble.data.files import ROW_SUFFIXES
 from nybble.errors import (
     DataError,
     HubUnreachableError,
@@ -217,11 +218,14 @@ def _check_names(tasks: Sequence[str], option: str) -> None:
     """Raise MissingExtraError without lm-eval, and OptionError for a task that it does not know."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("eval", f"{option} {' '.join(tasks)}")
-    known = task_manager().all_tasks
-    for task in tasks:
+    own = [task for task in tasks if task.lower().endswith(ROW_SUFFIXES)]
+    known = [] if own else task_manager().all_tasks  # reading them takes seconds
+    for task in own or tasks:
         if task not in known:
             similar = get_close_matches(task, known, 3)
             remedy = f"did you mean {', '.join(similar)}?" if similar else "list them with: lm-eval ls tasks"
+            if task.lower().endswith(ROW_SUFFIXES):
+                remedy = "rows of your own are a --task of nybble tune, which scores them (--resume --eval_only again)"
             raise OptionError(f"{option} must name tasks of lm-eval; got {task}; {remedy}")
 
 

@@ -84,6 +84,14 @@ _GROUP_SIZES = (32, 64, 128)
 """Of MARLIN_SUPPORTED_GROUP_SIZES in vLLM 0.32; its kernel for Hopper GPUs (Machete) has 64 and 128 only."""
 
 
+def _has_experts_with_zero_points(config: Mapping[str, Any]) -> bool:
+    """Whether the config.json of an export is that of a mixture of experts with asymmetric codes."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    asymmetric = any(not (group.get("weights") or {}).get("symmetric", True) for group in groups)
+    parts = (config, config.get("text_config") or {})
+    return asymmetric and any("expert" in key and value for part in parts for key, value in part.items())
+
+
 class VLLMExporter(Exporter):
     """Export to compressed-tensors."""
 
@@ -136,8 +144,12 @@ class VLLMExporter(Exporter):
         )
 
     def how_to_run(self, config: Mapping[str, Any]) -> str:
-        """Return `usage`, with bfloat16 for models that overflow in float16; see `Exporter.how_to_run`."""
-        return self.usage if config.get("dtype") != "float32" else self.usage.replace("float16", "bfloat16")
+        """Return `usage` for this model; see `Exporter.how_to_run`.
+
+        With bfloat16 for models that overflow in float16; of experts with zero points, only what runs them.
+        """
+        usage = self.usage[: self.usage.index("On a CPU")] if _has_experts_with_zero_points(config) else self.usage
+        return usage if config.get("dtype") != "float32" else usage.replace("float16", "bfloat16")
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; see `Exporter.write`.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,22 @@ def check_model_path(pretrained: str) -> None:
     elif path.is_dir():
         check_model_folder(path)
         check_config_file(path)
-    elif path.exists() or pretrained.startswith((".", "/", "~")):
+    elif path.exists() or _is_local(pretrained):
+        near = get_close_matches(path.name, (entry.name for entry in path.parent.glob("*")), 1)
+        remedy = f"did you mean {path.parent / near[0]}?" if near and near[0] != path.name else "check the spelling"
         raise ModelError(
             f"--pretrained {pretrained} must be a model folder, a .gguf file or a hub id; there is no such folder; "
-            "check the spelling"
+            f"{remedy}"
         )
+
+
+def _is_local(pretrained: str) -> bool:
+    """Whether a name can only be a path: a hub id has one slash, and no folder here is called like its owner."""
+    return (
+        pretrained.startswith((".", "/", "~"))
+        or pretrained.count("/") > 1
+        or (pretrained.count("/") == 1 and Path(pretrained).parent.is_dir())
+    )
 
 
 def check_supported(model: nn.Module, name: str) -> None:

@@ -143,7 +143,10 @@ class Command:
             getattr(self, name).check()
         for name, field in self.fields().items():
             if field.metadata["required"] and not self.flat()[name]:
-                raise OptionError(f"{self.spelled(name)} is required: {field.metadata['help'].rstrip('.')}")
+                hint = (
+                    "; give the model that the run of --init_from was made from" if self.flat().get("init_from") else ""
+                )
+                raise OptionError(f"{self.spelled(name)} is required: {field.metadata['help'].rstrip('.')}{hint}")
 
 
 def typed_values(kind: type[Command], values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _weights(results: RunResults, name: str) -> list[str]:
 
 def _recipe(results: RunResults) -> list[str]:
     """Method, training, time and memory."""
-    parts = [f"Compression: {results.described_method}."]
+    parts = [f"Compression: {_without_paths(results.described_method)}."]
     if results.trains:
         adapters = f"LoRA adapters of rank {results.lora_rank}, absorbed into the codes"
         without = {

@@ -195,12 +195,12 @@ def _recovery_text(models: Mapping[str, Metrics], row: str) -> str:
         return ""
     before, after = (models[key]["kl_to_teacher"] for key in ("compressed", row))
     if share < 0 and after < before:
-        fell = f"from {before:.3f} to {after:.3f}"
+        fell = f"from {before:.4f} to {after:.4f}"
         return f" Training lowered the KL divergence to the 16-bit model {fell}, and not the perplexity."
     if share > 1:  # The text suits the trained model better than the 16-bit one: the KL divergence tells more.
         return (
             " This is below the 16-bit model's perplexity; the KL divergence to the 16-bit model is "
-            f"{after:.3f} ({before:.3f} before training)."
+            f"{after:.4f} ({before:.4f} before training)."
         )
     return f" Training recovered {share:.0%} of the compression damage." if share >= 0 else " Training made it worse."
 

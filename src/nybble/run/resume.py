@@ -73,10 +73,12 @@ def resumed_values(kind: type[RunCommand], values: dict[str, Any]) -> dict[str, 
 
     Raises:
         OptionError: an unknown name, or a value of the wrong type.
-        RunError: another command began the run.
+        RunError: there is no run, and nothing to begin one with; or another command began it.
     """
     options = kind.of(**values)
     folder = options.folder
+    if options.run.resume and options.run.output_dir and not options.model.pretrained and not is_run(folder):
+        raise RunError(f"--resume must find a run in {folder}; there is none; check --output_dir")
     if not options.run.resume or not is_run(folder) or not (folder / CONFIG).is_file():
         return values
     check_same_command(folder, kind.NAME)

@@ -1,9 +1,11 @@
 """Task source for files of rows: .jsonl, .json, .csv and .parquet.
 
-Each row has one of two forms; a file has rows of one form only, and a .csv file of the second:
+Each row has one of two forms, and a file has rows of one form only:
 
     {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}         answer: index of the right choice, counted from 0
     {"prompt": "The capital of France is", "completion": "Paris"}
+
+In a .csv file choices are the JSON text of the list.
 
 Of every ten neighbouring rows, eight are for training, one is held out, and one is scored
 (nybble.data.splits.split_of_row). nybble scores the task itself.
@@ -11,6 +13,7 @@ Of every ten neighbouring rows, eight are for training, one is held out, and one
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -91,7 +94,7 @@ def _parse_row(row: dict[str, Any], where: str) -> Question:
     if isinstance(prompt, str) and prompt.strip():
         check_unicode([prompt, choices, completion], where)
         if choices is not None:
-            question = _parse_choices(prompt, choices, row.get("answer"), where)
+            question = _parse_choices(prompt, _read(choices), _read(row.get("answer")), where)
         elif isinstance(completion, str) and completion.strip():
             question = Question.with_completion(prompt, _with_space(prompt, completion))
     if question is None:
@@ -100,6 +103,15 @@ def _parse_row(row: dict[str, Any], where: str) -> Question:
             f"or prompt and completion; got {str(row)[:80]}"
         )
     return question
+
+
+def _read(value: Any) -> Any:
+    """A list or a whole number, where it stands as text in a cell of a .csv file; anything else as it is."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, list) or type(read) is int else value
 
 
 def _parse_choices(prompt: str, choices: Any, answer: Any, where: str) -> Question | None:

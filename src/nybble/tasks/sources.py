@@ -59,6 +59,17 @@ TASK_SOURCES.register(JsonlSource.name, JsonlSource())
 _LM_EVAL = TASK_SOURCES.register(LmEvalSource.name, LmEvalSource())
 
 
+def check_place(task: str) -> None:
+    """Check a task before anything is read.
+
+    Raises:
+        OptionError: no source provides it, or two do.
+        DataError: it is a file that is not there.
+    """
+    if find_source(task) is not _LM_EVAL and Path(task).suffix.lower() in ROW_SUFFIXES and not Path(task).exists():
+        raise DataError(f"--task {task} must be an existing file; there is nothing at this path; check the path")
+
+
 def find_source(task: str) -> TaskSource:
     """The source that provides a task.
 

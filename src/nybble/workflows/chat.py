@@ -32,8 +32,8 @@ from nybble.run.results import read_results
 from nybble.runtime import Interrupted, forget_interruption
 from nybble.workflows.target import open_target
 
-_NEW, _EXIT = "/new", "/exit"
-_COMMANDS = f"{_NEW} starts another conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer."
+_NEW, _EXIT = "/new", ("/exit", "/quit")
+_COMMANDS = f"{_NEW} starts another conversation, {_EXIT[0]} or Ctrl-D ends, Ctrl-C stops an answer."
 _COMMAND = re.compile(r"/\w*")  # a line of one word; a path or a sentence is a message
 
 
@@ -58,7 +58,7 @@ def chat(options: ChatOptions) -> None:
     if interactive:
         say(_COMMANDS)
     for message in _messages(interactive):
-        if message == _EXIT:
+        if message in _EXIT:
             break
         if message == _NEW:
             conversation.start()

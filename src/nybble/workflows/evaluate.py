@@ -41,7 +41,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     options.check()
     asked, text = options.evaluation, options.text
     check_tasks(asked.eval_tasks, text.data_dir)
-    opened = open_target(asked.target, options.model, "MODEL_OR_RUN", asked.strict)
+    opened = open_target(asked.target, options.model, "TARGET", asked.strict)
     check_tokenizer(asked.eval_tasks, opened.tokenizer)
     results: dict[str, float] = {}
     measured: dict[str, Any] = {"model": opened.name, "strict": asked.strict}
@@ -51,6 +51,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
             rows = sequences_to_measure(options, opened)
             measured |= {"data": list(text.data), "split": asked.split, "teacher": asked.teacher}
             measured |= {"num_samples": len(rows), "seq_len": rows.ids.shape[1]}
+            measured |= {"assistant_only_loss": text.assistant_only_loss}
             results |= _measure_text(options, opened, rows)
         if asked.eval_tasks:
             config = LmEvalConfig(asked.eval_tasks, asked.eval_batch_size, asked.limit, text.data_dir)
@@ -71,10 +72,11 @@ def _title(measured: Mapping[str, Any]) -> str:
     """What was measured, and on what, in words."""
     if "data" not in measured:
         return str(measured["model"])
+    only = ", what the assistant says" if measured["assistant_only_loss"] else ""
     compared = f", compared with {measured['teacher']}" if measured["teacher"] else ""
     return (
         f"{measured['model']} on the {measured['split']} split of {' + '.join(measured['data'])} "
-        f"({measured['num_samples']} sequences of {measured['seq_len']} tokens){compared}"
+        f"({measured['num_samples']} sequences of {measured['seq_len']} tokens{only}){compared}"
     )
 
 

@@ -11,21 +11,44 @@ import torch
 from torch import Tensor
 
 from nybble.compression.init import QuantizedInit
-from nybble.errors import OptionError
+from nybble.errors import ModelError, OptionError
+from nybble.export.checks import exporter_of
 from nybble.models import positions_file, quantized_file, quantized_model
 from nybble.models.layers_on_disk import LayersOnDisk, block_number, layers_on_disk
-from nybble.models.loading import LoadedModel, model_fingerprint
+from nybble.models.loading import SMOLLM2, LoadedModel, check_model_path, model_fingerprint
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.options.scheme import WHOLE_ROW
 from nybble.quant.position import weight_at_positions
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.complete import QUANTIZED, check_complete
+from nybble.run.complete import MERGED, QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.run.results import read_results
 
 log = logging.getLogger("nybble")
+
+
+def check_sixteen_bit(pretrained: str) -> None:
+    """Check that a path leads to a 16-bit model and not to what nybble made of one.
+
+    Raises:
+        ModelError: nothing is there, or a run, or an export that is no 16-bit model.
+    """
+    if pretrained == SMOLLM2:
+        return
+    path = Path(pretrained)
+    run = next((folder for folder in (path, path.parent) if is_run(folder)), None)
+    made = run is not None and path.name != MERGED
+    holds_codes = path.is_dir() and (exporter := exporter_of(path)) is not None and exporter.holds_codes
+    if run == path or (made and path.name == QUANTIZED) or holds_codes:
+        raise ModelError(
+            f"--pretrained {pretrained} must be a 16-bit model; it is a 4-bit model that nybble made; name the model "
+            "that it was made from; --init_from RUN goes on from the 4-bit weights of a run"
+        )
+    check_model_path(pretrained)
+    if made:
+        log.warning("--pretrained %s is what a run made: its weights were rounded to 4 bits before", pretrained)
 
 
 def check_finished(run: Path) -> None:

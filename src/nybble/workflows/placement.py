@@ -134,16 +134,15 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
     disk = states + needed.disk + 3 * shapes.parameters
     disk += memory.positions_bytes(shapes, options.compression.keep_positions)
     check_free_disk(options.folder, disk)
-    if planned.compression.calibrates or loaded.on_disk:
-        available = available_memory(loaded)
-        log.info(
-            "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
-            needed.memory / 1e9, available / 1e9, disk / 1e9, needed.place,
-        )  # fmt: skip
-        kept = loaded.on_disk or _is_gguf(options.model.pretrained)
-        remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
-        fewer = "fewer --num_calibration_samples or a smaller --seq_len need less"
-        warn_of_memory(needed.memory, available, f"{fewer}{remedy}")
+    available = available_memory(loaded)
+    log.info(
+        "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
+        needed.memory / 1e9, available / 1e9, disk / 1e9, needed.place,
+    )  # fmt: skip
+    kept = loaded.on_disk or _is_gguf(options.model.pretrained)
+    remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
+    fewer = "fewer --num_calibration_samples or " if planned.compression.calibrates else ""
+    warn_of_memory(needed.memory, available, f"{fewer}a smaller --seq_len need less{remedy}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
 from nybble.models.device import free_memory, pick_device, pick_dtype
 from nybble.models.head import LMHead
-from nybble.models.loading import LoadedModel, check_model_path, load
+from nybble.models.loading import LoadedModel, load
 from nybble.models.schemes import assign_schemes, average_bits, check_patterns, describe, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.base import Command
@@ -125,7 +125,7 @@ def validate(
     if (source := _source(compression)) is not None and results_if_made(options) is None:
         init_from.check_finished(source)
     check_formats(evaluation.export, "--export")
-    check_model_path(options.model.pretrained)
+    init_from.check_sixteen_bit(options.model.pretrained)
     used = check_folder(folder, run.resume, run.overwrite)
     if run.resume and not used:
         log.info("there is no run in %s to resume; a new one begins", folder)

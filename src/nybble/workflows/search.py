@@ -106,6 +106,12 @@ def _show(results: RunResults, num_fresh: int, num_held_out: int) -> Winner:
     if on_fresh and task.replaced_by_search:
         rows += " (an earlier --apply was chosen by them)"
     say(f"Best on {rows}: {best.by}. {rank_report.score_note(task)} Higher is better.")
+    shipped = next((winner for winner in winners if winner.configuration == task.configuration), None)
+    if shipped is not None and shipped is not best and shipped.behind <= shipped.error:
+        say(
+            f"The ranks that ship ({shipped.by}) are {shipped.behind:.4f} behind, within the standard error of "
+            f"{shipped.error:.4f}: no difference was measured."
+        )
     return best
 
 

@@ -79,7 +79,8 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     if not compression.is_made:
         results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)
     results.layers = _layer_counts(selection, loaded.model)
-    results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens)"
+    only = ", what the assistant says" if options.flat().get("assistant_only_loss") else ""
+    results.test_data = f"{text.test_source} ({len(text.test)} x {text.test.ids.shape[1]} tokens{only})"
     if len(text.other):
         results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
     results.limit = facts.limit
@@ -132,6 +133,6 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     console.print(as_table(*result_rows(results)))
     say(summary(results))
     exports = "".join(f", {name}/" for name in results.exports)
-    say(f"Everything is in {run.path} (report.md, results.json{exports}).")
+    say(f"Everything is in {run.path} (report.md, results.json, quantized/{exports}).")
     if failed_exports:
         raise failed_exports[0]

@@ -31,7 +31,7 @@ from nybble.run.results import TaskResults
 from nybble.tasks.dataset import TaskRequest
 from nybble.tasks.objective import TaskBatches, max_microbatch_rows, task_loss
 from nybble.tasks.running_text import RunningTextConfig, running_text
-from nybble.tasks.sources import is_scored_by_lm_eval
+from nybble.tasks.sources import check_place, is_scored_by_lm_eval
 from nybble.tasks.task_data import TaskData, TaskDataConfig, load_task_data
 from nybble.tasks.teacher import load_teacher
 from nybble.training.objective import TrainingObjective
@@ -110,6 +110,7 @@ def open_task_run(
     options = plan.keep_saved_choices(with_task(options))
     evaluation, task = options.evaluation, options.task
     plan.validate(options, options.compression, evaluation, plan.input_names(options), command)
+    check_place(task.task)
     own = (task.task,) if task.task in evaluation.eval_tasks else ()
     if not own and Path(task.task).stem in evaluation.eval_tasks:
         raise OptionError(

@@ -6,7 +6,7 @@ from nybble.data.generate import is_token_file
 from nybble.data.mixture import Mixture
 from nybble.data.prepare import TextData
 from nybble.data.request import TextRequest, evaluation_sources
-from nybble.data.sources import load_documents, prefix_source
+from nybble.data.sources import check_place, load_documents, prefix_source
 from nybble.errors import DataError, HubUnreachableError, NybbleError
 from nybble.evaluation.lm_eval import check_tasks
 from nybble.models.loading import LoadedModel
@@ -22,8 +22,13 @@ def check_sources(tasks: tuple[str, ...], options: TextOptions) -> None:
 
     Raises:
         HubUnreachableError: the hub cannot be reached; all that is missing is named.
+        DataError: there is nothing at the path of a source.
         NybbleError: see `check_tasks`.
     """
+    named = {"--data": options.data, "--eval_data": options.eval_data, "--other_data": options.other_data}
+    for option, names in named.items():
+        for name in Mixture.parse(names, option).names if names else ():
+            check_place(name, option)
     try:
         check_tasks(tasks, options.data_dir)
     except HubUnreachableError as error:
