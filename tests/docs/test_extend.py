@@ -1,5 +1,9 @@
 """The guides in docs/extend.md work: each block is executed, and what it registers is used."""
 
+import os
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +15,12 @@ from nybble.export.base import EXPORTERS
 from nybble.export.checks import exporter_of
 from nybble.quant.grid import round_scale
 from nybble.quant.scheme import QuantScheme
+from nybble.run.results import read_results
 from nybble.tasks.dataset import TaskRequest
 from nybble.tasks.sources import TASK_SOURCES, load_task
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.pages import DOCS, code_blocks
+from tests.helpers.pages import DOCS, ROOT, code_blocks
+from tests.helpers.tiny import save_model
 
 REGISTERED = {"shrunk": METHODS, "plain": EXPORTERS, "sums": TASK_SOURCES}
 
@@ -71,3 +77,37 @@ def test_entry_points_in_the_page_name_the_groups_of_the_registries() -> None:
     (toml,) = code_blocks(DOCS / "extend.md", "toml")
     for registry in REGISTERED.values():
         assert f'[project.entry-points."{registry.group}"]' in toml
+
+
+@pytest.mark.slow
+def test_a_package_with_these_modules_and_entry_points_is_found_by_the_command_line(tmp_path: Path) -> None:
+    """As pip would install it: modules, and the entry points in a .dist-info beside them."""
+    (toml,) = code_blocks(DOCS / "extend.md", "toml")
+    groups = tomllib.loads(toml)["project"]["entry-points"]
+    package, info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    for module, block in zip(("methods", "exporters", "tasks"), code_blocks(DOCS / "extend.md", "python"), strict=True):
+        (package / f"{module}.py").write_text(block)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    lines = [f"[{group}]\n{name} = {place}\n" for group, names in groups.items() for name, place in names.items()]
+    (info / "entry_points.txt").write_text("".join(lines))
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    common = f"--pretrained {model} --seq_len 64 --num_calibration_samples 8 --num_test_samples 2 --eval_tasks none"
+    common += " --group_size 32 --dtype float32 --output_dir"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+
+    def nybble(arguments: str) -> None:
+        command = [sys.executable, "-m", "nybble", *arguments.split()]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == 0, ended.stderr
+
+    nybble(f"compress {common} {run} --data python-docs --other_data none --method awq+shrunk+gptq --export plain")
+    assert read_results(run).method == "awq+shrunk+gptq"
+    assert list(read_results(run).exports) == ["plain"]
+    nybble(f"inspect {run}/plain")
+    tuned = tmp_path / "tuned"
+    nybble(f"tune {common} {tuned} --task sums --method rtn --export none --num_train_samples 16 --epochs 1")
+    task = read_results(tuned).task
+    assert task is not None
+    assert task.name == "sums"
