@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
+def shapes_of(name: str) -> ModelShapes:
+    """Sizes of a model of MODELS."""
     layers, width, inner, vocabulary, tied, heads, groups = MODELS[name]
     config = LlamaConfig(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
@@ -265,18 +266,41 @@ def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    shapes = ModelShapes.of(model, select_layers(model).linears)
-    chunk, scales = chunk_tokens(torch.device("cuda"), vocabulary), shapes.linear_weights // 64
+    return ModelShapes.of(model, select_layers(model).linears)
+
+
+def cell_of(row: str, name: str) -> str:
+    """What docs/memory.md says of a model of MODELS."""
     lines = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8").splitlines()
     tables = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|")]
     column = next(cells for cells in tables if "SmolLM2-135M" in cells).index(name)
+    return next(cells for cells in tables if cells[0] == row)[column]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_on_memory_has_the_disk_of_the_standard_recipe(name: str) -> None:
+    recipe = tomllib.loads((Path(__file__).parents[2] / "recipes" / "standard.toml").read_text(encoding="utf-8"))
+    shapes, length = shapes_of(name), recipe["seq_len"]
+    setup = TrainingSetup(
+        shapes, recipe["lora_rank"], shapes.linear_weights // recipe["group_size"], 128, 0, 0, on_gpu=True,
+        positions_bytes=memory.positions_bytes(shapes, "fixed"),
+    )  # fmt: skip
+    sequences = recipe["epochs"] * recipe["num_train_samples"] + recipe["num_validation_samples"] + 280  # and test ones
+    disk = memory.training_disk(setup, sequences * length)
+    disk += memory.compression_disk(shapes, recipe["num_calibration_samples"] * length)
+    assert cell_of("disk, `recipes/standard.toml`, no text twice", name) == f"{disk / GB:.0f}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
+    shapes = shapes_of(name)
+    chunk, scales = chunk_tokens(torch.device("cuda"), shapes.vocab_size), shapes.linear_weights // 64
     for row, (rank, copies, checkpointing, fixed) in TRAININGS.items():
         setup = TrainingSetup(
             shapes, rank, scales, chunk, copies, 0, checkpointing=checkpointing, on_gpu=True,
             fixed_point_weights=shapes.linear_weights if fixed else 0,
         )  # fmt: skip
-        cells = next(cells for cells in tables if cells[0] == row)
-        assert cells[column] == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
+        assert cell_of(row, name) == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
 
 
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:
