@@ -4,7 +4,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,23 +129,6 @@ def test_a_folder_is_removed_whether_it_exists_or_not(tmp_path: Path) -> None:
     files.remove_folder(tmp_path / "a")
     files.remove_folder(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_free_disk_counts_the_files_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "train.bin").write_bytes(bytes(5000))
-    files.check_free_disk(tmp_path, 6000)
-    with pytest.raises(RunError):
-        files.check_free_disk(tmp_path, 6001)
-
-
-def test_a_small_disk_is_refused(tmp_path: Path) -> None:
-    files.check_free_disk(tmp_path / "not" / "yet", 1000)
-    with pytest.raises(
-        RunError, match=r"needs 1000000.00 GB for teacher states and checkpoints; .* GB are free; free some disk space"
-    ):
-        files.check_free_disk(tmp_path, 10**15)
 
 
 def test_an_error_that_says_already_what_is_wrong_passes(tmp_path: Path) -> None:

@@ -326,26 +326,6 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
-def check_free_disk(path: Path, needed: int) -> None:
-    """Check that a run folder can grow to `needed` bytes. Files that are already in it count as part of these bytes.
-
-    Args:
-        path: the run folder; it need not exist.
-        needed: bytes.
-
-    Raises:
-        RunError: there is less free space.
-    """
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if needed > free:
-        raise RunError(
-            f"--output_dir {path} needs {needed / 1e9:.2f} GB for teacher states and checkpoints; "
-            f"{free / 1e9:.2f} GB are free; free some disk space, choose another disk, or use less text or a smaller "
-            "--lora_rank"
-        )
-
-
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 

@@ -69,7 +69,7 @@ def test_summary_of_a_distilled_run() -> None:
         "400 MB)."
     )
     worse = measured(distilled(), toy={"token_perplexity": 15.0})
-    assert "lowered the KL divergence to the 16-bit model from 0.500 to 0.250, and not the perplexity." in summary(
+    assert "lowered the KL divergence to the 16-bit model from 0.5000 to 0.2500, and not the perplexity." in summary(
         worse
     )
     assert "Training made it worse." in summary(measured(worse, toy={"kl_to_teacher": 0.6}))
@@ -99,7 +99,7 @@ def test_a_method_for_some_blocks_says_so() -> None:
 def test_beyond_the_16_bit_model_the_summary_gives_the_kl_divergence() -> None:
     better = measured(distilled(), toy={"token_perplexity": 9.5, "kl_to_teacher": 0.07})
     assert (
-        "below the 16-bit model's perplexity; the KL divergence to the 16-bit model is 0.070 (0.500 before training)."
+        "below the 16-bit model's perplexity; the KL divergence to the 16-bit model is 0.0700 (0.5000 before training)."
     ) in summary(better)
 
 

@@ -5,6 +5,7 @@ import platform
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from nybble.errors import RunError
 from nybble.options.commands import DistillOptions
 from nybble.run import folder as run_folder
-from nybble.run.folder import check_folder, open_run, reopen_run
+from nybble.run.folder import check_folder, check_free_disk, open_run, reopen_run
 from nybble.run.results import RunResults, read_results
 
 
@@ -255,3 +256,20 @@ def test_results_that_name_folders_elsewhere_are_refused(name: str, tmp_path: Pa
             begin(tmp_path / "run", resume=True)
         begin(tmp_path / "run", overwrite=True)
         assert (tmp_path / "mine").is_dir()
+
+
+def test_free_disk_counts_the_files_of_an_earlier_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "train.bin").write_bytes(bytes(5000))
+    check_free_disk(tmp_path, 6000)
+    with pytest.raises(RunError):
+        check_free_disk(tmp_path, 6001)
+
+
+def test_a_small_disk_is_refused(tmp_path: Path) -> None:
+    check_free_disk(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(
+        RunError, match=r"needs 1000000.00 GB for teacher states and checkpoints; .* GB are free; free some disk space"
+    ):
+        check_free_disk(tmp_path, 10**15)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -170,6 +171,26 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> bool:
     if overwrite:
         check_deletable(path)
     return used
+
+
+def check_free_disk(path: Path, needed: int) -> None:
+    """Check that a run folder can grow to `needed` bytes. Files that are already in it count as part of these bytes.
+
+    Args:
+        path: the run folder; it need not exist.
+        needed: bytes.
+
+    Raises:
+        RunError: there is less free space.
+    """
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if needed > free:
+        raise RunError(
+            f"--output_dir {path} needs {needed / 1e9:.2f} GB for teacher states and checkpoints; "
+            f"{free / 1e9:.2f} GB are free; free some disk space, choose another disk, or use less text or a smaller "
+            "--lora_rank"
+        )
 
 
 def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:

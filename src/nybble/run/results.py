@@ -286,11 +286,9 @@ class RunResults:
     @property
     def described_method(self) -> str:
         """The method; how many blocks have it, where that was limited; the finished run that it was taken from."""
-        if self.init_from is not None:
-            return f"{self.method} from {self.init_from}"
-        if self.limit_blocks is None or self.method == "rtn":
-            return self.method
-        return f"{self.method} in the first {self.limit_blocks} blocks, rtn in the rest"
+        limited = self.limit_blocks is not None and self.method != "rtn" and self.init_from is None
+        some = f" in the first {self.limit_blocks} blocks, rtn in the rest" if limited else ""
+        return self.method + some if self.init_from is None else f"{self.method} from {self.init_from}"
 
     def training(self, name: str = "") -> Training | None:
         """The training with this name, if it is done."""
@@ -330,10 +328,7 @@ def read_results(folder: Path) -> RunResults:
 
 
 def _check_details(results: RunResults) -> None:
-    """Check what types do not say and others rely on, and read numbers among what was measured that are not finite.
-
-    SchemaError, saying where, if something does not fit.
-    """
+    """Check what types do not say, and read measures that are not finite; SchemaError for a wrong value."""
     for name in (*results.exports, *results.files):  # folders of the run, which are replaced and deleted
         if name in ("", "..") or Path(name).name != name:
             raise SchemaError(f"exports and files must name folders in the run; {name!r} is none")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nybble import processes
-from nybble.files import check_free_disk
 from nybble.models.schemes import num_scales, weight_shapes
 from nybble.options.commands import TrainCommand
 from nybble.options.training import TrainedPart, TrainingOptions
 from nybble.quant.position import MAX_CODE_BITS
+from nybble.run.folder import check_free_disk
 from nybble.run.results import Phase, read_results
 from nybble.training import memory
 from nybble.training.losses import chunk_tokens

@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from nybble import processes
 from nybble.errors import OptionError
-from nybble.files import check_free_disk
 from nybble.models.device import free_memory
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.linearize import linearize
@@ -24,6 +23,7 @@ from nybble.models.shards import safetensors_files
 from nybble.options.commands import CompressOptions, DistillOptions
 from nybble.options.compression import CompressionOptions
 from nybble.options.model import ModelOptions, OffloadOptions
+from nybble.run.folder import check_free_disk
 from nybble.runtime import returning_freed_memory
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
