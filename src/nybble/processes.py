@@ -272,7 +272,8 @@ def claim_end(code: int) -> int | None:
     try:
         said: str = _group.store.compare_set(_ENDED, "", mine).decode()
     except RuntimeError:  # the store went away with its process, of which one of the others speaks
-        return None if _group.index <= (not rendezvous.launcher_holds_store()) else code
+        speaks = _group.index == 0 if rendezvous.launcher_holds_store() else _group.index <= 1
+        return None if speaks else code
     return None if said == mine else int(said.split()[1])
 
 

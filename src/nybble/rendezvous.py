@@ -103,9 +103,13 @@ def _meet() -> Meeting:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = next(iter(rendezvous("env://", timeout=_JOIN_TIMEOUT)))
-    # torchrun may start the processes again, with the same store, which knows how the first ones ended.
-    start = PrefixStore(f"start {environment_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # torchrun may start the processes again, with the same store, which knows how the first ones ended. On several
+    # machines each counts its own restarts, so there the store counts how often this rank was started.
+    start = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
+    if environment_number("GROUP_WORLD_SIZE", 1) > 1:
+        start = store.add(f"starts of rank {rank}", 1)
+    store = PrefixStore(f"start {start}", store)
     dist.init_process_group(
-        backend, store=PrefixStore("group", start), rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
+        backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
     )
-    return Meeting(PrefixStore("nybble", start), rank, size)
+    return Meeting(PrefixStore("nybble", store), rank, size)

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 # Parameters of mallopt(3), from malloc.h of glibc.
 _M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -3, -1, -2
@@ -69,11 +69,12 @@ def interrupt_on_signals(only_once: bool = False) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def ignore_signals() -> None:
-    """Let this process end without being asked to again."""
-    for name in _END_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def end_now(code: int) -> NoReturn:
+    """End the process, after what it has printed is written."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(code)
 
 
 def raise_if_interrupted() -> None:

@@ -49,6 +49,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def restored(value: Any) -> Any:
+    """A JSON value with the numbers that `to_json` wrote as texts."""
+    if isinstance(value, dict):
+        return {key: restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restored(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
@@ -86,7 +95,9 @@ def from_json(hint: Any, value: Any, where: str = "") -> Any:
         return _union_from_json(arguments, value, where)
     if isinstance(hint, type) and issubclass(hint, StrEnum) and value in list(hint):
         return hint(value)
-    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+    if hint is Any:
+        return restored(value)
+    if type(value) is hint or (hint is float and type(value) is int):
         return value
     if hint is float and isinstance(value, str) and value in _NOT_FINITE:
         return _NOT_FINITE[value]

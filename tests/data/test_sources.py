@@ -227,7 +227,7 @@ def test_files_of_a_folder_are_read_together_where_no_name_has_a_split(
     splits = load(tmp_path)
     assert sorted(everything(splits)) == sorted(f"page {i}\n" for i in range(20))
     assert [len(splits[split]) for split in SPLITS] == [16, 2, 2]
-    assert "its 20 files are read together; none has train, validation or test in its name" in caplog.text
+    assert "its 20 files are read together; no name has train, validation or test" in caplog.text
 
 
 def test_a_folder_without_a_wanted_split_is_refused(tmp_path: Path) -> None:
@@ -288,10 +288,48 @@ def test_conversations_have_the_tools_of_their_row(as_text: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("tools", ["weather", "{}", ["weather"], {"name": "weather"}, 3])
-def test_other_tools_are_refused(tools: Any, tmp_path: Path) -> None:
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CONVERSATION, "tools": tools}) + "\n")
-    with pytest.raises(DataError, match="row 1, column tools must be a list of tools like"):
-        load(tmp_path / "chats.jsonl")
+def test_a_column_of_this_name_may_hold_anything(tools: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [json.dumps({"messages": CONVERSATION, "tools": tools}) + "\n" for _ in range(10)]
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    assert load(tmp_path / "chats.jsonl").train[0] == Conversation(CONVERSATION)
+    assert "row 1, column tools must be a list of tools like" in caplog.text
+    assert "conversations are rendered without it" in caplog.text
+
+
+def test_tools_of_a_table_have_their_own_keys_alone(tmp_path: Path) -> None:
+    """A column of structs gives every tool the keys of all."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    tools = [{"name": "add", "parameters": {"n": {"type": "integer"}}}, {"name": "look", "parameters": {"city": None}}]
+    rows = pa.table({"messages": [CONVERSATION] * 10, "tools": [tools] * 10})
+    parquet.write_table(rows, tmp_path / "chats.parquet")
+    found = load(tmp_path / "chats.parquet").train[0]
+    assert isinstance(found, Conversation)
+    assert found.tools == [
+        {"name": "add", "parameters": {"n": {"type": "integer"}}},
+        {"name": "look", "parameters": {}},
+    ]
+
+
+def test_folders_name_splits_too(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write_rows(tmp_path / "mine" / split / "0000.jsonl", [f"{split} {i}" for i in range(20)])
+    splits = load(tmp_path / "mine")
+    assert [splits[split][0] for split in SPLITS] == [f"{split} 0" for split in SPLITS]
+
+
+def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("how-to-train", "a", "b"):
+        (tmp_path / f"{name}.md").write_text(f"{name}\n" * 300)
+    load(tmp_path)
+    assert "2 files are not read, as others have train, validation or test in their names" in caplog.text
+    copy = tmp_path / "data" / "org" / "set"
+    copy.mkdir(parents=True)
+    (copy / "README.md").write_text("card")
+    write_rows(copy / "data.jsonl", ["x"] * 20)
+    with pytest.raises(DataError, match="must hold a file with the word train"):
+        load("org/set", data_dir=tmp_path / "data")
 
 
 # --- what is not there ---

@@ -95,6 +95,25 @@ def test_a_comparison_that_another_process_began_has_its_options(tmp_path: Path)
         check_same_setting(tmp_path, compare_options(tmp_path, epochs=3))
 
 
+def test_a_limit_that_is_not_finite_is_the_same_when_it_is_read(tmp_path: Path) -> None:
+    unlimited = compare_options(tmp_path, max_grad_norm=float("inf"))
+    write_columns(tmp_path, {"a": ROW}, max_grad_norm=float("inf"))
+    check_same_setting(tmp_path, unlimited)
+    text = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(text.replace('"Infinity"', "Infinity"))  # as it was written once
+    assert text != (tmp_path / FILE).read_text()
+    check_same_setting(tmp_path, unlimited)
+
+
+def test_an_overwritten_comparison_with_other_options_is_gone(tmp_path: Path) -> None:
+    write_columns(tmp_path, {"a": ROW}, epochs=2)
+    note_setting(tmp_path, compare_options(tmp_path, epochs=2))
+    assert is_comparison(tmp_path)
+    note_setting(tmp_path, compare_options(tmp_path, epochs=3))
+    assert not is_comparison(tmp_path)
+    check_same_setting(tmp_path, compare_options(tmp_path, epochs=3))
+
+
 def test_what_cannot_be_read_may_be_replaced(tmp_path: Path) -> None:
     check_same_setting(tmp_path, compare_options(tmp_path))
     (tmp_path / FILE).write_text("{}")

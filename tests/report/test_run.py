@@ -77,7 +77,7 @@ def test_summary_of_a_distilled_run() -> None:
 
 def test_a_compressed_model_that_was_kept_recovered_nothing() -> None:
     results = distilled(trainings=[Training(best_step=0)])
-    assert [row[-1] for row in result_rows(results)[1]] == ["-"] * 4
+    assert [row[-1] for row in result_rows(results)[1]] == ["-", "-", "0%", "0%"]
     assert "No step of the training was better; the compressed model was kept." in summary(results)
     assert "recovered" not in summary(results)
 
@@ -91,7 +91,8 @@ def test_small_sizes_and_times_have_digits() -> None:
 
 def test_a_method_for_some_blocks_says_so() -> None:
     assert (
-        compressed(method="awq+se", limit_blocks=4).described_method == "awq+se in the first 4 blocks, rtn in the rest"
+        compressed(method="awq+se", limit_blocks=4).described_method
+        == "awq+se (decoder blocks with it: the first 4; the rest rtn)"
     )
     assert compressed(method="rtn", limit_blocks=4).described_method == "rtn"
 

@@ -94,6 +94,7 @@ def test_numbers_that_are_not_finite_are_json_for_every_reader(tmp_path: Path) -
     results = RunResults(
         models={"compressed": {"token_perplexity": math.inf, "right:x acc": "01"}},
         block_losses={"0": [math.nan, -math.inf]},
+        exports={"toy": {"logit_difference": math.inf}},
     )
     results.save(tmp_path)
 
@@ -103,6 +104,7 @@ def test_numbers_that_are_not_finite_are_json_for_every_reader(tmp_path: Path) -
     json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     again = read_results(tmp_path)
     assert again.models == results.models
+    assert again.exports == results.exports
     first, second = again.block_losses["0"]
     assert math.isnan(first)
     assert second == -math.inf

@@ -31,6 +31,9 @@ def test_choices_of_a_csv_file_are_json(tmp_path: Path) -> None:
     dataset = JsonlSource().load(request(tmp_path / "own.csv"))
     assert (dataset.metric, len(dataset.train)) == ("acc", 16)
     assert all(question.label == 1 and len(question.choices) == 2 for question in dataset.train)
+    rows = [{"prompt": f"{i} =", "choices": ["1", "0"], "answer": "0"} for i in range(20)]
+    with pytest.raises(DataError, match="row 1 must have prompt, choices"):  # which of them is meant is not sure
+        load(tmp_path / "own.jsonl", rows)
 
 
 def test_rows_are_split_without_overlap(path: Path, caplog: pytest.LogCaptureFixture) -> None:

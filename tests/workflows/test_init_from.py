@@ -27,7 +27,7 @@ def test_what_nybble_made_is_no_16_bit_model(tmp_path: Path, caplog: pytest.LogC
             init_from.check_sixteen_bit(str(folder))
     caplog.clear()
     init_from.check_sixteen_bit(str(run / "hf"))
-    assert "is what a run made: its weights were rounded to 4 bits before" in caplog.text
+    assert "is an export of nybble: its weights were rounded to 4 bits before" in caplog.text
     caplog.clear()
     init_from.check_sixteen_bit(str(tmp_path / "model"))
     assert not caplog.text

@@ -41,6 +41,8 @@ _FUNCTIONS = {
 _IN_SEVERAL_PROCESSES = ("compress", "distill", "tune", "search")
 # Commands whose stdout is their result alone, where it is no terminal; all others report what they do there.
 _RESULT_ON_STDOUT = ("eval", "chat")
+# What torch raises as a RuntimeError on a CPU, on Linux and on Windows.
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 _CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 _HELP = ("-h", "--help", "help")
 _HELP_ALL = ("--help-all", "--help_all")
@@ -48,7 +50,7 @@ _HELP_ALL = ("--help-all", "--help_all")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    is_program = arguments is None
+    is_program, interrupted = arguments is None, False
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not _streams_are_open():
         return _fail("stdout must be open; it is closed; redirect it, to /dev/null if nothing is to be seen", 2)
@@ -59,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with runtime.interrupt_on_signals(only_once=rendezvous.launched() > 1):
             code = _exit_code(arguments)
     except KeyboardInterrupt as interruption:  # also one that came while an error was handled
-        if is_program:
-            runtime.ignore_signals()  # a key that is held would end Python in the middle of its own end
-        code = _interrupted(arguments, interruption)
+        code, interrupted = _interrupted(arguments, interruption), True
     processes.end(code)
+    if is_program and interrupted:  # Python's own end waits for threads, and answers another Ctrl-C with a traceback
+        runtime.end_now(code)
     return code
 
 
@@ -83,10 +85,11 @@ def _exit_code(arguments: list[str]) -> int:
                 "the device must have memory for this; it ran out; use a smaller model, or --device cpu",
                 2,
             )
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's on a CPU
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+            offload = " or --offload disk" if _has_option(arguments, "offload") else ""
             return _fail(
-                "the machine must have memory for this; it ran out; close other programs, or use a smaller model or "
-                "--offload disk",
+                "the machine must have memory for this; it ran out; close other programs, or use a smaller model"
+                + offload,
                 2,
             )
         return _unforeseen(arguments, error)
@@ -119,14 +122,16 @@ def _lost_output(error: Exception) -> int | None:
     return _fail(f"stdout must take what is printed; it cannot: {error.strerror}; redirect it elsewhere", 2)
 
 
-def _has_resume(arguments: Sequence[str]) -> bool:
+def _has_option(arguments: Sequence[str], name: str) -> bool:
     kind = COMMANDS.get(arguments[0]) if arguments else None
-    return kind is not None and "resume" in kind.fields()
+    return kind is not None and name in kind.fields()
 
 
 def _followable(arguments: Sequence[str], message: str) -> str:
     """The message without the advice to add --resume, where the command has none."""
-    return message if _has_resume(arguments) else message.replace("then add --resume", "then run the command again")
+    if _has_option(arguments, "resume"):
+        return message
+    return message.replace("then add --resume", "then run the command again")
 
 
 def _fail(message: str, code: int) -> int:
@@ -147,7 +152,9 @@ def _folded(line: str) -> str:
 
 
 def _interrupted(arguments: list[str], interruption: KeyboardInterrupt) -> int:
-    remedy = "; the same command with --resume continues from the last checkpoint" if _has_resume(arguments) else ""
+    remedy = ""
+    if _has_option(arguments, "resume"):
+        remedy = "; the same command with --resume continues from the last checkpoint"
     remedy += "".join(getattr(interruption, "__notes__", ()))  # what the workflow says of what is done
     number = interruption.signal if isinstance(interruption, runtime.Interrupted) else signal.SIGINT
     cause = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"

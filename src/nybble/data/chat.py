@@ -32,9 +32,11 @@ Tool = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Attributes:
-    messages: at least one.
-    tools: what the model may call, which the template shows it; None where the source has none.
+    """A conversation as a source has it.
+
+    Attributes:
+        messages: at least one.
+        tools: what the model may call, which the template shows it; None where the source has none.
     """
 
     messages: list[Message]
@@ -53,7 +55,10 @@ class EncodedConversation:
 
 
 # Roles of rows like {"from": "human", "value": "..."} (ShareGPT) -> those of chat templates.
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_response": "tool"}
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "function_response": "tool", "observation": "tool",
+}  # fmt: skip
 
 
 def check_messages(value: object, where: str) -> list[Message]:
@@ -96,7 +101,7 @@ def check_tools(value: object, where: str) -> list[Tool] | None:
     read = value
     if isinstance(value, str):
         try:
-            read = json.loads(value or "[]")
+            read = json.loads(value.strip() or "[]")
         except (ValueError, RecursionError):
             read = value
     if read is None or read == []:
@@ -104,10 +109,17 @@ def check_tools(value: object, where: str) -> list[Tool] | None:
     if not (isinstance(read, list) and all(isinstance(tool, dict) for tool in read)):
         raise DataError(
             f'{where} must be a list of tools like {{"type": "function", "function": {{...}}}}, or its JSON text; got '
-            f"{repr(value)[:80]}; correct the row, or remove the column"
+            f"{repr(value)[:80]}"
         )
     check_unicode(read, where)
-    return list(read)
+    return [_without_none(tool) if read is value else tool for tool in read]
+
+
+def _without_none(value: Any) -> Any:
+    """A tool without the keys of other tools, which a table of structs (parquet, hub data) gives it as None."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _with_role(message: Any) -> Any:
@@ -169,8 +181,11 @@ def encode_conversation(
 
 def shows_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> bool:
     """Whether the template writes the tools of a conversation."""
-    messages, tools = conversation.messages, conversation.tools
-    return render(tokenizer, messages, tools=tools) != render(tokenizer, messages)
+    with_tools = render(tokenizer, conversation.messages, tools=conversation.tools)
+    try:
+        return with_tools != render(tokenizer, conversation.messages)
+    except DataError:  # the template asks for them
+        return True
 
 
 class _Turn:

@@ -55,14 +55,14 @@ def checked_documents(
             "%s: left out %d of %d rows, which have nothing in column %s",
             source, len(values) - len(filled), len(values), column,
         )  # fmt: skip
-    if filled and (isinstance(filled[0][1], list) or column in CONVERSATIONS):
-        return [
-            Conversation(
-                check_messages(value, f"{source}: row {i}, column {column}"),
-                check_tools(own_tools, f"{source}: row {i}, column {TOOLS}"),
-            )
-            for i, value, own_tools in filled
-        ]
+    if filled and (isinstance(filled[0][1], list) or column == CONVERSATIONS[0]):
+        messages = [check_messages(value, f"{source}: row {i}, column {column}") for i, value, _ in filled]
+        try:
+            given = [check_tools(own_tools, f"{source}: row {i}, column {TOOLS}") for i, _, own_tools in filled]
+        except DataError as error:  # a column of this name may hold anything
+            log.warning("%s; conversations are rendered without it", error)
+            given = [None] * len(filled)
+        return [Conversation(*both) for both in zip(messages, given, strict=True)]
     for i, value, _ in filled:
         if not isinstance(value, str):
             raise DataError(

@@ -28,7 +28,7 @@ from typing import Any
 
 from nybble.data import files as data_files
 from nybble.data.columns import TOOLS, checked_documents, document_column
-from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, split_named, splits_in_name
+from nybble.data.splits import SPLITS, Document, DocumentSplits, hold_out, split_named, splits_of
 from nybble.data.wikitext import split_articles, undo_tokenization
 from nybble.errors import DataError, HubUnreachableError
 
@@ -131,7 +131,7 @@ def _load(request: _Request) -> DocumentSplits:
     if location == PYTHON_DOCS:
         return hold_out(_python_docs())
     if local is not None:
-        return _from_folder(local, request, lines=location == WIKITEXT2)
+        return _from_folder(local, request, lines=location == WIKITEXT2, is_copy=True)
     path = Path(location)
     if path.is_dir():
         return _from_folder(path, request)
@@ -192,9 +192,18 @@ def _read_file(path: Path, column: str, option: str, keep_blank: bool = False) -
     return checked_documents(values, tools, column, str(path), keep_blank)
 
 
-def _from_folder(folder: Path, request: _Request, lines: bool = False) -> DocumentSplits:
-    """The files of a folder. `lines`: its rows are the lines of one text (WikiText), and other versions lie beside."""
-    found: dict[str, Sequence[Document]] = {}
+def _is_text_file(file: Path) -> bool:
+    return file.suffix.lower() in _TEXT_SUFFIXES
+
+
+def _from_folder(folder: Path, request: _Request, lines: bool = False, is_copy: bool = False) -> DocumentSplits:
+    """The files of a folder.
+
+    Args:
+        lines: its rows are the lines of one text (WikiText), and other versions lie beside.
+        is_copy: of a hub data set, so that its splits have names, and other files (a card) may lie there.
+    """
+    found, read = dict[str, Sequence[Document]](), set[str]()
     known = sorted(
         file
         for file in folder.rglob("*")
@@ -204,7 +213,7 @@ def _from_folder(folder: Path, request: _Request, lines: bool = False) -> Docume
     )
     for split in SPLITS:
         for suffix in _SUFFIXES:
-            files = [file for file in known if file.suffix.lower() == suffix and split in splits_in_name(file)]
+            files = [file for file in known if file.suffix.lower() == suffix and split in splits_of(file, folder)]
             if lines:
                 files = [file for file in files if not _OTHER_WIKITEXT & set(file.relative_to(folder).parts)]
             if files:
@@ -215,17 +224,22 @@ def _from_folder(folder: Path, request: _Request, lines: bool = False) -> Docume
                     log.warning("%s: %s text is read from %s together", folder, split, " and ".join(places[:3]))
                 documents = [doc for file in files for doc in _read_file(file, column, request.option, lines)]
                 found[split] = ["".join(map(str, documents))] if lines and rowwise else documents
+                read.add(suffix)
                 break
-    if not found and known and not lines:
-        log.info(
-            "%s: its %d files are read together; none has train, validation or test in its name", folder, len(known)
+    unsplit = [file for file in known if not splits_of(file, folder)]
+    left = [file for file in unsplit if file.suffix.lower() in read]
+    if left and not is_copy:
+        log.warning(
+            "%s: %d files are not read, as others have train, validation or test in their names", folder, len(left)
         )
-        found["train"] = [document for file in known for document in _read_file(file, request.column, request.option)]
+    if not found and not is_copy and len({_is_text_file(file) for file in unsplit}) == 1:
+        log.info("%s: its %d files are read together; no name has train, validation or test", folder, len(unsplit))
+        found["train"] = [document for file in unsplit for document in _read_file(file, request.column, request.option)]
     missing = _missing_split(found, request.wanted)
     if missing:
         raise DataError(
             f"{request.option} {folder} must hold a file with the word {missing} in its name "
-            f"({' '.join(_SUFFIXES)}); there is none; rename a file"
+            f"({' '.join(_SUFFIXES)}); there is none; rename a file (where none has such a word, all are read)"
         )
     return _with_all_splits(found)
 
@@ -269,7 +283,8 @@ def _from_hub(request: _Request) -> DocumentSplits:
     for split, own in names.items():
         column = document_column(splits[own].column_names, request.column, name)
         rows = _some_rows(splits[own], column, name)
-        tools = rows[TOOLS] if TOOLS in rows.column_names else [None] * len(rows)
+        has_tools = TOOLS in rows.column_names and len(rows) and not isinstance(rows[0][column], str)
+        tools = rows[TOOLS] if has_tools else [None] * len(rows)
         documents = checked_documents(rows[column], tools, column, name, location == WIKITEXT2)
         # The rows of wikitext-2 are the lines of one text.
         found[split] = ["".join(map(str, documents))] if location == WIKITEXT2 else documents

@@ -93,6 +93,16 @@ def splits_in_name(file: Path) -> list[str]:
     return splits
 
 
+def splits_of(file: Path, folder: Path) -> list[str]:
+    """The split of a file in a folder: by its name, otherwise by the folders in between (train/0000.parquet).
+
+    Raises:
+        DataError: a name contains the words of several splits.
+    """
+    parents = [parent for parent in file.parents if folder in parent.parents]
+    return next((splits for path in (file, *parents) if (splits := splits_in_name(path))), [])
+
+
 def split_named(split: str, names: Sequence[str]) -> str | None:
     """The name of a split among the names that a data set has: itself, or the first with its word, as in train_sft."""
     return split if split in names else next((name for name in names if _has_word(name, split)), None)

@@ -168,12 +168,8 @@ def check_model_path(pretrained: str) -> None:
 
 
 def _is_local(pretrained: str) -> bool:
-    """Whether a name can only be a path: a hub id has one slash, and no folder here is called like its owner."""
-    return (
-        pretrained.startswith((".", "/", "~"))
-        or pretrained.count("/") > 1
-        or (pretrained.count("/") == 1 and Path(pretrained).parent.is_dir())
-    )
+    """Whether a name can only be a path: a hub id has at most one slash."""
+    return pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
 
 
 def check_supported(model: nn.Module, name: str) -> None:

@@ -196,8 +196,8 @@ def _rows(comparisons: Sequence[ColumnComparison]) -> str:
     limits = {one.setting.get("limit") for one in comparisons}
     if limits == {None}:
         return "test rows"
-    counts = " or ".join("all" if limit is None else str(limit) for limit in sorted(limits, key=str))
-    return f"first {counts} test rows (--limit)"
+    counts = [f"first {limit} test rows (--limit)" for limit in sorted(limit for limit in limits if limit is not None)]
+    return " or ".join([*counts, *(["all test rows"] if None in limits else [])])
 
 
 def _distinct(values: Iterable[str]) -> str:

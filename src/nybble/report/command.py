@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from nybble.console import console, say
 from nybble.errors import OptionError, RunError
-from nybble.files import write_text
+from nybble.files import is_out_of_space, write_text
 from nybble.report.combine import CombinedComparison, combine
 from nybble.report.comparison import Comparison, compare_runs, comparison_markdown, comparison_note, comparison_rows
 from nybble.report.five_columns import is_comparison, read_comparison
@@ -153,13 +151,14 @@ def _write(report: RunsReport | CombinedComparison, folders: Sequence[Path], out
                     f"--out {out} must not replace a file that nybble report did not write; it would replace {path}; "
                     "choose another name"
                 )
-        if not out.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out.parent))
         write_text(out, report.html())
         if beside in replaced:
             write_text(beside, f"{MARKER}\n\n{report.markdown()}")
-    except OSError as error:
-        raise RunError(f"--out {out} must be writable; {error.strerror}; choose another folder") from error
+    except (OSError, RunError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or is_out_of_space(cause):
+            raise
+        raise RunError(f"--out {out} must be writable; {cause.strerror}; choose another folder") from error
     return out, beside
 
 

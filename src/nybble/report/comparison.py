@@ -81,7 +81,8 @@ class Comparison:
     @property
     def measured_on(self) -> str:
         """What the metrics were measured on, the same in all runs."""
-        return measured_on(next(iter(self.runs.values())))
+        columns = {key for entry in self.entries for key in entry.metrics}
+        return measured_on(next(iter(self.runs.values())), columns)
 
     @property
     def metric(self) -> str:
@@ -146,7 +147,7 @@ class Comparison:
         if not self.lower_is_better or not compressed or full.row != "16bit":
             return None
         if entry.row != "compressed" and kept_compressed(self.runs[entry.run]):
-            return None
+            return 0.0
         damaged = statistics.fmean(map(self.value, compressed))
         return (damaged - self.value(entry)) / (damaged - self.value(full)) if damaged > self.value(full) else None
 

@@ -30,7 +30,7 @@ from nybble.options.commands import CompareOptions
 from nybble.report.figures import Figure, Figures
 from nybble.run.marker import is_run
 from nybble.run.results import has_results, read_results
-from nybble.schema import SchemaError, read_json, to_json
+from nybble.schema import SchemaError, read_json, restored, to_json
 
 FILE = "compare.json"
 # The options, before there is a task to write about.
@@ -71,7 +71,7 @@ class ColumnComparison:
 def setting_of(options: CompareOptions) -> dict[str, Any]:
     """The options that all seeds of a comparison have in common, as compare.json holds them."""
     setting = {key: value for key, value in options.flat().items() if key not in NO_SETTING}
-    as_json: dict[str, Any] = json.loads(to_json(setting))
+    as_json: dict[str, Any] = restored(json.loads(to_json(setting)))
     return as_json
 
 
@@ -96,8 +96,15 @@ def check_same_setting(folder: Path, options: CompareOptions) -> None:
 
 
 def note_setting(folder: Path, options: CompareOptions) -> None:
-    """Note with which options a comparison begins, for processes that make the same one before it has a task."""
+    """Note with which options a comparison begins, for processes that make the same one before it has a task.
+
+    A comparison with others, which --overwrite gives up, is deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check_same_setting(folder, options)
+    except RunError:
+        (folder / FILE).unlink(missing_ok=True)
     write_text(folder / _BEGUN, to_json(_whole_setting(options)) + "\n")
 
 
@@ -110,7 +117,7 @@ def _begun(folder: Path) -> dict[str, Any]:
     if not any(is_run(path) for path in folder.glob("*/*")):
         return {}
     with suppress(SchemaError):
-        found = read_json(folder / _BEGUN)
+        found = restored(read_json(folder / _BEGUN))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -161,7 +168,7 @@ def read_comparison(folder: Path) -> ColumnComparison:
         RunError: there is none, or it cannot be read.
     """
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = restored(json.loads((folder / FILE).read_text(encoding="utf-8")))
         figures = {
             task: {column: _figure_from_json(row[column]) for column in COLUMNS}
             for task, row in content["figures"].items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nybble.qat.absorb import WeightChanges
 from nybble.report.labels import (
@@ -69,8 +69,8 @@ def result_rows(results: RunResults) -> Cells:
     for key in ordered_rows(models):
         row = [row_label(results, key), *(metric_cell(column, models[key].get(column)) for column in columns)]
         if shows_recovered(results):
-            is_trained = (key == "tuned" or is_export(key)) and not kept_compressed(results)
-            share = recovered_share(models, key) if is_trained else None
+            share = recovered_share(models, key) if key == "tuned" or is_export(key) else None
+            share = 0.0 if share is not None and kept_compressed(results) else share
             row.append("-" if share is None else f"{share:.0%}")
         rows.append(row)
     return ["model", *map(metric_label, columns), *(["recovered"] if shows_recovered(results) else [])], rows
@@ -92,10 +92,14 @@ def other_title(results: RunResults) -> str:
     return f"Another domain: {results.other_data}"
 
 
-def measured_on(results: RunResults) -> str:
-    """The text, and the number of documents, that the metrics of a run were measured on."""
+def measured_on(results: RunResults, columns: Collection[str] | None = None) -> str:
+    """The text, and the number of documents, that metrics were measured on.
+
+    Args:
+        columns: the metrics; None: those of this run.
+    """
     text = f"Perplexity and KL divergence to the 16-bit model were measured on {results.test_data or 'the test split'}."
-    columns = {key for metrics in results.models.values() for key in metrics}
+    columns = {key for metrics in results.models.values() for key in metrics} if columns is None else columns
     limited = ["word perplexity"] if "word_perplexity" in columns else []
     limited += ["tasks"] if any(key.startswith("task:") for key in columns) else []
     if results.limit is not None and limited:

@@ -204,6 +204,7 @@ def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
             by all processes.
     """
     path, locks, opened = options.folder, list[FileLock](), list[RunFolder]()
+    existed = path.exists()
 
     def lock_here() -> None:
         check_folder(path, options.run.resume, options.run.overwrite)
@@ -219,8 +220,9 @@ def open_run(options: RunCommand, keep_options: bool = False) -> RunFolder:
         results = processes.on_first(open_here)
     except BaseException:
         for lock in locks:
+            if not existed:
+                _forget_new(path)
             lock.release()
-            _forget_new(path)
         raise
     return opened[0] if opened else RunFolder(path, results)
 

@@ -287,7 +287,7 @@ class RunResults:
     def described_method(self) -> str:
         """The method; how many blocks have it, where that was limited; the finished run that it was taken from."""
         limited = self.limit_blocks is not None and self.method != "rtn" and self.init_from is None
-        some = f" in the first {self.limit_blocks} blocks, rtn in the rest" if limited else ""
+        some = f" (decoder blocks with it: the first {self.limit_blocks}; the rest rtn)" if limited else ""
         return self.method + some if self.init_from is None else f"{self.method} from {self.init_from}"
 
     def training(self, name: str = "") -> Training | None:

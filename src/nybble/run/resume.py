@@ -77,7 +77,8 @@ def resumed_values(kind: type[RunCommand], values: dict[str, Any]) -> dict[str, 
     """
     options = kind.of(**values)
     folder = options.folder
-    if options.run.resume and options.run.output_dir and not options.model.pretrained and not is_run(folder):
+    names_a_run = options.run.output_dir and not options.model.pretrained and kind is not CompareOptions
+    if options.run.resume and names_a_run and not is_run(folder):
         raise RunError(f"--resume must find a run in {folder}; there is none; check --output_dir")
     if not options.run.resume or not is_run(folder) or not (folder / CONFIG).is_file():
         return values

@@ -49,8 +49,10 @@ class JsonlSource:
                 10.
         """
         path = Path(request.task)
+        cells = _read_cells if path.suffix.lower() == ".csv" else dict
         questions = [
-            _parse_row(row, f"--task {path}: row {number}") for number, row in enumerate(read_rows(path, "--task"), 1)
+            _parse_row(cells(row), f"--task {path}: row {number}")
+            for number, row in enumerate(read_rows(path, "--task"), 1)
         ]
         metric = _metric(questions, path)
         parts: dict[str, list[Question]] = {split: [] for split in splits.SPLITS}
@@ -94,7 +96,7 @@ def _parse_row(row: dict[str, Any], where: str) -> Question:
     if isinstance(prompt, str) and prompt.strip():
         check_unicode([prompt, choices, completion], where)
         if choices is not None:
-            question = _parse_choices(prompt, _read(choices), _read(row.get("answer")), where)
+            question = _parse_choices(prompt, choices, row.get("answer"), where)
         elif isinstance(completion, str) and completion.strip():
             question = Question.with_completion(prompt, _with_space(prompt, completion))
     if question is None:
@@ -105,13 +107,17 @@ def _parse_row(row: dict[str, Any], where: str) -> Question:
     return question
 
 
-def _read(value: Any) -> Any:
-    """A list or a whole number, where it stands as text in a cell of a .csv file; anything else as it is."""
+def _read_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a .csv file, whose cells are text, with the list of its choices and the number of its answer."""
+    return row | {name: _read(row[name]) for name in ("choices", "answer") if isinstance(row.get(name), str)}
+
+
+def _read(cell: str) -> Any:
     try:
-        read = json.loads(value) if isinstance(value, str) else value
+        read = json.loads(cell)
     except (ValueError, RecursionError):
-        return value
-    return read if isinstance(read, list) or type(read) is int else value
+        return cell
+    return read if isinstance(read, list) or type(read) is int else cell
 
 
 def _parse_choices(prompt: str, choices: Any, answer: Any, where: str) -> Question | None:

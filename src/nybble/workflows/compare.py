@@ -70,10 +70,10 @@ def compare(options: CompareOptions, callbacks: Sequence[Callback] = ()) -> Path
     options = options.replace(lora_rank_space=parse_rank_space(options.ranks.lora_rank_space))
     _check(options)
     folder = options.folder
-    with claimed(folder / five_columns.FILE, wait=True):
-        if not options.run.overwrite:
+    if not options.run.overwrite:
+        with claimed(folder / five_columns.FILE, wait=True):
             five_columns.check_same_setting(folder, options)
-        five_columns.note_setting(folder, options)
+            five_columns.note_setting(folder, options)
     comparisons = {task: _TaskComparison(options, task, folder / task, callbacks) for task in options.task.tasks}
     with ExitStack() as stack:
         for path in (path for comparison in comparisons.values() for path in comparison.paths):
@@ -82,6 +82,8 @@ def compare(options: CompareOptions, callbacks: Sequence[Callback] = ()) -> Path
                     f"--overwrite must be given to one process alone; another one makes {path}; wait for it, or choose "
                     "another --output_dir"
                 )
+        if options.run.overwrite:
+            five_columns.note_setting(folder, options)
         stopped = _make_and_show(options, comparisons)
     if stopped:
         raise TrainingError(

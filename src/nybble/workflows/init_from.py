@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.compression.init import QuantizedInit
 from nybble.errors import ModelError, OptionError
-from nybble.export.checks import exporter_of
+from nybble.export.checks import NOTE, exporter_of
 from nybble.models import positions_file, quantized_file, quantized_model
 from nybble.models.layers_on_disk import LayersOnDisk, block_number, layers_on_disk
 from nybble.models.loading import SMOLLM2, LoadedModel, check_model_path, model_fingerprint
@@ -22,7 +22,7 @@ from nybble.options.scheme import WHOLE_ROW
 from nybble.quant.position import weight_at_positions
 from nybble.quant.scheme import QuantScheme
 from nybble.quant.weight import QuantizedWeight
-from nybble.run.complete import MERGED, QUANTIZED, check_complete
+from nybble.run.complete import QUANTIZED, check_complete
 from nybble.run.marker import is_run
 from nybble.run.results import read_results
 
@@ -35,20 +35,22 @@ def check_sixteen_bit(pretrained: str) -> None:
     Raises:
         ModelError: nothing is there, or a run, or an export that is no 16-bit model.
     """
-    if pretrained == SMOLLM2:
-        return
     path = Path(pretrained)
-    run = next((folder for folder in (path, path.parent) if is_run(folder)), None)
-    made = run is not None and path.name != MERGED
-    holds_codes = path.is_dir() and (exporter := exporter_of(path)) is not None and exporter.holds_codes
-    if run == path or (made and path.name == QUANTIZED) or holds_codes:
+    check_model = partial(check_model_path, pretrained)
+    if pretrained == SMOLLM2 or not path.exists():
+        return check_model()
+    folder = path if path.is_dir() else path.parent
+    exporter = exporter_of(folder) if (folder / NOTE).is_file() else None
+    is_made = path.is_dir() and (is_run(path) or (path.name == QUANTIZED and is_run(path.parent)))
+    if is_made or (exporter is not None and exporter.holds_codes):
         raise ModelError(
             f"--pretrained {pretrained} must be a 16-bit model; it is a 4-bit model that nybble made; name the model "
             "that it was made from; --init_from RUN goes on from the 4-bit weights of a run"
         )
-    check_model_path(pretrained)
-    if made:
-        log.warning("--pretrained %s is what a run made: its weights were rounded to 4 bits before", pretrained)
+    check_model()
+    if exporter is not None:
+        log.warning("--pretrained %s is an export of nybble: its weights were rounded to 4 bits before", pretrained)
+    return None
 
 
 def check_finished(run: Path) -> None:

@@ -15,7 +15,7 @@ def judge_distillation(results: RunResults) -> list[str]:
     models = results.models
     shipped = [row for row in ("tuned", *results.exports) if row in models]
     kept = kept_compressed(results)
-    results.improvement = {row: None if kept else recovered_share(models, row) for row in shipped}
+    results.improvement = {row: 0.0 if kept else recovered_share(models, row) for row in shipped}
     warnings = []
     if kept:
         warnings.append(
@@ -26,8 +26,8 @@ def judge_distillation(results: RunResults) -> list[str]:
     for metric in ("kl_to_teacher", "token_perplexity", "word_perplexity"):
         before = compressed.get(metric, math.nan)
         # The compressed model was measured in torch; what a runtime adds is no harm that training did.
-        worse = next((row for row in shipped[:1] if models[row].get(metric, math.nan) > before), None)
-        if worse is not None:
+        worse = shipped[0] if shipped else "compressed"
+        if models.get(worse, {}).get(metric, math.nan) > before:
             warnings.append(
                 f"the {metric_label(metric)} on the test text is worse than that of the compressed model: {before:.4f} "
                 f"before training, {models[worse][metric]:.4f} after ({row_label(results, worse)})"

@@ -141,8 +141,9 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
     )  # fmt: skip
     kept = loaded.on_disk or _is_gguf(options.model.pretrained)
     remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
+    needs = "need" if planned.compression.calibrates else "needs"
     fewer = "fewer --num_calibration_samples or " if planned.compression.calibrates else ""
-    warn_of_memory(needed.memory, available, f"{fewer}a smaller --seq_len need less{remedy}")
+    warn_of_memory(needed.memory, available, f"{fewer}a smaller --seq_len {needs} less{remedy}")
 
 
 @dataclass(frozen=True)

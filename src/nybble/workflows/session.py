@@ -74,7 +74,7 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
     results.command, results.model, results.seed = facts.command, loaded.name, options.run.seed
     results.machine = describe_machine() | {"processes": processes.count()}
     results.dtype = str(loaded.model.dtype).removeprefix("torch.")
-    results.method, results.limit_blocks = compression.method, options.flat().get("limit_blocks")
+    results.method, results.limit_blocks = compression.method, _limit_of_blocks(options, loaded.model)
     results.init_from = None if compression.init_from is None else str(compression.init_from)
     if not compression.is_made:
         results.init_trained = compression.init_from is not None and init_from.was_trained(compression.init_from)
@@ -85,6 +85,13 @@ def _note_facts(run: RunFolder, options: RunCommand, facts: RunFacts) -> None:
         results.other_data = f"{text.other_source} ({len(text.other)} x {text.other.ids.shape[1]} tokens)"
     results.limit = facts.limit
     results.seconds.setdefault("load", round(facts.load_seconds, 2))
+
+
+def _limit_of_blocks(options: RunCommand, model: Any) -> int | None:
+    """--limit_blocks, where it is a limit."""
+    limit = options.flat().get("limit_blocks")
+    blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return None if limit is None or (blocks is not None and limit >= blocks) else limit
 
 
 def _fingerprints(planned: PlannedRun) -> dict[str, str]:
@@ -133,6 +140,7 @@ def finish(run: RunFolder, warnings: Sequence[str], failed_exports: Sequence[Exp
     console.print(as_table(*result_rows(results)))
     say(summary(results))
     exports = "".join(f", {name}/" for name in results.exports)
-    say(f"Everything is in {run.path} (report.md, results.json, quantized/{exports}).")
+    model = ", quantized/" if run.quantized.is_dir() else ""
+    say(f"Everything is in {run.path} (report.md, results.json{model}{exports}).")
     if failed_exports:
         raise failed_exports[0]

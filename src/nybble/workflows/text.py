@@ -28,7 +28,8 @@ def check_sources(tasks: tuple[str, ...], options: TextOptions) -> None:
     named = {"--data": options.data, "--eval_data": options.eval_data, "--other_data": options.other_data}
     for option, names in named.items():
         for name in Mixture.parse(names, option).names if names else ():
-            check_place(name, option)
+            if options.data_dir is None or name.startswith((".", "/", "~")):  # others may lie in --data_dir
+                check_place(name, option)
     try:
         check_tasks(tasks, options.data_dir)
     except HubUnreachableError as error:
