@@ -132,7 +132,7 @@ def test_unknown_tasks_are_refused_with_similar_names() -> None:
 
 def test_rows_of_ones_own_are_no_task_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.evaluation.lm_eval.task_manager", lambda: pytest.fail("this takes seconds"))
-    with pytest.raises(OptionError, match=r"got mine\.jsonl; rows of your own are a --task of nybble tune"):
+    with pytest.raises(OptionError, match=r"got mine\.jsonl; rows of your own are a --task of nybble eval"):
         check_tasks(("mine.jsonl",), None)
 
 

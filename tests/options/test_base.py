@@ -149,7 +149,7 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
         (DistillOptions, {"method": "se", "init_from": "r"}, "--method and --init_from contradict each other"),
         (TuneOptions, {"task": "t", "init_from": "r"}, "adapters are trained before that with --quantize after"),
         (TuneOptions, {"task": "t", "eval_only": True}, "--eval_only needs --resume and the folder of a run"),
-        (EvalOptions, {"target": "m", "data": "none"}, "--data none leaves nothing to measure without --eval_tasks"),
+        (EvalOptions, {"target": "m", "data": "none"}, "--data none leaves nothing to measure; name a text"),
         (
             EvalOptions,
             {"target": "m", "data": "none", "teacher": "t", "eval_tasks": "a"},

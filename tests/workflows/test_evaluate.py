@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nybble.cli.main import main
+from nybble.models.quantized_model import load_quantized
+from nybble.tasks.jsonl_source import JsonlSource
+from nybble.tasks.scoring import score_questions
 from tests.helpers.causal_types import save_tiny
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.questions import numbered_rows, request, write_rows
 from tests.helpers.tiny import make_model
 
 FLAGS = ["--seq_len", "32", "--num_samples", "2", "--device", "cpu", "--dtype", "float32"]
@@ -20,6 +25,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "quantized"
     save_checkpoint(path, make_model("smollm", num_hidden_layers=1))
     return path
+
+
+def test_rows_of_ones_own_are_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "mine.jsonl", numbered_rows(60))
+    model, tokenizer, _ = load_quantized(folder, torch.float32)
+    questions = JsonlSource().load(request(rows)).scored
+    expected = score_questions(model, tokenizer, questions, False, 32)
+    assert main(["eval", str(folder), "--task", str(rows), "--data", "none", *FLAGS]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["task:mine acc"] == expected.accuracy
+    assert measured["task:mine log_likelihood"] == pytest.approx(expected.log_likelihood, rel=1e-6)
+    assert (measured["documents:mine"], measured["task"]) == (6, str(rows))
+    assert main(["eval", str(folder), "--task", "openbookqa", *FLAGS]) == 2
+    assert "--task must be a file of rows; openbookqa is a task of lm-eval" in capsys.readouterr().err
+    assert main(["eval", str(folder), "--task", str(tmp_path / "no.jsonl"), *FLAGS]) == 2
+    assert "no.jsonl must be an existing file" in capsys.readouterr().err
 
 
 def test_stdout_is_one_json_object_that_says_what_was_measured(

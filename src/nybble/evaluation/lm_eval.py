@@ -225,7 +225,7 @@ def _check_names(tasks: Sequence[str], option: str) -> None:
             similar = get_close_matches(task, known, 3)
             remedy = f"did you mean {', '.join(similar)}?" if similar else "list them with: lm-eval ls tasks"
             if task.lower().endswith(ROW_SUFFIXES):
-                remedy = "rows of your own are a --task of nybble tune, which scores them (--resume --eval_only again)"
+                remedy = "rows of your own are a --task of nybble eval or nybble tune"
             raise OptionError(f"{option} must name tasks of lm-eval; got {task}; {remedy}")
 
 

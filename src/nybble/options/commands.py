@@ -260,10 +260,11 @@ class _EvalGroup(Group):
         "", "Model (as for --pretrained), run folder, or a folder inside one: quantized or an export.", required=True
     )
     eval_tasks: tuple[str, ...] = option((), "lm-eval tasks; needs the extra eval.", basic=True)
+    task: str | None = option(None, "Your own rows, as for tune --task: the score on its test rows.", basic=True)
     teacher: str | None = option(None, "Model to compare with: adds the KL divergence to it.", basic=True)
     split: Literal["train", "validation", "test"] = option("test", "Split of --data for token perplexity.", basic=True)
     num_samples: int = option(0, "Sequences of the split; 0: all.", basic=True)
-    limit: int | None = option(None, "Use only this many documents per lm-eval task.", basic=True)
+    limit: int | None = option(None, "Use only this many documents per task.", basic=True)
     eval_batch_size: int = option(0, "Requests per forward pass in lm-eval tasks; 0: automatic.")
     strict: bool = option(
         False, "Exports: compute as torch does in float32, not as deployed (dynamic 8-bit activations)."
@@ -288,8 +289,9 @@ class EvalOptions(Command):
     def check(self) -> None:
         """Raise OptionError for values that are impossible, alone or together."""
         super().check()
-        if not (self.evaluation.eval_tasks or self.text.data):
-            raise OptionError("--data none leaves nothing to measure without --eval_tasks; name tasks or a text")
+        asked = self.evaluation
+        if not (asked.eval_tasks or asked.task or self.text.data):
+            raise OptionError("--data none leaves nothing to measure; name a text, --eval_tasks or --task")
         if self.evaluation.teacher is not None and not self.text.data:
             raise OptionError("--teacher is for the KL divergence, which --data none leaves out; give one of them")
 

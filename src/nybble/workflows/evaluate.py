@@ -27,6 +27,9 @@ from nybble.models.loading import LoadedModel
 from nybble.options.commands import EvalOptions
 from nybble.report.labels import metric_label
 from nybble.schema import to_json
+from nybble.tasks.dataset import TaskDataset, TaskRequest
+from nybble.tasks.scoring import measure_task
+from nybble.tasks.sources import check_place, is_scored_by_lm_eval, load_task
 from nybble.workflows.target import open_target
 
 
@@ -41,6 +44,7 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     options.check()
     asked, text = options.evaluation, options.text
     check_tasks(asked.eval_tasks, text.data_dir)
+    task = None if asked.task is None else _load_task(asked.task, text.data_dir)
     opened = open_target(asked.target, options.model, "TARGET", asked.strict)
     check_tokenizer(asked.eval_tasks, opened.tokenizer)
     results: dict[str, float] = {}
@@ -56,8 +60,12 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
         if asked.eval_tasks:
             config = LmEvalConfig(asked.eval_tasks, asked.eval_batch_size, asked.limit, text.data_dir)
             columns = result_columns(run_tasks(opened.model, opened.tokenizer, config))
-            results |= {key: value for key, value in columns.items() if not key.startswith("right:")}
+            results |= columns
             measured |= {"limit": asked.limit}
+        if task is not None:
+            results |= measure_task(opened.model, opened.tokenizer, task, asked.limit, text.seq_len)
+            measured |= {"task": asked.task, "limit": asked.limit}
+    results = {key: value for key, value in results.items() if not key.startswith("right:")}
     say(_title(measured))
     table = Table("measure", "value")
     for key, value in results.items():
@@ -66,6 +74,19 @@ def evaluate(options: EvalOptions) -> dict[str, float]:
     if not sys.stdout.isatty():
         print(to_json(measured | results))
     return results
+
+
+def _load_task(name: str, data_dir: str | None) -> TaskDataset:
+    """The rows of a task that nybble scores itself.
+
+    Raises:
+        OptionError: lm-eval scores it.
+        DataError: there is no such file, or it cannot be read.
+    """
+    check_place(name)
+    if is_scored_by_lm_eval(name):
+        raise OptionError(f"--task must be a file of rows; {name} is a task of lm-eval; name it with --eval_tasks")
+    return load_task(TaskRequest(name, data_dir, 0, 0))
 
 
 def _title(measured: Mapping[str, Any]) -> str:
