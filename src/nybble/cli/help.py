@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import textwrap
 import typing
 from typing import Any
 
@@ -43,6 +44,13 @@ class OptionParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help that folds at spaces alone: values such as python-docs stay whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def help_text(kind: type[Command], everything: bool) -> str:
     """The help of a command.
 
@@ -52,7 +60,7 @@ def help_text(kind: type[Command], everything: bool) -> str:
     width = min(100, max(60, shutil.get_terminal_size().columns)) - 2
 
     def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, max_help_position=28, width=width)
+        return _Formatter(prog, max_help_position=28, width=width)
 
     positional = kind.positional()
     usage = f"nybble {kind.NAME}" + (f" {positional.upper()}" if positional else "") + " [options]"
