@@ -20,7 +20,7 @@ class DataOptions(Group):
     data: tuple[str, ...] = option(
         ("wikitext2-plain",),
         "Text sources: wikitext2-plain, wikitext2, python-docs, a .txt, .md, .jsonl, .json, .csv or .parquet file, a "
-        "folder with one file per split, a hub dataset (OWNER/NAME, OWNER/NAME:CONFIGURATION); several as NAME=SHARE. "
+        "folder of files, a hub dataset (OWNER/NAME, OWNER/NAME:CONFIGURATION); several as NAME=SHARE. "
         "self: the model generates the text; self:SOURCE: it continues beginnings of SOURCE.",
         basic=True,
     )
