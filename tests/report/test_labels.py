@@ -38,6 +38,8 @@ def test_labels_say_what_the_run_did() -> None:
 def test_columns_stand_in_a_fixed_order() -> None:
     models = {"16bit": {"bytes": 1, "tokens": 3}, "tuned": {"task:b acc": 1, "kl_to_teacher": 1, "word_perplexity": 2}}
     assert metric_columns(models) == ["word_perplexity", "kl_to_teacher", "task:b acc", "bytes"]
+    assert metric_columns(models, "task:b acc") == ["task:b acc", "word_perplexity", "kl_to_teacher", "bytes"]
+    assert metric_columns(models, "task:c acc") == metric_columns(models)
     assert [metric_label(c) for c in ("kl_to_teacher", "task:b acc")] == ["KL divergence to 16-bit", "b acc"]
 
 

@@ -254,7 +254,8 @@ def _recipe(results: RunResults, options: Mapping[str, Any]) -> str:
 
 def comparison_rows(comparison: Comparison) -> Cells:
     """A row per model, a column per metric."""
-    columns = metric_columns({entry.label: entry.metrics for entry in comparison.entries})
+    first = "" if comparison.lower_is_better else comparison.metric
+    columns = metric_columns({entry.label: entry.metrics for entry in comparison.entries}, first)
     rows = []
     for entry in comparison.entries:
         row = [entry.label, *(metric_cell(column, entry.metrics.get(column)) for column in columns)]

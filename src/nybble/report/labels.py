@@ -73,8 +73,17 @@ def metric_label(column: str) -> str:
     return _HEADINGS.get(column, column.removeprefix("task:"))
 
 
-def metric_columns(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Keys of Metrics that a table shows: perplexities, KL divergence, tasks, size."""
+def metric_columns(models: Mapping[str, Mapping[str, Any]], first: str = "") -> list[str]:
+    """Keys of Metrics that a table shows: perplexities, KL divergence, tasks, size.
+
+    Args:
+        first: the metric that the models are compared by, where it is a task's.
+    """
+    columns = _in_order(models)
+    return [first, *(column for column in columns if column != first)] if first in columns else columns
+
+
+def _in_order(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     known = dict.fromkeys(key for metrics in models.values() for key in metrics)
     first = [key for key in ("token_perplexity", "word_perplexity", "kl_to_teacher") if key in known]
     return [*first, *(key for key in known if key.startswith("task:")), "bytes"]

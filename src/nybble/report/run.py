@@ -65,7 +65,7 @@ def shows_recovered(results: RunResults) -> bool:
 def result_rows(results: RunResults) -> Cells:
     """The table of results: a row per model, a column per metric."""
     models, rows = results.models, []
-    columns = metric_columns(models)
+    columns = metric_columns(models, "" if results.task is None else results.task.column)
     for key in ordered_rows(models):
         row = [row_label(results, key), *(metric_cell(column, models[key].get(column)) for column in columns)]
         if shows_recovered(results):
