@@ -25,7 +25,9 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_characters_are_those_of_texts_and_messages() -> None:
     assert count_characters(TEXTS) == 210
-    assert count_characters([Conversation(CONVERSATION)]) == sum(len(message["content"]) for message in CONVERSATION)
+    contents = sum(len(message["content"]) for message in CONVERSATION)
+    assert count_characters([Conversation(CONVERSATION)]) == contents
+    assert count_characters([Conversation(CONVERSATION, [{"name": "x" * 50}])]) > contents + 50
     assert count_characters([]) == 0
 
 

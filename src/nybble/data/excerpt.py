@@ -21,7 +21,7 @@ _CHARACTERS_PER_TOKEN = 16
 
 
 def count_characters(documents: Sequence[Document]) -> int:
-    """Characters of all texts, and of the contents of all messages."""
+    """Characters of all texts, and of the contents of all messages with their tools."""
     return sum(map(_size, documents))
 
 
@@ -67,4 +67,4 @@ def _take(documents: Sequence[Document], share: float, order: Sequence[int]) -> 
 def _size(document: Document) -> int:
     if isinstance(document, str):
         return len(document)
-    return sum(len(str(message.get("content", ""))) for message in document.messages)
+    return sum(len(str(message.get("content", ""))) for message in document.messages) + len(str(document.tools or ""))
