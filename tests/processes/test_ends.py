@@ -205,10 +205,3 @@ def test_commands_for_one_process(tmp_path: Path, launcher: Launcher) -> None:
     assert "only compress, distill, tune, search run in several processes; nybble report was started in 2" in line
     (line,) = lines_of(launcher.run(["compare"]))
     assert "start it without torchrun and accelerate launch, once for each GPU" in line
-
-
-def test_the_folder_must_be_seen_by_all(command: list[str], launcher: Launcher) -> None:
-    ended = launcher.run(command, 2, "from nybble.run import folder\nfolder.is_run = lambda path: False", 1)
-    assert [process.code for process in ended] == [2, 2]
-    (line,) = lines_of(ended)
-    assert "must be a folder that all processes see; process 1 does not see it" in line
