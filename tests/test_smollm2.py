@@ -145,7 +145,7 @@ def test_eval_measures_the_run_and_the_export_by_the_same_call(
         assert main(arguments.split()) == 0
         values.append(json.loads(capsys.readouterr().out))  # no terminal: JSON alone
     measured = {"token_perplexity", "tokens", "documents:arc_easy", "task:arc_easy acc", "task:arc_easy acc_norm"}
-    facts = {"model", "strict", "data", "split", "teacher", "num_samples", "seq_len", "limit"}
+    facts = {"model", "strict", "data", "split", "teacher", "num_samples", "seq_len", "limit", "assistant_only_loss"}
     assert values[0].keys() == values[1].keys() == measured | facts
     assert values[1]["token_perplexity"] == pytest.approx(values[0]["token_perplexity"], rel=1e-4)
     assert values[1]["task:arc_easy acc_norm"] == values[0]["task:arc_easy acc_norm"]
