@@ -52,7 +52,7 @@ def test_five_columns_of_a_task(
         with pytest.raises(KeyboardInterrupt):
             compare(options(tmp_path, shared_data))
     before = (task / "qat-nls" / "results.json").stat().st_mtime_ns
-    with pytest.raises(RunError, match=r"qat-nls: --seed was 0, got 7"):
+    with pytest.raises(RunError, match=r"it holds one that was begun with --seed 0, got 7"):
         compare(options(tmp_path, shared_data, seed=7))
     folder = compare(options(tmp_path, shared_data))
     assert (task / "qat-nls" / "results.json").stat().st_mtime_ns == before, "what is finished is not made again"
