@@ -70,7 +70,7 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
     narrow = Console(width=80, markup=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     monkeypatch.setattr(tables, "console", narrow)
     headings = ["model", "token perplexity", "KL divergence to 16-bit", "openbookqa acc_norm", "size", "recovered"]
-    numbers = ["12345.678", "0.1234", "0.3750", "123.4 MB", "100%"]
+    numbers = ["489672053.125", "0.1234", "0.3750", "123.4 MB", "100%"]
     narrow.print(as_table(headings, [["INT4, tuned on openbookqa, then awq+se+gptq, before training", *numbers]]))
     text = narrow.export_text()
     assert all(number in text for number in numbers)

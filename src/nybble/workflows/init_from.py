@@ -35,22 +35,19 @@ def check_sixteen_bit(pretrained: str) -> None:
     Raises:
         ModelError: nothing is there, or a run, or an export that is no 16-bit model.
     """
-    path = Path(pretrained)
-    check_model = partial(check_model_path, pretrained)
-    if pretrained == SMOLLM2 or not path.exists():
-        return check_model()
-    folder = path if path.is_dir() else path.parent
-    exporter = exporter_of(folder) if (folder / NOTE).is_file() else None
-    is_made = path.is_dir() and (is_run(path) or (path.name == QUANTIZED and is_run(path.parent)))
-    if is_made or (exporter is not None and exporter.holds_codes):
-        raise ModelError(
-            f"--pretrained {pretrained} must be a 16-bit model; it is a 4-bit model that nybble made; name the model "
-            "that it was made from; --init_from RUN goes on from the 4-bit weights of a run"
-        )
-    check_model()
+    path, exporter = Path(pretrained), None
+    if pretrained != SMOLLM2 and path.exists():
+        folder = path if path.is_dir() else path.parent
+        exporter = exporter_of(folder) if (folder / NOTE).is_file() else None
+        is_made = path.is_dir() and (is_run(path) or (path.name == QUANTIZED and is_run(path.parent)))
+        if is_made or (exporter is not None and exporter.holds_codes):
+            raise ModelError(
+                f"--pretrained {pretrained} must be a 16-bit model; it is a 4-bit model that nybble made; name the "
+                "model that it was made from; --init_from RUN goes on from the 4-bit weights of a run"
+            )
+    check_model_path(pretrained)
     if exporter is not None:
         log.warning("--pretrained %s is an export of nybble: its weights were rounded to 4 bits before", pretrained)
-    return None
 
 
 def check_finished(run: Path) -> None:
