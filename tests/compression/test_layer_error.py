@@ -43,6 +43,13 @@ def test_clipped_weights_are_those_beyond_half_a_step_of_the_outer_codes() -> No
     assert weight_error(weight, init, SCHEME).clipped == 3 / 8
 
 
+def test_a_negative_scale_turns_the_range_over() -> None:
+    # Scale -0.25 and zero point 8: the codes 0 .. 15 stand for 2 .. -1.75.
+    weight = torch.tensor([[2.2, 2.1, 2.0, 0.0, -1.75, -1.8, -1.9, -3.5]])
+    init = QuantizedInit(weight, torch.tensor([[-0.25]]), torch.tensor([[8.0]]))
+    assert weight_error(weight, init, QuantScheme(4, 8, symmetric=True)).clipped == 3 / 8
+
+
 def test_a_folded_output_counts_with_the_size_it_had() -> None:
     x, weight = torch.randn(100, 16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
     gram = x.T @ x / 100

@@ -8,7 +8,7 @@ import torch
 from nybble.compression.output_error import RoundingTarget, output_error
 from nybble.compression.scale_estimation import (
     RANGE_FRACTIONS,
-    SYMMETRIC_FRACTIONS,
+    SIGNED_FRACTIONS,
     ScaleEstimation,
     ScaleQuadratic,
     estimate,
@@ -54,16 +54,28 @@ def test_search_keeps_the_best_scale_of_each_symmetric_group() -> None:
     assert (zero_point == 4).all()
     for o, g in itertools.product(range(4), range(4)):
         group, errors = weight[o, 8 * g : 8 * g + 8], []
-        for fraction in SYMMETRIC_FRACTIONS:
-            s = round_scale(round_scale(group.abs().max() / 3) * fraction)
+        farthest = group[group.abs().argmax()]
+        for fraction in SIGNED_FRACTIONS:
+            s = round_scale(round_scale(-farthest / 4) * fraction)
             rounded = (group / s).round().clamp(-4, 3) * s
             errors.append((float(((rounded - group).square() * importance[8 * g : 8 * g + 8]).sum()), float(s)))
         assert float(scale[o, g]) == min(errors)[1]
+    assert set(scale.sign().flatten().tolist()) == {-1, 1}
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.6), (3, 0.85), (4, 0.95)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_sign_of_a_symmetric_scale_follows_the_weights(bits: int) -> None:
+    """Mirrored weights have mirrored scales, the same codes and the same error, through search and fit."""
+    weight, gram = random_layer(16, 32)
+    scheme = QuantScheme(bits, 8, symmetric=True)
+    scale, zero_point = estimate(weight, gram, scheme)
+    mirrored, _ = estimate(-weight, gram, scheme)
+    assert torch.equal(mirrored, -scale)
+    assert torch.equal(quantize(-weight, mirrored, zero_point, scheme), quantize(weight, scale, zero_point, scheme))
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.75), (3, 0.9), (4, 0.95)])
 def test_symmetric_search_is_better_than_round_to_nearest(bits: int, share: float) -> None:
-    """Round-to-nearest leaves the lowest code unused: of 2 bits it uses three codes."""
     weight, gram = random_layer(64, 32)
     scheme = QuantScheme(bits, 8, symmetric=True)
 

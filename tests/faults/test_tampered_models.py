@@ -68,7 +68,7 @@ TENSORS: list[tuple[str, Callable[[Tensor], Tensor | None]]] = [
     *((name, lambda t: t.T.contiguous()) for name in (CODES, SCALE)),
     *((name, lambda t: torch.cat([t, t], dim=1)) for name in (CODES, SCALE, ZERO, HEAD_CODES, HEAD_SCALE)),
     *((SCALE, first(value)) for value in (0.0, -0.5, 1 + 2**-9, 2**-20, float("inf"), float("nan"))),
-    *((HEAD_SCALE, first(value)) for value in (0.0, float("nan"), 1 + 2**-9)),
+    *((HEAD_SCALE, first(value)) for value in (0.0, -0.5, float("nan"), 1 + 2**-9)),
     *((ZERO, first(value)) for value in (16, 255)),
     (HEAD_ZERO, first(127)),
 ]

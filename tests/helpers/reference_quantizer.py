@@ -8,17 +8,20 @@ from torch import Tensor
 
 
 def round_scale(scale: float) -> float:
-    """7 significant bits, rounded half to even, within the normal range of fp16."""
-    exponent = math.floor(math.log2(scale)) if scale > 0 else -60
+    """7 significant bits, rounded half to even, within the normal range of fp16. The sign stays; 0 becomes positive."""
+    exponent = math.floor(math.log2(abs(scale))) if scale else -60
     unit = 2.0 ** (exponent - 6)
-    return min(max(round(scale / unit) * unit, 2.0**-14), 65024.0)
+    return math.copysign(min(max(round(abs(scale) / unit) * unit, 2.0**-14), 65024.0), scale or 1.0)
 
 
 def min_max(group: list[float], bits: int, symmetric: bool) -> tuple[float, int]:
     """Scale and zero point of one group of weights."""
-    max_code = 2**bits - 1
-    if symmetric:
-        return round_scale(max(abs(w) for w in group) / (2 ** (bits - 1) - 1)), 2 ** (bits - 1)
+    max_code, middle = 2**bits - 1, 2 ** (bits - 1)
+    if symmetric and bits == 8:
+        return round_scale(max(abs(w) for w in group) / (middle - 1)), middle
+    if symmetric:  # code 0, which is `middle` steps from zero, becomes the weight that is farthest from it
+        farthest = min(group) if -min(group) >= max(group) else max(group)
+        return round_scale(farthest / -middle), middle
     low, high = min(0.0, *group), max(0.0, *group)
     scale = round_scale((high - low) / max_code)
     return scale, min(max(round(-low / scale), 0), max_code)
@@ -53,7 +56,8 @@ class SymmetricLoRA:
         d/dscale = (output - w) / (15/8 |scale|)  inside,   -8/7 below low,   1 above high
 
     The gradient of the scale is that of the range 15/8 |scale| as if it were the scale, so it is no derivative of the
-    output: 8/15 of it inside and 8/7 of it at both ends; for a negative scale it also has the opposite sign.
+    output: 8/15 of it inside and 8/7 of it at both ends. For a negative scale it has the opposite sign, and the size of
+    the derivative above high and (8/7)^2 of it below low.
     """
 
     bits: int

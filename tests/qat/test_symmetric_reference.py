@@ -19,11 +19,14 @@ OUTPUTS, GROUPS, SIZE, RANK = 6, 2, 16, 4
 
 
 def symmetric_layer(bits: int) -> FakeQuantizedLoRALinear:
-    """A layer with trained adapters and scales as they were initialized. Some weights are outside of their range."""
+    """A layer with trained adapters and scales as they were initialized, in every second row negative ones of 4 bits.
+    Some weights are outside of their range."""
     scheme, generator = QuantScheme(bits, SIZE, symmetric=True), torch.Generator().manual_seed(bits)
     step = 2.0 ** (1 - bits)  # of weights between about -1 and 1
     weight_OI = torch.randint(-320, 321, (OUTPUTS, GROUPS * SIZE), generator=generator) / 256
     scale_OG = step * torch.randint(64, 128, (OUTPUTS, GROUPS), generator=generator) / 128
+    if scheme.signed_scales:
+        scale_OG[::2] *= -1
     zero_point_OG = torch.full_like(scale_OG, scheme.middle_code)
     layer = FakeQuantizedLoRALinear(
         QuantizedInit(weight_OI, scale_OG, zero_point_OG), scheme, None, RANK, torch.float32
@@ -87,7 +90,8 @@ def test_adapters_get_the_gradient_of_the_reference_but_for_half_a_step_beyond_t
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_scale_of_the_reference_has_another_gradient_than_its_derivative(bits: int) -> None:
-    """8/15 of the derivative inside of the range, and 8/7 outside; `fake_quantize` has the derivative."""
+    """8/15 of the derivative inside of the range, and 8/7 outside; `fake_quantize` has the derivative. For a negative
+    scale the reference has the opposite sign, and outside 1 of the derivative above and (8/7)^2 below."""
     layer = symmetric_layer(bits)
     _, _, reference_OI, steps_OI = reference(layer)
     low, high = SymmetricLoRA(bits).levels
@@ -100,7 +104,11 @@ def test_the_scale_of_the_reference_has_another_gradient_than_its_derivative(bit
             :, i
         ].sum().backward()
         derivative_OI[:, i] = scale_OG.grad.sum(1) / -low  # of the scale of the reference, which is -low steps
-    factor = torch.where(inside_OI, torch.tensor(-low / (high - low), dtype=torch.float64), -low / high)
+    sign_OI = layer.init_scale.double().sign().repeat_interleave(SIZE, 1)
+    ratio = torch.tensor(-low / high, dtype=torch.float64)
+    mirrored_OI = torch.where(layer.merged_OI() > 0, ratio**0, ratio**2)
+    outside_factor_OI = torch.where(sign_OI > 0, ratio, mirrored_OI)
+    factor = sign_OI * torch.where(inside_OI, ratio * high / (high - low), outside_factor_OI)
     known_OI = inside_OI | outside_OI
     torch.testing.assert_close(reference_OI[known_OI], (factor * derivative_OI)[known_OI], rtol=1e-12, atol=1e-12)
 

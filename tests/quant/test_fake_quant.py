@@ -12,7 +12,8 @@ from tests.helpers import reference_quantizer as slow
 SCHEMES = [
     QuantScheme(group_size=16),
     QuantScheme(group_size=None),
-    QuantScheme(symmetric=True, group_size=32),
+    QuantScheme(symmetric=True, group_size=32),  # about half of its scales are negative
+    QuantScheme(2, 16, symmetric=True),
     INT8_PER_ROW,
 ]
 
@@ -91,7 +92,10 @@ def test_rounded_scale_passes_its_gradient_straight_through() -> None:
 
 
 def test_a_scale_is_not_taken_further_beyond_the_grid() -> None:
-    scale = torch.tensor([SCALE_MIN / 2, SCALE_MIN / 2, 1.0, 1.0, SCALE_MAX * 2, SCALE_MAX * 2], requires_grad=True)
-    round_scale_ste(scale).backward(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]))
-    assert scale.grad is not None
-    assert scale.grad.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]
+    sizes = torch.tensor([SCALE_MIN / 2, SCALE_MIN / 2, 1.0, 1.0, SCALE_MAX * 2, SCALE_MAX * 2])
+    upstream, expected = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]), [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]
+    for sign in (1.0, -1.0):
+        scale = (sign * sizes).requires_grad_()
+        round_scale_ste(scale).backward(sign * upstream)
+        assert scale.grad is not None
+        assert (sign * scale.grad).tolist() == expected

@@ -63,18 +63,18 @@ def test_quantizer_equals_the_slow_loops(seed: int, factor: float, offset: float
 
 
 @settings(max_examples=100, deadline=None)
-@given(scale=st.floats(1e-9, 1e9))
-def test_rounded_scale_has_seven_bits_in_the_normal_range_of_fp16(scale: float) -> None:
-    rounded = round_scale(torch.tensor([scale], dtype=torch.float64))
-    assert rounded.item() == slow.round_scale(scale)
+@given(size=st.floats(1e-9, 1e9), sign=st.sampled_from([1, -1]))
+def test_rounded_scale_has_seven_bits_in_the_normal_range_of_fp16(size: float, sign: int) -> None:
+    rounded = round_scale(torch.tensor([sign * size], dtype=torch.float64))
+    assert rounded.item() == slow.round_scale(sign * size) == sign * slow.round_scale(size)
     assert (torch.frexp(rounded).mantissa * 2**7).item().is_integer()
-    assert 2.0**-14 <= rounded.item() <= 65024.0
+    assert 2.0**-14 <= abs(rounded.item()) <= 65024.0
 
 
 @settings(max_examples=50, deadline=None)
-@given(scale=st.floats(1e-9, 1e9), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_rounding_a_scale_is_idempotent(scale: float, dtype: torch.dtype) -> None:
-    rounded = round_scale(torch.tensor([scale], dtype=dtype))
+@given(scale=st.floats(1e-9, 1e9), sign=st.sampled_from([1, -1]), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_rounding_a_scale_is_idempotent(scale: float, sign: int, dtype: torch.dtype) -> None:
+    rounded = round_scale(torch.tensor([sign * scale], dtype=dtype))
     assert torch.equal(round_scale(rounded), rounded)
     assert rounded.dtype == dtype
 
@@ -116,6 +116,9 @@ def test_random_log_shifts_change_no_scale_and_are_uniform() -> None:
     scale = round_scale(torch.cat([torch.logspace(-4, 2, 20_000), 2.0 ** torch.arange(-12, 8), torch.tensor([0.0])]))
     shift = random_log_shift(scale, torch.Generator().manual_seed(0))
     assert torch.equal(round_scale(scale * shift.exp()), scale)
+    mirrored = random_log_shift(-scale, torch.Generator().manual_seed(0))
+    assert torch.equal(round_scale(-scale * mirrored.exp()), -scale)
+    assert mirrored.ne(0).float().mean() > 0.99
     interval = 2.0 ** (torch.frexp(scale).exponent - SCALE_BITS)
     position = scale * (shift.exp() - 1) / interval  # -0.5 to 0.5
     share = torch.histc(position, bins=10, min=-0.5, max=0.5) / len(position)
@@ -130,8 +133,27 @@ def test_random_log_shifts_depend_on_the_generator_only() -> None:
     assert not torch.equal(shift, random_log_shift(scale, torch.Generator().manual_seed(1)))
 
 
-def test_zero_weights_stay_zero_and_get_the_smallest_scale() -> None:
-    weight, scheme = torch.zeros(2, 64), QuantScheme()
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_weight_farthest_from_zero_gets_the_outermost_symmetric_code(bits: int) -> None:
+    """4 bits have -8 .. 7 steps: a negative scale turns them over where the largest weight is positive."""
+    scheme = QuantScheme(bits, 4, symmetric=True)
+    weight = torch.tensor([[-1.0, 0.25, 0.5, 0.75, 1.0, -0.25, -0.5, -0.75]])
+    scale, zero_point = min_max_qparams(weight, scheme)
+    assert scale.tolist() == [[1 / scheme.middle_code, -1 / scheme.middle_code]]
+    codes = to_groups(quantize(weight, scale, zero_point, scheme), 2)
+    assert torch.equal(codes[:, 0], codes[:, 1]), "a group and its mirror image have the same codes"
+    rounded = quantize_dequantize(weight, scale, zero_point, scheme)
+    assert rounded[0, [0, 4]].tolist() == [-1.0, 1.0]
+
+
+def test_symmetric_codes_of_8_bits_have_positive_scales() -> None:
+    scale, _ = min_max_qparams(torch.tensor([[0.5, 1.0], [-1.0, 0.5]]), INT8_PER_ROW)
+    assert scale.flatten().tolist() == [slow.round_scale(1 / 127)] * 2
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(), QuantScheme(symmetric=True)], ids=str)
+def test_zero_weights_stay_zero_and_get_the_smallest_scale(scheme: QuantScheme) -> None:
+    weight = torch.zeros(2, 64)
     scale, zero_point = min_max_qparams(weight, scheme)
     assert (scale == 2.0**-14).all()
     assert torch.equal(quantize_dequantize(weight, scale, zero_point, scheme), weight)

@@ -57,7 +57,7 @@ def test_positions_are_those_of_the_reference_and_keep_codes_and_themselves(
         bytes_OI, zero_points_OG = to_bytes(weight_OI, weight), weight.zero_point_OG.float()
         assert torch.equal(bytes_OI >> 4, weight.codes_OI)
         assert torch.equal(from_bytes(bytes_OI, weight.scale_OG, zero_points_OG), again_OI)
-    moved_OI = (again_OI.double() - weight_OI.double()).abs() / scales
+    moved_OI = ((again_OI.double() - weight_OI.double()) / scales).abs()
     inside = (weight_OI / scales - (weight.codes_OI.float() - zero_points)).abs() <= 0.5
     assert moved_OI[inside].max() <= 1 / 32 + 1e-4
 

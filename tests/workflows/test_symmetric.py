@@ -18,13 +18,14 @@ RUNTIMES = {"openvino": "openvino", "gguf": "xllamacpp", "onnx": "onnxruntime_ge
 
 
 def check_run(run: Path, formats: tuple[str, ...]) -> None:
-    """Codes and scales were trained, every zero point is 8, and exports hold the same codes and scales."""
+    """Codes and scales of both signs were trained, zero points are 8, and exports hold the same codes and scales."""
     quantized, _ = load_weights(run / "quantized")
     linears = {name: weight for name, weight in quantized.items() if weight.scheme.bits == 4}
     assert len(linears) == 14
     for weight in linears.values():
         assert weight.scheme.symmetric
         assert set(weight.zero_point_OG.flatten().tolist()) == {8}
+        assert set(weight.scale_OG.sign().flatten().tolist()) == {-1, 1}
     changes = read_results(run).changes
     assert changes is not None
     assert changes.codes_changed > 0
@@ -35,6 +36,7 @@ def check_run(run: Path, formats: tuple[str, ...]) -> None:
             held = codes[layer]
             assert torch.equal(held.dequantize(), weight.dequantize()), f"{name} {layer}"
             assert torch.equal(held.codes_OI, weight.codes_OI), f"{name} {layer}"
+            assert torch.equal(held.scale_OG, weight.scale_OG), f"{name} {layer}"
 
 
 @pytest.mark.slow
@@ -42,7 +44,7 @@ def test_distilled_symmetric_layers_are_exported_to_the_bit(tmp_path: Path) -> N
     for module in RUNTIMES.values():
         pytest.importorskip(module)
     model, run, formats = save_model(tmp_path / "model", "llama"), tmp_path / "run", tuple(RUNTIMES)
-    distill(distill_options(model, run, symmetric=True, group_size=32, lora_rank=4, export=formats))
+    distill(distill_options(model, run, symmetric=True, group_size=32, num_train_samples=64, export=formats))
     check_run(run, formats)
 
 

@@ -71,13 +71,9 @@ def weight_error(weight_OI: Tensor, init: QuantizedInit, scheme: QuantScheme) ->
     """
     compressed_OI, weight_OI = init.quantized(scheme).dequantize(), at_least_float32(weight_OI)
     error = float((compressed_OI - weight_OI).norm()) / (float(weight_OI.norm()) or 1.0)
-    low_OG, high_OG = (
-        init.scale_OG * (torch.full_like(init.zero_point_OG, code) - init.zero_point_OG)
-        for code in (0, scheme.max_code)
-    )
-    w_OGK = to_groups(weight_OI, low_OG.shape[-1])
-    half_step_OG = init.scale_OG / 2
-    clipped_OGK = (w_OGK < (low_OG - half_step_OG)[..., None]) | (w_OGK > (high_OG + half_step_OG)[..., None])
+    steps_OGK = to_groups(weight_OI, init.scale_OG.shape[-1]) / init.scale_OG[..., None]
+    codes_OGK = steps_OGK + init.zero_point_OG[..., None]
+    clipped_OGK = (codes_OGK < -0.5) | (codes_OGK > scheme.max_code + 0.5)
     return LayerError(None, None, error, float(clipped_OGK.float().mean()))
 
 

@@ -2,8 +2,8 @@
 
     error(row) = (w' - w)^T H (w' - w)      H = mean of x x^T over the inputs x      w'_g = scale_g (codes_g - zero_g)
 
-1. `search` tries ranges from 100 % down to 60 % of the full range of each group (symmetric: scales from the one of
-   round-to-nearest down to a third of it), with the error weighed by the diagonal of H, and keeps the best.
+1. `search` tries ranges from 100 % down to 60 % of the full range of each group (symmetric: scales of both signs, from
+   116 % down to 32 % of the one of round-to-nearest), with the error weighed by the diagonal of H, and keeps the best.
 2. `estimate` then alternates between fitting and rounding. With the codes fixed, the best scales of a row solve G
    linear equations that use all of H,
 
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,12 @@ from nybble.quant.scheme import QuantScheme
 
 # Fractions of the full range that `search` tries.
 RANGE_FRACTIONS = tuple(1 - 0.04 * i for i in range(11))
-# Fractions of the symmetric scale that `search` tries. Round-to-nearest leaves the lowest code unused, which matters
-# with few codes: normally distributed weights in 2 bits want about half of its scale.
+# Fractions of the symmetric scale of round-to-nearest that `search` tries. 2 bits want the small ones.
 SYMMETRIC_FRACTIONS = tuple(1 - 0.04 * i for i in range(18))
+# The same where scales have a sign. With the other sign, the outermost code on the side of the farthest weight is one
+# step nearer to zero: to hold this weight, 4 bits then need 8/7 of the scale.
+_SIZES = tuple(1 - 0.04 * i for i in range(-4, 18))
+SIGNED_FRACTIONS = (*_SIZES, *(-size for size in _SIZES))
 # Passes of fitting and rounding in `estimate`.
 PASSES = 4
 # Added to the diagonal of the equations, relative to its mean. It makes them solvable where all codes of a group are 0.
@@ -64,14 +68,9 @@ def search(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tupl
     """
     groups = scheme.num_groups(weight_OI.shape[-1])
     w_OGK, importance_GK = to_groups(weight_OI, groups), to_groups(importance_I, groups)
-    low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
-    best_error_OG = torch.full_like(low_OG, torch.inf)
-    scale_OG, zero_point_OG = start_OG, _ = min_max_qparams(weight_OI, scheme)
-    for fraction in SYMMETRIC_FRACTIONS if scheme.symmetric else RANGE_FRACTIONS:
-        if scheme.symmetric:
-            trial_scale_OG, trial_zero_point_OG = round_scale(start_OG * fraction), zero_point_OG
-        else:
-            trial_scale_OG, trial_zero_point_OG = qparams_from_range(low_OG * fraction, high_OG * fraction, scheme)
+    scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
+    best_error_OG = torch.full_like(scale_OG, torch.inf)
+    for trial_scale_OG, trial_zero_point_OG in _trials(w_OGK, scale_OG, zero_point_OG, scheme):
         rounded_OI = quantize_dequantize(weight_OI, trial_scale_OG, trial_zero_point_OG, scheme)
         error_OGK = to_groups(rounded_OI, groups).sub_(w_OGK).square_()
         error_OG = error_OGK.mul_(importance_GK).sum(-1)
@@ -80,6 +79,19 @@ def search(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tupl
         scale_OG = torch.where(better_OG, trial_scale_OG, scale_OG)
         zero_point_OG = torch.where(better_OG, trial_zero_point_OG, zero_point_OG)
     return scale_OG, zero_point_OG
+
+
+def _trials(
+    w_OGK: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, scheme: QuantScheme
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and zero points that `search` tries, from those of round-to-nearest."""
+    if scheme.symmetric:
+        for fraction in SIGNED_FRACTIONS if scheme.signed_scales else SYMMETRIC_FRACTIONS:
+            yield round_scale(scale_OG * fraction), zero_point_OG
+    else:
+        low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
+        for fraction in RANGE_FRACTIONS:
+            yield qparams_from_range(low_OG * fraction, high_OG * fraction, scheme)
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class ScaleQuadratic:
         """The best scales, on the scale grid.
 
         Args:
-            scale_OG: the present scales. A group whose solution is not positive keeps its scale, and so does a row
+            scale_OG: the present scales. A group whose solution has another sign keeps its scale, and so does a row
                 whose error is not lower after the solution is rounded to the scale grid.
 
         Returns:
@@ -127,7 +139,7 @@ class ScaleQuadratic:
         ridge_O11 = _RIDGE * self.a_OGG.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye_GG = torch.eye(scale_OG.shape[-1], dtype=scale_OG.dtype, device=scale_OG.device)
         solved_OG = torch.linalg.solve_ex(self.a_OGG + ridge_O11 * eye_GG, self.b_OG)[0]
-        solved_OG = torch.where(solved_OG.isfinite() & (solved_OG > 0), solved_OG, scale_OG)
+        solved_OG = torch.where(solved_OG.isfinite() & (solved_OG * scale_OG > 0), solved_OG, scale_OG)
         solved_OG = round_scale(solved_OG)
         return torch.where((self.error(solved_OG) < self.error(scale_OG))[:, None], solved_OG, scale_OG)
 

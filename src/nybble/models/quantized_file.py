@@ -239,7 +239,9 @@ def _off_grid(weight: QuantizedWeight) -> str:
     """What is wrong with scales and zero points; "" if nothing is. Codes cannot be wrong: they fill their bits."""
     scheme, zero_point_OG = weight.scheme, weight.zero_point_OG
     if not torch.equal(round_scale(weight.scale_OG), weight.scale_OG):
-        return "a scale is not on the grid of scales (7 significant bits, finite, above 0)"
+        return "a scale is not on the grid of scales (7 significant bits, finite, not 0)"
+    if not scheme.signed_scales and bool((weight.scale_OG < 0).any()):
+        return f"a scale is negative, which {scheme} does not have"
     if int(zero_point_OG.amax()) > scheme.max_code:
         return f"a zero point is above {scheme.max_code}"
     if scheme.symmetric and bool((zero_point_OG != scheme.middle_code).any()):

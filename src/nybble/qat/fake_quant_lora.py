@@ -9,17 +9,16 @@
 lora_b starts at zero and log_scale_shift starts at values that leave the rounded scales unchanged. The untrained layer
 therefore computes with the compressed weight it was created from.
 
-With a symmetric scheme this is NNCF 3.4's SymmetricLoraQuantizer (FQ_LORA, INT4_SYM), whose levels -8 .. 7 are
-code - 8 and whose scale is 8 of these. Both compute the same weights at every active rank, and adapters get the same
-gradients, except that here
+With a symmetric scheme this is NNCF 3.4's SymmetricLoraQuantizer (FQ_LORA, INT4_SYM), whose levels, -8 .. 7 or, with a
+negative scale, 8 .. -7, are code - 8 and whose scale is 8 of these. Both compute the same weights at every active rank,
+and adapters get the same gradients, except that here
 
 - weights up to half a step outside of the range, which round to the outermost codes, get a gradient: the reference
   clips before it rounds;
 - codes keep init_scale; the reference computes them with the trained scale;
 - a scale gets the derivative of W_q with respect to its logarithm. The reference trains the scale itself, by 8/15 of
   the derivative of LSQ inside of the range and 8/7 of it outside;
-- scales stay positive. Those of the reference may be negative, which mirrors the levels to -7 .. 8, and then move
-  against their gradient;
+- a scale keeps the sign that compression gave it. In the reference a negative one moves against its gradient;
 - weight and adapters are added in float32, and not rounded to the dtype of the weight before they are quantized.
 """
 

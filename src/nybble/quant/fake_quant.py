@@ -18,7 +18,8 @@ class _RoundScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         (scale,) = ctx.saved_tensors
-        outwards = ((scale < SCALE_MIN) & (grad > 0)) | ((scale > SCALE_MAX) & (grad < 0))
+        size, grad_size = scale.abs(), grad * scale.sign()
+        outwards = ((size < SCALE_MIN) & (grad_size > 0)) | ((size > SCALE_MAX) & (grad_size < 0))
         return grad.masked_fill(outwards, 0.0)
 
 

@@ -4,13 +4,14 @@
     weight' = scale * (code - zero_point)
 
 Codes and zero points are unsigned integers of `bits` bits. Each group of K weights along the input axis shares one
-scale, which is positive, and one zero point. `round` rounds half to even.
+scale and one zero point. `round` rounds half to even. Scales are positive, but for symmetric codes of less than 8 bits,
+where a negative one turns the longer side of the codes to the positive weights (`QuantScheme.signed_scales`).
 
-Scales have 7 significant bits and lie in the normal range of fp16; these values are called the scale grid. With codes
-of up to 4 bits, scale * (code - zero_point) and scale * zero_point then have at most 11 significant bits. Up to the
-largest fp16 number both are exact in fp16, so every export format holds the same weights to the last bit. With 8-bit
-codes, whose zero point is 128, the product has at most 14 significant bits and is exact in float32: formats that hold
-codes hold these weights to the last bit too, and those that hold values in fp16 round them.
+Scales have 7 significant bits and their sizes lie in the normal range of fp16; these values are called the scale grid.
+With codes of up to 4 bits, scale * (code - zero_point) and scale * zero_point then have at most 11 significant bits. Up
+to the largest fp16 number both are exact in fp16, so every export format holds the same weights to the last bit. With
+8-bit codes, whose zero point is 128, the product has at most 14 significant bits and is exact in float32: formats that
+hold codes hold these weights to the last bit too, and those that hold values in fp16 round them.
 
 Shapes: O outputs, I inputs, G groups per row, K = I / G weights per group. Every function computes in the dtype of its
 arguments: float32 in training, float64 in tests.
@@ -39,7 +40,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def round_scale(scale: Tensor) -> Tensor:
-    """Round to 7 significant bits and clamp to the normal range of fp16. Example: 0.1 -> 0.099609375 = 102 / 1024.
+    """Round to 7 significant bits and clamp the size to the normal range of fp16; the sign stays, and 0 becomes
+    positive. Example: 0.1 -> 0.099609375 = 102 / 1024.
 
     Args:
         scale: any shape, float32 or float64.
@@ -47,8 +49,9 @@ def round_scale(scale: Tensor) -> Tensor:
     Returns:
         The nearest values of the scale grid, in the same shape and dtype.
     """
-    mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
-    return torch.ldexp(torch.round(mantissa * 2**SCALE_BITS), exponent - SCALE_BITS).clamp(SCALE_MIN, SCALE_MAX)
+    mantissa, exponent = torch.frexp(scale.abs())  # 0.5 <= mantissa < 1
+    size = torch.ldexp(torch.round(mantissa * 2**SCALE_BITS), exponent - SCALE_BITS).clamp_(SCALE_MIN, SCALE_MAX)
+    return torch.where(scale < 0, -size, size)
 
 
 def random_log_shift(scale: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -79,8 +82,11 @@ def random_log_shift(scale: Tensor, generator: torch.Generator | None) -> Tensor
 def min_max_qparams(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Round-to-nearest (RTN) scale and zero point: the range of each group, extended to contain 0, spans all codes.
 
-        asymmetric: scale = round_scale((max - min) / max_code)         zero_point = clamp(round(-min / scale))
-        symmetric:  scale = round_scale(max |w| / (middle_code - 1))    zero_point = middle_code
+        asymmetric:        scale = round_scale((max - min) / max_code)       zero_point = clamp(round(-min / scale))
+        symmetric:         scale = round_scale(-farthest / middle_code)      zero_point = middle_code
+        symmetric, 8 bits: scale = round_scale(max |w| / (middle_code - 1))  zero_point = middle_code
+
+    farthest is the weight with the largest |w|. It gets code 0, the only one that is middle_code steps from zero.
 
     Args:
         weight_OI: weights, any float dtype. fp16 and bfloat16 are computed in float32.
@@ -90,10 +96,15 @@ def min_max_qparams(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Ten
         scale_OG on the scale grid and zero_point_OG (integral values), both in the dtype of the computation.
     """
     w_OGK = to_groups(at_least_float32(weight_OI), scheme.num_groups(weight_OI.shape[-1]))
-    if scheme.symmetric:
-        scale_OG = round_scale(w_OGK.abs().amax(-1) / (scheme.middle_code - 1))
-        return scale_OG, torch.full_like(scale_OG, scheme.middle_code)
-    return qparams_from_range(w_OGK.amin(-1), w_OGK.amax(-1), scheme)
+    low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
+    if not scheme.symmetric:
+        return qparams_from_range(low_OG, high_OG, scheme)
+    if scheme.signed_scales:
+        farthest_OG = torch.where(-low_OG >= high_OG, low_OG, high_OG)
+        scale_OG = round_scale(farthest_OG / -scheme.middle_code)
+    else:
+        scale_OG = round_scale(torch.maximum(-low_OG, high_OG) / (scheme.middle_code - 1))
+    return scale_OG, torch.full_like(scale_OG, scheme.middle_code)
 
 
 def below_grid(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:

@@ -14,9 +14,10 @@ class QuantScheme:
     Attributes:
         bits: width of a code in bits: 2, 3, 4 or 8.
         group_size: number of weights along the input axis that share a scale; None means the whole row.
-        symmetric: True fixes the zero point at the middle code (2, 4, 8 or 128); False chooses it per group. 8 bits
-            are symmetric: scale * (code - 128) has at most 14 significant bits, and rounding it to bfloat16 keeps the
-            code, which it would not with another zero point.
+        symmetric: True fixes the zero point at the middle code (2, 4, 8 or 128) and chooses the sign of the scale
+            (`signed_scales`); False chooses the zero point per group and has positive scales. 8 bits are symmetric:
+            scale * (code - 128) has at most 14 significant bits, and rounding it to bfloat16 keeps the code, which it
+            would not with another zero point.
     """
 
     bits: int = 4
@@ -32,6 +33,15 @@ class QuantScheme:
     def middle_code(self) -> int:
         """Zero point of a symmetric scheme: 2^(bits - 1)."""
         return 1 << (self.bits - 1)
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether a scale may be negative: symmetric codes of less than 8 bits.
+
+        Codes minus their zero point reach one step further on the negative side, with 2 bits -2 .. 1. A negative scale
+        turns this side to where the larger weights of a group are. With 8 bits, -128 .. 127, nothing is to be gained.
+        """
+        return self.symmetric and self.bits < 8
 
     def num_groups(self, in_features: int) -> int:
         """Number of groups in a row of `in_features` weights, which group_size must divide (`check_scheme`)."""

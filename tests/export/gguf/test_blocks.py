@@ -30,12 +30,13 @@ def in_blocks(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def make_weight(scheme: QuantScheme, rows: int = 5, columns: int = 256) -> QuantizedWeight:
-    """A weight with all codes and zero points that the scheme allows."""
+    """A weight with all codes, zero points and signs of scales that the scheme allows."""
     groups = scheme.num_groups(columns)
+    sign_OG = 1 - 2 * torch.randint(0, 2, (rows, groups)) if scheme.signed_scales else 1
     zero_point_OG = torch.randint(0, scheme.max_code + 1, (rows, groups), dtype=torch.uint8)
     return QuantizedWeight(
         torch.randint(0, scheme.max_code + 1, (rows, columns), dtype=torch.uint8),
-        round_scale(torch.rand(rows, groups) * 0.3 + 1e-3),
+        round_scale(torch.rand(rows, groups) * 0.3 + 1e-3) * sign_OG,
         torch.full_like(zero_point_OG, scheme.middle_code) if scheme.symmetric else zero_point_OG,
         scheme,
     )
@@ -64,6 +65,8 @@ def test_golden_bytes() -> None:
     assert asymmetric.tobytes() == bytes.fromhex(f"00 38 00 be {both}")  # f16: 0.5, -1.5
     symmetric = to_blocks(QuantizedWeight(codes, scale, zero * 0 + 8, QuantScheme(4, 32, symmetric=True)))
     assert symmetric.tobytes() == bytes.fromhex(f"00 38 {both}")
+    negative = to_blocks(QuantizedWeight(codes, -scale, zero * 0 + 8, QuantScheme(4, 32, symmetric=True)))
+    assert negative.tobytes() == bytes.fromhex(f"00 b8 {both}")
     eight = QuantizedWeight(
         torch.arange(112, 144, dtype=torch.uint8)[None], scale, zero * 0 + 128, QuantScheme(8, 32, symmetric=True)
     )
