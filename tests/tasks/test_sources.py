@@ -9,7 +9,7 @@ from nybble.errors import DataError, OptionError
 from nybble.tasks import sources
 from nybble.tasks.dataset import TaskDataset, TaskRequest
 from nybble.tasks.sources import TASK_SOURCES, TaskSource
-from nybble.tasks.task_data import TaskDataConfig, load_task_data
+from nybble.tasks.task_data import TaskDataConfig, encode_task
 from tests.helpers.questions import choice_question, numbered_rows, request, write_rows
 from tests.helpers.tiny import make_tokenizer
 
@@ -53,8 +53,9 @@ def test_jsonl_file_is_loaded(tmp_path: Path) -> None:
 def test_toy_source_is_loaded_and_encoded(toy: TaskSource) -> None:
     assert sources.find_source("sums:4") is toy
     assert not sources.is_scored_by_lm_eval("sums:4")
-    config = TaskDataConfig(objective="auto", seq_len=32, batch_size=2, num_selection_samples=3)
-    data = load_task_data(request("sums:4", num_train_samples=4), config, make_tokenizer(), (8, 4), 2)
+    config = TaskDataConfig(objective="auto", seq_len=32, batch_size=2, num_selection_samples=3, seed=0)
+    dataset = sources.load_task(request("sums:4", num_train_samples=4))
+    data = encode_task(dataset, config, make_tokenizer(), (8, 4), 2)
     assert data.dataset.train[0].prompts[0] == "0 + 0 ="
     assert (data.objective, len(data.choices), len(data.held_out), len(data.fresh)) == ("choices", 4, 3, 2)
 

@@ -10,16 +10,17 @@ import pytest
 from nybble.errors import DataError, OptionError
 from nybble.tasks import encoding, task_data
 from nybble.tasks.dataset import Question, TaskDataset
-from nybble.tasks.task_data import TaskData, TaskDataConfig, load_task_data
+from nybble.tasks.sources import load_task
+from nybble.tasks.task_data import TaskData, TaskDataConfig, encode_task
 from tests.helpers.questions import choice_question, make_task_data, numbered_rows, request, write_rows
 from tests.helpers.tiny import make_tokenizer
 
-CONFIG = TaskDataConfig(objective="auto", seq_len=32, batch_size=8, num_selection_samples=0)
+CONFIG = TaskDataConfig(objective="auto", seq_len=32, batch_size=8, num_selection_samples=0, seed=0)
 
 
 def load(path: Path, seed: int = 0, **changes: Any) -> TaskData:
-    config = dataclasses.replace(CONFIG, **changes)
-    return load_task_data(request(path, seed), config, make_tokenizer(), (8, 4), 2)
+    config = dataclasses.replace(CONFIG, seed=seed, **changes)
+    return encode_task(load_task(request(path, seed)), config, make_tokenizer(), (8, 4), 2)
 
 
 @pytest.fixture
@@ -76,12 +77,11 @@ def test_batch_must_not_be_larger_than_the_task(choices_file: Path) -> None:
         load(choices_file, batch_size=49)
 
 
-def test_scored_rows_are_checked_before_training(choices_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scored_rows_are_checked_before_training() -> None:
     train = [choice_question("ask", "a", "b")] * 8
     dataset = TaskDataset("t", "acc", train, train, [Question(("ask",) * 2, (" a", ""), 0, (1, 1))])
-    monkeypatch.setattr(task_data, "load_task", lambda request: dataset)
     with pytest.raises(DataError, match="every answer must have a token that its prompt predicts"):
-        load(choices_file)
+        encode_task(dataset, CONFIG, make_tokenizer(), (8, 4), 2)
 
 
 def test_lengths_of_rows() -> None:

@@ -12,12 +12,13 @@ import torch
 from nybble import files
 from nybble.cli.main import main
 from nybble.data import sampling
-from nybble.errors import RunError
+from nybble.errors import DataError, RunError
 from nybble.models import quantized_file, quantized_model
 from nybble.nls import ranks
 from nybble.run import resume
 from nybble.run.results import Phase, read_results
-from nybble.tasks import encoding, likelihood, objective, scoring, task_data
+from nybble.tasks import encoding, likelihood, objective, scoring
+from nybble.workflows import plan, task_run
 from nybble.workflows.tune import tune
 from tests.helpers.copies import copy_run
 from tests.helpers.distill import interrupt_after
@@ -567,7 +568,7 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
     """The test rows are made to contradict the held-out rows."""
     tasks: list[Any] = []
     likelihoods: list[float] = []
-    load, score = task_data.load_task, scoring.score_questions
+    load, score = task_run.load_task, scoring.score_questions
 
     def contradicting(*given: Any) -> scoring.QuestionScores:
         found = score(*given)
@@ -576,7 +577,7 @@ def test_choosing_on_test_is_called_so(tmp_path: Path, monkeypatch: pytest.Monke
         likelihoods.append(found.score)
         return found
 
-    monkeypatch.setattr(task_data, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(task_run, "load_task", lambda *given: tasks.append(load(*given)) or tasks[0])  # type: ignore[func-returns-value]
     monkeypatch.setattr(scoring, "score_questions", contradicting)
     tune(options(tmp_path, select_on="test", epochs=1))
     found = results(tmp_path / "run")
@@ -753,6 +754,14 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main(["tune", "--pretrained", "x"]) == 2
     assert "--task is required" in capsys.readouterr().err
+
+
+def test_rows_are_read_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "load_model", lambda *given: pytest.fail("the model was loaded"))
+    counted_from_1 = tmp_path / "counted-from-1.jsonl"
+    counted_from_1.write_text('{"prompt": "x", "choices": ["a", "b"], "answer": 2}\n')
+    with pytest.raises(DataError, match="row 1 must have .* answer .the index of the right choice, the first is 0"):
+        tune(options(tmp_path, task=str(counted_from_1)))
 
 
 def write_long(folder: Path) -> Path:

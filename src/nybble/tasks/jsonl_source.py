@@ -101,8 +101,8 @@ def _parse_row(row: dict[str, Any], where: str) -> Question:
             question = Question.with_completion(prompt, _with_space(prompt, completion))
     if question is None:
         raise DataError(
-            f"{where} must have prompt, choices (two or more) and answer (the index of the right choice), "
-            f"or prompt and completion; got {str(row)[:80]}"
+            f"{where} must have prompt, choices (two or more) and answer (the index of the right choice, "
+            f"the first is 0), or prompt and completion; got {str(row)[:80]}"
         )
     return question
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from nybble.data import sampling
 from nybble.errors import OptionError
 from nybble.tasks import encoding
-from nybble.tasks.dataset import Question, TaskDataset, TaskRequest
+from nybble.tasks.dataset import Question, TaskDataset
 from nybble.tasks.encoding import EncodedAnswer
-from nybble.tasks.sources import load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +33,14 @@ class TaskDataConfig:
         seq_len: maximum number of tokens of a prompt and its answer.
         batch_size: rows in an optimizer step.
         num_selection_samples: maximum number of held-out rows to select epochs and ranks on; 0 = all.
+        seed: of their order.
     """
 
     objective: Objective | Literal["auto"]
     seq_len: int
     batch_size: int
     num_selection_samples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,26 @@ class TaskData:
         return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
-def load_task_data(
-    request: TaskRequest,
+def encode_task(
+    dataset: TaskDataset,
     config: TaskDataConfig,
     tokenizer: PreTrainedTokenizerBase,
     rank_space: tuple[int, ...],
     num_decoder_layers: int,
 ) -> TaskData:
-    """Load the rows of a task and encode them.
+    """Encode the rows of a task.
 
     Args:
-        request: which task; its seed also orders the held-out rows.
+        dataset: the rows as text.
         config: how its rows are used.
         tokenizer: of the model.
         rank_space: ranks to choose from, largest first.
         num_decoder_layers: decoder layers of the model.
 
     Raises:
-        OptionError: the task is unknown or cannot be trained on, has no choices for the objective "choices", or has
-            fewer rows than batch_size.
-        DataError: its data are missing, malformed or too few, or an answer has no tokens within seq_len.
-        MissingExtraError: an optional dependency is not installed.
+        OptionError: the task has no choices for the objective "choices", or fewer rows than batch_size.
+        DataError: an answer has no tokens within seq_len.
     """
-    dataset = load_task(request)
     objective = resolve_objective(config.objective, dataset)
     choices: list[list[EncodedAnswer]] = []
     if objective == "choices":
@@ -128,7 +126,7 @@ def load_task_data(
         )
     # Raises now what would otherwise be raised after training.
     encoding.encode_choices(tokenizer, dataset.scored, config.seq_len, "scored")
-    order = sampling.draw_order(len(dataset.held_out), len(dataset.held_out), request.seed)
+    order = sampling.draw_order(len(dataset.held_out), len(dataset.held_out), config.seed)
     held_out = [dataset.held_out[i] for i in order.tolist()]
     count = config.num_selection_samples or len(held_out)
     held_out, fresh = held_out[:count], held_out[count:]

@@ -28,11 +28,11 @@ from nybble.options.training import TuneTrainingOptions
 from nybble.qat.base import CachedWeightLinear
 from nybble.run.complete import is_quantized
 from nybble.run.results import TaskResults
-from nybble.tasks.dataset import TaskRequest
+from nybble.tasks.dataset import TaskDataset, TaskRequest
 from nybble.tasks.objective import TaskBatches, max_microbatch_rows, task_loss
 from nybble.tasks.running_text import RunningTextConfig, running_text
-from nybble.tasks.sources import check_place, is_scored_by_lm_eval
-from nybble.tasks.task_data import TaskData, TaskDataConfig, load_task_data
+from nybble.tasks.sources import check_place, is_scored_by_lm_eval, load_task
+from nybble.tasks.task_data import TaskData, TaskDataConfig, encode_task
 from nybble.tasks.teacher import load_teacher
 from nybble.training.objective import TrainingObjective
 from nybble.workflows import execution, plan, session, steps
@@ -119,13 +119,14 @@ def open_task_run(
         )
     check_tasks(own, task.data_dir, "--task")
     check_tasks(tuple(name for name in evaluation.eval_tasks if name != task.task), task.data_dir)
+    dataset = load_task(TaskRequest(task.task, task.data_dir, options.run.seed, task.num_train_samples))
     loaded = plan.load_model(options.model)
     check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(
         options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
     )
-    data = _load_data(options, loaded, selection, custom)
+    data = _encode(dataset, options, loaded, selection, custom)
     teacher = _load_teacher(options, loaded)
     text = _text(options, loaded, data, teacher)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, text)
@@ -150,18 +151,25 @@ def open_task_run(
         yield TaskRun(context, options, data, teacher, evaluator)
 
 
-def _load_data(
-    options: TuneOptions, loaded: LoadedModel, selection: LayerSelection, custom: RankConfiguration
+def _encode(
+    dataset: TaskDataset,
+    options: TuneOptions,
+    loaded: LoadedModel,
+    selection: LayerSelection,
+    custom: RankConfiguration,
 ) -> TaskData:
     task, space = options.task, options.ranks.lora_rank_space
     num_layers = ranks.count_decoder_layers(selection.linears)
     if custom:
         ranks.check_configuration(custom, space, num_layers)
-    request = TaskRequest(task.task, task.data_dir, options.run.seed, task.num_train_samples)
     config = TaskDataConfig(
-        task.objective, task.seq_len, options.training.batch_size, options.ranks.num_selection_samples
+        task.objective,
+        task.seq_len,
+        options.training.batch_size,
+        options.ranks.num_selection_samples,
+        options.run.seed,
     )
-    return load_task_data(request, config, loaded.tokenizer, space, num_layers)
+    return encode_task(dataset, config, loaded.tokenizer, space, num_layers)
 
 
 def _load_teacher(options: TuneOptions, loaded: LoadedModel) -> Any:
