@@ -1,6 +1,7 @@
 """Packages import only packages above them in the order of the data flow, and take no private names from each other."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_imports_point_upwards(trees: dict[Path, ast.AST]) -> None:
             elif package != own and name.startswith("_") and name != "__version__":
                 wrong.append(f"{path} takes the private name {name} from {package}")
     assert not wrong
+
+
+def test_no_files_import_each_other_in_a_circle(trees: dict[Path, ast.AST]) -> None:
+    """Imports for type checkers and inside functions count too: a file can be read without those that use it."""
+    modules = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in trees}
+    modules |= {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    sorter: TopologicalSorter[Path] = TopologicalSorter()
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named = [modules.get(f"{node.module}.{alias.name}", modules.get(node.module)) for alias in node.names]
+                sorter.add(path, *(other for other in named if other is not None))
+    sorter.prepare()  # raises CycleError, which names the files
 
 
 def test_only_quant_rounds_or_clamps_weights(trees: dict[Path, ast.AST]) -> None:

@@ -31,7 +31,7 @@ from nybble import processes
 from nybble.compression.init import QuantizedInit
 from nybble.qat.fake_quant_linear import FakeQuantizedLinear
 from nybble.qat.lora import AdapterGradient, add_adapters, init_adapters
-from nybble.qat.row_shard import RowShard, ShardedGradient
+from nybble.qat.row_shard import RowShard
 from nybble.quant import grid
 from nybble.quant.fake_quant import codes_and_inside
 from nybble.quant.scheme import QuantScheme
@@ -123,5 +123,47 @@ class FakeQuantizedLoRALinear(FakeQuantizedLinear):
             return AdapterGradient.apply(self, inputs, self.lora_a[:r], self.lora_b[:, :r])  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and self.shard is not None:
             given = self.lora_a[:r], self.lora_b[:, :r], self.log_scale_shift
-            return ShardedGradient.apply(self, inputs, *given)  # type: ignore[no-any-return]
+            return _ShardedGradient.apply(self, inputs, *given)  # type: ignore[no-any-return]
         return super().forward(inputs)
+
+
+class _ShardedGradient(torch.autograd.Function):
+    """Linear layer with adapters, scales and a row shard, with the gradients of FakeQuantizedLinear.
+
+    The codes are gathered again, with one more bit of each weight: `inside`, whether its code is not clipped. With D =
+    grad_output, flattened over tokens,
+
+        grad W_q             = D.T @ input
+        grad merged          = grad W_q * inside * scale / init_scale
+        grad lora_a, lora_b  = lora_b.T @ grad merged, grad merged @ lora_a.T
+        grad log_scale_shift = sum over the group of grad W_q * (codes - zero_point)  *  init_scale * exp(shift)
+
+    Args of `apply`:
+        layer: has a row shard.
+        inputs: [..., I] in the layer's dtype.
+        lora_a_RI, lora_b_OR: adapters at the active rank, float32.
+        shift_OG: log_scale_shift.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def,override]
+        ctx, layer: FakeQuantizedLoRALinear, inputs: Tensor, lora_a_RI: Tensor, lora_b_OR: Tensor, shift_OG: Tensor
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(inputs, lora_a_RI, lora_b_OR, shift_OG)
+        return layer.apply_current_weight(inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        inputs, lora_a_RI, lora_b_OR, shift_OG = ctx.saved_tensors
+        layer, groups = ctx.layer, shift_OG.shape[-1]
+        codes_OI, inside_OI = layer.gathered_codes_and_inside()
+        scale_OG = layer.scale_OG()
+        weight_OI = grid.dequantize(codes_OI, scale_OG, layer.zero_point)
+        grad_inputs = grad @ weight_OI.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_OGK = grid.to_groups((grad.flatten(0, -2).T @ inputs.flatten(0, -2)).float(), groups)
+        centered_OGK = grid.to_groups(codes_OI, groups).float().sub_(layer.zero_point[..., None])
+        grad_shift_OG = (grad_OGK * centered_OGK).sum(-1).mul_(layer.init_scale * shift_OG.exp())
+        factor_OG1 = (scale_OG / layer.init_scale)[..., None]
+        merged_OI = (grad_OGK * factor_OG1).mul_(grid.to_groups(inside_OI, groups)).flatten(-2)
+        return None, grad_inputs, lora_b_OR.T @ merged_OI, merged_OI @ lora_a_RI.T, grad_shift_OG

@@ -4,15 +4,8 @@
 
 Groups run along the input axis, so rows are quantized independently of each other. Adapters and scales are whole in
 every process, and their gradients are added up once per step as without shards. So nothing but codes travels: half a
-byte for each 4-bit weight, where bfloat16 weights would take two. The backward pass gathers again. With D =
-grad_output, flattened over tokens, and `inside` the weights whose codes are not clipped, it computes
-
-    grad W_q             = D.T @ input
-    grad merged          = grad W_q * inside * scale / init_scale
-    grad lora_a, lora_b  = lora_b.T @ grad merged, grad merged @ lora_a.T
-    grad log_scale_shift = sum over the group of grad W_q * (codes - zero_point)  *  init_scale * exp(log_scale_shift)
-
-which needs one more bit of each weight, `inside`. These are the gradients of FakeQuantizedLinear.
+byte for each 4-bit weight, where bfloat16 weights would take two. The backward pass gathers again
+(fake_quant_lora.py).
 
 All processes must compute the same layers in the same order. What is gathered names its layer, so that a difference is
 noticed. torch's fully_shard (FSDP2) can gather codes too, in the hooks of a tensor subclass, and would gather those of
@@ -22,18 +15,12 @@ waits handle no signals; what it does for gradients is not needed, as no weight 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nybble import processes
-from nybble.quant import grid
 from nybble.quant.weight import pack_codes, unpack_codes
-
-if TYPE_CHECKING:
-    from nybble.qat.fake_quant_lora import FakeQuantizedLoRALinear
 
 # Codes that every packed form holds in whole bytes, and bits in a byte.
 _UNIT = 8
@@ -101,37 +88,3 @@ class RowShard:
         tags = parts[:, -2:].tolist()
         assert tags == [tag.tolist()] * len(tags), f"all processes must compute the same layer; they compute {tags}"
         return parts[:, :-2]
-
-
-class ShardedGradient(torch.autograd.Function):
-    """Linear layer with adapters, scales and a row shard, by the formulas at the top of this file.
-
-    Args of `apply`:
-        layer: has a row shard.
-        inputs: [..., I] in the layer's dtype.
-        lora_a_RI, lora_b_OR: adapters at the active rank, float32.
-        shift_OG: log_scale_shift.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def,override]
-        ctx, layer: FakeQuantizedLoRALinear, inputs: Tensor, lora_a_RI: Tensor, lora_b_OR: Tensor, shift_OG: Tensor
-    ) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(inputs, lora_a_RI, lora_b_OR, shift_OG)
-        return layer.apply_current_weight(inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
-        inputs, lora_a_RI, lora_b_OR, shift_OG = ctx.saved_tensors
-        layer, groups = ctx.layer, shift_OG.shape[-1]
-        codes_OI, inside_OI = layer.gathered_codes_and_inside()
-        scale_OG = layer.scale_OG()
-        weight_OI = grid.dequantize(codes_OI, scale_OG, layer.zero_point)
-        grad_inputs = grad @ weight_OI.to(grad.dtype) if ctx.needs_input_grad[1] else None
-        grad_OGK = grid.to_groups((grad.flatten(0, -2).T @ inputs.flatten(0, -2)).float(), groups)
-        centered_OGK = grid.to_groups(codes_OI, groups).float().sub_(layer.zero_point[..., None])
-        grad_shift_OG = (grad_OGK * centered_OGK).sum(-1).mul_(layer.init_scale * shift_OG.exp())
-        factor_OG1 = (scale_OG / layer.init_scale)[..., None]
-        merged_OI = (grad_OGK * factor_OG1).mul_(grid.to_groups(inside_OI, groups)).flatten(-2)
-        return None, grad_inputs, lora_b_OR.T @ merged_OI, merged_OI @ lora_a_RI.T, grad_shift_OG
