@@ -50,6 +50,20 @@ def test_a_negative_scale_turns_the_range_over() -> None:
     assert weight_error(weight, init, QuantScheme(4, 8, symmetric=True)).clipped == 3 / 8
 
 
+def test_many_outputs_are_measured_by_some_of_them() -> None:
+    x, weight = torch.randn(64, 16, dtype=torch.float64), torch.randn(600, 16, dtype=torch.float64)
+    gram = x.T @ x / 64
+    init = QuantizedInit(weight, *min_max_qparams(weight, SCHEME))
+    error = layer_error(weight, init, SCHEME, gram, OutputReference.of(weight, gram, SCHEME))
+    some = weight[::3]
+    nearest = round_to_nearest(some, SCHEME)
+    assert error.compressed == error.rtn == pytest.approx(relative(x @ (nearest - some).T, x @ some.T), rel=1e-6)
+    whole = round_to_nearest(weight, SCHEME)
+    assert error.rtn == pytest.approx(relative(x @ (whole - weight).T, x @ weight.T), rel=0.2)
+    assert error.rtn != pytest.approx(relative(x @ (whole - weight).T, x @ weight.T), rel=1e-4)
+    assert error.weight == pytest.approx(relative(whole - weight, weight) ** 0.5, rel=1e-5), "of all weights"
+
+
 def test_a_folded_output_counts_with_the_size_it_had() -> None:
     x, weight = torch.randn(100, 16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
     gram = x.T @ x / 100

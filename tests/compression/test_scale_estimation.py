@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nybble.compression import scale_estimation
 from nybble.compression.output_error import RoundingTarget, output_error
 from nybble.compression.scale_estimation import (
     RANGE_FRACTIONS,
@@ -72,6 +73,15 @@ def test_the_sign_of_a_symmetric_scale_follows_the_weights(bits: int) -> None:
     mirrored, _ = estimate(-weight, gram, scheme)
     assert torch.equal(mirrored, -scale)
     assert torch.equal(quantize(-weight, mirrored, zero_point, scheme), quantize(weight, scale, zero_point, scheme))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_are_computed_some_at_a_time_with_the_same_bits(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = random_layer(150, 32)
+    scheme = QuantScheme(4, 8, symmetric)
+    whole = estimate(weight, gram, scheme)
+    monkeypatch.setattr(scale_estimation, "_CACHED_NUMBERS", 1)  # 64 rows at a time
+    assert all(map(torch.equal, estimate(weight, gram, scheme), whole))
 
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.75), (3, 0.9), (4, 0.95)])

@@ -1,4 +1,8 @@
-"""How far a compressed layer is from the original one."""
+"""How far a compressed layer is from the original one. It is for people: nothing is decided by it.
+
+Errors of outputs are computed on at most 256 rows of a weight, evenly spaced. A row costs I^2 products: for all rows of
+an 8 B model they took as long as the compression.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,13 @@ from nybble.compression.init import QuantizedInit
 from nybble.compression.output_error import output_error
 from nybble.quant.grid import at_least_float32, min_max_qparams, quantize_dequantize, to_groups
 from nybble.quant.scheme import QuantScheme
+
+_MAX_ROWS = 256
+
+
+def _some(rows: Tensor) -> Tensor:
+    """At most 256 of the rows, evenly spaced; a view."""
+    return rows[:: -(-len(rows) // _MAX_ROWS)]
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class OutputReference:
     """Outputs of the original layer, which the error of the compressed layer is relative to.
 
     Attributes:
-        mean_square_O: mean square of each output on the calibration text.
+        mean_square_O: mean square of each output on the calibration text, of some rows.
         rtn_error: mean square error with the original weight rounded to nearest, relative to the mean square.
     """
 
@@ -53,7 +64,7 @@ class OutputReference:
             gram_II: mean of x x^T over the inputs x.
             scheme: bits and group size.
         """
-        weight_OI = at_least_float32(weight_OI)
+        weight_OI = at_least_float32(_some(weight_OI))
         mean_square_O = output_error(weight_OI, gram_II)
         rounded_OI = quantize_dequantize(weight_OI, *min_max_qparams(weight_OI, scheme), scheme)
         error_O = output_error(rounded_OI - weight_OI, gram_II)
@@ -93,8 +104,9 @@ def layer_error(
         gram_II: mean of x x^T over the inputs x, after folding.
         reference: of the weight before folding.
     """
-    known, weight_OI = weight_error(weight_OI, init, scheme), at_least_float32(weight_OI)
-    error_O = output_error(init.quantized(scheme).dequantize() - weight_OI, gram_II)
+    known, weight_OI = weight_error(weight_OI, init, scheme), at_least_float32(_some(weight_OI))
+    some = QuantizedInit(_some(init.weight_OI), _some(init.scale_OG), _some(init.zero_point_OG))
+    error_O = output_error(some.quantized(scheme).dequantize() - weight_OI, gram_II)
     before_O, after_O = reference.mean_square_O, output_error(weight_OI, gram_II)
     error = float((error_O * torch.where(after_O > 0, before_O / after_O, 1.0)).sum())
     return LayerError(reference.rtn_error, error / (float(before_O.sum()) or 1.0), known.weight, known.clipped)

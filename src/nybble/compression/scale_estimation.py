@@ -35,6 +35,9 @@ _SIZES = tuple(1 - 0.04 * i for i in range(-4, 18))
 SIGNED_FRACTIONS = (*_SIZES, *(-size for size in _SIZES))
 # Passes of fitting and rounding in `estimate`.
 PASSES = 4
+# Numbers in the rows that are computed at a time on a CPU: in float32 they take 2 MB, which stay in a core's cache. For
+# weights of 4096 x 4096 and more, `search` then takes a quarter of the time and C^T H C two fifths.
+_CACHED_NUMBERS = 1 << 19
 # Added to the diagonal of the equations, relative to its mean. It makes them solvable where all codes of a group are 0.
 _RIDGE = 1e-6
 
@@ -66,6 +69,19 @@ def search(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tupl
     Returns:
         scale_OG on the scale grid and zero_point_OG (whole numbers), in the dtype of weight_OI.
     """
+    parts = [_search_rows(part_OI, importance_I, scheme) for part_OI in weight_OI.split(_cached_rows(weight_OI))]
+    scales, zero_points = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zero_points)
+
+
+def _cached_rows(weight_OI: Tensor) -> int:
+    """Number of rows that are computed at a time. A row does not depend on others."""
+    if weight_OI.device.type != "cpu":
+        return len(weight_OI)
+    return max(64, _CACHED_NUMBERS // weight_OI.shape[-1])
+
+
+def _search_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     groups = scheme.num_groups(weight_OI.shape[-1])
     w_OGK, importance_GK = to_groups(weight_OI, groups), to_groups(importance_I, groups)
     scale_OG, zero_point_OG = min_max_qparams(weight_OI, scheme)
@@ -116,9 +132,12 @@ class ScaleQuadratic:
         c_OGK = to_groups(codes_OI, groups).to(weight_OI.dtype).sub_(zero_point_OG[..., None])
         a_OGG = torch.empty(len(weight_OI), groups, groups, dtype=weight_OI.dtype, device=weight_OI.device)
         size = weight_OI.shape[-1] // groups
-        for g in range(groups):  # a is symmetric, so only the part on and below the diagonal is computed
-            part_OI = c_OGK[:, g] @ gram_II[g * size : (g + 1) * size, : (g + 1) * size]
-            a_OGG[:, g, : g + 1] = a_OGG[:, : g + 1, g] = (to_groups(part_OI, g + 1) * c_OGK[:, : g + 1]).sum(-1)
+        rows = _cached_rows(weight_OI)
+        for part_OGG, c_RGK in zip(a_OGG.split(rows), c_OGK.split(rows), strict=True):
+            for g in range(groups):  # a is symmetric, so only the part on and below the diagonal is computed
+                hc_RI = c_RGK[:, g] @ gram_II[g * size : (g + 1) * size, : (g + 1) * size]
+                products_RGK = to_groups(hc_RI, g + 1).mul_(c_RGK[:, : g + 1])
+                part_OGG[:, g, : g + 1] = part_OGG[:, : g + 1, g] = products_RGK.sum(-1)
         b_OG = (to_groups(weight_gram_OI, groups) * c_OGK).sum(-1)
         return ScaleQuadratic(a_OGG, b_OG, (weight_gram_OI * weight_OI).sum(-1))
 
