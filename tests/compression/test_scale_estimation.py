@@ -65,6 +65,17 @@ def test_search_keeps_the_best_scale_of_each_symmetric_group() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_group_takes_the_other_sign_where_its_farthest_weight_matters_little(bits: int) -> None:
+    scheme = QuantScheme(bits, None, symmetric=True)
+    levels = -torch.arange(1.0, scheme.middle_code + 1) / scheme.middle_code  # all codes of the longer side
+    weight, importance = torch.cat([torch.tensor([1.04]), levels])[None], torch.ones(len(levels) + 1)
+    importance[0] = 1e-6
+    start, _ = min_max_qparams(weight, scheme)
+    scale, _ = search(weight, importance, scheme)
+    assert float(start) < 0 < float(scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_sign_of_a_symmetric_scale_follows_the_weights(bits: int) -> None:
     """Mirrored weights have mirrored scales, the same codes and the same error, through search and fit."""
     weight, gram = random_layer(16, 32)

@@ -90,6 +90,19 @@ def test_a_changed_tensor_is_refused(index: int, folder: Path) -> None:
     refused(folder, write)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheme"), [(SCALE, "uint4 asymmetric group 32"), (HEAD_SCALE, "uint8 symmetric per row")]
+)
+def test_a_negative_scale_is_named(name: str, scheme: str, folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    save_file(tensors | {name: first(-0.5)(tensors[name])}, file, metadata)
+    with pytest.raises(RunError, match=f"a scale is negative, which {scheme} does not have"):
+        load_quantized(folder, torch.float32)
+
+
 def test_codes_in_whole_bytes_and_additional_tensors_are_refused(folder: Path) -> None:
     refused(folder, lambda tensors: tensors.update({CODES: tensors[CODES].repeat_interleave(2, 1)}))
     refused(folder, lambda tensors: tensors.update({"more": torch.ones(2)}))

@@ -39,7 +39,7 @@ class QuantScheme:
         """Whether a scale may be negative: symmetric codes of less than 8 bits.
 
         Codes minus their zero point reach one step further on the negative side, with 2 bits -2 .. 1. A negative scale
-        turns this side to where the larger weights of a group are. With 8 bits, -128 .. 127, nothing is to be gained.
+        turns this side to where the larger weights of a group are. With 8 bits, -128 .. 127, the sides hardly differ.
         """
         return self.symmetric and self.bits < 8
 
