@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from nybble import files
 from nybble.data import generate, packing, sources
@@ -18,7 +21,7 @@ from nybble.data.sampling import draw_order
 from nybble.errors import DataError, ModelError, OptionError
 from nybble.workflows.text import check_token_ids
 from tests.helpers.chat import CONVERSATION, make_chat_tokenizer
-from tests.helpers.tiny import VOCABULARY, make_model, make_tokenizer
+from tests.helpers.tiny import make_model, make_tokenizer
 
 REQUEST = TextRequest(
     data=("self",),
@@ -41,7 +44,7 @@ REQUEST = TextRequest(
 
 def prepare(*data: str | Path, tokenizer: Any = None, **changes: Any) -> TextData:
     request = dataclasses.replace(REQUEST, data=tuple(map(str, data)), **changes)
-    return prepare_text(request, tokenizer or make_tokenizer(), VOCABULARY)
+    return prepare_text(request, tokenizer or make_tokenizer())
 
 
 def write_lines(path: Path, count: int = 2000) -> Path:
@@ -313,8 +316,9 @@ def test_text_of_the_model_cannot_be_combined(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_a_first_token_is_refused_before_anything_is_generated() -> None:
+    only_special = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
     with pytest.raises(ModelError, match="needs a token to start from"):
-        prepare_text(REQUEST, make_tokenizer(), num_embeddings=0)
+        prepare_text(REQUEST, only_special)
 
 
 # --- fingerprints and tokens ---

@@ -165,7 +165,7 @@ def _read_text(folder: Path) -> object:
             pretrained="x", data=(str(path),), seq_len=32, num_train_samples=4, num_validation_samples=2,
             num_test_samples=2, batch_size=2,
         )  # fmt: skip
-        read.append(prepare_text(distill_request(options, calibrates=False), _tokenizer(), 260))
+        read.append(prepare_text(distill_request(options, calibrates=False), _tokenizer()))
     return read
 
 

@@ -52,13 +52,13 @@ def numbered_rows(count: int, **changes: Any) -> list[dict[str, Any]]:
 def make_task_data(
     tokenizer: Any, questions: Sequence[Question], objective: Objective, metric: str = "acc", seq_len: int = 64
 ) -> TaskData:
-    """Task data whose training rows are also its held-out rows, for a model with two decoder layers."""
+    """Task data whose training rows are also its held-out rows."""
     dataset = TaskDataset("toy", metric, questions, questions)
     choices = encoding.encode_choices(tokenizer, questions, seq_len) if objective == "choices" else []
     texts = (
         right_answers(questions, choices) if choices else encoding.encode_right_answers(tokenizer, questions, seq_len)
     )
-    return TaskData(dataset, objective, texts, choices, questions, [], (8, 4, 2), 2)
+    return TaskData(dataset, objective, texts, choices, questions, [])
 
 
 class ExportedModel:

@@ -55,7 +55,7 @@ def test_toy_source_is_loaded_and_encoded(toy: TaskSource) -> None:
     assert not sources.is_scored_by_lm_eval("sums:4")
     config = TaskDataConfig(objective="auto", seq_len=32, batch_size=2, num_selection_samples=3, seed=0)
     dataset = sources.load_task(request("sums:4", num_train_samples=4))
-    data = encode_task(dataset, config, make_tokenizer(), (8, 4), 2)
+    data = encode_task(dataset, config, make_tokenizer())
     assert data.dataset.train[0].prompts[0] == "0 + 0 ="
     assert (data.objective, len(data.choices), len(data.held_out), len(data.fresh)) == ("choices", 4, 3, 2)
 

@@ -20,7 +20,7 @@ CONFIG = TaskDataConfig(objective="auto", seq_len=32, batch_size=8, num_selectio
 
 def load(path: Path, seed: int = 0, **changes: Any) -> TaskData:
     config = dataclasses.replace(CONFIG, seed=seed, **changes)
-    return encode_task(load_task(request(path, seed)), config, make_tokenizer(), (8, 4), 2)
+    return encode_task(load_task(request(path, seed)), config, make_tokenizer())
 
 
 @pytest.fixture
@@ -36,7 +36,6 @@ def test_objective_choices_encodes_all_choices(choices_file: Path, caplog: pytes
     assert data.texts == [
         choices[question.label] for choices, question in zip(data.choices, data.dataset.train, strict=True)
     ]
-    assert (data.rank_space, data.num_decoder_layers) == ((8, 4), 2)
     assert data.score_name == "share"
     assert "48 rows to train on (objective choices), 6 held-out rows to select on, measured by acc" in caplog.text
 
@@ -81,7 +80,7 @@ def test_scored_rows_are_checked_before_training() -> None:
     train = [choice_question("ask", "a", "b")] * 8
     dataset = TaskDataset("t", "acc", train, train, [Question(("ask",) * 2, (" a", ""), 0, (1, 1))])
     with pytest.raises(DataError, match="every answer must have a token that its prompt predicts"):
-        encode_task(dataset, CONFIG, make_tokenizer(), (8, 4), 2)
+        encode_task(dataset, CONFIG, make_tokenizer())
 
 
 def test_lengths_of_rows() -> None:

@@ -16,7 +16,7 @@ from nybble import files
 from nybble.cli.main import main
 from nybble.data import sources, splits
 from nybble.errors import RunError
-from nybble.models import quantized_file
+from nybble.models import loading, quantized_file
 from nybble.models.quantized_file import WEIGHTS_FILE
 from nybble.options.commands import CompressOptions, DistillOptions
 from nybble.options.toml import to_toml
@@ -502,11 +502,28 @@ def test_what_another_command_began_is_refused(tmp_path: Path) -> None:
 def test_malformed_shares_are_refused_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nybble.workflows.plan.load", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *given: pytest.fail("loaded"))
     model = save_model(tmp_path / "model", "llama")
     for flag in ("--data", "--eval_data"):
         assert main(arguments(model, tmp_path / "run", flag, "python-docs=x")) == 2
         assert "must be NAME=SHARE for every source" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "distill"])
+def test_text_is_read_before_the_model(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model can be a download of many gigabytes, and a wrong column a second's work to find."""
+    monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("the model was loaded"))
+    model = save_model(tmp_path / "model", "llama")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "a text"}\n' * 20)
+    given = [command, "--pretrained", str(model), "--eval_tasks", "none", "--output_dir", str(tmp_path / "run")]
+    assert main([*given, "--data", str(rows)]) == 2
+    assert "must be a column of" in capsys.readouterr().err
+    assert main([*given, "--data", str(rows), "--text_column", "body", "--method", "rtn"]) == 2
+    assert "sequence" in capsys.readouterr().err, "too short"
     assert not (tmp_path / "run").exists()
 
 

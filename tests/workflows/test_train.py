@@ -10,7 +10,7 @@ import torch
 from nybble.models.quantized_file import load_weights
 from nybble.run.results import read_results
 from nybble.run.resume import saved_options
-from nybble.workflows import plan
+from nybble.workflows import estimate, plan
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.compress import compress_options
@@ -32,7 +32,7 @@ def test_gradient_checkpointing_is_chosen_where_memory_asks_for_it_and_changes_n
     changes = {"weight_cache": "recompute", "microbatch_size": 4, "epochs": 1, "base_weights": "exact"}
     distill(distill_options(model, roomy, **changes))
     assert saved_options(roomy)["gradient_checkpointing"] == "off"
-    monkeypatch.setattr(plan, "available_memory", lambda loaded: 900_000_000)
+    monkeypatch.setattr(estimate, "available_memory", lambda loaded: 900_000_000)
     with caplog.at_level(logging.INFO, "nybble"):
         distill(distill_options(model, small, **changes))
     assert saved_options(small)["gradient_checkpointing"] == "on"
@@ -60,7 +60,7 @@ def test_base_weights_take_one_byte_where_memory_asks_for_it_and_a_resumed_run_k
 ) -> None:
     model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
     options = distill_options(model, run, epochs=1, lora_rank=4)
-    monkeypatch.setattr(plan, "available_memory", lambda loaded: 800_000_000)
+    monkeypatch.setattr(estimate, "available_memory", lambda loaded: 800_000_000)
     with caplog.at_level(logging.INFO, "nybble"):
         distill(options)
     assert "(recompute cache, gradient checkpointing, base weights in one byte; 0.8 GB free)" in caplog.text

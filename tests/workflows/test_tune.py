@@ -762,6 +762,8 @@ def test_rows_are_read_before_the_model_is_loaded(tmp_path: Path, monkeypatch: p
     counted_from_1.write_text('{"prompt": "x", "choices": ["a", "b"], "answer": 2}\n')
     with pytest.raises(DataError, match="row 1 must have .* answer .the index of the right choice, the first is 0"):
         tune(options(tmp_path, task=str(counted_from_1)))
+    with pytest.raises(DataError, match="answers must have tokens within --seq_len 8"):
+        tune(options(tmp_path, task=str(write_long(tmp_path)), seq_len=8))
 
 
 def write_long(folder: Path) -> Path:
@@ -784,7 +786,7 @@ def test_another_space_task_or_model_on_resume_is_refused(
     with pytest.raises(RunError, match="the model changed"):
         tune(options(tmp_path, resume=True))
     capsys.readouterr()
-    monkeypatch.delattr("nybble.workflows.plan.load")  # it is found before the model is loaded
+    monkeypatch.delattr("nybble.models.loading.load")  # it is found before the model is loaded
     assert (
         main(["tune", "--config", str(tmp_path / "run" / "config.toml"), "--resume", "--lora_rank_space", "8", "4"])
         == 2

@@ -104,13 +104,12 @@ class TextData:
         return replace(self, train=TokenRows.of(train), calibration=calibration, pending=None)
 
 
-def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> TextData:
+def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase) -> TextData:
     """Read, tokenize and choose the text of a run.
 
     Args:
         request: what the run needs.
         tokenizer: of the model.
-        num_embeddings: tokens that the model knows.
 
     Raises:
         DataError: a source cannot be read or is too short; conversations do not suit the chat template or
@@ -119,7 +118,7 @@ def prepare_text(request: TextRequest, tokenizer: PreTrainedTokenizerBase, num_e
         ModelError: --data self, and the tokenizer has no token to start from.
     """
     reader = SourceReader(request, tokenizer)
-    pending = _pending_generation(request, reader, num_embeddings)
+    pending = _pending_generation(request, reader)
     rows = no_rows() if pending else _training_rows(request, reader)
     train, calibration = rows[: request.num_train], rows.ids[: request.num_calibration]
     validation = no_rows()
@@ -173,7 +172,7 @@ def _other_rows(request: TextRequest, reader: SourceReader, names: Sequence[str]
     return no_rows()
 
 
-def _pending_generation(request: TextRequest, reader: SourceReader, num_embeddings: int) -> PendingGeneration | None:
+def _pending_generation(request: TextRequest, reader: SourceReader) -> PendingGeneration | None:
     """What the model has to generate; None if --data names existing text."""
     names = reader.data.names
     prefix = next((source for source in map(sources.prefix_source, names) if source is not None), None)
@@ -198,7 +197,7 @@ def _pending_generation(request: TextRequest, reader: SourceReader, num_embeddin
     length = max(2, request.seq_len // _PREFIXES_PER_SEQUENCE)
     prefixes = reader.prefixes(prefix, length) if prefix and reader.num_training else None
     if prefixes is None:  # raises now what would raise after hours
-        generate.first_tokens(num_embeddings, reader.tokenizer, 1, torch.Generator())
+        generate.first_tokens(len(reader.tokenizer), reader.tokenizer, 1, torch.Generator())
     return PendingGeneration(num_train, request.num_calibration, request.seq_len, request.seed, prefixes)
 
 

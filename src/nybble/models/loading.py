@@ -31,6 +31,7 @@ from nybble.models.gguf import load_gguf_model, load_gguf_tokenizer
 from nybble.models.gguf_file import read_gguf
 from nybble.models.layers_on_disk import layers_on_disk, tensors_of
 from nybble.models.linearize import linearize
+from nybble.models.pretrained import load_tokenizer as load_folder_tokenizer
 from nybble.models.pretrained import load_whole, load_without_blocks
 from nybble.models.selection import select_layers, shared_weight, three_axis_parameters
 from nybble.models.streamed import check_streamed
@@ -68,6 +69,7 @@ def load(
     device: torch.device,
     trust_remote_code: bool = False,
     offload: bool = False,
+    tokenizer: Any = None,
 ) -> LoadedModel:
     """Load model and tokenizer.
 
@@ -77,6 +79,7 @@ def load(
         device: where the model goes.
         trust_remote_code: whether to run Python code that comes with the model.
         offload: leave the decoder blocks on the disk, see layers_on_disk.py.
+        tokenizer: of `load_tokenizer`, where it was needed before the model.
 
     Returns:
         The model and its tokenizer.
@@ -86,25 +89,23 @@ def load(
         MissingExtraError: a GGUF file without the extra "gguf".
     """
     disable_cudnn_attention()
-    if pretrained == SMOLLM2:
-        source, name = str(smollm2_path()), "SmolLM2-135M-Instruct"
-    else:
-        source, name = pretrained, pretrained.rstrip("/").split("/")[-1]
-    check_model_path(source)
+    source = _source(pretrained)
+    name = "SmolLM2-135M-Instruct" if pretrained == SMOLLM2 else pretrained.rstrip("/").split("/")[-1]
+    if source.endswith(".gguf") and offload:
+        raise ModelError(
+            f"--offload disk needs a folder with safetensors files; {pretrained} is a GGUF file, which is read as a "
+            "whole; use --offload none"
+        )
+    if tokenizer is None:
+        tokenizer = load_tokenizer(pretrained, trust_remote_code)
     if source.endswith(".gguf"):
-        if offload:
-            raise ModelError(
-                f"--offload disk needs a folder with safetensors files; {pretrained} is a GGUF file, which is read "
-                "as a whole; use --offload none"
-            )
-        file = read_gguf(Path(source))
-        model, tokenizer = load_gguf_model(file, dtype), load_gguf_tokenizer(file)
+        model = load_gguf_model(read_gguf(Path(source)), dtype)
     else:
         with returning_freed_memory():  # stacking experts leaves holes as large as the model
             if offload:
-                model, tokenizer = load_without_blocks(source, dtype, device, trust_remote_code)
+                model = load_without_blocks(source, dtype, device, trust_remote_code)
             else:
-                model, tokenizer = load_whole(source, dtype, trust_remote_code)
+                model = load_whole(source, dtype, trust_remote_code)
     linearize(model)
     _copy_mapped_tensors(model)
     check_supported(model, name)
@@ -121,6 +122,32 @@ def load(
     if not offload:
         model.to(device)
     return LoadedModel(model.eval(), tokenizer, name, companion_files(source, tokenizer), offload)
+
+
+def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer alone: text can then be read, and found wanting, before a large model is downloaded or read.
+
+    Args:
+        pretrained, trust_remote_code: see `load`.
+
+    Returns:
+        transformers.PreTrainedTokenizerBase.
+
+    Raises:
+        ModelError: there is no such model or it has no tokenizer, or its configuration is one that is refused.
+        MissingExtraError: a GGUF file without the extra "gguf".
+    """
+    source = _source(pretrained)
+    if source.endswith(".gguf"):
+        return load_gguf_tokenizer(read_gguf(Path(source)))
+    return load_folder_tokenizer(source, trust_remote_code)
+
+
+def _source(pretrained: str) -> str:
+    """The path or hub id that --pretrained stands for."""
+    source = str(smollm2_path()) if pretrained == SMOLLM2 else pretrained
+    check_model_path(source)
+    return source
 
 
 def smollm2_path() -> Path:

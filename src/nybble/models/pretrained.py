@@ -1,4 +1,4 @@
-"""Read a model and its tokenizer as transformers does, whole or without its decoder blocks, and explain what fails."""
+"""Read a model as transformers does, whole or without its decoder blocks, or its tokenizer; explain what fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNREACHABLE = ("connect", "offline", "cached files", "local cache", "timed out"
 """Words in the errors of transformers and huggingface_hub when the hub does not answer, in lower case."""
 
 
-def load_whole(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_whole(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """Load a folder or a hub id.
 
     Args:
@@ -32,7 +32,7 @@ def load_whole(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> 
         trust_remote_code: whether to run Python code that comes with the model.
 
     Returns:
-        The model, on the CPU, and its tokenizer.
+        The model, on the CPU.
 
     Raises:
         ModelError: it cannot be read, or is none that nybble can use.
@@ -42,16 +42,13 @@ def load_whole(pretrained: str, dtype: torch.dtype, trust_remote_code: bool) -> 
         loaded: Any = auto_class(config).from_pretrained(
             pretrained, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    tokenizer = _load_tokenizer(pretrained, trust_remote_code)
     model, info = loaded
     has_parts = type(config) is not type(model.config)
     check_complete(model, info["missing_keys"], info["unexpected_keys"], pretrained, has_parts)
-    return model, tokenizer
+    return model
 
 
-def load_without_blocks(
-    pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> tuple[Any, Any]:
+def load_without_blocks(pretrained: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     """Load a folder or a hub id, but leave its decoder blocks on the disk (LayersOnDisk).
 
     Args:
@@ -59,7 +56,7 @@ def load_without_blocks(
         device: where the model computes.
 
     Returns:
-        The model, linearized and in evaluation mode, and its tokenizer.
+        The model, linearized and in evaluation mode.
 
     Raises:
         ModelError: as `load_whole`; or the model has no list of decoder blocks, or no safetensors files.
@@ -78,11 +75,10 @@ def load_without_blocks(
         model.initialize_weights()
         shards = CheckpointShards(files, skeleton, path, dtype, device)
         missing, unused = shards.compare()
-    tokenizer = _load_tokenizer(pretrained, trust_remote_code)
     check_complete(model, missing, unused, pretrained, parts=type(config) is not type(model.config))
     with _library_errors(lambda error: _explain_failure(pretrained, error)):
         shards.load_rest(model)
-    return on_disk(model.eval(), path, shards.read_block, device), tokenizer
+    return on_disk(model.eval(), path, shards.read_block, device)
 
 
 def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -135,9 +131,16 @@ def read_config(pretrained: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def _load_tokenizer(pretrained: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(pretrained: str, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a folder or a hub id, whose configuration is read and checked first.
+
+    Raises:
+        ModelError: there is none that can be read, or the model is none that nybble can use.
+    """
     from transformers import AutoTokenizer
 
+    with _library_errors(lambda error: _explain_failure(pretrained, error)):
+        read_config(pretrained, trust_remote_code)
     with _library_errors(lambda error: _explain_tokenizer(pretrained, error)):
         return AutoTokenizer.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
 

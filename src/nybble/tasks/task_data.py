@@ -54,8 +54,6 @@ class TaskData:
         choices: every choice of each training row, with the objective "choices"; else empty.
         held_out: rows to select epochs and ranks on.
         fresh: the other held-out rows, on which nothing is selected.
-        rank_space: ranks to choose from, largest first.
-        num_decoder_layers: decoder layers of the model, each of which gets one rank.
     """
 
     dataset: TaskDataset
@@ -64,8 +62,6 @@ class TaskData:
     choices: Sequence[Sequence[EncodedAnswer]]
     held_out: Sequence[Question]
     fresh: Sequence[Question]
-    rank_space: tuple[int, ...]
-    num_decoder_layers: int
 
     @property
     def score_name(self) -> Literal["share", "log-likelihood"]:
@@ -92,21 +88,13 @@ class TaskData:
         return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
-def encode_task(
-    dataset: TaskDataset,
-    config: TaskDataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rank_space: tuple[int, ...],
-    num_decoder_layers: int,
-) -> TaskData:
+def encode_task(dataset: TaskDataset, config: TaskDataConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Encode the rows of a task.
 
     Args:
         dataset: the rows as text.
         config: how its rows are used.
         tokenizer: of the model.
-        rank_space: ranks to choose from, largest first.
-        num_decoder_layers: decoder layers of the model.
 
     Raises:
         OptionError: the task has no choices for the objective "choices", or fewer rows than batch_size.
@@ -138,7 +126,7 @@ def encode_task(
         len(held_out),
         dataset.metric,
     )
-    return TaskData(dataset, objective, texts, choices, held_out, fresh, rank_space, num_decoder_layers)
+    return TaskData(dataset, objective, texts, choices, held_out, fresh)
 
 
 def right_answers(questions: Sequence[Question], encoded: Sequence[Sequence[EncodedAnswer]]) -> list[EncodedAnswer]:

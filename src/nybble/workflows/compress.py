@@ -1,6 +1,6 @@
 """`nybble compress`: a 16-bit model becomes an INT4 model without training.
 
-validate -> load -> plan -> open the run -> compress -> export -> measure -> report
+validate -> read the text -> load -> plan -> open the run -> compress -> export -> measure -> report
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tokenizer
+from nybble.evaluation.lm_eval import LmEvalConfig
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.files import remove_folder
 from nybble.models.quantized_model import save_quantized
@@ -63,12 +63,14 @@ def _compress(
 ) -> Path:
     """Everything from the model to the report."""
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    loaded = plan.load_model(options.model, on_disk)
-    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
+    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
+    calibrates = text.may_calibrate(options.compression)
+    prepared = prepare_text(text.compression_request(options, calibrates), tokenizer)
+    loaded = plan.load_model(options.model, tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(options.compression, loaded, selection)
-    request = text.compression_request(options, compression.calibrates)
-    prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
+    if compression.calibrates != calibrates:  # --method auto is rtn for this model
+        prepared = prepare_text(text.compression_request(options, compression.calibrates), tokenizer)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     placement.plan_compression_memory(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])

@@ -1,6 +1,6 @@
 """`nybble distill`: a 16-bit model teaches its own INT4 copy.
 
-validate -> load -> plan -> open the run -> compress -> train -> absorb -> export -> measure -> report
+validate -> read the text -> load -> plan -> open the run -> compress -> train -> absorb -> export -> measure -> report
 
 The loss is the KL divergence of the 4-bit model's next-token distribution from the 16-bit model's (training/losses.py),
 with --cross_entropy_share partly the cross-entropy of the text.
@@ -21,7 +21,7 @@ from nybble.callbacks import Callback
 from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
 from nybble.evaluation.decoder_error import decoder_outputs
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tokenizer
+from nybble.evaluation.lm_eval import LmEvalConfig
 from nybble.evaluation.perplexity import logits_from_states, measure_sequences, model_logits
 from nybble.files import remove_folder
 from nybble.models.head import LMHead, last_hidden_states
@@ -81,8 +81,10 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
 def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bool, started: float) -> Path:
     """Everything from the model to the report."""
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    loaded = plan.load_model(options.model, on_disk)
-    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
+    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
+    calibrates = text.may_calibrate(options.compression)
+    prepared = prepare_text(text.distill_request(options, calibrates), tokenizer)
+    loaded = plan.load_model(options.model, tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     if options.training.shard:
         check_shardable(loaded.model, selection)
@@ -90,8 +92,8 @@ def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bo
     compression = plan.plan_compression(
         options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
     )
-    request = text.distill_request(options, compression.calibrates)
-    prepared = prepare_text(request, loaded.tokenizer, text.num_embeddings(loaded))
+    if compression.calibrates != calibrates:  # --method auto is rtn for this model
+        prepared = prepare_text(text.distill_request(options, compression.calibrates), tokenizer)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     options = _plan_training(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])

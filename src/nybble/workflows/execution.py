@@ -18,7 +18,7 @@ from nybble.training import memory
 from nybble.training.losses import chunk_tokens
 from nybble.training.memory import MicrobatchLimits, ModelShapes, TrainingSetup
 from nybble.training.optimizer import check_optimizer
-from nybble.workflows import placement, plan
+from nybble.workflows import estimate, placement
 from nybble.workflows.plan import PlannedRun
 
 log = logging.getLogger("nybble")
@@ -89,7 +89,7 @@ def plan_memory(
         RunError: the disk is too small.
         MissingExtraError, OptionError: the optimizer cannot be used here, or a model on disk would have to write text.
     """
-    device, available = planned.loaded.model.device, plan.available_memory(planned.loaded)
+    device, available = planned.loaded.model.device, estimate.available_memory(planned.loaded)
     check_optimizer(training.optim, device)
     shapes = ModelShapes.of(planned.loaded.model, planned.selection.linears)
     setup = TrainingSetup(
@@ -100,7 +100,7 @@ def plan_memory(
         num_scales=num_scales(planned.loaded.model, planned.selection),
         chunk_tokens=chunk_tokens(device, shapes.vocab_size),
         weight_copies=size.weight_copies,
-        logits_bytes=plan.measured_logit_bytes(planned, tasks),
+        logits_bytes=estimate.measured_logit_bytes(planned, tasks),
         short_moments=training.optim == "adamw_8bit",
         averages=training.lr_scheduler_type == "constant_with_averaging",
         on_gpu=device.type != "cpu",
@@ -124,7 +124,7 @@ def plan_memory(
             needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
             ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9, before.place,
         )  # fmt: skip
-        plan.warn_of_memory(needed, available, f"{_what_needs_less(training, size, chosen)} needs less")
+        estimate.warn_of_memory(needed, available, f"{_what_needs_less(training, size, chosen)} needs less")
     # Free memory differs between processes; what they choose by it must not.
     return processes.on_first(lambda: chosen)
 

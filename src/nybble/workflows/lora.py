@@ -81,7 +81,7 @@ def _train(task_run: TaskRun) -> None:
     import peft
 
     context, options = task_run.context, task_run.options
-    rank, model = max(task_run.data.rank_space), context.loaded.model
+    rank, model = max(task_run.rank_space), context.loaded.model
     torch.manual_seed(context.seed)
     wrapped = peft.get_peft_model(model, peft_config(model, context.selection.linears, rank))  # changes `model` itself
     adapters: dict[str, nn.Parameter] = {

@@ -28,15 +28,14 @@ from nybble.runtime import returning_freed_memory
 from nybble.training import memory
 from nybble.training.memory import ModelShapes
 from nybble.training.memory_from_disk import BlockShapes, CompressionSetup, offloaded_memory
-from nybble.workflows.plan import (
-    PlannedRun,
+from nybble.workflows.estimate import (
     available_memory,
     calibration_disk,
     calibration_memory,
     measured_logit_bytes,
-    pick_place,
     warn_of_memory,
 )
+from nybble.workflows.plan import PlannedRun, pick_place
 
 log = logging.getLogger("nybble")
 

@@ -18,12 +18,13 @@ from nybble.data.mixture import Mixture
 from nybble.data.prepare import TextData
 from nybble.data.sources import prefix_source
 from nybble.errors import OptionError
-from nybble.evaluation.lm_eval_model import default_batch_size, max_window
+from nybble.evaluation.lm_eval import check_tokenizer
 from nybble.export.base import EXPORTERS
 from nybble.export.checks import check_exportable, check_formats
-from nybble.models.device import free_memory, pick_device, pick_dtype
+from nybble.models import loading
+from nybble.models.device import pick_device, pick_dtype
 from nybble.models.head import LMHead
-from nybble.models.loading import LoadedModel, load
+from nybble.models.loading import LoadedModel
 from nybble.models.schemes import assign_schemes, average_bits, check_patterns, describe, weight_shapes
 from nybble.models.selection import LayerSelection, select_layers
 from nybble.options.base import Command
@@ -37,8 +38,6 @@ from nybble.run.folder import check_folder
 from nybble.run.marker import is_run
 from nybble.run.results import RunResults, read_results
 from nybble.run.resume import check_same_command, check_same_options, saved_options
-from nybble.training import memory
-from nybble.training.memory import ModelShapes
 from nybble.workflows import init_from, mixed_precision
 from nybble.workflows.launch import check_processes
 from nybble.workflows.rehearsal import rehearse
@@ -157,10 +156,18 @@ def _check_inputs_survive(inputs: Mapping[str, Sequence[str]], folder: Path) -> 
                 )
 
 
-def load_model(options: ModelOptions, on_disk: bool = False) -> LoadedModel:
+def load_tokenizer(options: ModelOptions, tasks: tuple[str, ...]) -> Any:
+    """The tokenizer, with which text is read before the model is; the lm-eval tasks that will be run suit it."""
+    tokenizer = loading.load_tokenizer(options.pretrained, options.trust_remote_code)
+    check_tokenizer(tasks, tokenizer)
+    return tokenizer
+
+
+def load_model(options: ModelOptions, tokenizer: Any = None, on_disk: bool = False) -> LoadedModel:
     """The 16-bit model and its tokenizer.
 
     Args:
+        tokenizer: of `load_tokenizer`, or None.
         on_disk: its decoder blocks stay on the disk.
 
     Raises:
@@ -168,7 +175,7 @@ def load_model(options: ModelOptions, on_disk: bool = False) -> LoadedModel:
     """
     device, dtype = pick_place(options)
     log.info("loading %s (%s, %s)", options.pretrained, device, str(dtype).removeprefix("torch."))
-    return load(options.pretrained, dtype, device, options.trust_remote_code, on_disk)
+    return loading.load(options.pretrained, dtype, device, options.trust_remote_code, on_disk, tokenizer)
 
 
 def pick_place(options: DeviceOptions) -> tuple[torch.device, torch.dtype]:
@@ -307,44 +314,3 @@ def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Pa
                 "--export none",
                 name, needed / 1e9, available / 1e9, folder,
             )  # fmt: skip
-
-
-def available_memory(loaded: LoadedModel) -> int:
-    """Bytes that are free on the model's device, including those of the model itself."""
-    held: int = sum(p.nbytes for p in loaded.model.parameters() if p.device.type != "meta")
-    return free_memory(loaded.model.device) + held
-
-
-def measured_logit_bytes(planned: PlannedRun, tasks: Sequence[str]) -> int:
-    """Bytes of the logits that exist at once while a model is measured: of a sequence, or of lm-eval, and a copy."""
-    model, tokens = planned.loaded.model, planned.text.test.ids.shape[1]
-    if tasks:
-        window = max_window(model.config)
-        tokens = max(tokens, 2 * window * default_batch_size(model.config, window))
-    return int(tokens * len(planned.head.weight_VD) * model.dtype.itemsize)
-
-
-def calibration_memory(shapes: ModelShapes, planned: PlannedRun, wanted: int) -> int:
-    """Bytes of memory that the compression takes; 0 where nothing is calibrated. Says how much text there is.
-
-    Args:
-        wanted: calibration sequences that were asked for.
-    """
-    if not planned.compression.calibrates:
-        return 0
-    count, length = planned.text.calibration_shape
-    short = "" if count == wanted else f" (all there is; --num_calibration_samples is {wanted})"
-    log.info("calibration: %d x %d tokens of the training text%s", count, length, short)
-    return memory.compression_memory(shapes, count, length, planned.loaded.model.device.type != "cpu")
-
-
-def calibration_disk(shapes: ModelShapes, planned: PlannedRun) -> int:
-    """Bytes on disk that the compression takes; 0 where nothing is calibrated."""
-    count, length = planned.text.calibration_shape
-    return memory.compression_disk(shapes, count * length if planned.compression.calibrates else 0)
-
-
-def warn_of_memory(needed: int, available: int, remedy: str) -> None:
-    """Warn where the estimate does not fit."""
-    if needed > available:
-        log.warning("the estimate is above the free memory (%.1f GB); %s", available / 1e9, remedy)

@@ -50,7 +50,7 @@ def search(options: SearchOptions) -> None:
         tuned = reopen(task_run)
         run, task, data = task_run.context.run, task_run.task, task_run.data
         candidates = tuple(tuple(candidate.configuration) for candidate in task.candidates)
-        space = SearchSpace(data.rank_space, data.num_decoder_layers, data.held_out, candidates)
+        space = SearchSpace(task_run.rank_space, task_run.num_decoder_layers, data.held_out, candidates)
         config = SearchConfig(asked.sampler, asked.num_trials, asked.random_baseline, asked.seed, storage_file(path))
         scorer = task_run.scorer(tuned.layers)
         with run.stage("search"):

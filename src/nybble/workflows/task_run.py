@@ -14,10 +14,9 @@ from nybble.callbacks import Callback
 from nybble.data.packing import token_fingerprint
 from nybble.data.prepare import TextData, no_rows
 from nybble.errors import OptionError
-from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks, check_tokenizer
+from nybble.evaluation.lm_eval import LmEvalConfig, check_tasks
 from nybble.evaluation.perplexity import logits_from_states
 from nybble.models.loading import LoadedModel, model_fingerprint
-from nybble.models.selection import LayerSelection
 from nybble.nls import ranks
 from nybble.nls.objective import task_objective
 from nybble.nls.ranks import RankConfiguration
@@ -66,12 +65,20 @@ class TaskRun:
         return results
 
     @property
+    def rank_space(self) -> tuple[int, ...]:
+        """Ranks to choose from, largest first."""
+        return self.options.ranks.lora_rank_space
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers of the model, each of which gets one rank."""
+        return ranks.count_decoder_layers(self.context.selection.linears)
+
+    @property
     def sampler(self) -> RankSampler:
         """Which ranks each training pass uses."""
         options = self.options
-        return RankSampler(
-            self.data.rank_space, self.data.num_decoder_layers, options.ranks.rank_sampling, options.run.seed
-        )
+        return RankSampler(self.rank_space, self.num_decoder_layers, options.ranks.rank_sampling, options.run.seed)
 
     def scorer(self, layers: dict[str, CachedWeightLinear]) -> AdapterScorer:
         """Scores rank configurations of these layers."""
@@ -120,17 +127,20 @@ def open_task_run(
     check_tasks(own, task.data_dir, "--task")
     check_tasks(tuple(name for name in evaluation.eval_tasks if name != task.task), task.data_dir)
     dataset = load_task(TaskRequest(task.task, task.data_dir, options.run.seed, task.num_train_samples))
-    loaded = plan.load_model(options.model)
-    check_tokenizer(evaluation.eval_tasks, loaded.tokenizer)
+    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
+    data = _encode(dataset, options, tokenizer)
+    loaded = plan.load_model(options.model, tokenizer)
     selection = plan.select(loaded, options.scheme)
+    layers = ranks.count_decoder_layers(selection.linears)
+    if custom:
+        ranks.check_configuration(custom, options.ranks.lora_rank_space, layers)
     compression = plan.plan_compression(
         options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
     )
-    data = _encode(dataset, options, loaded, selection, custom)
     teacher = _load_teacher(options, loaded)
     text = _text(options, loaded, data, teacher)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, text)
-    options = _plan_training(options, planned, data)
+    options = _plan_training(options, planned, data, layers)
 
     facts = session.RunFacts(
         planned=planned,
@@ -147,21 +157,12 @@ def open_task_run(
         scorer = TaskScorer(data.dataset, evaluation.limit, task.seq_len)
         evaluator = Evaluator(text.test, reference, tasks, scorer)
         if run.results.task is None:
-            run.results.task = _task_results(data, text)
+            run.results.task = _task_results(data, text, options.ranks.lora_rank_space)
         yield TaskRun(context, options, data, teacher, evaluator)
 
 
-def _encode(
-    dataset: TaskDataset,
-    options: TuneOptions,
-    loaded: LoadedModel,
-    selection: LayerSelection,
-    custom: RankConfiguration,
-) -> TaskData:
-    task, space = options.task, options.ranks.lora_rank_space
-    num_layers = ranks.count_decoder_layers(selection.linears)
-    if custom:
-        ranks.check_configuration(custom, space, num_layers)
+def _encode(dataset: TaskDataset, options: TuneOptions, tokenizer: Any) -> TaskData:
+    task = options.task
     config = TaskDataConfig(
         task.objective,
         task.seq_len,
@@ -169,7 +170,7 @@ def _encode(
         options.ranks.num_selection_samples,
         options.run.seed,
     )
-    return encode_task(dataset, config, loaded.tokenizer, space, num_layers)
+    return encode_task(dataset, config, tokenizer)
 
 
 def _load_teacher(options: TuneOptions, loaded: LoadedModel) -> Any:
@@ -209,17 +210,17 @@ def _text(options: TuneOptions, loaded: LoadedModel, data: TaskData, teacher: An
     )
 
 
-def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData) -> TuneOptions:
+def _plan_training(options: TuneOptions, planned: PlannedRun, data: TaskData, num_layers: int) -> TuneOptions:
     """The options with everything automatic resolved. Says what will be trained, and warns of what has no effect."""
-    training = options.training
+    training, space = options.training, options.ranks.lora_rank_space
     _warn_of_unused(training)
     log.info(
         "%d epoch%s of %d steps of %d rows; ranks %s for each of %d decoder layers",
         training.epochs, "s"[: training.epochs != 1], len(data.texts) // training.batch_size, training.batch_size,
-        " ".join(map(str, data.rank_space)), data.num_decoder_layers,
+        " ".join(map(str, space)), num_layers,
     )  # fmt: skip
     size = execution.TrainingSize(
-        rank=max(data.rank_space),
+        rank=max(space),
         seq_len=max(data.forward_tokens()),
         teacher_tokens=planned.text.test.ids.numel(),
         weight_copies=2 if training.quantize == "during" and training.scale_lr else 1,
@@ -249,11 +250,11 @@ def _warn_of_unused(training: TuneTrainingOptions) -> None:
             log.warning("--%s has no effect with %s", name, where)
 
 
-def _task_results(data: TaskData, text: TextData) -> TaskResults:
+def _task_results(data: TaskData, text: TextData, rank_space: tuple[int, ...]) -> TaskResults:
     return TaskResults(
         name=data.dataset.name,
         metric=data.dataset.metric,
-        rank_space=list(data.rank_space),
+        rank_space=list(rank_space),
         objective=data.objective,
         scored_by=data.score_name,
         text_length=text.test.ids.shape[1],

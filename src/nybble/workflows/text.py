@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nybble.compression.methods import RTN
 from nybble.data.generate import is_token_file
 from nybble.data.mixture import Mixture
 from nybble.data.prepare import TextData
@@ -9,7 +10,6 @@ from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sources import check_place, load_documents, prefix_source
 from nybble.errors import DataError, HubUnreachableError, NybbleError
 from nybble.evaluation.lm_eval import check_tasks
-from nybble.models.loading import LoadedModel
 from nybble.options.commands import CompressOptions, DistillOptions, RunCommand
 from nybble.options.compression import MIN_CALIBRATION_SAMPLES, CompressionOptions
 from nybble.options.data import TextOptions
@@ -55,6 +55,11 @@ def _missing_texts(options: TextOptions) -> list[str]:
     return missing
 
 
+def may_calibrate(compression: CompressionOptions) -> bool:
+    """Whether the compression needs text, as far as the options tell; --method auto depends on the model."""
+    return getattr(compression, "init_from", None) is None and compression.method != RTN
+
+
 def compression_request(options: CompressOptions, calibrates: bool) -> TextRequest:
     """Calibration text where the method needs it, and test text."""
     return _request(
@@ -98,11 +103,6 @@ def _request(options: TextOptions, seed: int, **counts: int) -> TextRequest:
         seed=seed,
         **defaults | counts,
     )
-
-
-def num_embeddings(loaded: LoadedModel) -> int:
-    """Tokens that the model knows."""
-    return int(loaded.model.get_input_embeddings().num_embeddings)
 
 
 def check_token_ids(data: TextData, num_embeddings: int, model_name: str) -> None:

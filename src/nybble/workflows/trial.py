@@ -40,9 +40,9 @@ def _metric_of(task_run: TaskRun, loaded: LoadedModel) -> float:
 def measure_configuration(tuned: TunedRun, custom: RankConfiguration) -> None:
     """Measure a configuration (() = the one in place) on the test rows; the result is kept in the run and printed."""
     task_run, context = tuned.task_run, tuned.task_run.context
-    run, task, data = context.run, task_run.task, task_run.data
+    run, task = context.run, task_run.task
     in_place = tuple(task.configuration or ())
-    configuration = custom or in_place or ranks.median_configuration(data.rank_space, data.num_decoder_layers)
+    configuration = custom or in_place or _median(task_run)
     with run.stage("test"):
         if not tuned.quantized_after:
             with task_run.scorer(tuned.layers).activate(configuration):
@@ -65,6 +65,10 @@ def measure_configuration(tuned: TunedRun, custom: RankConfiguration) -> None:
     if run.results.finished:
         write_text(run.path / "report.md", run_markdown(run.results))
     say(f"{task.name} at ranks {ranks_text(configuration)}: {task.metric} {value:.4f}")
+
+
+def _median(task_run: TaskRun) -> RankConfiguration:
+    return ranks.median_configuration(task_run.rank_space, task_run.num_decoder_layers)
 
 
 @contextmanager

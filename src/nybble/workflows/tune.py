@@ -1,9 +1,10 @@
 """`nybble tune`: a model learns a downstream task with adapters of elastic rank, in INT4.
 
---quantize after     validate -> load -> plan -> open the run -> train adapters on 16-bit weights -> choose ranks
-                     -> merge -> compress -> train scales and norms in 4 bits -> absorb -> export -> measure -> report
---quantize during    validate -> load -> plan -> open the run -> compress -> train adapters inside the rounding
-                     -> choose ranks -> absorb -> export -> measure -> report
+--quantize after     validate -> read the task -> load -> plan -> open the run -> train adapters on 16-bit weights
+                     -> choose ranks -> merge -> compress -> train scales and norms in 4 bits -> absorb -> export
+                     -> measure -> report
+--quantize during    validate -> read the task -> load -> plan -> open the run -> compress
+                     -> train adapters inside the rounding -> choose ranks -> absorb -> export -> measure -> report
 
 Epochs and ranks are chosen on held-out rows. The test rows are scored for the report, and nothing is decided by them;
 with --select_on test, ranks are, and the report says so.
@@ -135,7 +136,7 @@ def finish(task_run: TaskRun) -> None:
 
 def _insert(task_run: TaskRun) -> TunedRun:
     """Put layers with adapters in place: on 16-bit weights, or with --quantize during inside the rounding."""
-    context, rank = task_run.context, max(task_run.data.rank_space)
+    context, rank = task_run.context, max(task_run.rank_space)
     layers: dict[str, CachedWeightLinear] = {}
     if task_run.options.training.quantize == "after":
         layers |= train.insert_adapters(context, rank)
