@@ -98,31 +98,31 @@ def test_every_method_but_rtn_needs_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folds", "adapters", "expected"),
+    ("folds", "trains_scales", "expected"),
     [
-        (True, False, "awq+se+blockwise"),
-        (True, True, "awq+se+gptq"),
-        (False, False, "se+blockwise"),
-        (False, True, "se+gptq"),
+        (True, True, "awq+se+blockwise"),
+        (True, False, "awq+se+gptq"),
+        (False, True, "se+blockwise"),
+        (False, False, "se+gptq"),
     ],
 )
-def test_the_automatic_method_depends_on_adapters_and_on_what_awq_finds(
-    folds: bool, adapters: bool, expected: str
+def test_the_automatic_method_depends_on_training_and_on_what_awq_finds(
+    folds: bool, trains_scales: bool, expected: str
 ) -> None:
     model = make_dense("gpt_neo")
     names = [name for name in select_layers(model).linears if folds or name.endswith("c_proj")]  # behind a GELU
-    assert automatic_method(model, names, adapters) == expected
+    assert automatic_method(model, names, trains_scales) == expected
     assert "+".join(parse_method(expected)) == expected
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("trains_scales", [False, True])
 def test_the_automatic_method_of_blocks_that_are_no_chain_is_rtn(
-    adapters: bool, caplog: pytest.LogCaptureFixture
+    trains_scales: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model("llama")
     break_chain(model)
     with caplog.at_level("WARNING", "nybble"):
-        assert automatic_method(model, select_layers(model).linears, adapters) == "rtn"
+        assert automatic_method(model, select_layers(model).linears, trains_scales) == "rtn"
     (record,) = caplog.records
     assert record.getMessage() == (
         "--method auto is rtn: the decoder blocks of llama are no chain, which all other methods need"
@@ -132,14 +132,14 @@ def test_the_automatic_method_of_blocks_that_are_no_chain_is_rtn(
 def test_the_automatic_method_sees_a_model_that_changes_its_weights() -> None:
     model = tiny_model("rwkv")
     with pytest.raises(ModelError, match="RwkvForCausalLM must leave its weights as they are when it computes"):
-        automatic_method(model, select_layers(model).linears, adapters=True)
+        automatic_method(model, select_layers(model).linears)
 
 
 def test_numbers_that_are_not_finite_are_no_reason_for_another_method() -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match="must be finite"):
-        automatic_method(model, select_layers(model).linears, adapters=True)
+        automatic_method(model, select_layers(model).linears)
 
 
 def test_a_registered_method_compresses_a_model(shrunk: str) -> None:

@@ -167,7 +167,8 @@ def test_impossible_values_are_refused(kind: type[RunCommand], values: dict[str,
 @pytest.mark.parametrize(
     ("options", "folder"),
     [
-        (CompressOptions.of(pretrained="org/Model-1.5B"), "runs/Model-1.5B-awq+se"),
+        (CompressOptions.of(pretrained="org/Model-1.5B"), "runs/Model-1.5B-compress"),
+        (CompressOptions.of(pretrained="org/Model-1.5B", method="awq+se"), "runs/Model-1.5B-awq+se"),
         (DistillOptions.of(pretrained="models/a.gguf"), "runs/a-distill"),
         (TuneOptions.of(pretrained="m", task="data/mine.jsonl"), "runs/m-mine"),
         (TuneOptions.of(pretrained="m", task="arc_easy", output_dir="x"), "x"),

@@ -82,6 +82,28 @@ def test_compress_measures_exports_and_reports(tmp_path: Path, capsys: pytest.Ca
         assert "1 x uint8 symmetric per row (8rs)" in table
 
 
+@pytest.mark.parametrize(("is_chain", "expected"), [(True, "awq+se+gptq"), (False, "rtn")])
+def test_the_default_method_is_chosen_for_the_model(
+    is_chain: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run notes what was chosen, and goes on with it."""
+    model = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr(methods, "_is_chain", lambda model, names: is_chain)
+    given = {"pretrained": str(model), "data": ("python-docs",), "seq_len": 32, "num_calibration_samples": 16}
+    chosen = CompressOptions.of(**given, group_size=32, num_test_samples=4, eval_tasks=(), export=())
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", "nybble"):
+        run = compress(chosen)
+    assert run == Path("runs/model-compress")
+    assert saved_options(run)["method"] == read_results(run).method == expected
+    assert ("calibration: 16 x 32 tokens" in caplog.text) == is_chain
+    shipped = shipped_bytes(run)
+    monkeypatch.setattr(methods, "_is_chain", lambda model, names: not is_chain)
+    assert compress(chosen.replace(resume=True)) == run
+    assert shipped_bytes(run) == shipped
+    assert saved_options(run)["method"] == expected
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a run that compressed it by rounding, for tests that change none of them."""

@@ -131,18 +131,18 @@ def needs_calibration(names: Sequence[str]) -> bool:
     return combine(names).needs_calibration
 
 
-def automatic_method(model: Any, names: Sequence[str], adapters: bool) -> str:
-    """The combination that training starts from if the user names none.
+def automatic_method(model: Any, names: Sequence[str], trains_scales: bool = False) -> str:
+    """The combination if the user names none.
 
-    Without adapters, training changes scales and norms only. blockwise then gives the lowest KL divergence, both
-    before and after training. With adapters, gptq takes about a third of the time of blockwise, and what was measured
-    on millions of tokens was trained from it. awq is added where it can fold something. Blocks that are no chain leave
-    round-to-nearest, which is said.
+    Where only scales and norms are trained afterwards, blockwise gives the lowest KL divergence, both before and after
+    the training. gptq takes about a third of its time, and what was measured on millions of tokens with adapters was
+    trained from it. awq is added where it can fold something. Blocks that are no chain leave round-to-nearest, which is
+    said.
 
     Args:
         model: a transformers model; it runs a few times on a few tokens.
         names: paths of the layers that are to be compressed.
-        adapters: whether adapters that change the codes are trained.
+        trains_scales: scales and norms are trained afterwards, and the codes stay.
 
     Raises:
         ModelError: the outputs of a block are not finite, or the model changes its weights.
@@ -155,7 +155,7 @@ def automatic_method(model: Any, names: Sequence[str], adapters: bool) -> str:
             model.config.model_type,
         )
         return RTN
-    method = "se+gptq" if adapters else "se+blockwise"
+    method = "se+blockwise" if trains_scales else "se+gptq"
     return f"awq+{method}" if can_fold(model, names) else method
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from nybble.errors import OptionError
 from nybble.options.base import Command, Group, option
-from nybble.options.compression import CompressionOptions, InitialCompressionOptions, TuneCompressionOptions
+from nybble.options.compression import AUTO, CompressionOptions, InitialCompressionOptions, TuneCompressionOptions
 from nybble.options.data import DataOptions, TextOptions
 from nybble.options.evaluation import CompareEvaluationOptions, EvaluationOptions, TaskEvaluationOptions
 from nybble.options.model import DeviceOptions, ModelOptions, OffloadOptions
@@ -54,8 +54,8 @@ class CompressOptions(RunCommand):
 
     @property
     def folder_suffix(self) -> str:
-        """The method."""
-        return self.compression.method
+        """The method, if one is named."""
+        return self.NAME if self.compression.method == AUTO else self.compression.method
 
     def check(self) -> None:
         """Raise OptionError for values that are impossible, alone or together."""

@@ -22,8 +22,9 @@ class CompressionOptions(Group):
     TITLE: ClassVar[str] = "Compression"
 
     method: str = option(
-        "awq+se",
-        "auto, rtn, or any of awq, se, gptq, blockwise in this order, joined by +, such as awq+se+gptq.",
+        AUTO,
+        "rtn, or any of awq, se, gptq, blockwise in this order, joined by +. auto: awq+se+gptq; without awq where it "
+        "finds nothing to fold; rtn where the decoder blocks are no chain.",
         basic=True,
     )
     num_calibration_samples: int = option(
@@ -60,8 +61,8 @@ class InitialCompressionOptions(CompressionOptions):
     method: str = option(
         AUTO,
         "Compression to start from: rtn, or any of awq, se, gptq, blockwise in this order, joined by +. auto: "
-        "awq+se+gptq, without adapters awq+se+blockwise; without awq where it finds nothing to fold; rtn where the "
-        "decoder blocks are no chain.",
+        "awq+se+gptq, or awq+se+blockwise where the training keeps the codes; without awq where it finds nothing to "
+        "fold; rtn where the decoder blocks are no chain.",
         basic=True,
     )
     init_from: str | None = option(None, "Start from the 4-bit weights of this finished run instead of compressing.")
@@ -71,4 +72,4 @@ class InitialCompressionOptions(CompressionOptions):
 class TuneCompressionOptions(InitialCompressionOptions):
     """Compression of a model that is tuned on a task."""
 
-    method: str = with_default(CompressionOptions, "method", "awq+se")
+    method: str = with_default(InitialCompressionOptions, "method", "awq+se")

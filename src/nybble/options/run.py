@@ -17,7 +17,7 @@ class RunOptions(Group):
 
     output_dir: str | None = option(
         None,
-        "Run folder. Default: runs/MODEL-METHOD (compress), MODEL-distill, MODEL-TASK (tune), MODEL-compare.",
+        "Run folder. Default: runs/MODEL-compress or MODEL-METHOD, MODEL-distill, MODEL-TASK (tune), MODEL-compare.",
         basic=True,
     )
     seed: int = option(0, "Seed of everything random: adapters, choice and order of the data.", basic=True)

@@ -269,7 +269,7 @@ class _TaskComparison:
         if not self.options.run.overwrite and has_results(self.folder / PTWC_RUN):
             return str(saved_options(self.folder / PTWC_RUN)["method"])
         model = plan.load_model(replace(self.options.model, pretrained=str(merged))).model
-        return automatic_method(model, select_layers(model).linears, adapters=True)
+        return automatic_method(model, select_layers(model).linears)
 
     def _unless_done(self, options: RunCommand, last: str, make: Callable[[], Path]) -> None:
         """Make a run unless its last row is measured; RunError if it was made with other options."""

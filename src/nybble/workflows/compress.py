@@ -46,6 +46,7 @@ def compress(
     """
     started = time.perf_counter()
     options.check()
+    options = plan.keep_saved_choices(options)
     evaluation = options.evaluation
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
     text.check_sources(evaluation.eval_tasks, options.text)
@@ -71,6 +72,7 @@ def _compress(
     compression = plan.plan_compression(options.compression, loaded, selection)
     if compression.calibrates != calibrates:  # --method auto is rtn for this model
         prepared = prepare_text(text.compression_request(options, compression.calibrates), tokenizer)
+    options = options.replace(output_dir=str(options.folder), method=compression.method)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     placement.plan_compression_memory(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])

@@ -96,9 +96,8 @@ def keep_saved_choices(options: AnyRun) -> AnyRun:
     saved, given = saved_options(options.folder), options.flat()
     automatic: dict[str, Any] = {"method": AUTO, "microbatch_size": 0}
     automatic |= dict.fromkeys(("weight_cache", "gradient_checkpointing", "base_weights"), AUTO)
-    return options.replace(
-        **{key: saved[key] for key, value in automatic.items() if key in given and given[key] == value and key in saved}
-    )
+    kept = {key: saved[key] for key, value in automatic.items() if key in saved and given.get(key) == value}
+    return options.replace(**kept | {"output_dir": str(options.folder)})
 
 
 def validate(
@@ -221,13 +220,14 @@ def plan_compression(
     compression: CompressionOptions,
     loaded: LoadedModel,
     selection: LayerSelection,
-    trains_codes: bool = False,
+    trains_codes: bool | None = None,
     made: RunResults | None = None,
 ) -> CompressionPlan:
     """Resolve --method auto and --init_from, and warn of options that the method does not use.
 
     Args:
-        trains_codes: adapters or weights are trained inside the rounding afterwards.
+        trains_codes: whether what is trained afterwards changes codes (adapters or weights inside the rounding) or
+            only scales and norms; None: nothing is trained.
         made: of `results_if_made`.
 
     Raises:
@@ -243,7 +243,8 @@ def plan_compression(
         plan = CompressionPlan(init_from.method_of(source), False, source)
     else:
         chosen = compression.method == AUTO
-        method = automatic_method(loaded.model, selection.linears, trains_codes) if chosen else compression.method
+        scales = trains_codes is False
+        method = automatic_method(loaded.model, selection.linears, scales) if chosen else compression.method
         plan = CompressionPlan(method, needs_calibration(parse_method(method, "--method")))
     _warn_of_unused(compression, plan)
     return plan
