@@ -197,13 +197,24 @@ def matrix_rate(bench: Bench, width: int) -> float:
 
 
 def quantizer(bench: Bench, shape: tuple[int, int], compiled: bool) -> dict[str, Any]:
-    """Forward and backward of the rounding: 4 bytes read, written, the gradient read and written; 16 a weight."""
+    """Forward and backward of the rounding: 4 bytes read, written, the gradient read and written; 16 a weight.
+
+    Compiled, each is one kernel, which torch writes. `equal`: its weights and their gradients are those of the plain
+    one to the bit; the gradients of the scales are sums in another order.
+    """
     weight = nn.Parameter(torch.randn(shape, device=bench.device))
     scale, zero_point = (values.float() for values in min_max_qparams(weight.detach(), SCHEME))
     function: Callable[..., Tensor] = torch.compile(fake_quantize) if compiled else fake_quantize
     grad = torch.randn(shape, device=bench.device)
+    results = []
+    for either in (fake_quantize, function):
+        weight.grad = None
+        rounded = either(weight, scale, zero_point, SCHEME)
+        rounded.backward(grad)
+        results.append((rounded.detach(), weight.grad))
+    equal = all(torch.equal(plain, other) for plain, other in zip(*results, strict=True))
     seconds = bench.seconds(lambda: function(weight, scale, zero_point, SCHEME).backward(grad), repeats=10)
-    return {"gb_per_s": round(16 * weight.numel() / seconds / 1e9), "ms": round(1e3 * seconds, 3)}
+    return {"gb_per_s": round(16 * weight.numel() / seconds / 1e9), "ms": round(1e3 * seconds, 3), "equal": equal}
 
 
 def main() -> None:
