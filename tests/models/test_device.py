@@ -119,6 +119,14 @@ def test_free_memory_of_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert devices.free_memory(MPS) == 500
 
 
+def test_total_memory_of_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=50))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 100))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 900)
+    assert [devices.total_memory(device) for device in (CPU, CUDA, MPS)] == [1050, 100, 900]
+
+
 def test_each_of_several_processes_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[torch.device] = []
     monkeypatch.setattr(devices.processes, "local_count", lambda: 4)

@@ -303,6 +303,22 @@ def test_the_page_on_memory_has_the_estimates_of_training(name: str) -> None:
         assert cell_of(row, name) == f"{memory.training_memory(setup, 1024) / GB:.1f}", row
 
 
+def test_the_page_on_memory_has_an_estimate_of_the_formula() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    shapes = shapes_of("Llama-3-8B")
+    chunk, scales = chunk_tokens(torch.device("cuda"), shapes.vocab_size), shapes.linear_weights // 64
+    cached = TrainingSetup(shapes, 64, scales, chunk, 2, 0, on_gpu=True)
+    plain = replace(cached, weight_copies=0)
+    checkpointing = replace(plain, checkpointing=True)
+    fixed = replace(checkpointing, fixed_point_weights=shapes.linear_weights)
+    setups = {
+        "estimate:": fixed, "a step cache would need": cached, "no checkpointing would need": plain,
+        "base weights in 16 bits would need": checkpointing,
+    }  # fmt: skip
+    for words, setup in setups.items():
+        assert f"{words} {memory.training_memory(setup, 1024) / GB:.1f} GB" in text, words
+
+
 def test_disk_of_training_grows_with_teacher_states_and_rank() -> None:
     assert memory.training_disk(SETUP, 100) - memory.training_disk(SETUP, 0) == 100 * 64 * 4
     larger, smaller = (memory.training_disk(replace(SETUP, rank=rank), 0) for rank in (9, 8))

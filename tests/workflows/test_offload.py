@@ -17,7 +17,7 @@ from nybble.models.layers_on_disk import LayersOnDisk, layers_on_disk
 from nybble.options.commands import CompressOptions
 from nybble.run.results import read_results
 from nybble.workflows import compress as compress_module
-from nybble.workflows import placement
+from nybble.workflows import estimate, placement
 from nybble.workflows.compress import compress
 from tests.helpers.compress import compress_command
 from tests.helpers.mixtures import save_mixture
@@ -163,7 +163,8 @@ def test_blocks_wait_on_disk_where_the_model_does_not_fit(
     monkeypatch.setattr(placement, "_SMALL", 0.0)
     assert placement.stays_on_disk(automatic)
     assert not placement.stays_on_disk(options(model, tmp_path / "run", offload="none"))
-    monkeypatch.setattr(placement, "available_memory", lambda loaded: 600_000_000)
+    for module in (placement, estimate):
+        monkeypatch.setattr(module, "available_memory", lambda loaded: 600_000_000)
     with caplog.at_level(logging.INFO, "nybble"):
         compress(automatic)
     words = (

@@ -1,12 +1,14 @@
 """How distill and tune compute: the choice by memory, which changes no bit."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nybble.errors import RunError
 from nybble.models.quantized_file import load_weights
 from nybble.run.results import read_results
 from nybble.run.resume import saved_options
@@ -36,7 +38,8 @@ def test_gradient_checkpointing_is_chosen_where_memory_asks_for_it_and_changes_n
     with caplog.at_level(logging.INFO, "nybble"):
         distill(distill_options(model, small, **changes))
     assert saved_options(small)["gradient_checkpointing"] == "on"
-    assert "(recompute cache, gradient checkpointing; 0.9 GB free)" in caplog.text
+    assert "(microbatches of 4, recompute cache, gradient checkpointing; 0.9 GB free)" in caplog.text
+    assert re.search(r"GB of disk; no checkpointing would need 0\.\d GB", caplog.text)
     assert_equal_weights(roomy, small)
 
 
@@ -63,11 +66,38 @@ def test_base_weights_take_one_byte_where_memory_asks_for_it_and_a_resumed_run_k
     monkeypatch.setattr(estimate, "available_memory", lambda loaded: 800_000_000)
     with caplog.at_level(logging.INFO, "nybble"):
         distill(options)
-    assert "(recompute cache, gradient checkpointing, base weights in one byte; 0.8 GB free)" in caplog.text
-    assert "; a smaller rank, --microbatch_size 1, --optim adamw_8bit or a shorter --seq_len needs" in caplog.text
+    chosen = "microbatches of 2, recompute cache, gradient checkpointing, base weights in one byte"
+    assert f"({chosen}; 0.8 GB free)" in caplog.text
+    assert re.search(
+        r"GB of disk; a step cache would need 0\.8 GB; no checkpointing .* 0\.8 GB; base weights in 16 bits .* 0\.8 GB",
+        caplog.text,
+    )
+    remedy = r"with --microbatch_size 1 --optim adamw_8bit the training needs 0\.\d GB; a shorter --seq_len or a smaller rank needs less"
+    assert re.search(rf"the estimate is above the free memory \(0\.8 GB\); {remedy}", caplog.text)
     monkeypatch.undo()
     assert saved_options(run)["base_weights"] == "fixed"
     assert plan.keep_saved_choices(options.replace(resume=True)).training.base_weights == "fixed"
+
+
+@pytest.mark.parametrize("command", ["compress", "distill"])
+def test_what_cannot_fit_is_refused_before_anything_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run = save_model(tmp_path / "model", "llama"), tmp_path / "run"
+    monkeypatch.setattr(estimate, "total_memory", lambda device: 600_000_000)
+    start = r"the run must fit into the memory of this machine; it needs 0\.\d GB and there are 0\.6 GB; "
+    if command == "compress":
+        words = "a smaller --seq_len needs less, and --offload disk holds one decoder block at a time"
+        with pytest.raises(RunError, match=start + words):
+            compress(compress_options(model, run))
+    else:
+        flags = "--microbatch_size 1 --weight_cache recompute --gradient_checkpointing on --base_weights fixed"
+        with pytest.raises(RunError, match=start + rf"with {flags} --optim adamw_8bit the training needs 0\.\d GB; "):
+            distill(distill_options(model, run, lora_rank=4))
+    assert not run.exists()
+    monkeypatch.setattr(estimate, "total_memory", lambda device: 700_000_000)  # a tenth below the estimate
+    if command == "compress":
+        assert read_results(compress(compress_options(model, run))).finished
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from nybble import processes
+from nybble import container, processes
 from nybble.errors import ModelError, first_line
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -103,10 +103,19 @@ def free_memory(device: torch.device) -> int:
     so do the processes on it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available) // processes.local_count()
+    available = container.available_memory() // processes.local_count()
     if device.type == "mps":  # Metal gives a process only a part of the memory
         return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return available
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes that a process can have on a device if nothing else is there; of a CPU, with those that the
+    machine can move to its disk (swap)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = (container.total_memory() + int(psutil.swap_memory().total)) // processes.local_count()
+    return min(total, torch.mps.recommended_max_memory()) if device.type == "mps" else total
 
 
 def _usable_devices() -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from nybble import container
+
 try:
     import resource
 except ImportError:  # Windows, where psutil knows the peak
@@ -75,7 +77,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
+        "memory": f"{container.total_memory() / 1e9:.0f} GB",
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": package_versions(),

@@ -138,6 +138,11 @@ class TrainingSetup:
     shards: int = 1
 
     @property
+    def trains_many(self) -> bool:
+        """Whether adapters or weights are trained, whose moments take memory; not scales and norms alone."""
+        return self.train != "lora" or self.rank > 0
+
+    @property
     def trained_parameters(self) -> int:
         """Numbers in adapters, weights or the scales that round them, and scales, at most."""
         shapes = self.shapes

@@ -60,12 +60,19 @@ class ExecutionPlan:
         microbatch_size: sequences per forward pass.
         gradient_checkpointing: decoder blocks are computed again in the backward.
         fixed_point: frozen weights take one byte each.
+        reasons: why anything slower than necessary was chosen, for a message.
     """
 
     weight_cache: Literal["step", "recompute"]
     microbatch_size: int
     gradient_checkpointing: bool
     fixed_point: bool
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        many = f"microbatches of {self.microbatch_size}"
+        checkpointing = ", gradient checkpointing" * self.gradient_checkpointing
+        return f"{many}, {self.weight_cache} cache{checkpointing}{', base weights in one byte' * self.fixed_point}"
 
     def options(self) -> dict[str, Any]:
         """These choices as values of options."""
@@ -80,13 +87,13 @@ class ExecutionPlan:
 def plan_memory(
     options: TrainCommand, training: TrainingOptions, planned: PlannedRun, size: TrainingSize, tasks: tuple[str, ...]
 ) -> ExecutionPlan:
-    """Choose how to compute by the memory that is free; log the estimate, refuse a small disk, and warn of memory.
+    """Choose how to compute by the memory that is free; log the estimate, and warn of memory that is not free.
 
     Args:
         tasks: lm-eval tasks that are measured.
 
     Raises:
-        RunError: the disk is too small.
+        RunError: the disk or the memory is too small.
         MissingExtraError, OptionError: the optimizer cannot be used here, or a model on disk would have to write text.
     """
     device, available = planned.loaded.model.device, estimate.available_memory(planned.loaded)
@@ -120,28 +127,32 @@ def plan_memory(
         disk = memory.training_disk(setup, size.teacher_tokens) + before.disk
         check_free_disk(options.folder, disk)
         log.info(
-            "estimate: %.1f GB of memory (%s cache%s%s; %.1f GB free), %.1f GB of disk%s",
-            needed / 1e9, chosen.weight_cache, ", gradient checkpointing" * chosen.gradient_checkpointing,
-            ", base weights in one byte" * chosen.fixed_point, available / 1e9, disk / 1e9, before.place,
+            "estimate: %.1f GB of memory (%s; %.1f GB free), %.1f GB of disk%s%s",
+            needed / 1e9, chosen, available / 1e9, disk / 1e9, before.place, "".join(f"; {r}" for r in chosen.reasons),
         )  # fmt: skip
-        estimate.warn_of_memory(needed, available, f"{_what_needs_less(training, size, chosen)} needs less")
+        estimate.check_memory(needed, planned, _remedy(training, planned, setup, chosen, size))
     # Free memory differs between processes; what they choose by it must not.
     return processes.on_first(lambda: chosen)
 
 
-def _what_needs_less(training: TrainingOptions, size: TrainingSize, chosen: ExecutionPlan) -> str:
-    """Options that take less memory than those of a run."""
-    options = {
-        "--train lora": size.train != "lora",
-        "a smaller rank": size.train == "lora" and size.rank > 0,
-        "--microbatch_size 1": chosen.microbatch_size > 1,
-        "--weight_cache recompute": chosen.weight_cache != "recompute",
-        "--gradient_checkpointing on": not chosen.gradient_checkpointing,
-        "--base_weights fixed": training.keeps_base_weights and not chosen.fixed_point,
-        "--optim adamw_8bit": training.optim != "adamw_8bit" and (size.train != "lora" or size.rank > 0),
+def _remedy(
+    training: TrainingOptions, planned: PlannedRun, setup: TrainingSetup, chosen: ExecutionPlan, size: TrainingSize
+) -> str:
+    """What a training needs with every option that makes it smaller, and what else there is."""
+    short = _short_weights(planned) if training.keeps_base_weights else 0
+    options: dict[str, tuple[bool, dict[str, Any]]] = {
+        "--microbatch_size 1": (chosen.microbatch_size > 1, {}),
+        "--weight_cache recompute": (chosen.weight_cache != "recompute", {"weight_copies": 0}),
+        "--gradient_checkpointing on": (not chosen.gradient_checkpointing, {"checkpointing": True}),
+        "--base_weights fixed": (bool(short) and not chosen.fixed_point, {"fixed_point_weights": short}),
+        "--optim adamw_8bit": (not setup.short_moments and setup.trains_many, {"short_moments": True}),
     }
-    found = [option for option, helps in options.items() if helps]
-    return f"{', '.join(found)} or a shorter --seq_len" if found else "a shorter --seq_len"
+    flags = [flag for flag, (helps, _) in options.items() if helps]
+    smallest = replace(setup, **{key: value for flag in flags for key, value in options[flag][1].items()})
+    needed = memory.training_memory(smallest, size.seq_len)
+    other = "--train lora" if size.train != "lora" else "a smaller rank" if size.rank else "a smaller model"
+    with_flags = f"with {' '.join(flags)} the training needs {needed / 1e9:.1f} GB; " if flags else ""
+    return f"{with_flags}a shorter --seq_len or {other} needs less"
 
 
 def _choose(
@@ -151,26 +162,30 @@ def _choose(
 
     Returns: the setup that follows, and what was chosen.
     """
-    smallest = max(1, training.microbatch_size) * limits.length
+    smallest, reasons = max(1, training.microbatch_size) * limits.length, list[str]()
 
-    def fits(tokens: int) -> bool:
-        return memory.fits(memory.training_memory(setup, tokens), limits.available_bytes)
+    def fits(tokens: int, what: str) -> bool:
+        needed = memory.training_memory(setup, tokens)
+        if memory.fits(needed, limits.available_bytes):
+            return True
+        reasons.append(f"{what} would need {needed / 1e9:.1f} GB")
+        return False
 
     cache = training.weight_cache
     if cache == "auto":
-        cache = "step" if fits(limits.length) else "recompute"
+        cache = "step" if fits(limits.length, "a step cache") else "recompute"
     setup = replace(setup, weight_copies=setup.weight_copies if cache == "step" else 0)
     checkpointing = training.gradient_checkpointing
     if checkpointing == "auto":
-        checkpointing = "off" if fits(smallest) else "on"
+        checkpointing = "off" if fits(smallest, "no checkpointing") else "on"
     setup = replace(setup, checkpointing=checkpointing == "on")
     base = training.base_weights if training.keeps_base_weights else "exact"
     if base == "auto":
-        base = "exact" if fits(smallest) else "fixed"
+        base = "exact" if fits(smallest, "base weights in 16 bits") else "fixed"
     if base == "fixed":
         setup = replace(setup, fixed_point_weights=_short_weights(planned))
     size = training.microbatch_size or memory.pick_microbatch_size(setup, limits)
-    return setup, ExecutionPlan(cache, size, setup.checkpointing, base == "fixed")
+    return setup, ExecutionPlan(cache, size, setup.checkpointing, base == "fixed", tuple(reasons))
 
 
 def _short_weights(planned: PlannedRun) -> int:

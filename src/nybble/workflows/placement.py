@@ -32,8 +32,8 @@ from nybble.workflows.estimate import (
     available_memory,
     calibration_disk,
     calibration_memory,
+    check_memory,
     measured_logit_bytes,
-    warn_of_memory,
 )
 from nybble.workflows.plan import PlannedRun, pick_place
 
@@ -119,12 +119,11 @@ def is_large(loaded: LoadedModel) -> bool:
 
 
 def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> None:
-    """Estimate a run that only compresses, and say where decoder blocks wait; refuse a disk that is too small, and warn
-    of memory.
+    """Estimate a run that only compresses, and say where decoder blocks wait; warn of memory that is not free.
 
     Raises:
         OptionError: a model on disk would have to write text.
-        RunError: the disk is too small.
+        RunError: the disk or the memory is too small.
     """
     loaded = planned.loaded
     shapes = ModelShapes.of(loaded.model, planned.selection.linears)
@@ -142,7 +141,7 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
     remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
     needs = "need" if planned.compression.calibrates else "needs"
     fewer = "fewer --num_calibration_samples or " if planned.compression.calibrates else ""
-    warn_of_memory(needed.memory, available, f"{fewer}a smaller --seq_len {needs} less{remedy}")
+    check_memory(needed.memory, planned, f"{fewer}a smaller --seq_len {needs} less{remedy}")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
-from nybble import processes
+from nybble import container, processes
 from nybble.compression.checks import check_length, check_model, warn_of_small_weights
 from nybble.compression.methods import automatic_method, needs_calibration, parse_method
 from nybble.data.mixture import Mixture
@@ -304,7 +303,7 @@ def _check_export_memory(loaded: LoadedModel, formats: Sequence[str], folder: Pa
     """Warn where an export at the end will not fit into the machine's memory, whatever the device."""
     parameters = list(loaded.model.parameters())
     held = sum(p.numel() * p.dtype.itemsize for p in parameters if p.device.type == "cpu")  # free by then
-    available = psutil.virtual_memory().available + held
+    available = container.available_memory() + held
     total, largest = (kind(p.numel() for p in parameters) for kind in (sum, max))
     for name in formats:
         needed = EXPORTERS[name].peak_memory(total, 2 * largest)
