@@ -102,6 +102,9 @@ def test_the_default_method_is_chosen_for_the_model(
     assert compress(chosen.replace(resume=True)) == run
     assert shipped_bytes(run) == shipped
     assert saved_options(run)["method"] == expected
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(f'method = "{expected}"', 'method = "auto"'))
+    assert compress(chosen.replace(resume=True)) == run, "as versions before noted it"
 
 
 @pytest.fixture(scope="module")

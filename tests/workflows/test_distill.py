@@ -25,7 +25,7 @@ from nybble.run.results import Phase, RunResults, read_results
 from nybble.training.losses import kl_to_teacher
 from nybble.training.teacher import teacher_hidden_states
 from nybble.workflows import distill as distill_module
-from nybble.workflows import steps
+from nybble.workflows import placement, steps
 from nybble.workflows.compress import compress
 from nybble.workflows.distill import distill
 from tests.helpers.chat import TEMPLATE
@@ -516,6 +516,7 @@ def test_text_is_read_before_the_model(
 ) -> None:
     """A model can be a download of many gigabytes, and a wrong column a second's work to find."""
     monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(placement, "safetensors_files", lambda *given: pytest.fail("the weights were looked at"))
     model = save_model(tmp_path / "model", "llama")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "a text"}\n' * 20)
@@ -523,7 +524,17 @@ def test_text_is_read_before_the_model(
     assert main([*given, "--data", str(rows)]) == 2
     assert "must be a column of" in capsys.readouterr().err
     assert main([*given, "--data", str(rows), "--text_column", "body", "--method", "rtn"]) == 2
-    assert "sequence" in capsys.readouterr().err, "too short"
+    assert "must give at least" in capsys.readouterr().err
+    assert main([*given, "--data", str(rows), "--device", "abacus"]) == 2
+    assert "--device abacus is not usable" in capsys.readouterr().err, "a device is looked at sooner still"
+    assert main([*given, "--data", str(rows), "--offload", "disk", "--pretrained", "smollm2"]) == 2
+    assert "smollm2 is a GGUF file" in capsys.readouterr().err
+    (tmp_path / "three.txt").write_text("a short text " * 10)
+    few = ["--data", str(tmp_path / "three.txt"), "--eval_data", "python-docs", "--seq_len", "32"]
+    few += ["--num_train_samples", "2", "--num_validation_samples", "2", "--batch_size", "2"] * (command == "distill")
+    assert main([*given, *few]) == 2
+    assert "must give at least 8 sequences" in (printed := " ".join(capsys.readouterr().err.split()))
+    assert printed.endswith("--method rtn needs no text to calibrate on"), "it might be rtn for this model"
     assert not (tmp_path / "run").exists()
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from nybble.compression.methods import METHODS
 from nybble.errors import DataError, HubUnreachableError, OptionError
+from nybble.options.compression import CompressionOptions, InitialCompressionOptions
 from nybble.options.data import TextOptions
 from nybble.workflows import text as module
+from tests.helpers.compression import ShrunkRange
 
 
 def test_a_path_where_nothing_is_costs_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +58,30 @@ def test_all_data_that_the_hub_alone_has_are_named_at_once(monkeypatch: pytest.M
     monkeypatch.setattr(module, "check_tasks", unknown)
     with pytest.raises(OptionError, match="^--eval_tasks must name tasks of lm-eval$"):
         module.check_sources(("wikitex",), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "calibrates"),
+    [
+        (CompressionOptions(), True),
+        (CompressionOptions(method="awq+se"), True),
+        (CompressionOptions(method="rtn"), False),
+        (CompressionOptions(method="shrunk"), False),
+        (InitialCompressionOptions(init_from="runs/first"), False),
+    ],
+    ids=str,
+)
+def test_text_is_read_for_what_the_options_tell_of_the_method(
+    options: CompressionOptions, calibrates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method of one's own may need no text either. It is read again only if the model decides otherwise."""
+    METHODS.register("shrunk", ShrunkRange)
+    asked: list[bool] = []
+    monkeypatch.setattr(module, "prepare_text", lambda request, tokenizer: asked.append(request) or object())
+    read = module.read_text(bool, options, None)
+    METHODS.unregister("shrunk")
+    assert asked == [calibrates]
+    assert read.for_method(calibrates) is read.data
+    assert asked == [calibrates]
+    assert read.for_method(not calibrates) is not read.data
+    assert asked == [calibrates, not calibrates]

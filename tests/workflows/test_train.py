@@ -72,7 +72,10 @@ def test_base_weights_take_one_byte_where_memory_asks_for_it_and_a_resumed_run_k
         r"GB of disk; a step cache would need 0\.8 GB; no checkpointing .* 0\.8 GB; base weights in 16 bits .* 0\.8 GB",
         caplog.text,
     )
-    remedy = r"with --microbatch_size 1 --optim adamw_8bit the training needs 0\.\d GB; a shorter --seq_len or a smaller rank needs less"
+    remedy = (
+        r"with --microbatch_size 1 --optim adamw_8bit the training needs 0\.\d GB; "
+        "a shorter --seq_len or a smaller rank needs less"
+    )
     assert re.search(rf"the estimate is above the free memory \(0\.8 GB\); {remedy}", caplog.text)
     monkeypatch.undo()
     assert saved_options(run)["base_weights"] == "fixed"

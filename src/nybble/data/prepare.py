@@ -39,6 +39,8 @@ log = logging.getLogger("nybble")
 _PREFIXES_PER_SEQUENCE = 4
 # Sequences of another domain: enough to see whether what training gained on its own text was lost elsewhere.
 _OTHER_SEQUENCES = 8
+# More tokens than any model knows.
+_ANY_TOKEN = 1 << 31
 
 
 def no_rows() -> TokenRows:
@@ -197,7 +199,7 @@ def _pending_generation(request: TextRequest, reader: SourceReader) -> PendingGe
     length = max(2, request.seq_len // _PREFIXES_PER_SEQUENCE)
     prefixes = reader.prefixes(prefix, length) if prefix and reader.num_training else None
     if prefixes is None:  # raises now what would raise after hours
-        generate.first_tokens(len(reader.tokenizer), reader.tokenizer, 1, torch.Generator())
+        generate.first_tokens(_ANY_TOKEN, reader.tokenizer, 1, torch.Generator())
     return PendingGeneration(num_train, request.num_calibration, request.seq_len, request.seed, prefixes)
 
 

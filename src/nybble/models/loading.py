@@ -91,14 +91,11 @@ def load(
     disable_cudnn_attention()
     source = _source(pretrained)
     name = "SmolLM2-135M-Instruct" if pretrained == SMOLLM2 else pretrained.rstrip("/").split("/")[-1]
-    if source.endswith(".gguf") and offload:
-        raise ModelError(
-            f"--offload disk needs a folder with safetensors files; {pretrained} is a GGUF file, which is read as a "
-            "whole; use --offload none"
-        )
+    if offload:
+        refuse_gguf_on_disk(pretrained)
     if tokenizer is None:
         tokenizer = load_tokenizer(pretrained, trust_remote_code)
-    if source.endswith(".gguf"):
+    if is_gguf(pretrained):
         model = load_gguf_model(read_gguf(Path(source)), dtype)
     else:
         with returning_freed_memory():  # stacking experts leaves holes as large as the model
@@ -138,9 +135,23 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> Any:
         MissingExtraError: a GGUF file without the extra "gguf".
     """
     source = _source(pretrained)
-    if source.endswith(".gguf"):
+    if is_gguf(pretrained):
         return load_gguf_tokenizer(read_gguf(Path(source)))
     return load_folder_tokenizer(source, trust_remote_code)
+
+
+def is_gguf(pretrained: str) -> bool:
+    """Whether a value of --pretrained stands for a GGUF file."""
+    return pretrained == SMOLLM2 or pretrained.endswith(".gguf")
+
+
+def refuse_gguf_on_disk(pretrained: str) -> None:
+    """Raise ModelError for a GGUF file, whose decoder blocks cannot stay on the disk."""
+    if is_gguf(pretrained):
+        raise ModelError(
+            f"--offload disk needs a folder with safetensors files; {pretrained} is a GGUF file, which is read as a "
+            "whole; use --offload none"
+        )
 
 
 def _source(pretrained: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nybble.options.base import Group, option, with_default
+from nybble.options.base import Group, option
 
 # Fewer sequences than this are no calibration.
 MIN_CALIBRATION_SAMPLES = 8
@@ -72,4 +72,9 @@ class InitialCompressionOptions(CompressionOptions):
 class TuneCompressionOptions(InitialCompressionOptions):
     """Compression of a model that is tuned on a task."""
 
-    method: str = with_default(InitialCompressionOptions, "method", "awq+se")
+    method: str = option(
+        "awq+se",
+        "rtn, or any of awq, se, gptq, blockwise in this order, joined by +. auto: awq+se+blockwise, with --quantize "
+        "during awq+se+gptq; without awq where it finds nothing to fold; rtn where the decoder blocks are no chain.",
+        basic=True,
+    )

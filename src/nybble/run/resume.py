@@ -113,6 +113,7 @@ def check_same_options(folder: Path, options: Command) -> None:
     before = defaults | saved_options(folder)
     # Left to the memory that is free; a run that goes on keeps what it began with.
     automatic = {key for key in ("base_weights",) if "auto" in (before.get(key), now.get(key))}
+    automatic |= {"method"} if before.get("method") == "auto" else set()  # of a version that did not note the choice
     for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE - automatic):
         if before.get(key) != now.get(key):
             raise RunError(

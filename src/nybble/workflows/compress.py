@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nybble.callbacks import Callback
-from nybble.data.prepare import prepare_text
 from nybble.evaluation.decoder_error import decoder_outputs
 from nybble.evaluation.lm_eval import LmEvalConfig
 from nybble.evaluation.perplexity import logits_from_states
@@ -49,29 +49,29 @@ def compress(
     options = plan.keep_saved_choices(options)
     evaluation = options.evaluation
     plan.validate(options, options.compression, evaluation, plan.input_names(options))
+    placement.check_offload(options, options.model.offload == "disk")
     text.check_sources(evaluation.eval_tasks, options.text)
-    on_disk = placement.stays_on_disk(options)
+    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
+    read = text.read_text(partial(text.compression_request, options), options.compression, tokenizer)
+    on_disk = placement.stays_on_disk(options)  # looks at the weights of the model, which may have to be downloaded
     with placement.freed_memory(on_disk):
-        return _compress(options, callbacks, known, on_disk, started)
+        return _compress(options, callbacks, known, read, on_disk, started)
 
 
 def _compress(
     options: CompressOptions,
     callbacks: Sequence[Callback],
     known: Mapping[str, Any] | None,
+    read: text.ReadText,
     on_disk: bool,
     started: float,
 ) -> Path:
     """Everything from the model to the report."""
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
-    calibrates = text.may_calibrate(options.compression)
-    prepared = prepare_text(text.compression_request(options, calibrates), tokenizer)
-    loaded = plan.load_model(options.model, tokenizer, on_disk)
+    loaded = plan.load_model(options.model, read.tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(options.compression, loaded, selection)
-    if compression.calibrates != calibrates:  # --method auto is rtn for this model
-        prepared = prepare_text(text.compression_request(options, compression.calibrates), tokenizer)
+    prepared = read.for_method(compression.calibrates)
     options = options.replace(output_dir=str(options.folder), method=compression.method)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     placement.plan_compression_memory(options, planned)

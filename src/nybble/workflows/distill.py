@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from nybble import processes
 from nybble.callbacks import Callback
-from nybble.data.prepare import prepare_text
 from nybble.data.sampling import distinct_rows, draw_order
 from nybble.evaluation.decoder_error import decoder_outputs
 from nybble.evaluation.lm_eval import LmEvalConfig
@@ -72,19 +72,21 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     options.check()
     options = plan.keep_saved_choices(options)
     plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
+    placement.check_offload(options, options.model.offload == "disk")
     text.check_sources(options.evaluation.eval_tasks, options.text)
-    on_disk = placement.stays_on_disk(options)
+    tokenizer = plan.load_tokenizer(options.model, options.evaluation.eval_tasks)
+    read = text.read_text(partial(text.distill_request, options), options.compression, tokenizer)
+    on_disk = placement.stays_on_disk(options)  # looks at the weights of the model, which may have to be downloaded
     with placement.freed_memory(on_disk):
-        return _distill(options, callbacks, on_disk, started)
+        return _distill(options, callbacks, read, on_disk, started)
 
 
-def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bool, started: float) -> Path:
+def _distill(
+    options: DistillOptions, callbacks: Sequence[Callback], read: text.ReadText, on_disk: bool, started: float
+) -> Path:
     """Everything from the model to the report."""
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
-    calibrates = text.may_calibrate(options.compression)
-    prepared = prepare_text(text.distill_request(options, calibrates), tokenizer)
-    loaded = plan.load_model(options.model, tokenizer, on_disk)
+    loaded = plan.load_model(options.model, read.tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     if options.training.shard:
         check_shardable(loaded.model, selection)
@@ -92,8 +94,7 @@ def _distill(options: DistillOptions, callbacks: Sequence[Callback], on_disk: bo
     compression = plan.plan_compression(
         options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
     )
-    if compression.calibrates != calibrates:  # --method auto is rtn for this model
-        prepared = prepare_text(text.distill_request(options, compression.calibrates), tokenizer)
+    prepared = read.for_method(compression.calibrates)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     options = _plan_training(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])

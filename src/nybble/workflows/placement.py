@@ -16,7 +16,7 @@ from nybble.errors import OptionError
 from nybble.models.device import free_memory
 from nybble.models.layers_on_disk import layers_on_disk
 from nybble.models.linearize import linearize
-from nybble.models.loading import SMOLLM2, LoadedModel
+from nybble.models.loading import LoadedModel, is_gguf, refuse_gguf_on_disk
 from nybble.models.pretrained import empty_model, read_config
 from nybble.models.selection import select_layers
 from nybble.models.shards import safetensors_files
@@ -45,6 +45,21 @@ _LARGE_MODEL = 1 << 30
 _SMALL = 0.25
 
 
+def check_offload(options: CompressOptions | DistillOptions, on_disk: bool) -> None:
+    """Check that a run can work on a model whose decoder blocks stay on the disk, if they do.
+
+    Raises:
+        OptionError, ModelError: it cannot.
+    """
+    if on_disk:
+        refuse_gguf_on_disk(options.model.pretrained)
+    if on_disk and options.scheme.is_average:
+        raise OptionError(
+            f"--bits {options.scheme.bits:g} needs the model in memory, as the choice of layers takes a gradient; its "
+            "decoder blocks would stay on disk; use --bits 4, or --offload none"
+        )
+
+
 def stays_on_disk(options: CompressOptions | DistillOptions) -> bool:
     """Whether the decoder blocks stay on the disk: with --offload auto where the model in memory would not fit.
 
@@ -56,18 +71,14 @@ def stays_on_disk(options: CompressOptions | DistillOptions) -> bool:
     on_disk = options.model.offload == "disk"
     if options.model.offload == "auto":  # free memory differs between processes; what they choose by it must not
         on_disk = any(processes.gather(_does_not_fit(options)))
-    if on_disk and options.scheme.is_average:
-        raise OptionError(
-            f"--bits {options.scheme.bits:g} needs the model in memory, as the choice of layers takes a gradient; its "
-            "decoder blocks would stay on disk; use --bits 4, or --offload none"
-        )
+    check_offload(options, on_disk)
     return on_disk
 
 
 def _does_not_fit(options: CompressOptions | DistillOptions) -> bool:
     """Whether a model needs more memory than is free; False for one that cannot be read."""
     pretrained = options.model.pretrained
-    if _is_gguf(pretrained):
+    if is_gguf(pretrained):
         return False
     device, dtype = pick_place(options.model)
     free = min(free_memory(device), free_memory(torch.device("cpu")))
@@ -84,10 +95,6 @@ def _does_not_fit(options: CompressOptions | DistillOptions) -> bool:
     # The whole model is on the CPU before it goes to a GPU.
     needed = max(memory.compression_memory(shapes, count, length, on_gpu) for on_gpu in {False, device.type != "cpu"})
     return needed > free
-
-
-def _is_gguf(pretrained: str) -> bool:
-    return pretrained == SMOLLM2 or pretrained.endswith(".gguf")
 
 
 def _count_numbers(files: list[Path]) -> int:
@@ -137,7 +144,7 @@ def plan_compression_memory(options: CompressOptions, planned: PlannedRun) -> No
         "estimate: %.1f GB of memory (%.1f GB free), %.1f GB of disk%s",
         needed.memory / 1e9, available / 1e9, disk / 1e9, needed.place,
     )  # fmt: skip
-    kept = loaded.on_disk or _is_gguf(options.model.pretrained)
+    kept = loaded.on_disk or is_gguf(options.model.pretrained)
     remedy = "" if kept else ", and --offload disk holds one decoder block at a time"
     needs = "need" if planned.compression.calibrates else "needs"
     fewer = "fewer --num_calibration_samples or " if planned.compression.calibrates else ""

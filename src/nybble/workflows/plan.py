@@ -93,6 +93,8 @@ def keep_saved_choices(options: AnyRun) -> AnyRun:
     if not (options.run.resume and check_folder(options.folder, resume=True, overwrite=False)):
         return options
     saved, given = saved_options(options.folder), options.flat()
+    if saved.get("method") == AUTO:  # of a version that did not note what it had chosen
+        saved["method"] = read_results(options.folder).method or AUTO
     automatic: dict[str, Any] = {"method": AUTO, "microbatch_size": 0}
     automatic |= dict.fromkeys(("weight_cache", "gradient_checkpointing", "base_weights"), AUTO)
     kept = {key: saved[key] for key, value in automatic.items() if key in saved and given.get(key) == value}
@@ -122,6 +124,7 @@ def validate(
     if (source := _source(compression)) is not None and results_if_made(options) is None:
         init_from.check_finished(source)
     check_formats(evaluation.export, "--export")
+    pick_device(options.model.device)
     init_from.check_sixteen_bit(options.model.pretrained)
     used = check_folder(folder, run.resume, run.overwrite)
     if run.resume and not used:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from nybble.compression.methods import RTN
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.compression.methods import needs_calibration, parse_method
 from nybble.data.generate import is_token_file
 from nybble.data.mixture import Mixture
-from nybble.data.prepare import TextData
+from nybble.data.prepare import TextData, prepare_text
 from nybble.data.request import TextRequest, evaluation_sources
 from nybble.data.sources import check_place, load_documents, prefix_source
 from nybble.errors import DataError, HubUnreachableError, NybbleError
 from nybble.evaluation.lm_eval import check_tasks
 from nybble.options.commands import CompressOptions, DistillOptions, RunCommand
-from nybble.options.compression import MIN_CALIBRATION_SAMPLES, CompressionOptions
+from nybble.options.compression import AUTO, MIN_CALIBRATION_SAMPLES, CompressionOptions
 from nybble.options.data import TextOptions
 from nybble.runtime import without_hub
 from nybble.workflows.mixed_precision import num_sequences
@@ -55,9 +59,53 @@ def _missing_texts(options: TextOptions) -> list[str]:
     return missing
 
 
-def may_calibrate(compression: CompressionOptions) -> bool:
-    """Whether the compression needs text, as far as the options tell; --method auto depends on the model."""
-    return getattr(compression, "init_from", None) is None and compression.method != RTN
+@dataclass(frozen=True)
+class ReadText:
+    """Text that was read before the model, which may still decide on the method.
+
+    Attributes:
+        request: what the run asks for, depending on whether the method calibrates.
+        tokenizer: of the model.
+        calibrates: what the text was read for.
+        data: the text.
+    """
+
+    request: Callable[[bool], TextRequest]
+    tokenizer: Any
+    calibrates: bool
+    data: TextData
+
+    def for_method(self, calibrates: bool) -> TextData:
+        """The text once the method is known. It is read again where --method auto is rtn."""
+        return self.data if calibrates == self.calibrates else prepare_text(self.request(calibrates), self.tokenizer)
+
+
+def read_text(request: Callable[[bool], TextRequest], compression: CompressionOptions, tokenizer: Any) -> ReadText:
+    """Read the text of a run before its model is loaded.
+
+    Args:
+        request: see ReadText.
+        compression: says whether the method calibrates. --method auto does for all but a few models.
+        tokenizer: of the model.
+
+    Raises:
+        DataError, OptionError, ModelError: see `prepare_text`.
+    """
+    calibrates = _may_calibrate(compression)
+    try:
+        return ReadText(request, tokenizer, calibrates, prepare_text(request(calibrates), tokenizer))
+    except DataError as error:
+        if compression.method != AUTO or not calibrates:
+            raise
+        prepare_text(request(False), tokenizer)  # raises what is wrong whatever the method is
+        raise DataError(f"{error}; --method rtn needs no text to calibrate on") from error
+
+
+def _may_calibrate(compression: CompressionOptions) -> bool:
+    """Whether the compression needs text, as far as the options tell."""
+    if getattr(compression, "init_from", None) is not None:
+        return False
+    return compression.method == AUTO or needs_calibration(parse_method(compression.method, "--method"))
 
 
 def compression_request(options: CompressOptions, calibrates: bool) -> TextRequest:
