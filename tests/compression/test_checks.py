@@ -1,14 +1,17 @@
 """Checks before the expensive part."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nybble.compression.checks import check_model
+from nybble.compression.methods import automatic_method
 from nybble.errors import ModelError, OptionError
+from nybble.models.loading import load
 from nybble.models.selection import select_layers
-from tests.helpers.causal_types import tiny_model
+from tests.helpers.causal_types import save_tiny, tiny_model
 from tests.helpers.compression import IDS, break_chain
 from tests.helpers.dense import make_dense
 from tests.helpers.tiny import make_model
@@ -50,6 +53,19 @@ def test_layers_that_text_does_not_reach_are_refused() -> None:
     message = r"alone; text does not reach 1 layers \(first: model.vision.layers.0\), which read an encoder or images"
     with pytest.raises(ModelError, match=message):
         check_model(model, select_layers(model).linears, IDS[:2], ())
+
+
+def test_a_model_that_cannot_compute_in_16_bits_is_refused(tmp_path: Path) -> None:
+    model = load(str(save_tiny(tmp_path / "model", "reformer")), torch.bfloat16, torch.device("cpu")).model
+    names = select_layers(model).linears
+    message = r"ReformerModelWithLMHead must compute in bfloat16; it does not \(mixed dtype .*\); use --dtype float32"
+    for check in (lambda: check_model(model, names, IDS[:2], ()), lambda: automatic_method(model, names)):
+        with pytest.raises(ModelError, match=message):
+            check()
+    model.forward = lambda **_: torch.nn.functional.linear(torch.zeros(2), torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="mat") as error:
+        check_model(model, names, IDS[:2], ())
+    assert not isinstance(error.value, ModelError)
 
 
 @pytest.mark.parametrize("model_type", ["bart", "prophetnet", "git", "phi4_multimodal"])

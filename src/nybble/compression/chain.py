@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line
 from nybble.models.layers_on_disk import layers_on_disk
 
 # Largest difference between a block's output and the model's own hidden state, relative to the norm of the token's
 # state. Rounding in 16 bits stays well below; a block that lacks an argument is far above.
 _MAX_BLOCK_DIFFERENCE = 1e-2
+# What torch says of tensors of different dtypes, and of operations that a dtype does not have.
+_DTYPE_ERRORS = ("dtype", "scalar type", "not implemented for")
 
 
 class NoChainError(ModelError):
@@ -45,13 +47,23 @@ class BlockRecord:
 
 
 @contextmanager
-def unchanged_weights(model: nn.Module) -> Iterator[None]:
-    """Raise ModelError, at the end, where the model has changed its weights in the block: they are to be saved again.
+def first_forward(model: Any) -> Iterator[None]:
+    """Compute with a model for the first time.
 
-    A model does so when it first computes (RWKV), so this has to be around the first forward.
+    Raises:
+        ModelError: it cannot compute in its dtype (Reformer adds float32 positions to bfloat16); or it has changed its
+            weights, which are to be saved again (RWKV does so when it first computes).
     """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if model.dtype == torch.float32 or not any(words in str(error) for words in _DTYPE_ERRORS):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} must compute in {str(model.dtype).removeprefix('torch.')}; it does not "
+            f"({first_line(error)}); use --dtype float32"
+        ) from error
     changed = [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]
     layers = layers_on_disk(model)
     changed += [] if layers is None else sorted(layers.changed)

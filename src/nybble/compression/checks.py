@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.compression.chain import check_chain, unchanged_weights
+from nybble.compression.chain import check_chain, first_forward
 from nybble.compression.methods import combine
 from nybble.errors import ModelError, OptionError
 from nybble.models.composite import text_config
@@ -120,7 +120,7 @@ def _check_forward(model: Any, names: Sequence[str], input_ids: Tensor) -> None:
         module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
     ]
     try:
-        with unchanged_weights(model):
+        with first_forward(model):
             states_BTD = states_and_logits(model, torch.cat([row_1T, other_1T]))[0].float()
     finally:
         for handle in handles:

@@ -24,7 +24,7 @@ from nybble.compression.base import (
     Stage,
 )
 from nybble.compression.blockwise import BlockwiseReconstruction
-from nybble.compression.chain import NoChainError, check_chain, unchanged_weights
+from nybble.compression.chain import NoChainError, check_chain, first_forward
 from nybble.compression.gptq import GPTQ
 from nybble.compression.rtn import MinMaxScales, RoundToNearest
 from nybble.compression.scale_estimation import ScaleEstimation
@@ -147,7 +147,7 @@ def automatic_method(model: Any, names: Sequence[str], trains_scales: bool = Fal
     Raises:
         ModelError: the outputs of a block are not finite, or the model changes its weights.
     """
-    with unchanged_weights(model):  # this is the first time that it computes
+    with first_forward(model):  # this is the first time that it computes
         is_chain = _is_chain(model, names)
     if not is_chain:
         log.warning(

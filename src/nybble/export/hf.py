@@ -25,13 +25,13 @@ from nybble.export.transformers_folder import (
     INT8_TOLERANCE,
     check_code_in_transformers,
     float16_limits,
-    kept_in_float32,
     load_with_transformers,
     metadata,
     update_config,
 )
 from nybble.files import TensorReader
 from nybble.models.checkpoint import QuantizedCheckpoint, empty_model
+from nybble.models.dtypes import kept_dtype
 from nybble.models.quantized_file import LazyMapping
 from nybble.models.selection import LayerSelection
 from nybble.models.tensor_writer import safetensors_writer
@@ -96,7 +96,7 @@ class HFExporter(Exporter):
                 writer.write_blocks(name, float16_blocks(checkpoint, places, layouts[name].dtype))
         model = empty_model(checkpoint.config, checkpoint.trust_remote_code)
         exact = all(
-            layouts[name].dtype == torch.float16 or kept_in_float32(model, places[0].name)
+            layouts[name].dtype == torch.float16 or kept_dtype(model, places[0].name, torch.float16) == torch.float32
             for name, places in tensors.items()
             if layouts[name].dtype.is_floating_point
         )

@@ -57,12 +57,6 @@ def float16_limits(config: Any) -> tuple[str, ...]:
     )
 
 
-def kept_in_float32(model: Any, name: str) -> bool:
-    """Whether transformers computes with the parameter NAME of a model in float32 where config.json says float16."""
-    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
-    return any(f".{part}." in f".{name}." for part in kept)
-
-
 def update_config(folder: Path, model: Any, fits_float16: bool = True, **fields: Any) -> None:
     """Set fields of config.json: the class of the model, which vLLM needs, and the dtype that loaders take from there.
 

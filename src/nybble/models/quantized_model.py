@@ -22,6 +22,7 @@ from nybble.errors import RunError, first_line
 from nybble.files import atomic_folder
 from nybble.models.companions import GENERATION_CONFIG, copy_companions, load_generation_config
 from nybble.models.composite import auto_class, text_config
+from nybble.models.dtypes import kept_dtype
 from nybble.models.layers_on_disk import layers_on_disk, read_tensor
 from nybble.models.linearize import linearize
 from nybble.models.loading import LoadedModel
@@ -125,7 +126,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
 
     Args:
         folder: what `save_quantized` wrote.
-        dtype: of all parameters.
+        dtype: of all parameters but those that transformers keeps in float32.
         trust_remote_code: whether to run Python code that comes with the model.
 
     Returns:
@@ -138,11 +139,12 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     from transformers.initialization import no_init_weights
 
     config, layout = load_config(folder, trust_remote_code), read_layout(folder)
-    check_layout(folder, config, layout, trust_remote_code)
+    skeleton = check_layout(folder, config, layout, trust_remote_code)
     quantized, others = open_weights(folder)
     with returning_freed_memory():
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in others.items()}
-        state |= {f"{name}.weight": weight.dequantize().to(dtype) for name, weight in quantized.items()}
+        state = {name: _cast(skeleton, name, tensor, dtype) for name, tensor in others.items()}
+        for name, weight in quantized.items():
+            state[f"{name}.weight"] = _cast(skeleton, f"{name}.weight", weight.dequantize(), dtype)
     with explaining(folder / CONFIG, "the configuration of a model"), no_init_weights():  # all weights are loaded
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     linearize(model).tie_weights()
@@ -152,6 +154,11 @@ def load_quantized(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         load_generation_config(folder, model)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     return QuantizedModel(model.requires_grad_(False).eval(), tokenizer, quantized)
+
+
+def _cast(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a weights file as the model has it."""
+    return tensor.to(kept_dtype(model, name, dtype)) if tensor.is_floating_point() else tensor
 
 
 def load_quantized_on_disk(
@@ -170,7 +177,7 @@ def load_quantized_on_disk(
     def read(name: str) -> Tensor:
         module = name.removesuffix(".weight")
         tensor = quantized[module].dequantize() if module in quantized else others[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return _cast(model, name, tensor, dtype)
 
     with explaining(folder / CONFIG, "the configuration of a model"):
         model = linearize(empty_model(config, dtype, trust_remote_code))
