@@ -69,6 +69,21 @@ def test_version_1(tmp_path: Path) -> None:
     assert memory() == (4, 2)
 
 
+def test_processors(tmp_path: Path) -> None:
+    """cpu.max has a quota of microseconds in a period; version 1 has two files."""
+    assert container.processor_limit() == float("inf")
+    (tmp_path / "cgroup").write_text("3:cpu,cpuacct:/docker/1f\n0::/kubepods/pod7\n")
+    write(tmp_path / "groups" / "kubepods" / "pod7", cpu_max="max 100000")
+    assert container.processor_limit() == float("inf")
+    write(tmp_path / "groups" / "kubepods", cpu_max="350000 100000")
+    assert container.processor_limit() == 3.5
+    old = tmp_path / "groups" / "cpu" / "docker" / "1f"
+    write(old, cpu_cfs_quota_us=-1, cpu_cfs_period_us=100000)
+    assert container.processor_limit() == 3.5
+    write(old, cpu_cfs_quota_us=50000)
+    assert container.processor_limit() == 0.5
+
+
 def test_a_group_that_is_used_up_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "cgroup").write_text("0::/\n")
     write(tmp_path / "groups", memory_max=4 * GB, memory_current=5 * GB, memory_stat="")

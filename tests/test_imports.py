@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "nybble"
 # The top of the house first. What has a dot after it is a package; the others are modules.
 ORDER = [
-    "errors", "schema", "registry", "runtime", "container", "rendezvous", "processes", "files", "callbacks", "options",
+    "errors", "schema", "registry", "container", "runtime", "rendezvous", "processes", "files", "callbacks", "options",
     "console", "quant", "models", "data", "compression", "qat", "training", "evaluation", "export", "tasks", "nls",
     "run", "report", "workflows", "keywords", "api", "cli", "__init__", "__main__",
 ]  # fmt: skip

@@ -36,6 +36,22 @@ def test_openmp_threads_spin_briefly_unless_the_user_decides(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
+@pytest.mark.parametrize(
+    ("limit", "given", "expected"),
+    [(3.5, None, "3"), (0.5, None, "1"), (8.0, None, None), (float("inf"), None, None), (2.0, "6", "6")],
+)
+def test_a_container_gets_no_more_threads_than_it_may_keep_busy(
+    limit: float, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runtime.container, "processor_limit", lambda: limit)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    runtime.set_openmp_threads()
+    assert os.environ.pop("OMP_NUM_THREADS", None) == expected
+
+
 class Recorder:
     """A C library that records calls."""
 
@@ -168,7 +184,9 @@ def imported_at_the_top(path: Path) -> set[str]:
 
 def test_runtime_is_imported_without_torch() -> None:
     """`set_openmp_spin` has to run before torch is loaded."""
-    assert imported_at_the_top(Path(runtime.__file__)) <= sys.stdlib_module_names
+    program = "import sys, nybble.runtime; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("part", ["runtime.py", "files.py", "models", "export"])

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from nybble import container
+
 # Parameters of mallopt(3), from malloc.h of glibc.
 _M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -3, -1, -2
 
@@ -135,6 +137,17 @@ def set_openmp_spin() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def set_openmp_threads() -> None:
+    """Start no more OpenMP threads than a container may keep busy. Call this before torch is imported.
+
+    OpenMP starts a thread for each processor of the machine. OMP_NUM_THREADS, where the user or a launcher has set it,
+    is respected.
+    """
+    limit = container.processor_limit()
+    if "OMP_NUM_THREADS" not in os.environ and limit < (os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(limit)))
 
 
 def keep_freed_memory() -> None:

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stdout must be open; it is closed; redirect it, to /dev/null if nothing is to be seen", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     runtime.set_openmp_spin()
+    runtime.set_openmp_threads()
     runtime.keep_freed_memory()
     try:
         with runtime.interrupt_on_signals(only_once=rendezvous.launched() > 1):
