@@ -5,9 +5,7 @@ validate -> read the text -> load -> plan -> open the run -> compress -> export 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from nybble.models.quantized_model import save_quantized
 from nybble.options.commands import CompressOptions
 from nybble.run.results import Phase
 from nybble.workflows import placement, plan, session, steps, text
+from nybble.workflows.begin import Beginning, begin
 from nybble.workflows.measure import (
     DECODER_ERROR_TOKENS,
     SIXTEEN_BIT,
@@ -44,34 +43,20 @@ def compress(
     Raises:
         NybbleError: whatever a person can repair.
     """
-    started = time.perf_counter()
-    options.check()
-    options = plan.keep_saved_choices(options)
-    evaluation = options.evaluation
-    plan.validate(options, options.compression, evaluation, plan.input_names(options))
-    placement.check_offload(options, options.model.offload == "disk")
-    text.check_sources(evaluation.eval_tasks, options.text)
-    tokenizer = plan.load_tokenizer(options.model, evaluation.eval_tasks)
-    read = text.read_text(partial(text.compression_request, options), options.compression, tokenizer)
-    on_disk = placement.stays_on_disk(options)  # looks at the weights of the model, which may have to be downloaded
-    with placement.freed_memory(on_disk):
-        return _compress(options, callbacks, known, read, on_disk, started)
+    begun = begin(options, text.compression_request)
+    with placement.freed_memory(begun.on_disk):
+        return _compress(begun, callbacks, known)
 
 
 def _compress(
-    options: CompressOptions,
-    callbacks: Sequence[Callback],
-    known: Mapping[str, Any] | None,
-    read: text.ReadText,
-    on_disk: bool,
-    started: float,
+    begun: Beginning[CompressOptions], callbacks: Sequence[Callback], known: Mapping[str, Any] | None
 ) -> Path:
     """Everything from the model to the report."""
+    options, loaded = begun.options, begun.load_model()
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    loaded = plan.load_model(options.model, read.tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     compression = plan.plan_compression(options.compression, loaded, selection)
-    prepared = read.for_method(compression.calibrates)
+    prepared = begun.read.for_method(compression.calibrates)
     options = options.replace(output_dir=str(options.folder), method=compression.method)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     placement.plan_compression_memory(options, planned)
@@ -80,7 +65,7 @@ def _compress(
     facts = session.RunFacts(
         planned=planned,
         command=options.NAME,
-        load_seconds=time.perf_counter() - started,
+        load_seconds=begun.seconds(),
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
     large = placement.is_large(loaded)

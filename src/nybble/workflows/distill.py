@@ -9,10 +9,8 @@ with --cross_entropy_share partly the cross-entropy of the text.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -38,6 +36,7 @@ from nybble.training.losses import kl_to_teacher, next_token_cross_entropy
 from nybble.training.objective import TrainingObjective
 from nybble.training.teacher import HiddenStates
 from nybble.workflows import execution, placement, plan, session, steps, text, train
+from nybble.workflows.begin import Beginning, begin
 from nybble.workflows.judge import judge_distillation
 from nybble.workflows.measure import (
     DECODER_ERROR_TOKENS,
@@ -68,25 +67,15 @@ def distill(options: DistillOptions, callbacks: Sequence[Callback] = ()) -> Path
     Raises:
         NybbleError: whatever a person can repair.
     """
-    started = time.perf_counter()
-    options.check()
-    options = plan.keep_saved_choices(options)
-    plan.validate(options, options.compression, options.evaluation, plan.input_names(options))
-    placement.check_offload(options, options.model.offload == "disk")
-    text.check_sources(options.evaluation.eval_tasks, options.text)
-    tokenizer = plan.load_tokenizer(options.model, options.evaluation.eval_tasks)
-    read = text.read_text(partial(text.distill_request, options), options.compression, tokenizer)
-    on_disk = placement.stays_on_disk(options)  # looks at the weights of the model, which may have to be downloaded
-    with placement.freed_memory(on_disk):
-        return _distill(options, callbacks, read, on_disk, started)
+    begun = begin(options, text.distill_request)
+    with placement.freed_memory(begun.on_disk):
+        return _distill(begun, callbacks)
 
 
-def _distill(
-    options: DistillOptions, callbacks: Sequence[Callback], read: text.ReadText, on_disk: bool, started: float
-) -> Path:
+def _distill(begun: Beginning[DistillOptions], callbacks: Sequence[Callback]) -> Path:
     """Everything from the model to the report."""
+    options, loaded = begun.options, begun.load_model()
     evaluation, data_dir = options.evaluation, options.text.data_dir
-    loaded = plan.load_model(options.model, read.tokenizer, on_disk)
     selection = plan.select(loaded, options.scheme)
     if options.training.shard:
         check_shardable(loaded.model, selection)
@@ -94,7 +83,7 @@ def _distill(
     compression = plan.plan_compression(
         options.compression, loaded, selection, options.training.trains_codes, plan.results_if_made(options)
     )
-    prepared = read.for_method(compression.calibrates)
+    prepared = begun.read.for_method(compression.calibrates)
     planned = plan.check_fit(options, evaluation, loaded, selection, compression, prepared)
     options = _plan_training(options, planned)
     outputs = decoder_outputs(loaded.model, prepared.test.ids[0, :DECODER_ERROR_TOKENS])
@@ -102,7 +91,7 @@ def _distill(
     facts = session.RunFacts(
         planned=planned,
         command=options.NAME,
-        load_seconds=time.perf_counter() - started,
+        load_seconds=begun.seconds(),
         limit=evaluation.limit if evaluation.eval_tasks else None,
     )
     large = placement.is_large(loaded)
