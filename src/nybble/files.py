@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -187,6 +188,7 @@ class TensorReader:
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, 0
         self._opened = ExitStack()
+        weakref.finalize(self, self._opened.close)  # also at exit, before the modules that closing needs are gone
         self._file: Any = None
 
     def read(self, name: str, *index: int | slice) -> Tensor:
