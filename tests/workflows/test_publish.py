@@ -189,6 +189,14 @@ def test_the_card_of_a_model_without_a_template_has_no_program_that_needs_one(tm
     card = model_card(results, "hf", {}, {}, has_template=False)
     assert "This model has no chat template: it continues text." in card
     assert '"role"' not in card
+    assert 'pipe("The capital of France is"' in card
+
+
+def test_every_built_in_format_continues_text_too() -> None:
+    for name in ("openvino", "gguf", "onnx", "vllm", "mlx", "hf"):
+        usage = EXPORTERS[name].how_to_run({}, chat=False)
+        assert "The capital of France is" in usage, name
+        assert '"role"' not in usage, name
 
 
 def test_a_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ class Exporter(ABC):
             modules directly and leaves both empty.
         runtime: what computes with an export in `open_model`, for people.
         library: what the hub calls the library that loads the format.
-        usage: Markdown for the model card: the shortest way to run the export, from its folder.
+        usage: Markdown for the model card: the shortest way to run the export of a chat model, from its folder.
+        completion_usage: the same for a model without a chat template. Empty: `usage` suits both.
         tested_families: model types (`config.model_type`) whose export the exporter's own tests cover.
         weight_files: patterns of the files that hold the model, whose sizes are added up.
         holds_codes: whether the format holds codes, not their values in 16 bits.
@@ -96,6 +97,7 @@ class Exporter(ABC):
     runtime: ClassVar[str] = ""
     library: ClassVar[str] = ""
     usage: ClassVar[str] = ""
+    completion_usage: ClassVar[str] = ""
     tested_families: ClassVar[frozenset[str]] = frozenset()
     holds_codes: ClassVar[bool] = True
     scheme_requirement: ClassVar[str] = "other groups"
@@ -143,9 +145,14 @@ class Exporter(ABC):
         """
         return ()
 
-    def how_to_run(self, config: Mapping[str, Any]) -> str:
-        """Return `usage`, or what an export with the config.json `config` needs instead."""
-        return self.usage
+    def how_to_run(self, config: Mapping[str, Any], chat: bool = True) -> str:
+        """Return `usage`, or what an export with the config.json `config` needs instead.
+
+        Args:
+            config: content of config.json of the export.
+            chat: the model has a chat template. Otherwise it continues text.
+        """
+        return self.usage if chat else self.completion_usage or self.usage
 
     def too_slow(self) -> str:
         """Why measuring an export would take hours on this machine; "" where it would not.

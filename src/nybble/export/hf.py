@@ -22,7 +22,9 @@ from nybble.export.base import Exporter
 from nybble.export.published import float16_blocks, locate_modules, published_layout, read_rows, tensor_layout
 from nybble.export.safetensors_writer import MODEL_FILE, written_by
 from nybble.export.transformers_folder import (
+    BEGINNING,
     INT8_TOLERANCE,
+    QUESTION,
     check_code_in_transformers,
     float16_limits,
     load_with_transformers,
@@ -46,8 +48,8 @@ USAGE = """
 # pip install transformers
 from transformers import pipeline
 
-chat = pipeline("text-generation", ".")
-print(chat([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
+pipe = pipeline("text-generation", ".")
+print(pipe([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
 ```
 """
 
@@ -62,6 +64,7 @@ class HFExporter(Exporter):
     runtime = "transformers"
     library = "transformers"
     usage = USAGE
+    completion_usage = USAGE.replace(QUESTION, BEGINNING)
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",

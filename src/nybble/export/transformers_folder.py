@@ -23,6 +23,9 @@ from nybble.quant.weight import pack_codes, unpack_codes
 _QUANTIZED = "nybble.quantized"
 """Key in the header of model.safetensors: names of the modules that are quantized in the checkpoint."""
 
+QUESTION, BEGINNING = '[{"role": "user", "content": "What is 4-bit quantization?"}]', '"The capital of France is"'
+"""What cards ask a chat model, and what they let another model continue."""
+
 INT8_TOLERANCE = 2.0**-11
 """Half the distance of neighbouring float16 numbers, relative to the larger one."""
 

@@ -33,7 +33,9 @@ from nybble.export.places import Place, join_tensors, join_weights, take_rows
 from nybble.export.published import float16_blocks, locate_modules, published_layout, tensor_layout
 from nybble.export.safetensors_writer import MODEL_FILE, written_by
 from nybble.export.transformers_folder import (
+    BEGINNING,
     INT8_TOLERANCE,
+    QUESTION,
     check_code_in_transformers,
     float16_limits,
     load_with_transformers,
@@ -75,8 +77,8 @@ transformers loads the folder too, with compressed-tensors 0.17; 0.20.1 fails on
 # pip install transformers "compressed-tensors<0.18"
 from transformers import pipeline
 
-chat = pipeline("text-generation", ".")
-print(chat([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
+pipe = pipeline("text-generation", ".")
+print(pipe([{"role": "user", "content": "What is 4-bit quantization?"}], max_new_tokens=100))
 ```
 """
 
@@ -104,6 +106,7 @@ class VLLMExporter(Exporter):
     runtime = "transformers"
     library = "vllm"
     usage = USAGE
+    completion_usage = USAGE.replace(QUESTION, BEGINNING)
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
@@ -143,12 +146,13 @@ class VLLMExporter(Exporter):
             "that its Marlin kernel supports; transformers 5.23 does not load them",
         )
 
-    def how_to_run(self, config: Mapping[str, Any]) -> str:
+    def how_to_run(self, config: Mapping[str, Any], chat: bool = True) -> str:
         """Return `usage` for this model; see `Exporter.how_to_run`.
 
         With bfloat16 for models that overflow in float16; of experts with zero points, only what runs them.
         """
-        usage = self.usage[: self.usage.index("On a CPU")] if _has_experts_with_zero_points(config) else self.usage
+        usage = super().how_to_run(config, chat)
+        usage = usage[: usage.index("On a CPU")] if _has_experts_with_zero_points(config) else usage
         return usage if config.get("dtype") != "float32" else usage.replace("float16", "bfloat16")
 
     def write(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:

@@ -140,13 +140,10 @@ def _front_matter(results: RunResults, name: str, pretrained: str, config: Mappi
 
 
 def _usage(name: str, config: Mapping[str, Any], has_template: bool) -> str:
-    usage = EXPORTERS[name].how_to_run(config) if name in EXPORTERS else ""
-    if not has_template and '"role"' in usage:
-        return (
-            f"This model has no chat template: it continues text. `nybble chat FOLDER` does so ({name}); other "
-            "programs need text without roles."
-        )
-    return usage.strip() or f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
+    usage = EXPORTERS[name].how_to_run(config, has_template).strip() if name in EXPORTERS else ""
+    if not usage or (not has_template and '"role"' in usage):
+        usage = f"`nybble chat FOLDER` talks to this model, and `nybble eval FOLDER` measures it ({name})."
+    return usage if has_template else f"This model has no chat template: it continues text.\n\n{usage}"
 
 
 def _weights(results: RunResults, name: str) -> list[str]:

@@ -53,6 +53,26 @@ from nybble.quant.weight import QuantizedWeight
 
 log = logging.getLogger("nybble")
 
+COMPLETION_USAGE = """
+```bash
+llama-cli -m model.gguf -no-cnv -p "The capital of France is"
+llama-server -m model.gguf --port 8080
+```
+
+These programs were not run on this file. In Python, with the server of llama.cpp that the tests of nybble run:
+
+```python
+# pip install xllamacpp
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path = "model.gguf"
+server = xllamacpp.Server(parameters)
+answer = server.handle_completions({"prompt": "The capital of France is", "max_tokens": 100, "temperature": 0})
+print(answer["choices"][0]["text"])
+```
+"""
+
 USAGE = """
 ```bash
 llama-cli -m model.gguf
@@ -102,6 +122,7 @@ class GGUFExporter(Exporter):
     extra = "gguf"
     runtime = "llama.cpp"
     usage = USAGE
+    completion_usage = COMPLETION_USAGE
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",

@@ -74,6 +74,19 @@ print(generate(model, tokenizer, prompt, max_tokens=100))
 ```
 """
 
+COMPLETION_USAGE = """
+```python
+# pip install mlx-lm, on Linux: pip install "mlx[cpu]" mlx-lm
+import mlx.core as mx
+from mlx_lm import generate, load
+
+model, tokenizer = load(".")
+if mx.default_device() == mx.Device(mx.cpu):  # where float16 takes seconds for a token
+    model.set_dtype(mx.float32)
+print(generate(model, tokenizer, "The capital of France is", max_tokens=100))
+```
+"""
+
 _GROUP_SIZES = (32, 64, 128)
 
 
@@ -89,6 +102,7 @@ class MLXExporter(Exporter):
     runtime = "mlx-lm"
     library = "mlx"
     usage = USAGE
+    completion_usage = COMPLETION_USAGE
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",

@@ -31,7 +31,18 @@ from nybble.quant.weight import QuantizedWeight
 
 MODEL_FILE = "model.onnx"
 
-USAGE = """\
+_GENERATE = """\
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(prompt) + 100)
+generator = og.Generator(model, parameters)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
+```
+"""
+
+USAGE = f"""\
 ```bash
 pip install onnxruntime-genai
 ```
@@ -42,18 +53,24 @@ import onnxruntime_genai as og
 
 model = og.Model(".")
 tokenizer = og.Tokenizer(model)
-messages = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
+messages = json.dumps([{{"role": "user", "content": "What is the capital of France?"}}])
 prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-parameters = og.GeneratorParams(model)
-parameters.set_search_options(max_length=len(prompt) + 100)
-generator = og.Generator(model, parameters)
-generator.append_tokens(prompt)
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
-```
-"""
+{_GENERATE}"""
 """How to run an export from its folder; a slow test does so."""
+
+COMPLETION_USAGE = f"""\
+```bash
+pip install onnxruntime-genai
+```
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # where the model expects a token before the text
+prompt = tokenizer.encode("The capital of France is")
+{_GENERATE}"""
 
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 _ACTIVATIONS = frozenset({"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"})
@@ -77,6 +94,7 @@ class OnnxExporter(Exporter):
     runtime = "onnxruntime"
     library = "onnxruntime-genai"
     usage = USAGE
+    completion_usage = COMPLETION_USAGE
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
@@ -158,6 +176,7 @@ class OnnxExporter(Exporter):
         if not (folder / "tokenizer_config.json").is_file():  # a part of an export
             return
         tokenizer = og.Tokenizer(og.Config(str(folder)))
+        tokenizer.update_options(add_special_tokens="true")  # as transformers does
         warn_of_other_tokens(
             "onnxruntime-genai",
             lambda text: tokenizer.encode(text).tolist(),

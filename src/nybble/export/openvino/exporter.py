@@ -59,6 +59,7 @@ class OpenVINOExporter(Exporter):
     runtime = "OpenVINO"
     library = "openvino"
     usage = USAGE
+    completion_usage = USAGE.replace("What is 4-bit quantization?", "The capital of France is")
     tested_families = frozenset(
         {
             "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
