@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nybble.errors import OptionError
-from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.base import EXPORTERS, Exporter
+from nybble.export.result import ExportResult
 from nybble.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from nybble.models.loading import LoadedModel
 from nybble.models.quantized_model import save_quantized

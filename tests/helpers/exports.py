@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nybble.errors import OptionError
-from nybble.export.base import EXPORTERS, Exporter, ExportResult, check_schemes
+from nybble.export.base import EXPORTERS, Exporter, check_schemes
+from nybble.export.result import ExportResult
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.selection import LayerSelection
 from nybble.quant.scheme import QuantScheme

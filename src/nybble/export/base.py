@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from nybble.errors import MissingExtraError, OptionError
 from nybble.export.containers import as_held, four_or_eight_bits, widened
 from nybble.export.read_back import compare_weights, decode_logits, logit_difference, runtime_errors
+from nybble.export.result import ExportResult
 from nybble.export.text_part import text_part, text_part_config
 from nybble.models.checkpoint import QuantizedCheckpoint
 from nybble.models.composite import text_config
@@ -37,28 +38,6 @@ _PROMPT_LENGTH, _DECODED_TOKENS = 44, 4
 
 OVERHEAD_BYTES = 700_000_000
 """Memory of an export beside the tensors: Python, torch, transformers and a runtime."""
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What was exported.
-
-    Attributes:
-        linear_weights: number of linear layers whose weights were written as codes.
-        embedding_weights: number of embeddings and heads with codes; a format may hold their values in 16 bits.
-        bytes: size of the model files, without the tokenizer.
-        logit_difference: largest absolute difference between the logits of the exported model and those of torch in
-            float32 with the weights that the export holds; None where they were not compared.
-        rounded: weight that the format cannot hold exactly -> largest difference of one of its values.
-        widened: "3 bits in 4" -> number of weights that the format holds in more bits than their codes have.
-    """
-
-    linear_weights: int
-    embedding_weights: int
-    bytes: int
-    logit_difference: float | None
-    rounded: dict[str, float] = field(default_factory=dict)
-    widened: dict[str, int] = field(default_factory=dict)
 
 
 class Exporter(ABC):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 
-from nybble.export.base import EXPORTERS, Exporter, ExportResult
+from nybble.export.base import EXPORTERS, Exporter
 from nybble.export.checks import note_files
+from nybble.export.result import ExportResult
 from nybble.files import atomic_folder, carry_over, file_sizes
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.companions import companion_files, copy_companions

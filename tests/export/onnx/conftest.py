@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nybble.export.base import ExportResult
 from nybble.export.onnx.exporter import OnnxExporter
+from nybble.export.result import ExportResult
 from nybble.models.checkpoint import QuantizedCheckpoint
 from tests.helpers.checkpoints import make_checkpoint
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nybble.export.base import EXPORTERS, ExportResult
+from nybble.export.base import EXPORTERS
+from nybble.export.result import ExportResult
 from nybble.models.checkpoint import QuantizedCheckpoint
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.tiny import make_model
