@@ -70,7 +70,7 @@ def by_nybble(job: Job) -> Done:
     from nybble.models.quantized_model import load_quantized
 
     common: dict[str, Any] = {
-        "pretrained": str(job.folder / "model"), "data": (str(job.folder / "train.safetensors"),),
+        "pretrained": str(job.folder / "model"), "data": (str(job.folder / f"train-{job.seed}.safetensors"),),
         "eval_data": (str(job.folder / "held-out"),), "other_data": (), "seq_len": job.ids.shape[1],
         "eval_tasks": (), "export": (), "num_test_samples": 4, "seed": job.seed, "dtype": "float32",
         "num_calibration_samples": CALIBRATION, "output_dir": str(job.work() / "run"), "overwrite": True,
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     tool, method = options.job.split(":")
-    ids = load_file(options.folder / "train.safetensors")["ids"].long()[: options.samples]
+    ids = load_file(options.folder / f"train-{options.seed}.safetensors")["ids"].long()[: options.samples]
     job = Job(method, options.folder, ids, options.seed, options.minutes)
     began = time.process_time()
     done = Done(None, 0.0, {}) if method == "16bit" else TOOLS[tool](job)

@@ -4,7 +4,7 @@
     python benchmarks/peers.py --data_dir ../shared/data [--jobs nybble:quick nncf:awq+se ...]
 
 A job is TOOL:METHOD and runs in a process of its own (peer_worker.py). All of them get the first --samples sequences of
---length tokens of wikitext2-plain in a random order: compression calibrates on the first 128, trainings use all.
+--length tokens of wikitext2-plain in an order of the seed: compression calibrates on the first 128, trainings use all.
 Measured: token perplexity and KL divergence to the 16-bit model on the first 64 x 512 tokens of wikitext-2's test split
 as published, and on a quarter as much of CPython's documentation and of GSM8K's questions. A line of JSON per
 finished job is appended to peers.jsonl in the folder; jobs that have one are not run again. The table is printed in
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from nybble import files
 from nybble.data import generate, packing, sources
@@ -44,15 +45,27 @@ JOBS = [
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Write the 16-bit model, training sequences, held-out text and, per text to measure, tokens and states."""
+    """Write what is missing of the 16-bit model, the text to measure on and the training sequences of the seed."""
+    if not (options.folder / f"{TEXTS[-1]}.safetensors").exists():
+        prepare_model(options)
+    train = options.folder / f"train-{options.seed}.safetensors"
+    if not train.exists():
+        tokenizer = AutoTokenizer.from_pretrained(options.folder / "model")
+        plain = sources.load_documents(sources.WIKITEXT2_PLAIN, "text", options.data_dir, ("train",))
+        rows = packing.pack_documents(tokenizer, plain.train, options.length, "training").ids
+        ids = rows[draw_order(len(rows), len(rows), options.seed)].to(torch.int32)
+        note = {"length": options.length, "tokenizer": generate.vocabulary_fingerprint(tokenizer)}
+        files.save_tensors(train, {"ids": ids}, note)
+
+
+def prepare_model(options: argparse.Namespace) -> None:
+    """Write the 16-bit model, held-out text and, per text to measure, tokens and states."""
     folder, data_dir = options.folder, options.data_dir
-    if (folder / "train.safetensors").exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     loaded = loading.load(options.pretrained, torch.float32, torch.device("cpu"))
     loaded.model.save_pretrained(folder / "model")
     loaded.tokenizer.save_pretrained(folder / "model")
-    plain = sources.load_documents(sources.WIKITEXT2_PLAIN, "text", data_dir, ("train", "validation"))
+    plain = sources.load_documents(sources.WIKITEXT2_PLAIN, "text", data_dir, ("validation",))
     held_out = folder / "held-out"  # for who validates while it trains
     held_out.mkdir(exist_ok=True)
     half = len(plain.validation) // 2
@@ -69,10 +82,6 @@ def prepare(options: argparse.Namespace) -> None:
         with torch.no_grad():
             states = torch.cat([last_hidden_states(loaded.model, part) for part in ids.split(4)])
         save_file({"ids": ids.contiguous(), "states": states}, folder / f"{name}.safetensors")
-    rows = packing.pack_documents(loaded.tokenizer, plain.train, options.length, "training").ids
-    ids = rows[draw_order(len(rows), len(rows), 0)].to(torch.int32)
-    note = {"length": options.length, "tokenizer": generate.vocabulary_fingerprint(loaded.tokenizer)}
-    files.save_tensors(folder / "train.safetensors", {"ids": ids}, note)
 
 
 def run(job: str, options: argparse.Namespace) -> None:
@@ -124,7 +133,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--num_test", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=25, help="a training by NNCF ends after them")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the text, and of trainings")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     prepare(options)
