@@ -1,7 +1,6 @@
 """The real model: tokenization as llama.cpp's, the flow on real text, the export in openvino-genai."""
 
 import json
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,10 @@ from nybble.models import gguf, loading, quantized_model
 from nybble.models.gguf_file import read_gguf
 from nybble.run.results import read_results
 from nybble.training.mixed_precision import choice_groups, choose_layers, layer_gains
+from tests.helpers.llama_cpp import TEXTS, llama_tokenizer
 from tests.helpers.mixed import both_schemes, kl_of_rounded, random_layers
 
 pytestmark = pytest.mark.slow
-
-TEXTS = [
-    "1234567890 and 3.14159, 2026-11-21, 0x1F, 1e-5, ٣٤٥",
-    "two  spaces,   three, \t tab,\r\ncarriage return",
-    "line\n\n\nlines\n \n indented\n",
-    "emoji 🙂👩‍👩‍👧‍👦🇩🇪 and ünïcödé, 中文字, \u200bzero width",
-    "def f(x: int) -> str:\n    return f'{x:>10}'  # comment\n\n\nif __name__ == \"__main__\":\n\tprint(f(42))",
-    "I'm, you've, we'll, it's; don't! (really?) [yes] {no} <a href='x'>",
-    " leading and trailing ",
-    "",
-    "= = Title = = \n\n The @-@ 1 @,@ 000 unk",
-]
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +25,7 @@ def tokenizer() -> object:
 @pytest.fixture(scope="module")
 def llama_tokenize() -> object:
     """llama.cpp's own tokenizer on the same file, through xllamacpp's server on the loopback interface."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (extra dev) carries llama.cpp")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(loading.smollm2_path())
-    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads, parameters.warmup = 256, 1, 1, False
-    server = xllamacpp.Server(parameters)
-
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def tokenize(text: str, special: bool) -> list[int]:
-        body = json.dumps({"content": text, "add_special": False, "parse_special": special}).encode()
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with direct.open(request, timeout=60) as answer:
-            return list(json.load(answer)["tokens"])
-
-    return tokenize
+    return llama_tokenizer(loading.smollm2_path())
 
 
 def test_tokenizes_as_llama_cpp(tokenizer: object, llama_tokenize: object, shared_data: Path) -> None:
