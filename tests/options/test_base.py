@@ -146,7 +146,11 @@ def test_wrong_values_are_named(values: dict[str, object], words: str) -> None:
             "--dtype must be bfloat16 or float32 for blockwise",
         ),
         (DistillOptions, {"resume": True, "overwrite": True}, "--resume and --overwrite contradict each other"),
-        (DistillOptions, {"method": "se", "init_from": "r"}, "--method and --init_from contradict each other"),
+        (
+            DistillOptions,
+            {"method": "se", "init_from": "r"},
+            "--method se and --init_from contradict each other; give one of them, or --method auto where a recipe",
+        ),
         (TuneOptions, {"task": "t", "init_from": "r"}, "adapters are trained before that with --quantize after"),
         (TuneOptions, {"task": "t", "eval_only": True}, "--eval_only needs --resume and the folder of a run"),
         (EvalOptions, {"target": "m", "data": "none"}, "--data none leaves nothing to measure; name a text"),

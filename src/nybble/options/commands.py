@@ -79,7 +79,10 @@ class TrainCommand(RunCommand):
             raise OptionError(_FLOAT16.format("training"))
         default = type(self.compression).method
         if self.compression.init_from is not None and self.compression.method != default:
-            raise OptionError("--method and --init_from contradict each other; give one of them")
+            raise OptionError(
+                f"--method {self.compression.method} and --init_from contradict each other; give one of them, or "
+                f"--method {default} where a recipe has the other"
+            )
         if self.compression.init_from is not None and self.scheme.is_average:
             raise OptionError(
                 f"--init_from takes the bits of a finished run; --bits {self.scheme.bits:g} would choose them anew; "
