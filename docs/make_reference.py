@@ -124,7 +124,7 @@ _FAMILIES = {
     "qwen2": ("Qwen2, Qwen2.5", "biases, sliding window"),
     "qwen3": ("Qwen3", "q/k norms, separate head size"),
     "gemma2": ("Gemma 2", "norm offset, soft-capped logits"),
-    "gemma3_text": ("Gemma 3 (text)", "q/k norms, two ropes"),
+    "gemma3_text": ("Gemma 3 (text)", "q/k norms, two ropes; the real Gemma 3 270M"),
     "phi3": ("Phi-3, Phi-3.5", "fused projections, longrope"),
 }
 # The same for mixtures of experts.
