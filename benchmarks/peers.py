@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from nybble import files
 from nybble.data import generate, packing, sources
@@ -50,7 +49,7 @@ def prepare(options: argparse.Namespace) -> None:
         prepare_model(options)
     train = options.folder / f"train-{options.seed}.safetensors"
     if not train.exists():
-        tokenizer = AutoTokenizer.from_pretrained(options.folder / "model")
+        tokenizer = loading.load_tokenizer(str(options.folder / "model"))
         plain = sources.load_documents(sources.WIKITEXT2_PLAIN, "text", options.data_dir, ("train",))
         rows = packing.pack_documents(tokenizer, plain.train, options.length, "training").ids
         ids = rows[draw_order(len(rows), len(rows), options.seed)].to(torch.int32)

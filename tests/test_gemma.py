@@ -3,7 +3,6 @@
 It comes from PyPI in four parts (benchmarks/real_models.py) and is kept in build/models.
 """
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from nybble.export.base import EXPORTERS
 from nybble.models import gguf, quantized_model
 from nybble.models.gguf_file import read_gguf
 from nybble.run.results import RunResults, read_results
-from tests.helpers.llama_cpp import TEXTS, llama_tokenizer
+from tests.helpers.llama_cpp import llama_tokenizer, texts_to_tokenize
+from tests.helpers.strict_genai import strict_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -47,10 +47,7 @@ def results(run: Path) -> RunResults:
 
 def test_tokenizes_as_llama_cpp(file: Path, shared_data: Path) -> None:
     tokenizer, llama = gguf.load_gguf_tokenizer(read_gguf(file)), llama_tokenizer(file)
-    texts = TEXTS + (shared_data / "wikitext/wikitext-2-raw/wiki.test.raw").read_text().splitlines()[:200]
-    texts += [
-        json.loads(line)["question"] for line in (shared_data / "gsm8k/main/test.jsonl").read_text().splitlines()[:100]
-    ]
+    texts = texts_to_tokenize(shared_data)
     found = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert [text for text, ids in zip(texts, found, strict=True) if ids != llama(text, False)] == []
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
@@ -81,15 +78,8 @@ def test_every_runtime_computes_the_logits_of_torch(name: str, tolerance: float,
 
 def test_openvino_genai_continues_a_text_as_torch(run: Path) -> None:
     """The tokenizer of the export puts BOS before it, as the model was trained."""
-    genai = pytest.importorskip("openvino_genai", reason="extra openvino")
+    pipeline = strict_pipeline(run / "openvino")
     model, tokenizer, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
-    pipeline = genai.LLMPipeline(
-        str(run / "openvino"),
-        "CPU",
-        INFERENCE_PRECISION_HINT="f32",
-        DYNAMIC_QUANTIZATION_GROUP_SIZE="0",
-        KV_CACHE_PRECISION="f32",
-    )
     assert pipeline.generate(PROMPT, max_new_tokens=8, do_sample=False) == expected

@@ -11,8 +11,9 @@ from nybble.models import gguf, loading, quantized_model
 from nybble.models.gguf_file import read_gguf
 from nybble.run.results import read_results
 from nybble.training.mixed_precision import choice_groups, choose_layers, layer_gains
-from tests.helpers.llama_cpp import TEXTS, llama_tokenizer
+from tests.helpers.llama_cpp import llama_tokenizer, texts_to_tokenize
 from tests.helpers.mixed import both_schemes, kl_of_rounded, random_layers
+from tests.helpers.strict_genai import strict_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +30,7 @@ def llama_tokenize() -> object:
 
 
 def test_tokenizes_as_llama_cpp(tokenizer: object, llama_tokenize: object, shared_data: Path) -> None:
-    lines = (shared_data / "wikitext/wikitext-2-raw/wiki.test.raw").read_text().splitlines()[:200]
-    questions = [
-        json.loads(line)["question"] for line in (shared_data / "gsm8k/main/test.jsonl").read_text().splitlines()[:100]
-    ]
-    texts = TEXTS + lines + questions
+    texts = texts_to_tokenize(shared_data)
     different = [text for text in texts if tokenizer(text).input_ids != llama_tokenize(text, False)]
     assert different == []
     assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in texts)
@@ -86,7 +83,7 @@ def test_saved_codes_give_the_measured_model(run: Path) -> None:
 
 
 def test_runs_in_openvino_genai_and_agrees_with_torch(run: Path) -> None:
-    genai = pytest.importorskip("openvino_genai", reason="extra openvino")
+    pipeline = strict_pipeline(run / "openvino")
     model, tokenizer, _ = quantized_model.load_quantized(run / "quantized", torch.float32)
     question = "What is the capital of France?"
     prompt = tokenizer.apply_chat_template(
@@ -95,13 +92,6 @@ def test_runs_in_openvino_genai_and_agrees_with_torch(run: Path) -> None:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = tokenizer.decode(
         model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True
-    )
-    pipeline = genai.LLMPipeline(
-        str(run / "openvino"),
-        "CPU",
-        INFERENCE_PRECISION_HINT="f32",
-        DYNAMIC_QUANTIZATION_GROUP_SIZE="0",
-        KV_CACHE_PRECISION="f32",
     )
     assert pipeline.generate(question, max_new_tokens=12, do_sample=False) == expected
     assert "Paris" in expected

@@ -1,4 +1,4 @@
-"""llama.cpp's own tokenizer on a GGUF file, and texts on which tokenizers differ."""
+"""llama.cpp's own tokenizer on a GGUF file, and texts on which tokenizers may differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TEXTS = [
+_TEXTS = [
     "1234567890 and 3.14159, 2026-11-21, 0x1F, 1e-5, ٣٤٥",
     "two  spaces,   three, \t tab,\r\ncarriage return",
     "line\n\n\nlines\n \n indented\n",
@@ -20,6 +20,13 @@ TEXTS = [
     "",
     "= = Title = = \n\n The @-@ 1 @,@ 000 unk",
 ]
+
+
+def texts_to_tokenize(shared_data: Path) -> list[str]:
+    """Texts with what tokenizers disagree about, 200 lines of wikitext-2 and 100 questions of GSM8K."""
+    lines = (shared_data / "wikitext/wikitext-2-raw/wiki.test.raw").read_text().splitlines()[:200]
+    rows = (shared_data / "gsm8k/main/test.jsonl").read_text().splitlines()[:100]
+    return _TEXTS + lines + [json.loads(row)["question"] for row in rows]
 
 
 def llama_tokenizer(file: Path) -> Callable[[str, bool], list[int]]:
